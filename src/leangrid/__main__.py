@@ -1,0 +1,5 @@
+"""``python -m leangrid`` is ``leangrid``."""
+
+from leangrid.cli import main
+
+main()

@@ -1,0 +1,270 @@
+"""The command line: parse, make one call, print what came back. stdout carries the result, stderr everything else."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leangrid.errors import RecipeError
+from leangrid.report.outcome import BAD_INPUT, emit, emit_json, outcome, say
+from leangrid.report.summary import eval_summary, quantize_summary, size, table
+from leangrid.report.terminal import Terminal
+
+_WIDE = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    no_args_is_help=True,
+    invoke_without_command=True,  # for --version
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings=_WIDE,
+)
+
+Source = Annotated[str, typer.Argument(help="checkpoint directory, hub id org/name[@revision], or .gguf file", show_default=False)]
+Scheme = Annotated[str | None, typer.Option(help="W4A16_G64 in groups, W4A16 whole rows, NU4 NU3 NU2 non-uniform, _SYM, _EXACT [auto]")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE.toml", help="settings from a file; options win over it")]
+FormatName = Annotated[str | None, typer.Option("--format", help="compressed-tensors or lut [by scheme]")]
+Calibration = Annotated[str | None, typer.Option(help="c4, wikitext2, self, embedded, or a .txt/.jsonl file [c4]")]
+Samples = Annotated[int | None, typer.Option(metavar="N", help="calibration windows [128]")]
+Length = Annotated[int | None, typer.Option(metavar="N", help="tokens a window [2048]")]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="chooses the windows [0]")]
+P = Annotated[float | None, typer.Option(metavar="X", help="exponent of the loss-error weights [4 non-uniform, 2 affine]")]
+Steps = Annotated[int | None, typer.Option(metavar="T", help="steps of the affine search [2048]")]
+Correct = Annotated[float | None, typer.Option(metavar="X", help="share of the inputs' error to correct; 0 is the paper [0.5]")]
+Refine = Annotated[int | None, typer.Option(metavar="N", help="rounds of refit after the sweep; 0 is the paper [1]")]
+Damping = Annotated[float | None, typer.Option(metavar="X", help="added to diag H, in units of its mean [0.01]")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1", show_default=False)]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads [all]")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+
+_debug = False
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="print the version")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="tracebacks for every error")] = False,
+) -> None:
+    """LLM weights on learned grids: a checkpoint in, a quarter of the bytes out, the same model.
+
+    \b
+    leangrid plan org/name --scheme NU4        what it would cost
+    leangrid quantize org/name out             the main job
+    leangrid eval out --reference org/name     how near it came
+    leangrid generate out "Why is the sky blue?"
+    """
+    global _debug
+    _debug = debug
+    if version:
+        from leangrid import __version__
+
+        emit(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    source: Source,
+    out: Annotated[Path, typer.Argument(help="directory to make; called OUT.partial until complete", show_default=False)],
+    scheme: Scheme = None,
+    recipe: RecipeFile = None,
+    format_: FormatName = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    p: P = None,
+    steps: Steps = None,
+    correct: Correct = None,
+    refine: Refine = None,
+    damping: Damping = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it is a result of ours")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="throw an unfinished run away")] = False,
+    max_rescued: Annotated[str, typer.Option(metavar="SHARE", help="more rescued layers than this: exit 4")] = "1%",
+    state_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="for the states between blocks [OUT.partial]")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a checkpoint. Stopped at any moment, the same command resumes.
+
+    \b
+    leangrid quantize ./model out --scheme NU4
+    leangrid quantize org/name out --scheme W4A16_G64 --calibration my.jsonl --samples 128
+    leangrid quantize model.gguf out --calibration self        no data, no network
+    """
+    with outcome(quiet, resumable=True, debug=_debug):
+        settings = _recipe(recipe, scheme=scheme, format=format_, calibration=calibration, samples=samples, length=length, seed=seed, p=p,
+                           steps=steps, correct=correct, refine=refine, damping=damping)  # fmt: skip
+        limit = share(max_rescued)
+        from leangrid.pipeline import quantize as run
+
+        with Terminal(quiet=quiet) as terminal:
+            result = run(source, out, settings, device=device, threads=threads, overwrite=overwrite, restart=restart, max_rescued=limit,
+                         state_dir=state_dir, progress=terminal)  # fmt: skip
+        values = result.to_json()
+        emit_json(values) if as_json else emit(quantize_summary(values))
+        if result.exit_code:
+            say(f"finished, but more than {max_rescued} of the layers needed a rescue: see {out / 'records.jsonl'}")
+            raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def plan(
+    source: Source,
+    scheme: Scheme = None,
+    recipe: RecipeFile = None,
+    format_: FormatName = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    p: P = None,
+    steps: Steps = None,
+    correct: Correct = None,
+    refine: Refine = None,
+    damping: Damping = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """What quantize would do and cost, from the headers alone. Exit 2 if it cannot fit.
+
+    \b
+    leangrid plan org/name
+    leangrid plan ./model --scheme NU3 --samples 64
+    """
+    with outcome(quiet, debug=_debug):
+        settings = _recipe(recipe, scheme=scheme, format=format_, calibration=calibration, samples=samples, length=length, seed=seed, p=p,
+                           steps=steps, correct=correct, refine=refine, damping=damping)  # fmt: skip
+        from leangrid.plan import plan as estimate
+
+        values = estimate(source, settings, threads=threads, device=device).to_json()
+        emit_json(values) if as_json else emit(_layer_table(values) + quantize_summary(values))
+
+
+@app.command("eval")
+def evaluate_(
+    model: Annotated[str, typer.Argument(help="a result, a checkpoint directory, a hub id or a .gguf file", show_default=False)],
+    reference: Annotated[str | None, typer.Option(metavar="SOURCE", help="the original: adds KL and top-1 agreement")] = None,
+    text: Annotated[str, typer.Option(help="wikitext2, c4, embedded, or a .txt/.jsonl file")] = "wikitext2",
+    length: Annotated[int | None, typer.Option(metavar="N", help="tokens a window [1024, or what the model takes]")] = None,
+    windows: Annotated[int, typer.Option(metavar="N", help="windows, from the start of the text")] = 12,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity; with --reference also KL(reference || model) per token and top-1 agreement. Encoders: embedding distance.
+
+    \b
+    leangrid eval out --reference ./model --text wiki.test.raw
+    leangrid eval out --text wikitext2 --length 2048 --windows 128 --json
+    """
+    with outcome(quiet, debug=_debug):
+        _use_threads(threads)
+        from leangrid.evaluate import evaluate
+
+        with Terminal(quiet=quiet) as terminal:
+            values = evaluate(model, reference, text, length=length, windows=windows, device=device, progress=terminal)
+        emit_json(values) if as_json else emit(eval_summary(values))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="a result or a checkpoint directory", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="what to say to it", show_default=False)],
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="stop after so many")] = 128,
+    temperature: Annotated[float, typer.Option(metavar="X", min=0, help="0 takes the likeliest token")] = 0.0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="of the draws")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="continue the prompt as it is, without the chat template")] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Stream a reply through our own layers: a person's first check.
+
+    \b
+    leangrid generate out "Why is the sky blue?"
+    leangrid generate out "Once upon a time" --raw --temperature 0.8
+    """
+    with outcome(quiet, debug=_debug):
+        _use_threads(threads)
+        from leangrid.evaluate.reply import Reply
+
+        reply = Reply.open(model, prompt, device, raw=raw)
+        for piece in reply.pieces(max_new_tokens, temperature, seed):
+            if not as_json:
+                emit(piece, end="")
+        emit_json(reply.to_json()) if as_json else emit("")
+        if not (quiet or as_json):
+            say(f"{reply.tokens} tokens, {reply.tokens_per_second:.1f} a second")
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="a result of quantize", show_default=False)],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Every file against manifest.json: exit 0, or 2 and a list of what differs.
+
+    \b
+    leangrid verify out
+    """
+    with outcome(quiet, debug=_debug):
+        from leangrid.storage.writer import verify as compare
+
+        differences = compare(directory)
+        if as_json:
+            emit_json({"directory": str(directory), "verified": not differences, "differences": differences})
+        else:
+            emit("\n".join(differences) if differences else f"{directory}: every file is as its manifest says")
+        if differences:
+            raise typer.Exit(BAD_INPUT)
+
+
+def share(text: str) -> float:
+    """ "1%" or "0.01" as 0.01; RecipeError for anything outside 0..1."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise RecipeError(f"'{text}' is no share", "--max-rescued", "Use 1% or 0.01")
+    return value
+
+
+def _recipe(file: Path | None, **options: Any) -> Any:
+    """The recipe from a file, defaults and the options that were given."""
+    from leangrid.recipe import Recipe
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return Recipe.build(**given) if file is None else Recipe.from_file(file, **given)
+
+
+def _layer_table(values: dict[str, Any]) -> str:
+    """Layers that repeat in every block as one row; "" where the plan lists none."""
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for layer in values.get("layer_plans") or []:
+        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", layer["name"]), f"{layer['rows']} x {layer['cols']}"), []).append(layer)
+    rows = [(name, shape, len(found), size(sum(la["bytes_before"] for la in found)), size(sum(la["bytes_after"] for la in found)))
+            for (name, shape), found in kinds.items()]  # fmt: skip
+    return table(("layer", "shape", "count", "before", "after"), rows) + "\n\n" if rows else ""
+
+
+def _use_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="leangrid")

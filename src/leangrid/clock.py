@@ -1,0 +1,44 @@
+"""Where the time goes: seconds by stage, nothing else."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STAGES = ("load", "calibrate", "hessian", "factor", "grid", "solve", "pack", "save")
+
+
+class Clock:
+    """Adds up wall seconds by stage; stages do not nest."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time inside the ``with`` as ``name``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - begin)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count ``seconds`` that were measured elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def elapsed(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self.started
+
+    def report(self) -> dict[str, float]:
+        """{"total": ..., stage: ...}, rounded to milliseconds."""
+        return {"total": round(self.elapsed(), 3)} | {name: round(value, 3) for name, value in self.seconds.items()}
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

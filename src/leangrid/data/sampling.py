@@ -1,0 +1,199 @@
+"""Text from the model itself: calibration windows where there is no data, and the reply that `leangrid generate` streams.
+
+Both step through the model with a key/value cache whose buffers are allocated once. A cache that grows by concatenation copies
+itself at every token, which costs more than the model once windows are long.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
+
+from leangrid.data.calibration import affixes
+from leangrid.errors import CalibrationError
+
+_CACHE_BYTES = 2 << 30  # of keys and values at once; more windows are drawn in several batches
+
+
+class BufferedLayer(DynamicLayer):
+    """Keys and values of one layer in buffers of ``capacity`` tokens; what attention sees is a view of the filled part."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.filled = capacity, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.key_buffer = key_states.new_empty((*key_states.shape[:-2], self.capacity, key_states.shape[-1]))
+            self.value_buffer = value_states.new_empty((*value_states.shape[:-2], self.capacity, value_states.shape[-1]))
+        start, self.filled = self.filled, self.filled + key_states.shape[-2]
+        self.key_buffer[..., start : self.filled, :] = key_states
+        self.value_buffer[..., start : self.filled, :] = value_states
+        self.keys, self.values = self.key_buffer[..., : self.filled, :], self.value_buffer[..., : self.filled, :]
+        return self.keys, self.values
+
+
+@torch.no_grad()
+def sample(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Int64[Tensor, "samples length"]:
+    """Windows drawn from a causal model at temperature 1.
+
+    A window opens with the tokenizer's own opening token (BOS) where it has one, else with a random ordinary word of the
+    vocabulary. After an end-of-text token a new text opens the same way, so windows are full and hold no padding.
+    The random numbers belong to the window and position, not to the batch: any ``batch`` draws the same numbers.
+
+    Args:
+        batch: windows drawn side by side; None: as many as 2 GiB of keys and values hold.
+        progress: called with (tokens done, tokens in all), at most every 16 steps.
+
+    Raises:
+        CalibrationError: the model gives no logits (an encoder), or windows longer than its positions.
+    """
+    config = _text_config(model)
+    _check_length(config, length)
+    start = _Start(model, tokenizer)
+    uniform = torch.rand((2, samples, length), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    size = batch or max(1, _CACHE_BYTES // (length * _cache_bytes_a_token(model)))
+    size = math.ceil(samples / math.ceil(samples / size))  # equal batches
+    drawn = []
+    for first in range(0, samples, size):
+        report = None if progress is None else _offset(progress, first * length, samples * length)
+        drawn.append(_draw(model, start, uniform[:, first : first + size], report))
+    return torch.cat(drawn)
+
+
+@torch.no_grad()
+def stream(
+    model: torch.nn.Module,
+    prompt: Sequence[int],
+    new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Collection[int] = (),
+) -> Iterator[int]:
+    """The model's continuation of ``prompt``, one token at a time, until ``new_tokens`` or a token of ``stop``.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+    """
+    config = _text_config(model)
+    _check_length(config, len(prompt) + new_tokens)
+    device, generator = _device(model), torch.Generator().manual_seed(seed)
+    cache = _cache(config, len(prompt) + new_tokens)
+    ids = torch.tensor([list(prompt)], device=device)
+    for _ in range(new_tokens):
+        logits = _logits(model, ids, cache)
+        if temperature > 0:
+            chosen = int(_inverse_cdf(logits / temperature, torch.rand(1, generator=generator, dtype=torch.float64).to(device)))
+        else:
+            chosen = int(logits.argmax(-1))
+        if chosen in stop:
+            return
+        yield chosen
+        ids = torch.tensor([[chosen]], device=device)
+
+
+class _Start:
+    """How a text opens and ends, and which ids may be drawn at all."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        config = _text_config(model)
+        rows = int(config.vocab_size)
+        self.allowed = rows if tokenizer is None else min(rows, len(tokenizer))  # padded rows of the embedding were never trained
+        special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+        self.words = torch.tensor([index for index in range(self.allowed) if index not in special])
+        opening = () if tokenizer is None else affixes(tokenizer).prefix
+        self.opening = opening[0] if opening else None
+        self.ends = torch.tensor(sorted(end_tokens(model, tokenizer)), dtype=torch.int64)
+
+    def token(self, uniform: Float[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+        if self.opening is not None:
+            return torch.full(uniform.shape, self.opening, dtype=torch.int64)
+        return self.words[(uniform * len(self.words)).long().clamp_max(len(self.words) - 1)]
+
+
+def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+    """Every id that ends a text, from the generation config, the config and the tokenizer."""
+    found: set[int] = set()
+    holders = (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer)
+    for holder in holders:
+        value = getattr(holder, "eos_token_id", None)
+        found.update([value] if isinstance(value, int) else value or [])
+    return found
+
+
+def _draw(model: torch.nn.Module, start: _Start, uniform: Tensor, progress: Callable[[int], None] | None) -> Tensor:
+    """One batch. ``uniform`` f64 [2, batch, length]: for the draw, and for the word that opens a text."""
+    _, batch, length = uniform.shape
+    device = _device(model)
+    cache = _cache(_text_config(model), length)
+    tokens = torch.empty((batch, length), dtype=torch.int64)
+    tokens[:, 0] = start.token(uniform[1, :, 0])
+    for position in range(1, length):
+        previous = tokens[:, position - 1]
+        logits = _logits(model, previous[:, None].to(device), cache)[:, : start.allowed]
+        chosen = _inverse_cdf(logits, uniform[0, :, position].to(device)).cpu()
+        ended = torch.isin(previous, start.ends)
+        tokens[:, position] = torch.where(ended, start.token(uniform[1, :, position]), chosen)
+        if progress is not None and position % 16 == 0:
+            progress(batch * position)
+    return tokens
+
+
+def _inverse_cdf(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+    cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
+
+
+def _logits(model: torch.nn.Module, ids: Int64[Tensor, "batch tokens"], cache: Cache) -> Float[Tensor, "batch vocab"]:
+    output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise CalibrationError("an encoder has no next token to draw", type(model).__name__, "Use --calibration c4 or a .txt/.jsonl file")
+    return logits[:, -1].float()
+
+
+def _cache(config: Any, capacity: int) -> Cache:
+    # Layers with a sliding window keep everything as well; the attention mask limits what they see.
+    return Cache(layers=[BufferedLayer(capacity) for _ in range(config.num_hidden_layers)])
+
+
+def _cache_bytes_a_token(model: torch.nn.Module) -> int:
+    config = _text_config(model)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return max(1, 2 * config.num_hidden_layers * heads * width * next(model.parameters()).element_size())
+
+
+def _text_config(model: torch.nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def _check_length(config: Any, length: int) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and length > limit:
+        raise CalibrationError(f"windows of {length} tokens, but the model takes {limit}", "--length", f"Use --length {limit}")
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _offset(progress: Callable[[int, int], None], first: int, total: int) -> Callable[[int], None]:
+    return lambda done: progress(first + done, total)

@@ -1,0 +1,18 @@
+"""Encoders have no next token: what counts is where their embeddings point."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+def mean_pooled(model: torch.nn.Module, window: Int64[Tensor, " tokens"]) -> Float[Tensor, " width"]:
+    """The mean of the last hidden states over one unpadded window, float64."""
+    output: Any = model(input_ids=window[None])
+    return output.last_hidden_state[0].double().mean(0)
+
+
+def cosine_distance(first: Float[Tensor, "windows width"], second: Float[Tensor, "windows width"]) -> float:
+    """Mean over windows of 1 - cosine similarity: 0 the same direction, 1 none in common."""
+    return float((1 - torch.cosine_similarity(first, second, dim=-1)).mean())

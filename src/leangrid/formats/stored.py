@@ -1,0 +1,40 @@
+"""What all containers check of stored tensors."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from leangrid.errors import CheckpointError, FormatError
+
+
+def exactly(values: Float[Tensor, "rows n"], dtype: torch.dtype, what: str) -> Float[Tensor, "rows n"]:
+    """``values`` in ``dtype``, contiguous; FormatError if that changes one of them or one is not finite."""
+    stored = values.to(dtype).contiguous()
+    if not torch.equal(stored.to(values.dtype), values):  # NaN differs from itself
+        way_out = "Round the grid to the stored dtype before solving: grid.rounded(dtype)"
+        raise FormatError(f"the grid's {what} are not exact in {str(dtype).removeprefix('torch.')}", None, way_out)
+    return stored
+
+
+def check_layout(tensors: dict[str, Tensor], layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], name: str) -> None:
+    """CheckpointError on the first tensor of a layer that is absent, extra, or has another shape or dtype."""
+    way_out = "The file is damaged or was written by another version: quantize or copy it again"
+    for suffix in sorted(set(tensors) ^ set(layout)):
+        raise CheckpointError("is missing" if suffix in layout else "does not belong to this format", f"{name}.{suffix}", way_out)
+    for suffix, (dtype, shape) in layout.items():
+        stored = tensors[suffix]
+        if stored.dtype != dtype or tuple(stored.shape) != shape:
+            raise CheckpointError(
+                f"is {_text(stored.dtype, tuple(stored.shape))}, the config asks for {_text(dtype, shape)}", f"{name}.{suffix}", way_out
+            )
+
+
+def check_padding(words: Int[Tensor, "rows words"], count: int, bits: int, name: str) -> None:
+    """CheckpointError if a bit behind the last code of a row is set."""
+    used = count * bits - 32 * (words.shape[1] - 1)
+    if words.numel() and used < 32 and bool((words[:, -1].to(torch.int64) & 0xFFFFFFFF).bitwise_right_shift(used).any()):
+        raise CheckpointError("bits are set behind the last code of a row", name, "The file is damaged: quantize or copy it again")
+
+
+def _text(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

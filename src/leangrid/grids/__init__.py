@@ -1,0 +1,10 @@
+"""Grids: the values that quantized weights may take, learned before the sweep."""
+
+from leangrid.grids.affine import AffineGrid, fit_affine
+from leangrid.grids.minmax import fit_minmax
+from leangrid.grids.nonuniform import NonuniformGrid, fit_nonuniform
+from leangrid.grids.protocol import Grid
+
+GRIDS: dict[str, type[Grid]] = {"affine": AffineGrid, "nonuniform": NonuniformGrid}
+
+__all__ = ["GRIDS", "AffineGrid", "Grid", "NonuniformGrid", "fit_affine", "fit_minmax", "fit_nonuniform"]

@@ -1,0 +1,116 @@
+"""Affine grids S (q - Z), q = 0..2^b-1: learned by enumerating shrunken ranges, per row or per group of columns.
+
+Objective, per row and group: min over (S, Z) of sum_j g_j (S (q_j - Z) - w_j)^2, over the paper's candidates
+lo = min w + a R/T, hi = max w - c R/T with 0 <= a, c < t, de-duplicated to the distinct (S, Z); the search is exact
+inside t, which also regularises: lower objectives beyond it gave no lower layer loss.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from leangrid import kernels
+from leangrid.errors import ShapeError
+from leangrid.grids.protocol import Grid, check_weight, group_columns, replaced
+
+SHRINK = {2: 0.4, 3: 0.3}  # t / T, the paper's share of the range that may be cut at either end; 0.2 for 4 bits and more
+
+
+@dataclass(frozen=True, eq=False)
+class AffineGrid(Grid):
+    """Levels ``scale`` * (q - ``zero_point``), one pair for each row and group of ``group_size`` columns (None: whole row).
+
+    ``scale`` is float32 [rows, groups], finite, not zero (negative only in symmetric grids); ``zero_point`` uint8
+    [rows, groups], below 2^bits.
+    """
+
+    scale: Float[Tensor, "rows groups"]
+    zero_point: UInt8[Tensor, "rows groups"]
+    bits: int
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale.shape != self.zero_point.shape or self.scale.ndim != 2:
+            raise ShapeError(f"scales {tuple(self.scale.shape)} and zero points {tuple(self.zero_point.shape)} do not match", "affine grid")
+        if not bool((self.scale.isfinite() & (self.scale != 0)).all()):
+            raise ShapeError("a scale is zero, NaN or infinite", "affine grid")
+        if self.zero_point.numel() and int(self.zero_point.max()) >= 2**self.bits:
+            raise ShapeError(f"a zero point is outside 0..{2**self.bits - 1}", "affine grid")
+
+    @property
+    def levels(self) -> Float[Tensor, "rows groups levels"]:
+        """float32 [rows, groups, 2^bits], ascending where the scale is positive."""
+        codes = torch.arange(2**self.bits, device=self.scale.device)
+        return self.scale[..., None] * (codes - self.zero_point[..., None].int())
+
+    def group_of(self, cols: int) -> Int[Tensor, " cols"]:
+        """int32: the group of each column of a row of ``cols``, original order. ShapeError where they do not match."""
+        size = group_columns(cols, self.group_size)
+        if cols // size != self.scale.shape[1]:
+            raise ShapeError(f"{cols} columns hold {cols // size} groups of {size}, the grid has {self.scale.shape[1]}", "affine grid")
+        return torch.arange(cols, dtype=torch.int32, device=self.scale.device) // size
+
+    def dequantize(self, codes: Int[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
+        """float32 S (q - Z)."""
+        return ((self._grouped(codes).float() - self.zero_point[..., None]) * self.scale[..., None]).reshape(codes.shape)
+
+    def nearest(self, weight: Float[Tensor, "rows cols"]) -> UInt8[Tensor, "rows cols"]:
+        """clamp(rint(w/S + Z), 0, 2^b - 1): the same arithmetic as the sweep."""
+        codes = (self._grouped(weight) / self.scale[..., None] + self.zero_point[..., None]).round_()
+        return codes.clamp_(0, 2**self.bits - 1).to(torch.uint8).reshape(weight.shape)
+
+    def rounded(self, dtype: torch.dtype) -> "AffineGrid":
+        """Scales rounded to ``dtype``, kept away from zero and infinity."""
+        return replace(self, scale=round_scale(self.scale, dtype))
+
+    def take(self, rows: Tensor) -> "AffineGrid":
+        """The grid of some rows (indices or mask)."""
+        return replace(self, scale=self.scale[rows], zero_point=self.zero_point[rows])
+
+    def put(self, rows: Tensor, other: "AffineGrid") -> "AffineGrid":
+        """This grid with ``rows`` replaced by the rows of ``other``."""
+        return replace(self, scale=replaced(self.scale, rows, other.scale), zero_point=replaced(self.zero_point, rows, other.zero_point))
+
+    def _grouped(self, matrix: Tensor) -> Tensor:
+        self.group_of(matrix.shape[1])
+        return matrix.reshape(matrix.shape[0], self.scale.shape[1], -1)
+
+
+def round_scale(scale: Float[Tensor, "*shape"], dtype: torch.dtype | None) -> Float[Tensor, "*shape"]:
+    """``scale`` rounded to ``dtype`` and back to float32; magnitudes stay inside the dtype's normal range."""
+    if dtype is None or dtype == torch.float32:
+        return scale.float()
+    info = torch.finfo(dtype)
+    magnitude = scale.float().abs().to(dtype).float().clamp(info.smallest_normal, info.max)
+    return torch.copysign(magnitude, scale.float())
+
+
+def fit_affine(
+    weight: Float[Tensor, "rows cols"],
+    loss_error_weights: Float[Tensor, " cols"] | Float[Tensor, "rows cols"],
+    bits: int = 4,
+    steps: int = 2048,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    scale_dtype: torch.dtype | None = None,
+) -> AffineGrid:
+    """The best affine grid among the paper's candidates, for the weighted squared error (LeanQuant section 3.2).
+
+    Args:
+        loss_error_weights: g_j > 0, float, original column order; shared by the rows or one a row.
+        steps: T, the resolution of the shrunken range.
+        group_size: columns a grid; None for whole rows.
+        symmetric: Z fixed at 2^(b-1), S of either sign.
+        scale_dtype: dtype the scale is stored in; it is rounded before a candidate is scored.
+
+    Raises:
+        ShapeError: weights that are not finite, or a group size that does not divide the columns.
+    """
+    weight = check_weight(weight)
+    size = group_columns(weight.shape[1], group_size)
+    scale, zero_point, _ = kernels.affine_search(
+        weight, loss_error_weights.double().contiguous(), bits, steps, SHRINK.get(bits, 0.2), size, symmetric, scale_dtype
+    )
+    return AffineGrid(scale, zero_point, bits, group_size)

@@ -1,0 +1,112 @@
+"""The layer Hessian H = 2/N X~^T X~ from batches of inputs, and G = 2/N X^T X~ for the correction.
+
+Rows of x are tokens. Sums are float32 and unscaled; the division by N comes last, so that any split into batches, and
+any merge of partial sums, counts every token once. Only the upper block triangle of X^T X is multiplied.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from leangrid.errors import CalibrationError, NumericalError, ShapeError
+from leangrid.rescue import Rescue
+
+MAX_DROPPED = 0.1  # share of tokens with non-finite activations above which the calibration itself is broken
+_PANEL = 512  # columns a GEMM: wide enough for full speed, narrow enough to skip most of the lower triangle
+
+
+@dataclass(frozen=True, eq=False)
+class Hessian:
+    """``matrix`` = 2/N X~^T X~ and ``cross`` = 2/N X^T X~ (None for one stream), float32 [cols, cols], of ``tokens`` tokens."""
+
+    matrix: Float[Tensor, "cols cols"]
+    cross: Float[Tensor, "cols cols"] | None
+    tokens: int
+    dropped: int
+
+    @property
+    def rescues(self) -> tuple[Rescue, ...]:
+        """The dropped tokens, if there were any."""
+        if not self.dropped:
+            return ()
+        return (Rescue("nonfinite_tokens", f"{self.dropped} of {self.tokens + self.dropped} tokens were not finite", self.dropped),)
+
+
+class HessianSum:
+    """Accumulates a Hessian; ``cross=True`` also accumulates G from pairs of original and quantized inputs."""
+
+    def __init__(self, cols: int, device: torch.device | str = "cpu", cross: bool = False) -> None:
+        self.cols, self.tokens, self.dropped = cols, 0, 0
+        self._matrix = torch.zeros(cols, cols, device=device)
+        self._cross = torch.zeros(cols, cols, device=device) if cross else None
+
+    def add(self, x: Shaped[Tensor, "... cols"]) -> None:
+        """Add the tokens of ``x`` [..., cols]; with ``cross`` both streams are taken to be ``x``."""
+        self._accumulate(self._tokens(x), None)
+
+    def add_pair(self, original: Shaped[Tensor, "... cols"], quantized: Shaped[Tensor, "... cols"]) -> None:
+        """Add the same tokens as the original model and as the quantized prefix see them; a bad token is dropped from both."""
+        if original.shape != quantized.shape:
+            raise ShapeError(f"streams of shapes {tuple(original.shape)} and {tuple(quantized.shape)} are not the same tokens", "hessian")
+        self._accumulate(self._tokens(quantized), self._tokens(original) if self._cross is not None else None)
+
+    def merge(self, other: "HessianSum") -> None:
+        """Add the tokens of another sum, such as another rank's."""
+        if self.cols != other.cols or (self._cross is None) != (other._cross is None):
+            raise ShapeError(f"sums over {self.cols} and {other.cols} columns, or with and without cross, do not merge", "hessian")
+        self._matrix += other._matrix.to(self._matrix.device)
+        if self._cross is not None and other._cross is not None:
+            self._cross += other._cross.to(self._cross.device)
+        self.tokens += other.tokens
+        self.dropped += other.dropped
+
+    def finish(self) -> Hessian:
+        """The Hessian of all tokens so far.
+
+        Raises:
+            CalibrationError: no token was ever added (the layer did not run).
+            NumericalError: more than a tenth of the tokens were not finite, or the sums overflowed.
+        """
+        seen = self.tokens + self.dropped
+        if seen == 0:
+            raise CalibrationError(
+                "the layer saw no calibration tokens", "hessian", "Use more or other calibration text (--samples, --calibration)"
+            )
+        if self.dropped > MAX_DROPPED * seen:
+            raise NumericalError(
+                f"{self.dropped} of {seen} tokens have NaN or infinite activations", "hessian", "Run the model in float32 or bfloat16"
+            )
+        matrix = self._matrix.triu()
+        matrix = (matrix + matrix.triu(1).T).mul_(2.0 / self.tokens)
+        cross = None if self._cross is None else self._cross * (2.0 / self.tokens)
+        if not bool(matrix.sum().isfinite()) or (cross is not None and not bool(cross.sum().isfinite())):
+            raise NumericalError(
+                "the sum of squared activations overflows float32", "hessian", "Check the checkpoint: activations beyond 1e18"
+            )
+        return Hessian(matrix, cross, self.tokens, self.dropped)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.cols:
+            raise ShapeError(f"inputs have {x.shape[-1]} columns, the layer has {self.cols}", "hessian")
+        return x.detach().reshape(-1, self.cols).to(self._matrix.device, torch.float32)
+
+    def _accumulate(self, x: Tensor, original: Tensor | None) -> None:
+        streams = [x] if original is None else [x, original]
+        # A norm is one pass over x and finite only if every entry is; single tokens are looked at only when it is not.
+        if not all(bool(torch.linalg.vector_norm(s).isfinite()) for s in streams):
+            good = torch.stack([_finite_rows(s) for s in streams]).all(0)
+            self.dropped += int((~good).sum())
+            x, original = x[good], None if original is None else original[good]
+        self.tokens += x.shape[0]
+        for start in range(0, self.cols, _PANEL):
+            stop = min(start + _PANEL, self.cols)
+            self._matrix[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        if self._cross is not None:
+            self._cross.addmm_((x if original is None else original).T, x)
+
+
+def _finite_rows(x: Float[Tensor, "tokens cols"]) -> Bool[Tensor, " tokens"]:
+    """Rows whose squares sum to a float32: the product would otherwise overflow in every column it touches."""
+    return torch.linalg.vector_norm(x, dim=1).isfinite()

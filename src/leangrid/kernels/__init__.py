@@ -1,0 +1,202 @@
+"""Kernels: the inner loops of the grid search and of the solver, on plain tensors.
+
+Every op here checks its input (ShapeError), then runs in the C++ extension ``leangrid.kernels._cpu`` (CPU tensors) or in its torch
+twin (CUDA tensors, or no extension). Rows never interact, so threads split rows and the number of threads never changes a bit.
+``LEANGRID_KERNELS=torch|portable|avx2|avx512`` overrides the choice of path.
+"""
+
+import torch
+from jaxtyping import Float32, Float64, UInt8
+from torch import Tensor
+
+from leangrid.errors import ShapeError
+from leangrid.kernels import native, torch_ops
+from leangrid.kernels.checks import block, codes_below, group_index, normalised_importance, per_row, weights
+
+__all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "kmeans_dp", "kmeans_lloyd", "level_gram", "sweep_affine",
+           "sweep_levels"]  # fmt: skip
+
+backend = native.backend
+
+SCALE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _ops(tensor: Tensor):  # noqa: ANN202  (one of two modules with the same functions)
+    return native if tensor.device.type == "cpu" and native.available() else torch_ops
+
+
+def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Float32[Tensor, "rows k"], Float64[Tensor, "rows"]]:
+    """The K levels of each row with the least sum_j g_j (nearest level - w_j)^2: the global optimum, by dynamic programming.
+
+    Args:
+        weight: f32 [rows, n], finite, n >= 1.
+        importance: g, f64 [n] or [rows, n], finite and not negative; a row of zeros counts as a row of ones.
+        levels: K, 1..256.
+
+    Returns:
+        levels f32 [rows, K], sorted, finite (copies where a row has fewer distinct values than K), and the objective f64 [rows] they
+        reach, in units of g w^2.
+
+    Raises:
+        ShapeError: shapes, dtypes or values that do not fit.
+    """
+    return _kmeans("kmeans_dp", weight, importance, levels)
+
+
+def kmeans_lloyd(weight: Tensor, importance: Tensor, levels: int, iterations: int = 100
+                 ) -> tuple[Float32[Tensor, "rows k"], Float64[Tensor, "rows"]]:  # fmt: skip
+    """Lloyd's iteration from a deterministic start: a local optimum of the objective of ``kmeans_dp``, several times cheaper.
+
+    Arguments, results and errors as ``kmeans_dp``. The start is uniform for K <= 8, else quantiles of the optimal density of levels; a
+    level without importance moves to the far end of the costliest interval.
+    """
+    if iterations < 1:
+        raise ShapeError(f"kmeans_lloyd: {iterations} iterations", "iterations", "Ask for at least 1")
+    return _kmeans("kmeans_lloyd", weight, importance, levels, iterations)
+
+
+def _kmeans(name: str, weight: Tensor, importance: Tensor, levels: int, *more: int) -> tuple[Tensor, Tensor]:
+    weight = weights(name, weight)
+    if not 1 <= levels <= 256:
+        raise ShapeError(f"{name}: {levels} levels", "levels", "Ask for 1 to 256")
+    share, unit, zero = normalised_importance(name, importance, weight)
+    out, objective = getattr(_ops(weight), name)(weight, torch.where(zero, 1.0, share), levels, *more)
+    return out, torch.where(zero.reshape(-1), 0.0, torch.ldexp(objective, unit.reshape(-1)))
+
+
+def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shrink: float, group_size: int, symmetric: bool = False,
+                  scale_dtype: torch.dtype | None = None
+                  ) -> tuple[Float32[Tensor, "rows groups"], UInt8[Tensor, "rows groups"], Float64[Tensor, "rows groups"]]:  # fmt: skip
+    """The paper's enumerative search for levels S (q - Z), q = 0..K-1, a row and group: same optimum, each distinct (S, Z) scored once.
+
+    Candidates are the ranges [lo + a R/T, hi - c R/T], a, c = 0..t-1, of the range [lo, hi] of the group's weights and 0, R = hi - lo,
+    t = round(shrink T); S = range/(K-1), Z = clamp(rint(-lo/S), 0, K-1). Symmetric: Z = K/2, S = +-2 max|w| (1 - s/T)/(K-1), s = 0..2t-2.
+    The first best candidate (s = a + c ascending, then Z ascending) wins. Source: LeanQuant (arXiv 2407.10032), section 3.
+
+    Args:
+        weight: f32 [rows, cols], finite.
+        importance: g, f64 [cols] or [rows, cols], finite, not negative.
+        bits: b, 1..8; K = 2^b.
+        steps: T >= 1.
+        shrink: t / T, in (0, 0.5).
+        group_size: columns a group; divides cols.
+        symmetric: fix Z = K/2; S may then be negative.
+        scale_dtype: None or float32, float16, bfloat16: S is rounded to it (never to 0 or infinity) before it is scored.
+
+    Returns:
+        scale f32 [rows, groups] (1 where all weights are 0), zero_point u8 [rows, groups], objective f64 [rows, groups].
+
+    Raises:
+        ShapeError: shapes, dtypes or values that do not fit; a group that does not divide names both numbers.
+    """
+    weight = weights("affine_search", weight)
+    cols = weight.shape[1]
+    if group_size < 1 or cols % group_size:
+        raise ShapeError(f"affine_search: groups of {group_size} do not divide {cols} columns", "group_size", "Choose a divisor")
+    if not (1 <= bits <= 8 and steps >= 1 and 0 < shrink < 0.5) or scale_dtype not in SCALE_DTYPES:
+        raise ShapeError(f"affine_search: bits {bits}, steps {steps}, shrink {shrink}, scale dtype {scale_dtype}", "arguments",
+                         "bits 1..8, steps >= 1, 0 < shrink < 0.5, scale dtype float32, float16 or bfloat16")  # fmt: skip
+    share, unit, _ = normalised_importance("affine_search", importance, weight)
+    out = _ops(weight).affine_search(weight, share, bits, steps, shrink, group_size, symmetric, scale_dtype)
+    return out[0], out[1], torch.ldexp(out[2], unit)
+
+
+def sweep_levels(weight: Tensor, upper: Tensor, levels: Tensor) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:
+    """The loop of Algorithm 1 inside one block of columns, levels of each row's own.
+
+    For each column j: q = nearest level (ties to the lower), e = (w_j - q) / U_jj, w_k -= U_jk e for the block's k > j.
+
+    Args:
+        weight: f32 [rows, b], the block's columns with all earlier blocks' updates, in elimination order; not changed.
+        upper: f32 [b, b], the block's diagonal tile of U.
+        levels: f32 [rows, K] sorted, K 1..256.
+
+    Returns:
+        codes u8 [rows, b] and scaled errors e f32 [rows, b]: the trailing update is weight[:, rest] -= e @ U[block, rest], the loss of
+        the block sum(e^2)/2.
+
+    Raises:
+        ShapeError: shapes or dtypes that do not fit.
+    """
+    weight, upper = block("sweep_levels", weight, upper, "upper")
+    levels = per_row("sweep_levels", "levels", levels, weight, torch.float32)
+    return _ops(weight).sweep_levels(weight, upper, levels)
+
+
+def sweep_affine(weight: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int
+                 ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """``sweep_levels`` for levels S (q - Z): code = rint(clamp(w/S + Z, 0, K-1)), half to even; S may be negative.
+
+    Args:
+        weight, upper: as in ``sweep_levels``.
+        scale: f32 [rows, groups], not 0. zero_point: u8 [rows, groups].
+        group: int [b], which group each column of the block belongs to.
+        bits: 1..8.
+    """
+    weight, upper = block("sweep_affine", weight, upper, "upper")
+    scale, zero_point, group = _affine("sweep_affine", weight, scale, zero_point, group, bits)
+    return _ops(weight).sweep_affine(weight, upper, scale, zero_point, group, bits)
+
+
+def descend_levels(gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor
+                   ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """One round of cyclic coordinate descent on the codes inside a block of columns.
+
+    Column j moves to the level nearest to q_j - gradient_j / h_jj if that is strictly nearer (by 1e-6 of the distance) than q_j; its
+    change then updates the gradients of the block's later columns. Columns with h_jj <= 0 stay.
+
+    Args:
+        gradient: f32 [rows, b], the block's columns of (Q - W) H; not changed.
+        hessian: f32 [b, b], the block's diagonal tile of H.
+        codes: u8 [rows, b], the current codes, below K.
+        levels: f32 [rows, K] sorted.
+
+    Returns:
+        codes u8 [rows, b] and the change of Q, f32 [rows, b].
+
+    Raises:
+        ShapeError: shapes, dtypes or codes that do not fit.
+    """
+    gradient, hessian = block("descend_levels", gradient, hessian, "hessian")
+    levels = per_row("descend_levels", "levels", levels, gradient, torch.float32)
+    codes = codes_below("descend_levels", codes, levels.shape[1], gradient.shape)
+    return _ops(gradient).descend_levels(gradient, hessian, codes, levels)
+
+
+def descend_affine(gradient: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int
+                   ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """``descend_levels`` for levels S (q - Z); the grid's arguments as in ``sweep_affine``."""
+    gradient, hessian = block("descend_affine", gradient, hessian, "hessian")
+    scale, zero_point, group = _affine("descend_affine", gradient, scale, zero_point, group, bits)
+    codes = codes_below("descend_affine", codes, 2**bits, gradient.shape)
+    return _ops(gradient).descend_affine(gradient, hessian, codes, scale, zero_point, group, bits)
+
+
+def _affine(name: str, weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    if not 1 <= bits <= 8:
+        raise ShapeError(f"{name}: {bits} bits", "bits", "Ask for 1 to 8")
+    scale = per_row(name, "scale", scale, weight, torch.float32)
+    zero_point = per_row(name, "zero_point", zero_point, weight, torch.uint8)
+    if zero_point.shape != scale.shape:
+        raise ShapeError(f"{name}: scale {tuple(scale.shape)} and zero_point {tuple(zero_point.shape)} differ", name)
+    return scale, zero_point, group_index(name, group, weight.shape[1], scale.shape[1])
+
+
+def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Float64[Tensor, "rows k k"]:
+    """P^T H P for every row, P [n, K] the one-hot matrix of the row's codes: the normal equations of its levels.
+
+    Args:
+        hessian: f32 [n, n], symmetric (one triangle may be read twice instead of the other).
+        codes: u8 [rows, n], below K.
+        levels: K, 1..256.
+
+    Returns:
+        f64 [rows, K, K], symmetric up to rounding; summed in float32 over at most some hundred columns at a time, float64 beyond.
+
+    Raises:
+        ShapeError: shapes, dtypes or codes that do not fit.
+    """
+    if not 1 <= levels <= 256:
+        raise ShapeError(f"level_gram: {levels} levels", "levels", "Ask for 1 to 256")
+    codes, hessian = block("level_gram", codes, hessian, "hessian", torch.uint8)
+    return _ops(hessian).level_gram(hessian, codes_below("level_gram", codes, levels, codes.shape), levels)

@@ -1,0 +1,363 @@
+// Weighted one-dimensional k-means, globally optimal or Lloyd's; the mathematics and the exact arithmetic are those of torch_kmeans.py.
+//
+// The dynamic program here does less work for the same optimum: equal values are merged (an optimum never splits them), it runs from
+// both ends and meets in the middle (K/2 layers each), and a prefix that already costs more than Lloyd's whole result is dropped.
+#pragma once
+#include "base.h"
+#include "table.h"
+
+namespace leangrid {
+namespace {
+
+typedef double F64x8 __attribute__((vector_size(64)));
+typedef int64_t I64x8 __attribute__((vector_size(64)));
+typedef double F64x8u __attribute__((vector_size(64), aligned(8), may_alias));
+
+constexpr int kStartBins = 128;
+constexpr int kPad = 16;
+
+struct SortedRow {
+    int64_t n;
+    double* value;
+    double* share;
+    double *p0, *p1, *p2;  // anchored prefix sums, n + 1
+    double centre;
+    int64_t distinct;
+    uint64_t *keys, *spare;
+
+    void build(const float* weight, const double* importance) {
+        for (int64_t i = 0; i < n; ++i) {
+            const uint32_t bits = float_bits(weight[i] + 0.0f);
+            const uint32_t key = bits ^ (static_cast<uint32_t>(-static_cast<int32_t>(bits >> 31)) | 0x80000000u);
+            keys[i] = static_cast<uint64_t>(key) << 32 | static_cast<uint64_t>(i);
+        }
+        radix_sort(keys, spare, n);
+        distinct = 0;
+        for (int64_t r = 0; r < n; ++r) {
+            const int64_t i = static_cast<int64_t>(keys[r] & 0xffffffffu);
+            value[r] = weight[i] + 0.0f;
+            share[r] = importance[i];
+            distinct += r == 0 || value[r] != value[r - 1] ? 1 : 0;
+        }
+        const int64_t middle = n / 2;
+        centre = value[middle];
+        double s0 = 0.0, s1 = 0.0, s2 = 0.0;
+        p0[middle] = p1[middle] = p2[middle] = 0.0;
+        for (int64_t r = middle; r < n; ++r) {
+            const double x = value[r] - centre, first = share[r] * x;
+            p0[r + 1] = s0 += share[r];
+            p1[r + 1] = s1 += first;
+            p2[r + 1] = s2 += first * x;
+        }
+        s0 = s1 = s2 = 0.0;
+        for (int64_t r = middle - 1; r >= 0; --r) {
+            const double x = value[r] - centre, first = share[r] * x;
+            p0[r] = -(s0 += share[r]);
+            p1[r] = -(s1 += first);
+            p2[r] = -(s2 += first * x);
+        }
+    }
+
+    double mass(int64_t left, int64_t right) const { return p0[right] - p0[left]; }
+
+    double cost(int64_t left, int64_t right) const {
+        const double s0 = mass(left, right), s1 = p1[right] - p1[left], s2 = p2[right] - p2[left];
+        return most(0.0, s2 - (s0 > 0.0 ? s1 * s1 / s0 : 0.0));
+    }
+
+    double centroid(int64_t left, int64_t right) const {  // of a non-empty interval
+        const double s0 = mass(left, right), low = value[left], high = value[right - 1];
+        if (!(s0 > 0.0)) return 0.5 * (low + high);
+        return least(most((p1[right] - p1[left]) / s0 + centre, low), high);
+    }
+
+    // Levels rounded to float32 and what they cost, literally. Few distinct values: exactly those, the first repeated in front.
+    double finish(double* level, int k, float* out) const {
+        if (distinct <= k) {
+            int slot = k;
+            for (int64_t r = n - 1; r >= 0; --r)
+                if (r == n - 1 || value[r] != value[r + 1]) level[--slot] = value[r];
+            while (slot > 0) level[--slot] = value[0];
+        }
+        for (int i = 0; i < k; ++i) level[i] = out[i] = static_cast<float>(level[i]);
+        double sum = 0.0;
+        int64_t r = 0;
+        for (int i = 0; i < k; ++i) {
+            const int64_t stop = i + 1 < k ? rank_of(value, n, 0.5 * (level[i] + level[i + 1])) : n;
+            for (; r < stop; ++r) {
+                const double error = value[r] - level[i];
+                sum += share[r] * error * error;
+            }
+        }
+        return sum;
+    }
+};
+
+// ------------------------------------------------------------------------------------------------ Lloyd
+
+inline void lloyd_start(const SortedRow& row, int k, double* level) {
+    const double low = row.value[0], high = row.value[row.n - 1];
+    if (k <= 8) {
+        for (int i = 0; i < k; ++i) level[i] = low + (high - low) * i / most(1, k - 1);
+        return;
+    }
+    const int bins = static_cast<int>(least<int64_t>(row.n, kStartBins));
+    double density[kStartBins], upto[kStartBins], edge[kStartBins + 1], power[kStartBins];
+    for (int b = 0; b <= bins; ++b) edge[b] = row.value[least(b * row.n / bins, row.n - 1)];
+    for (int b = 0; b < bins; ++b) {
+        const double width = edge[b + 1] - edge[b];
+        power[b] = (row.mass(b * row.n / bins, (b + 1) * row.n / bins) * width) * width;
+        density[b] = 1.0;
+    }
+    for (int turn = 0; turn < 4; ++turn)
+        for (int b = 0; b < bins; ++b) {
+            power[b] = __builtin_sqrt(__builtin_sqrt(power[b]));
+            density[b] = density[b] * power[b];
+        }
+    double sum = 0.0;
+    for (int b = 0; b < bins; ++b) upto[b] = sum += density[b];
+    int spot = 0;
+    for (int i = 0; i < k; ++i) {
+        const double target = sum * ((i + 0.5) / k);
+        while (spot < bins - 1 && upto[spot] < target) ++spot;
+        const double inside = (target - (upto[spot] - density[spot])) / density[spot];
+        level[i] = edge[spot] + (inside > 0.0 ? least(inside, 1.0) : 0.0) * (edge[spot + 1] - edge[spot]);
+    }
+}
+
+inline void relocate(const SortedRow& row, const int64_t* bound, double* level, int k) {
+    int empty = -1, worst = 0;
+    double high = -1.0;
+    for (int i = 0; i < k; ++i) {
+        if (empty < 0 && !(row.mass(bound[i], bound[i + 1]) > 0.0)) empty = i;
+        const double cost = row.cost(bound[i], bound[i + 1]);
+        if (cost > high) {
+            high = cost;
+            worst = i;
+        }
+    }
+    if (empty < 0 || !(high > 0.0)) return;
+    const double first = row.value[bound[worst]], last = row.value[bound[worst + 1] - 1], centre = level[worst];
+    level[empty] = centre - first > last - centre ? first : last;
+    for (int i = 1; i < k; ++i)
+        for (int j = i; j > 0 && level[j] < level[j - 1]; --j) {
+            const double swap = level[j];
+            level[j] = level[j - 1];
+            level[j - 1] = swap;
+        }
+}
+
+inline void lloyd(const SortedRow& row, int k, int iterations, double* level, int64_t* bound) {
+    lloyd_start(row, k, level);
+    for (int i = 0; i < k; ++i) bound[i] = -1;
+    bound[k] = row.n;
+    for (int turn = 0; turn < iterations; ++turn) {
+        bool moved = bound[0] != 0, empty = false;
+        bound[0] = 0;
+        for (int i = 1; i < k; ++i) {
+            const int64_t at = rank_of(row.value, row.n, 0.5 * (level[i - 1] + level[i]));
+            moved |= at != bound[i];
+            bound[i] = at;
+        }
+        if (!moved) break;
+        for (int i = 0; i < k; ++i) {
+            if (row.mass(bound[i], bound[i + 1]) > 0.0) level[i] = row.centroid(bound[i], bound[i + 1]);
+            else empty = true;
+        }
+        if (empty) relocate(row, bound, level, k);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ dynamic programming
+
+struct Prefix {  // sums over the distinct values 0..m, from one end
+    const double *p0, *p1, *p2;
+    int64_t m;
+};
+
+struct Best {
+    double value;
+    int64_t split;
+};
+
+// min over i in [low, high] of done[i] + cost(i, at), the smallest such i. The arrays may be read kPad elements past their end.
+inline Best best_split(const Prefix& p, const double* done, int64_t at, int64_t low, int64_t high) {
+    const double e0 = p.p0[at], e1 = p.p1[at], e2 = p.p2[at];
+    Best best{__builtin_inf(), low};
+    if (high - low < 4) {
+        for (int64_t i = low; i <= high; ++i) {
+            const double s0 = e0 - p.p0[i], s1 = e1 - p.p1[i], s2 = e2 - p.p2[i];
+            const double part = s2 - (s0 > 0.0 ? s1 * s1 / s0 : 0.0), value = done[i] + (part > 0.0 ? part : 0.0);
+            best.split = value < best.value ? i : best.split;
+            best.value = value < best.value ? value : best.value;
+        }
+        return best;
+    }
+    const F64x8 zero = {};
+    F64x8 value = zero + __builtin_inf();
+    I64x8 index = I64x8{0, 1, 2, 3, 4, 5, 6, 7} + low, split = index;
+    for (int64_t i = low; i <= high; i += 8) {
+        const F64x8 s0 = e0 - *(const F64x8u*)(p.p0 + i), s1 = e1 - *(const F64x8u*)(p.p1 + i), s2 = e2 - *(const F64x8u*)(p.p2 + i);
+        const F64x8 ratio = s1 * s1 / s0, part = s2 - (s0 > zero ? ratio : zero);
+        const F64x8 here = *(const F64x8u*)(done + i) + (part > zero ? part : zero);
+        const I64x8 better = (here < value) & (index <= high);
+        value = better ? here : value;
+        split = better ? index : split;
+        index += 8;
+    }
+    double lane_value[8];
+    int64_t lane_split[8];
+    memcpy(lane_value, &value, 64);
+    memcpy(lane_split, &split, 64);
+    for (int lane = 0; lane < 8; ++lane)
+        if (lane_value[lane] < best.value || (lane_value[lane] == best.value && lane_split[lane] < best.split))
+            best = {lane_value[lane], lane_split[lane]};
+    return best;
+}
+
+struct Span {
+    int64_t from, to, low, high;
+};
+
+// One more cluster for every prefix of p: next[j] and where its last cluster starts. Prefixes that cost more than limit become infinite.
+// The best split is monotone in j: solve the middle, then both halves within the split found. Returns the longest finite prefix.
+inline int64_t layer(const Prefix& p, const double* done, int64_t reach, double limit, double* next, int32_t* split) {
+    Span stack[64];
+    int depth = 0;
+    int64_t top = p.m;
+    stack[depth++] = {0, p.m, 0, reach};
+    while (depth > 0) {
+        Span span = stack[--depth];
+        if (span.from > top) continue;
+        span.to = least(span.to, top);
+        while (span.from <= span.to) {
+            const int64_t middle = (span.from + span.to) / 2;
+            const Best best = best_split(p, done, middle, span.low, least(span.high, middle));
+            next[middle] = best.value;
+            split[middle] = static_cast<int32_t>(best.split);
+            if (best.value > limit) {
+                top = middle - 1;
+            } else if (middle < span.to) {
+                stack[depth++] = {middle + 1, span.to, best.split, span.high};
+            }
+            span.to = middle - 1;
+            span.high = least(span.high, best.split);
+        }
+    }
+    for (int64_t j = top + 1; j <= p.m + kPad; ++j) next[j] = __builtin_inf();
+    return top;
+}
+
+struct Direction {
+    Prefix prefix;
+    double *done, *next;
+    int32_t* splits;  // [layers, m + 1]
+    int64_t reach;
+
+    void run(int clusters, double limit) {
+        const int64_t m = prefix.m;
+        reach = m;
+        for (int64_t j = m; j >= 0; --j) {
+            const double s0 = prefix.p0[j] - prefix.p0[0], s1 = prefix.p1[j] - prefix.p1[0], s2 = prefix.p2[j] - prefix.p2[0];
+            done[j] = most(0.0, s2 - (s0 > 0.0 ? s1 * s1 / s0 : 0.0));
+            if (done[j] > limit) reach = j - 1;
+        }
+        for (int64_t j = reach + 1; j <= m + kPad; ++j) done[j] = __builtin_inf();
+        for (int k = 2; k <= clusters; ++k) {
+            reach = layer(prefix, done, reach, limit, next, splits + (k - 2) * (m + 1));
+            double* swap = done;
+            done = next;
+            next = swap;
+        }
+    }
+};
+
+struct Workspace {  // sizes for rows of n elements
+    SortedRow row;
+    int64_t* origin;    // position in the row where distinct value i starts; n at the end
+    double* sums;       // six arrays of stride: prefix sums from the left, then from the right
+    double* costs;      // four arrays of stride
+    int32_t* splits;    // two directions of layers
+    double* level;
+    int64_t* bound;
+    int64_t stride;
+};
+
+inline void optimal(Workspace& w, int k) {
+    SortedRow& row = w.row;
+    const int64_t m = row.distinct, n = row.n;
+    lloyd(row, k, 100, w.level, w.bound);
+    if (m <= k || k == 1) return;
+    double limit = 0.0;
+    for (int i = 0; i < k; ++i) limit += row.cost(w.bound[i], w.bound[i + 1]);
+    // Slack for the rounding of the prefix sums: pruning must never reach the optimum itself.
+    limit = limit * (1.0 + 1e-6) + 1e-12 * (row.p2[n] - row.p2[0]);
+    int64_t at = 0;
+    for (int64_t r = 0; r < n; ++r)
+        if (r == 0 || row.value[r] != row.value[r - 1]) w.origin[at++] = r;
+    w.origin[m] = n;
+    double* s = w.sums;
+    for (int64_t i = 0; i < m + 1 + kPad; ++i) {
+        const bool inside = i <= m;
+        const int64_t left = inside ? w.origin[i] : n, right = inside ? w.origin[m - i] : 0;
+        s[i] = row.p0[left];
+        s[i + w.stride] = row.p1[left];
+        s[i + 2 * w.stride] = row.p2[left];
+        s[i + 3 * w.stride] = -row.p0[right];
+        s[i + 4 * w.stride] = -row.p1[right];
+        s[i + 5 * w.stride] = -row.p2[right];
+    }
+    const int ahead = (k + 1) / 2, behind = k - ahead;
+    Direction forward{{s, s + w.stride, s + 2 * w.stride, m}, w.costs, w.costs + w.stride, w.splits, 0};
+    Direction backward{{s + 3 * w.stride, s + 4 * w.stride, s + 5 * w.stride, m}, w.costs + 2 * w.stride, w.costs + 3 * w.stride,
+                       w.splits + (ahead > 1 ? (ahead - 1) * (m + 1) : 0), 0};
+    forward.run(ahead, limit);
+    backward.run(behind, limit);
+    double best = __builtin_inf();
+    int64_t meet = -1;
+    for (int64_t j = m - backward.reach; j <= forward.reach; ++j)
+        if (forward.done[j] + backward.done[m - j] < best) {
+            best = forward.done[j] + backward.done[m - j];
+            meet = j;
+        }
+    if (meet < 0) return;  // only rounding could prune everything; Lloyd's result then stands
+    w.bound[0] = 0;
+    w.bound[k] = m;
+    w.bound[ahead] = meet;
+    for (int c = ahead; c >= 2; --c) w.bound[c - 1] = forward.splits[(c - 2) * (m + 1) + w.bound[c]];
+    for (int c = behind; c >= 2; --c) w.bound[k - c + 1] = m - backward.splits[(c - 2) * (m + 1) + (m - w.bound[k - c])];
+    double last = 0.0;
+    bool have = false;
+    for (int c = 0; c < k; ++c) {
+        const int64_t from = w.origin[w.bound[c]], to = w.origin[w.bound[c + 1]];
+        if (to > from) {
+            w.level[c] = last = row.centroid(from, to);
+            for (int before = c - 1; !have && before >= 0; --before) w.level[before] = last;
+            have = true;
+        } else if (have) {
+            w.level[c] = last;
+        }
+    }
+}
+
+bool kmeans_range(const KmeansArgs& args, int64_t begin, int64_t end) noexcept {
+    const int64_t n = args.n, stride = n + 1 + kPad;
+    const int k = args.levels, layers = args.iterations ? 0 : k;
+    Buffer<uint64_t> keys(n), spare(n);
+    Buffer<double> row(5 * stride), sums(args.iterations ? 0 : 6 * stride), costs(args.iterations ? 0 : 4 * stride), level(k);
+    Buffer<int64_t> origin(n + 1), bound(k + 1);
+    Buffer<int32_t> splits(layers * (n + 1));
+    if (!keys || !spare || !row || !sums || !costs || !level || !origin || !bound || !splits) return false;
+    Workspace w{{n, row, row + stride, row + 2 * stride, row + 3 * stride, row + 4 * stride, 0.0, 0, keys, spare},
+                origin, sums, costs, splits, level, bound, stride};
+    for (int64_t r = begin; r < end; ++r) {
+        w.row.build(args.weight + r * n, args.importance + (args.per_row ? r * n : 0));
+        if (args.iterations) lloyd(w.row, k, args.iterations, level, bound);
+        else optimal(w, k);
+        args.objective[r] = w.row.finish(level, k, args.out + r * k);
+    }
+    return true;
+}
+
+}  // namespace
+}  // namespace leangrid

@@ -1,0 +1,161 @@
+// leangrid.kernels._cpu: views of torch tensors in, an instruction set chosen by the caller, rows shared out to threads.
+// kernels/checks.py has checked shapes and values; here only the dtypes, the layout and what memory safety needs.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "table.h"
+
+namespace nb = nanobind;
+
+namespace leangrid {
+
+extern const KernelTable portable_table;
+#ifdef LEANGRID_X86
+extern const KernelTable avx2_table, avx512_table;
+#endif
+
+namespace {
+
+template <class T, int D>
+using Array = nb::ndarray<T, nb::ndim<D>, nb::c_contig, nb::device::cpu>;
+using FloatIn = Array<const float, 2>;
+using BytesIn = Array<const uint8_t, 2>;
+using FloatOut = Array<float, 2>;
+using BytesOut = Array<uint8_t, 2>;
+
+int best_isa() {
+#ifdef LEANGRID_X86
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+    if (wide) return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+const KernelTable& table(int isa) {
+    if (isa < 0 || isa > best_isa()) throw nb::value_error("this processor does not have that instruction set");
+#ifdef LEANGRID_X86
+    if (isa == 2) return avx512_table;
+    if (isa == 1) return avx2_table;
+#endif
+    return portable_table;
+}
+
+void require(bool fits) {
+    if (!fits) throw nb::value_error("array shapes do not fit together");
+}
+
+// Calls work(begin, end) on pieces of `grain` rows. Rows are independent, so who computes which piece changes nothing.
+template <class Work>
+void share_rows(int64_t rows, int64_t grain, int threads, Work work) {
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> good{true};
+    auto loop = [&] {
+        for (int64_t begin = next.fetch_add(grain); begin < rows && good; begin = next.fetch_add(grain))
+            if (!work(begin, std::min(rows, begin + grain))) good = false;
+    };
+    {
+        nb::gil_scoped_release release;
+        std::vector<std::thread> others;
+        const int64_t pieces = (rows + grain - 1) / grain;
+        for (int64_t i = 1; i < std::min<int64_t>(threads, pieces); ++i) {
+            try {
+                others.emplace_back(loop);
+            } catch (const std::system_error&) {  // the system has no more threads: those we have do the work
+                break;
+            }
+        }
+        loop();
+        for (auto& thread : others) thread.join();
+    }
+    if (!good) throw std::bad_alloc();
+}
+
+void kmeans(int isa, int threads, FloatIn weight, Array<const double, 1> importance, bool per_row, int iterations, FloatOut out,
+            Array<double, 1> objective) {
+    const int64_t rows = weight.shape(0), n = weight.shape(1);
+    require(n > 0 && importance.shape(0) == static_cast<size_t>(per_row ? rows * n : n) && out.shape(0) == weight.shape(0) &&
+            objective.shape(0) == weight.shape(0) && out.shape(1) >= 1 && out.shape(1) <= 256 && iterations >= 0);
+    const KmeansArgs args{weight.data(), importance.data(), n, per_row, static_cast<int>(out.shape(1)), iterations, out.data(),
+                          objective.data()};
+    const KernelTable& kernels = table(isa);
+    share_rows(rows, 8, threads, [&](int64_t begin, int64_t end) { return kernels.kmeans(args, begin, end); });
+}
+
+void affine_search(int isa, int threads, FloatIn weight, Array<const double, 1> importance, bool per_row, int bits, int steps,
+                   int shrink_steps, bool symmetric, int dtype, double smallest, double largest, FloatOut scale, BytesOut zero_point,
+                   Array<double, 2> objective) {
+    const int64_t rows = weight.shape(0), cols = weight.shape(1), groups = scale.shape(1);
+    require(groups > 0 && cols > 0 && cols % groups == 0 && importance.shape(0) == static_cast<size_t>(per_row ? rows * cols : cols) &&
+            scale.shape(0) == weight.shape(0) && zero_point.shape(0) == weight.shape(0) && objective.shape(0) == weight.shape(0) &&
+            zero_point.shape(1) == scale.shape(1) && objective.shape(1) == scale.shape(1) && bits >= 1 && bits <= 8 && steps >= 1 &&
+            shrink_steps >= 1);
+    const AffineArgs args{weight.data(), importance.data(), cols / groups, per_row ? std::max<int64_t>(rows * groups, 1) : groups,
+                          1 << bits, steps, shrink_steps, symmetric, dtype, smallest, largest, scale.data(), zero_point.data(),
+                          objective.data()};
+    const KernelTable& kernels = table(isa);
+    const int64_t grain = std::max<int64_t>(4, 4096 / args.n);
+    share_rows(rows * groups, grain, threads, [&](int64_t begin, int64_t end) { return kernels.affine(args, begin, end); });
+}
+
+void run_block(bool descend, int isa, int threads, FloatIn weight, FloatIn square, const GridArgs& grid, BytesOut codes, FloatOut error) {
+    require(square.shape(0) == square.shape(1) && square.shape(0) == weight.shape(1) && codes.shape(0) == weight.shape(0) &&
+            error.shape(0) == weight.shape(0) && codes.shape(1) == weight.shape(1) && error.shape(1) == weight.shape(1));
+    const SweepArgs args{weight.data(), square.data(), static_cast<int64_t>(weight.shape(1)), grid, codes.data(), error.data()};
+    const KernelTable& kernels = table(isa);
+    share_rows(weight.shape(0), 64, threads, [&](int64_t begin, int64_t end) {
+        return descend ? kernels.descend(args, begin, end) : kernels.sweep(args, begin, end);
+    });
+}
+
+template <bool descend>
+void block_levels(int isa, int threads, FloatIn weight, FloatIn square, FloatIn levels, BytesOut codes, FloatOut error) {
+    require(levels.shape(0) == weight.shape(0) && levels.shape(1) >= 1 && levels.shape(1) <= 256);
+    const GridArgs grid{levels.data(), static_cast<int>(levels.shape(1)), nullptr, nullptr, nullptr, 0};
+    run_block(descend, isa, threads, weight, square, grid, codes, error);
+}
+
+template <bool descend>
+void block_affine(int isa, int threads, FloatIn weight, FloatIn square, FloatIn scale, BytesIn zero_point, Array<const int32_t, 1> group,
+                  int bits, BytesOut codes, FloatOut error) {
+    require(scale.shape(0) == weight.shape(0) && zero_point.shape(0) == weight.shape(0) && zero_point.shape(1) == scale.shape(1) &&
+            group.shape(0) == weight.shape(1) && bits >= 1 && bits <= 8);
+    const GridArgs grid{nullptr, 1 << bits, scale.data(), zero_point.data(), group.data(), static_cast<int64_t>(scale.shape(1))};
+    run_block(descend, isa, threads, weight, square, grid, codes, error);
+}
+
+void level_gram(int isa, int threads, FloatIn hessian, BytesIn codes, Array<double, 3> out) {
+    const int64_t rows = codes.shape(0);
+    require(hessian.shape(0) == hessian.shape(1) && hessian.shape(0) == codes.shape(1) && out.shape(0) == codes.shape(0) &&
+            out.shape(1) == out.shape(2) && out.shape(1) >= 1 && out.shape(1) <= 256);
+    const GramArgs args{hessian.data(), codes.data(), static_cast<int64_t>(codes.shape(1)), static_cast<int>(out.shape(1)), out.data()};
+    const KernelTable& kernels = table(isa);
+    // A range packs H once for itself: few long ranges, but bounded ones (their float64 bins are scratch).
+    const int64_t grain = std::clamp<int64_t>((rows + threads - 1) / std::max(threads, 1), 1, 1024);
+    share_rows(rows, grain, threads, [&](int64_t begin, int64_t end) { return kernels.gram(args, begin, end); });
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    m.doc() = "Row kernels of leangrid; call them through leangrid.kernels, which checks their input.";
+    m.def("best_isa", &best_isa, "0 portable, 1 AVX2 and FMA, 2 AVX-512 (F, BW, DQ, VL)");
+    m.def("kmeans", &kmeans);
+    m.def("affine_search", &affine_search);
+    m.def("sweep_levels", &block_levels<false>);
+    m.def("descend_levels", &block_levels<true>);
+    m.def("sweep_affine", &block_affine<false>);
+    m.def("descend_affine", &block_affine<true>);
+    m.def("level_gram", &level_gram);
+}
+
+}  // namespace leangrid

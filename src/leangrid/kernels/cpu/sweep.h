@@ -1,0 +1,176 @@
+// The loop inside one block of columns, sixteen rows at once: lane l of every vector is row l of the tile, so the whole tile (b x 16
+// floats, 8 KB for b = 128) stays in the first-level cache and no lane ever waits for another. Semantics: torch_sweep.py.
+#pragma once
+#include "base.h"
+#include "table.h"
+
+namespace leangrid {
+namespace {
+
+constexpr int kLanes = 16;
+typedef float F32x16 __attribute__((vector_size(64), may_alias));
+typedef int32_t I32x16 __attribute__((vector_size(64), may_alias));
+
+inline F32x16 splat(float x) { return x - F32x16{}; }
+
+// [rows, b] row-major -> [b][16]; missing rows of the last tile repeat the last one (computed, never stored).
+template <class T, class U>
+inline void load_tile(const T* source, int64_t b, int rows, U* tile) {
+    const T* from[kLanes];
+    for (int l = 0; l < kLanes; ++l) from[l] = source + least(l, rows - 1) * b;
+    for (int64_t j = 0; j < b; ++j)
+        for (int l = 0; l < kLanes; ++l) tile[j * kLanes + l] = static_cast<U>(from[l][j]);
+}
+
+template <class T, class U>
+inline void store_tile(const U* tile, int64_t b, int rows, T* target) {
+    for (int l = 0; l < rows; ++l)
+        for (int64_t j = 0; j < b; ++j) target[l * b + j] = static_cast<T>(tile[j * kLanes + l]);
+}
+
+struct Choice {
+    F32x16 value;
+    I32x16 code;
+};
+
+// Nearest of a row's own levels, ties to the lower one; codes count the midpoints passed.
+struct LevelGrid {
+    const GridArgs& grid;
+    Buffer<float> levels, middles;  // [K][16]
+
+    explicit LevelGrid(const GridArgs& g) : grid(g), levels(g.count * kLanes), middles(g.count * kLanes) {}
+    bool ready() const { return levels.data && middles.data; }
+
+    void tile(int64_t row, int rows) {
+        load_tile(grid.levels + row * grid.count, grid.count, rows, levels.data);
+        for (int i = 0; i < (grid.count - 1) * kLanes; ++i) middles[i] = 0.5f * levels[i] + 0.5f * levels[i + kLanes];
+    }
+    void column(int64_t) {}
+    Choice nearest(F32x16 x) const {
+        const F32x16* level = (const F32x16*)levels.data;
+        const F32x16* middle = (const F32x16*)middles.data;
+        Choice out{level[0], {}};
+        for (int q = 0; q < grid.count - 1; ++q) {
+            const I32x16 past = x > middle[q];
+            out.value = past ? level[q + 1] : out.value;
+            out.code -= past;
+        }
+        return out;
+    }
+    F32x16 value(I32x16 code) const {
+        F32x16 out;
+        for (int l = 0; l < kLanes; ++l) out[l] = levels[code[l] * kLanes + l];
+        return out;
+    }
+};
+
+// Nearest of S (q - Z), S and Z those of the column's group.
+struct AffineGrid {
+    const GridArgs& grid;
+    int64_t row = 0;
+    int rows = 0;
+    F32x16 scale = {}, zero = {};
+
+    explicit AffineGrid(const GridArgs& g) : grid(g) {}
+    bool ready() const { return true; }
+
+    void tile(int64_t first, int count) {
+        row = first;
+        rows = count;
+    }
+    void column(int64_t j) {
+        alignas(64) float s[kLanes], z[kLanes];
+        for (int l = 0; l < kLanes; ++l) {
+            const int64_t at = (row + least(l, rows - 1)) * grid.groups + grid.group[j];
+            s[l] = grid.scale[at];
+            z[l] = grid.zero_point[at];
+        }
+        scale = *(const F32x16*)s;
+        zero = *(const F32x16*)z;
+    }
+    Choice nearest(F32x16 x) const {
+        const F32x16 low = {}, top = splat(static_cast<float>(grid.count - 1)), magic = splat(12582912.0f);  // 1.5 * 2^23: rounds
+        F32x16 code = x / scale + zero;
+        code = code < low ? low : code;
+        code = code > top ? top : code;
+        code = (code + magic) - magic;
+        return {scale * (code - zero), __builtin_convertvector(code, I32x16)};
+    }
+    F32x16 value(I32x16 code) const { return scale * (__builtin_convertvector(code, F32x16) - zero); }
+};
+
+template <class Grid>
+inline bool sweep_tiles(const SweepArgs& args, int64_t begin, int64_t end) {
+    const int64_t b = args.b;
+    Buffer<float> left(b * kLanes), error(b * kLanes);
+    Buffer<int32_t> codes(b * kLanes);
+    Grid grid(args.grid);
+    if (!left || !error || !codes || !grid.ready()) return false;
+    F32x16* w = (F32x16*)left.data;
+    for (int64_t row = begin; row < end; row += kLanes) {
+        const int rows = static_cast<int>(least<int64_t>(kLanes, end - row));
+        load_tile(args.weight + row * b, b, rows, left.data);
+        grid.tile(row, rows);
+        for (int64_t j = 0; j < b; ++j) {
+            const float* u = args.square + j * b;
+            grid.column(j);
+            const Choice choice = grid.nearest(w[j]);
+            const F32x16 e = (w[j] - choice.value) / splat(u[j]);
+            ((I32x16*)codes.data)[j] = choice.code;
+            ((F32x16*)error.data)[j] = e;
+            for (int64_t k = j + 1; k < b; ++k) w[k] = w[k] - u[k] * e;
+        }
+        store_tile(codes.data, b, rows, args.codes + row * b);
+        store_tile(error.data, b, rows, args.error + row * b);
+    }
+    return true;
+}
+
+template <class Grid>
+inline bool descend_tiles(const SweepArgs& args, int64_t begin, int64_t end) {
+    const int64_t b = args.b;
+    Buffer<float> slope(b * kLanes), delta(b * kLanes);
+    Buffer<int32_t> codes(b * kLanes);
+    Grid grid(args.grid);
+    if (!slope || !delta || !codes || !grid.ready()) return false;
+    F32x16* g = (F32x16*)slope.data;
+    const F32x16 zero = {}, better = splat(static_cast<float>(1.0 - 1e-6));
+    for (int64_t row = begin; row < end; row += kLanes) {
+        const int rows = static_cast<int>(least<int64_t>(kLanes, end - row));
+        load_tile(args.weight + row * b, b, rows, slope.data);
+        load_tile(args.codes + row * b, b, rows, codes.data);
+        grid.tile(row, rows);
+        for (int64_t j = 0; j < b; ++j) {
+            const float* h = args.square + j * b;
+            F32x16& change = ((F32x16*)delta.data)[j];
+            change = zero;
+            if (!(h[j] > 0.0f)) continue;
+            grid.column(j);
+            I32x16& code = ((I32x16*)codes.data)[j];
+            const F32x16 now = grid.value(code), wanted = now - g[j] / splat(h[j]);
+            const Choice choice = grid.nearest(wanted);
+            const F32x16 far = wanted - now, near = wanted - choice.value;
+            const I32x16 move = (near < zero ? -near : near) < (far < zero ? -far : far) * better;
+            change = move ? choice.value - now : zero;
+            code = move ? choice.code : code;
+            bool any = false;
+            for (int l = 0; l < kLanes; ++l) any |= move[l] != 0;
+            if (any)
+                for (int64_t k = j + 1; k < b; ++k) g[k] = g[k] + h[k] * change;
+        }
+        store_tile(codes.data, b, rows, args.codes + row * b);
+        store_tile(delta.data, b, rows, args.error + row * b);
+    }
+    return true;
+}
+
+bool sweep_range(const SweepArgs& args, int64_t begin, int64_t end) noexcept {
+    return args.grid.levels ? sweep_tiles<LevelGrid>(args, begin, end) : sweep_tiles<AffineGrid>(args, begin, end);
+}
+
+bool descend_range(const SweepArgs& args, int64_t begin, int64_t end) noexcept {
+    return args.grid.levels ? descend_tiles<LevelGrid>(args, begin, end) : descend_tiles<AffineGrid>(args, begin, end);
+}
+
+}  // namespace
+}  // namespace leangrid

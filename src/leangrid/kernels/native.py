@@ -1,0 +1,116 @@
+"""The C++ extension, seen from Python: allocates results, passes views (no copies), picks the instruction set once.
+
+The same functions as torch_ops; inputs are already checked (kernels/checks.py), on the CPU and contiguous.
+"""
+
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from leangrid.errors import RecipeError
+from leangrid.kernels.torch_affine import SCALE_LIMITS, shrink_steps
+
+CHOICES = ("torch", "portable", "avx2", "avx512")
+
+
+@cache
+def _extension() -> ModuleType | None:
+    try:
+        from leangrid.kernels import _cpu  # type: ignore[attr-defined]
+    except ImportError as error:
+        warnings.warn(f"leangrid runs without its C++ kernels (slower, same results): {error}", stacklevel=2)
+        return None
+    return _cpu
+
+
+@cache
+def _isa(wanted: str) -> int | None:
+    """Index into portable, avx2, avx512; None for torch."""
+    if wanted and wanted not in CHOICES:
+        raise RecipeError(f"LEANGRID_KERNELS={wanted}", "environment", f"Choose one of {', '.join(CHOICES)}")
+    if wanted == "torch" or (module := _extension()) is None:
+        return None
+    best = module.best_isa()
+    isa = CHOICES.index(wanted) - 1 if wanted else best
+    if isa > best:
+        raise RecipeError(f"this processor has no {wanted}", "LEANGRID_KERNELS", f"The best here is {CHOICES[best + 1]}")
+    return isa
+
+
+def _chosen() -> int | None:
+    return _isa(os.environ.get("LEANGRID_KERNELS", ""))
+
+
+def available() -> bool:
+    """Whether CPU tensors go to C++."""
+    return _chosen() is not None
+
+
+def backend() -> str:
+    """Which path CPU tensors take: cpu-avx512, cpu-avx2, cpu-portable or torch."""
+    isa = _chosen()
+    return "torch" if isa is None else f"cpu-{CHOICES[isa + 1]}"
+
+
+def _call(name: str, *args: object) -> None:
+    getattr(_extension(), name)(_chosen(), torch.get_num_threads(), *args)
+
+
+def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    return _kmeans(weight, importance, levels, 0)
+
+
+def kmeans_lloyd(weight: Tensor, importance: Tensor, levels: int, iterations: int) -> tuple[Tensor, Tensor]:
+    return _kmeans(weight, importance, levels, iterations)
+
+
+def _kmeans(weight: Tensor, importance: Tensor, levels: int, iterations: int) -> tuple[Tensor, Tensor]:
+    out, objective = torch.empty(len(weight), levels), torch.empty(len(weight), dtype=torch.float64)
+    _call("kmeans", weight, importance.view(-1), importance.ndim == 2, iterations, out, objective)
+    return out, objective
+
+
+def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shrink: float, group_size: int, symmetric: bool,
+                  scale_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = len(weight), weight.shape[1] // group_size
+    scale, zero_point, objective = torch.empty(shape), torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.float64)
+    dtype = scale_dtype or torch.float32
+    smallest, largest = SCALE_LIMITS[dtype]
+    _call("affine_search", weight, importance.view(-1), importance.ndim == 2, bits, steps, shrink_steps(steps, shrink), symmetric,
+          {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype], smallest, largest, scale, zero_point, objective)  # fmt: skip
+    return scale, zero_point, objective
+
+
+def sweep_levels(weight: Tensor, upper: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    _call("sweep_levels", weight, upper, levels, codes, errors)
+    return codes, errors
+
+
+def sweep_affine(weight: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    _call("sweep_affine", weight, upper, scale, zero_point, group, bits, codes, errors)
+    return codes, errors
+
+
+def descend_levels(gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    codes, delta = codes.clone(), torch.empty_like(gradient)
+    _call("descend_levels", gradient, hessian, levels, codes, delta)
+    return codes, delta
+
+
+def descend_affine(gradient: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor,
+                   bits: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    codes, delta = codes.clone(), torch.empty_like(gradient)
+    _call("descend_affine", gradient, hessian, scale, zero_point, group, bits, codes, delta)
+    return codes, delta
+
+
+def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Tensor:
+    out = torch.empty(len(codes), levels, levels, dtype=torch.float64)
+    _call("level_gram", hessian, codes, out)
+    return out

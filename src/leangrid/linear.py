@@ -1,0 +1,210 @@
+"""One linear layer, whole: fit the grid, sweep, guard, refine, and judge the result beside the baselines.
+
+Losses are tr(E H E^T)/2 with E = W^ - target and the undamped H; min-max GPTQ and rounding are measured on the same
+target, Hessian, bits and groups. Whatever the grid, the result is never worse than rounding without a record.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from leangrid.errors import ShapeError
+from leangrid.exact import exact_sweep
+from leangrid.factor import Factor, factorize, relative_power
+from leangrid.grids import AffineGrid, Grid, NonuniformGrid, fit_affine, fit_minmax, fit_nonuniform
+from leangrid.grids.protocol import check_weight
+from leangrid.recipe import Recipe
+from leangrid.refine import refine
+from leangrid.rescue import Rescue
+from leangrid.solver import Swept, sweep
+
+GUARD_POWERS = (2.0, 0.0)  # what a collapsed row tries, where the recipe's p is higher
+GUARD_GAIN = 0.75  # an alternative must be this far below the learned grid: the lowest loss as a rule made models worse
+
+
+@dataclass(frozen=True, eq=False)
+class LinearResult:
+    """A quantized layer: ``codes`` uint8 [rows, cols], its ``grid``, losses against the target, and what was rescued.
+
+    ``seconds`` holds grid, solve, refine, and baseline (what the two comparisons cost).
+    """
+
+    codes: UInt8[Tensor, "rows cols"]
+    grid: Grid
+    loss: float
+    loss_minmax: float
+    loss_rounding: float
+    rescues: tuple[Rescue, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def row_losses(
+    weight_hat: Float[Tensor, "rows cols"], target: Float[Tensor, "rows cols"], matrix: Float[Tensor, "cols cols"]
+) -> Float[Tensor, " rows"]:
+    """(E H E^T)_ii / 2 of each row, float64."""
+    error = weight_hat.float() - target.float()
+    return (error @ matrix).mul_(error).sum(1, dtype=torch.float64) / 2
+
+
+def loss(weight_hat: Float[Tensor, "rows cols"], target: Float[Tensor, "rows cols"], matrix: Float[Tensor, "cols cols"]) -> float:
+    """The layer loss tr(E H E^T)/2."""
+    return float(row_losses(weight_hat, target, matrix).sum())
+
+
+def solve_linear(
+    target: Float[Tensor, "rows cols"],
+    factor: Factor,
+    matrix: Float[Tensor, "cols cols"],
+    recipe: Recipe,
+    dtype: torch.dtype = torch.float32,
+) -> LinearResult:
+    """Quantize ``target`` by a resolved recipe.
+
+    Args:
+        target: the weights, or the corrected target; any float dtype.
+        factor: of ``matrix``; its damped matrix guides the refinement.
+        matrix: H undamped, float32, original column order.
+        recipe: with every default written out (Recipe.resolved).
+        dtype: of the checkpoint; scales and levels are rounded to it before any error is propagated.
+
+    Raises:
+        ShapeError: NaN or infinite weights, or a group size that does not divide the columns.
+    """
+    return _Layer(check_weight(target), factor, matrix, recipe, dtype).solve()
+
+
+def quantize_linear(
+    weight: Tensor, hessian: Tensor, scheme: str = "NU3", **recipe_fields: object
+) -> tuple[UInt8[Tensor, "rows cols"], Grid, float]:
+    """Tensors in, tensors out: quantize ``weight`` [rows, cols] for the Hessian 2/N X^T X [cols, cols].
+
+    Args:
+        scheme: such as NU3, W4A16_G64, GPTQ4, RTN4 (see Scheme).
+        recipe_fields: any field of Recipe: p, steps, refine, guard, damping, act_order, search.
+
+    Returns:
+        codes (uint8 [rows, cols]), grid, and the layer loss tr(E H E^T)/2. ``grid.dequantize(codes)`` is the weight;
+        scales and levels are exact in the dtype of ``weight``.
+
+    Raises:
+        RecipeError: a field that is wrong. ShapeError: shapes that do not fit, or weights that are not finite.
+        NumericalError: a Hessian that is not finite.
+    """
+    recipe = Recipe.build(scheme=scheme, **recipe_fields).resolved("W4A16")
+    if weight.ndim != 2 or tuple(hessian.shape) != (weight.shape[1], weight.shape[1]):
+        raise ShapeError(f"a weight {tuple(weight.shape)} and a Hessian {tuple(hessian.shape)} do not fit", "quantize_linear")
+    factor = factorize(hessian, recipe.damping, recipe.act_order)
+    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
+    result = solve_linear(weight, factor, hessian.float(), recipe, dtype)
+    return result.codes, result.grid, result.loss
+
+
+class _Layer:
+    """The arguments of one solve, so that its steps read as steps."""
+
+    def __init__(self, target: Tensor, factor: Factor, matrix: Tensor, recipe: Recipe, dtype: torch.dtype) -> None:
+        self.target, self.factor, self.matrix, self.recipe, self.dtype = target, factor, matrix, recipe, dtype
+        self.scheme = recipe.parsed
+        self.rescues: list[Rescue] = []
+        self.seconds: dict[str, float] = {"grid": 0.0, "solve": 0.0, "refine": 0.0, "baseline": 0.0}
+
+    def solve(self) -> LinearResult:
+        minmax = self.minmax()
+        with self.timed("baseline"):
+            rounding = minmax.nearest(self.target)
+            loss_rounding = self.loss(rounding, minmax)
+        baseline = self.swept(minmax, "solve" if self.scheme.method == "gptq" else "baseline")
+        with self.timed("baseline"):
+            loss_minmax = self.loss(baseline.codes, minmax)
+        if self.scheme.method == "rtn":
+            codes, grid = rounding, minmax
+        elif self.scheme.method == "gptq":
+            codes, grid = self.refined(baseline.codes, minmax)
+        else:
+            codes, grid = self.refined(*self.learned(baseline, minmax))
+        value = self.loss(codes, grid)
+        if value > loss_rounding and self.scheme.method != "rtn":
+            codes, grid, value = self.rounding_instead(codes, grid, value, rounding, minmax, loss_rounding)
+        return LinearResult(codes, grid, value, loss_minmax, loss_rounding, tuple(self.rescues), self.seconds)
+
+    def learned(self, baseline: Swept, minmax: AffineGrid) -> tuple[Tensor, Grid]:
+        """The loss-error-aware grid and its codes; rows that fell behind min-max GPTQ may take a lower p or the min-max grid."""
+        power = self.recipe.p if self.recipe.p is not None else 4.0
+        grid = self.fitted(self.target, power)
+        swept = self.swept(grid, "solve")
+        if not self.recipe.guard:
+            return swept.codes, grid
+        codes, loss_now = swept.codes, swept.loss.clone()
+        behind = (loss_now > baseline.loss).nonzero().squeeze(1)
+        if not len(behind):
+            return codes, grid
+        weight, changed = self.target[behind], torch.zeros_like(loss_now, dtype=torch.bool)
+        for other in [*(p for p in GUARD_POWERS if p < power), None]:
+            candidate = self.as_kind(minmax.take(behind)) if other is None else self.fitted(weight, other)
+            result = self.swept(candidate, "solve", weight)
+            better = (result.loss < loss_now[behind]) & (result.loss < GUARD_GAIN * swept.loss[behind])
+            rows = behind[better]
+            codes[rows], loss_now[rows], changed[rows] = result.codes[better], result.loss[better], True
+            grid = grid.put(rows, candidate.take(better))
+        if bool(changed.any()):
+            count = int(changed.sum())
+            detail = f"{count} of {len(codes)} rows fell behind min-max GPTQ at p = {power:g} and took another grid"
+            self.rescues.append(Rescue("guarded_rows", detail, count))
+        return codes, grid
+
+    def rounding_instead(
+        self, codes: Tensor, grid: Grid, value: float, rounding: Tensor, minmax: AffineGrid, loss_rounding: float
+    ) -> tuple[Tensor, Grid, float]:
+        """The best result without error propagation, in the same format, and the record of it."""
+        self.rescues.append(Rescue("worse_than_rounding", f"loss {value:.6g} against {loss_rounding:.6g} for rounding"))
+        if isinstance(grid, AffineGrid):
+            return rounding, minmax, loss_rounding
+        for candidate in (self.as_kind(minmax), self.fitted(self.target, 0.0)):
+            nearest = candidate.nearest(self.target)
+            loss_nearest = self.loss(nearest, candidate)
+            if loss_nearest < value:
+                codes, grid, value = nearest, candidate, loss_nearest
+        return codes, grid, value
+
+    def fitted(self, weight: Tensor, power: float) -> Grid:
+        """The learned grid of the scheme for some rows, exact in the stored dtype."""
+        with self.timed("grid"):
+            if self.scheme.exact:  # Algorithm 2 has no elimination order yet: the unconditional diagonal
+                weights = relative_power(self.factor.inverse().diagonal().sqrt(), power)
+            else:
+                weights = self.factor.loss_error_weights(power)
+            if self.scheme.grid == "nonuniform":
+                return fit_nonuniform(weight, weights, self.scheme.levels, self.recipe.search).rounded(self.dtype)
+            bits, group_size, symmetric = self.scheme.bits, self.scheme.group_size, self.scheme.symmetric
+            return fit_affine(weight, weights, bits, self.recipe.steps, group_size, symmetric, self.dtype)
+
+    def minmax(self) -> AffineGrid:
+        with self.timed("baseline"):
+            return fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
+
+    def as_kind(self, minmax: AffineGrid) -> Grid:
+        """A min-max grid in the scheme's own format (whole rows, where that is non-uniform)."""
+        return minmax if self.scheme.grid == "affine" else NonuniformGrid(minmax.levels[:, 0].contiguous()).rounded(self.dtype)
+
+    def swept(self, grid: Grid, stage: str, weight: Tensor | None = None) -> Swept:
+        solver = exact_sweep if self.scheme.exact and stage == "solve" else sweep
+        with self.timed(stage):
+            return solver(self.target if weight is None else weight, self.factor, grid)
+
+    def refined(self, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        with self.timed("refine"):
+            return refine(self.target, codes, grid, self.factor.damped, self.recipe.refine or 0, self.dtype)
+
+    def loss(self, codes: Tensor, grid: Grid) -> float:
+        return loss(grid.dequantize(codes), self.target, self.matrix)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = perf_counter()
+        yield
+        self.seconds[stage] += perf_counter() - start

@@ -1,0 +1,120 @@
+"""A quantized directory -> a transformers model that runs, on our packed layers."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from leangrid import hf_quantizer
+from leangrid.errors import ArchitectureError, CheckpointError, LeangridError
+from leangrid.formats import format_of
+from leangrid.layers import PackedLinear
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+
+def load(
+    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, dense: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Open a result of ``leangrid.quantize`` (or a plain checkpoint) for inference. Nothing is downloaded and no code of it runs.
+
+    Args:
+        directory: holds config.json, safetensors and usually a tokenizer.
+        device: where the model goes.
+        dtype: of its floating-point tensors; None: as stored.
+        dense: dequantize every packed layer once into a plain nn.Linear. Same numbers, 16 or 32 bits a weight of memory, no
+            dequantization in each forward pass.
+
+    Returns:
+        The model in evaluation mode and its tokenizer (None where the directory has none).
+
+    Raises:
+        CheckpointError: a file is missing, damaged or not what the config says.
+        ArchitectureError: the model class is not one of transformers'.
+        FormatError: a quantization that leangrid does not read.
+    """
+    directory = Path(directory)
+    stored = _read_config(directory)
+    model_class = _model_class(stored)
+    config = transformers.CONFIG_MAPPING[stored["model_type"]].from_dict({k: v for k, v in stored.items() if k != "quantization_config"})
+    quantization = stored.get("quantization_config")
+    if quantization is not None:
+        format_of(quantization).scheme_of(quantization)  # refused here, by name, before transformers sees it
+        hf_quantizer.register()
+        config.quantization_config = hf_quantizer.through_leangrid(quantization)
+    model = _from_pretrained(model_class, directory, config, dtype)
+    if dense:
+        _to_dense(model)
+    return model.to(device).eval(), _tokenizer(directory)  # pyright: ignore[reportArgumentType]
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        unfinished = directory.name.endswith(".partial") or directory.with_name(directory.name + ".partial").is_dir()
+        resume = "The run is not finished: give the same quantize command again"
+        raise CheckpointError("there is no config.json", directory, resume if unfinished else "Give the directory of a finished result")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"config.json cannot be read: {error}", path, "Copy the directory again") from error
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config", {}), dict):
+        raise CheckpointError("config.json is not an object", path, "Copy the directory again")
+    return config
+
+
+def _model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
+    """The class that ``architectures`` names, if transformers has it; never code from the checkpoint."""
+    if config.get("auto_map"):
+        raise ArchitectureError("the checkpoint brings its own code, which leangrid never runs", "config.json: auto_map", "Remove auto_map")
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, name, None) if isinstance(name, str) and config.get("model_type") in transformers.CONFIG_MAPPING else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        what = f"transformers {transformers.__version__} has no model {name!r} of type {config.get('model_type')!r}"
+        raise ArchitectureError(what, "config.json: architectures, model_type", "Upgrade transformers, or mend config.json")
+    return found
+
+
+def _from_pretrained(model_class: type[PreTrainedModel], directory: Path, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+    try:
+        model, info = model_class.from_pretrained(
+            directory, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except LeangridError:
+        raise
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        way_out = "Compare it with its manifest: leangrid verify DIR"
+        raise CheckpointError(f"transformers cannot load it: {reason}", directory, way_out) from error
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise CheckpointError(f"{len(missing)} tensors are missing", f"first: {missing[0]}", "Copy or quantize the directory again")
+    if unexpected:
+        warnings.warn(f"{directory}: {len(unexpected)} tensors are not part of {model_class.__name__}, first {unexpected[0]}", stacklevel=3)
+    return model
+
+
+def _to_dense(model: nn.Module) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, PackedLinear):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.weight = nn.Parameter(layer.weight_hat, requires_grad=False)
+            linear.bias = layer.bias
+            model.set_submodule(name, linear)
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    if not any((directory / name).is_file() for name in _TOKENIZERS):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        way_out = "Copy the tokenizer files of the source again"
+        raise CheckpointError(f"the tokenizer cannot be loaded: {error}", directory, way_out) from error

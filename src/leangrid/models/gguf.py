@@ -1,0 +1,122 @@
+"""A .gguf file as a checkpoint: dequantized once into a plain directory, by transformers' own reader.
+
+GGUF holds llama.cpp's names and its permuted q/k rows; transformers undoes both. The whole model is in memory while it is
+converted (float32), the one place where leangrid does not go block by block.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging as transformers_logging
+
+from leangrid.errors import CheckpointError
+from leangrid.storage import files, safetensors
+
+# File types (GGUF's general.file_type) that hold plain floats keep their dtype; all others become bfloat16.
+_PLAIN = {0: torch.float32, 1: torch.float16, 32: torch.bfloat16}
+_NAMES = {torch.float32: ("F32", 4), torch.float16: ("F16", 2), torch.bfloat16: ("BF16", 2)}
+_MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether ``path`` is named like a GGUF file."""
+    return path.suffix.lower() == ".gguf"
+
+
+def dequantize(path: Path, directory: Path) -> torch.dtype:
+    """Write the model in ``path`` to ``directory`` as config.json, model.safetensors and tokenizer files.
+
+    Returns:
+        the dtype of the written weights: the file's own for float files, bfloat16 for quantized ones.
+
+    Raises:
+        CheckpointError: the file is missing, no GGUF, damaged, or of a model transformers cannot read.
+    """
+    _check_magic(path)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        where, name = str(path.parent), path.name
+        config = AutoConfig.from_pretrained(where, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    except (ValueError, KeyError, OSError, RuntimeError, IndexError, NotImplementedError) as error:
+        raise CheckpointError(f"the GGUF file cannot be read: {error}", path, "Check the download, or convert it with its own tools") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    dtype = _PLAIN.get(_file_type(path), torch.bfloat16)
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors = {n: t.to(dtype).contiguous() for n, t in model.state_dict().items() if n not in tied}
+    files.make_dir(directory)
+    tokenizer.save_pretrained(str(directory))
+    if model.generation_config is not None:
+        files.atomic_write(directory / "generation_config.json", model.generation_config.to_json_string().encode())
+    safetensors.save(directory / "model.safetensors", tensors, {"format": "pt"})
+    files.atomic_write(directory / "config.json", config.to_json_string(use_diff=False).encode())
+    return dtype
+
+
+def _check_magic(path: Path) -> None:
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+    except OSError as error:
+        raise CheckpointError(f"the file cannot be read: {error.strerror}", path, "Give the path of a .gguf file") from error
+    if magic != _MAGIC:
+        raise CheckpointError("this is no GGUF file: it does not begin with 'GGUF'", path, "Check the download")
+
+
+def _file_type(path: Path) -> int:
+    from gguf import GGUFReader
+
+    field = GGUFReader(str(path)).get_field("general.file_type")
+    return -1 if field is None else int(field.contents())
+
+
+@dataclass(frozen=True)
+class _Shape:
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class DescribedCheckpoint:
+    """What a GGUF file will be once it is dequantized: the config and the shapes, no weights (for ``plan``)."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, _Shape]
+    notices: tuple[str, ...] = ()
+
+    def read(self, name: str) -> Tensor:
+        """Never: a description holds no weights."""
+        raise CheckpointError("a described GGUF file holds no weights", name, "Dequantize it first")
+
+
+def describe(path: Path) -> DescribedCheckpoint:
+    """The checkpoint that ``dequantize(path, ...)`` would write, from the file's header alone."""
+    _check_magic(path)
+    try:
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
+        raise CheckpointError(f"the GGUF file cannot be read: {error}", path, "Check the download") from error
+    name, size = _NAMES[_PLAIN.get(_file_type(path), torch.bfloat16)]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tensors = {n: _Shape(name, tuple(t.shape), t.numel() * size) for n, t in model.state_dict().items() if n not in tied}
+    fields = {**config.to_dict(), "architectures": [type(model).__name__]}
+    return DescribedCheckpoint(path, fields, tensors)

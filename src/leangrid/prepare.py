@@ -1,0 +1,190 @@
+"""Before any work: open the source, settle the recipe, refuse what cannot be done, lock the output."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from leangrid._version import __version__
+from leangrid.data.calibration import decoded_start, windows_hash
+from leangrid.data.calibration import windows as corpus_windows
+from leangrid.errors import CalibrationError, FormatError, ShapeError
+from leangrid.formats import FORMATS
+from leangrid.models.gguf import dequantize, is_gguf
+from leangrid.models.skeleton import Skeleton
+from leangrid.models.tokenizer import load_tokenizer
+from leangrid.progress import Event, Progress
+from leangrid.recipe import Recipe
+from leangrid.storage.hub import locate_source
+from leangrid.storage.journal import Journal
+from leangrid.storage.source import Checkpoint, open_source
+from leangrid.storage.writer import check_output
+
+_DEFAULT_GROUP = 128
+
+
+@dataclass
+class Prepared:
+    """A checked source with its settled recipe and the locked journal of its result."""
+
+    source: str
+    out: Path
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    recipe: Recipe
+    journal: Journal
+    overwrite: bool
+    notices: list[str]
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    windows: Tensor | None,
+    overwrite: bool,
+    restart: bool,
+    state_dir: str | Path | None,
+    progress: Progress | None,
+) -> Prepared:
+    """Open and check everything that needs no weights; LeangridError before anything is written (a GGUF source is
+    dequantized into ``out.partial/source`` once the output is locked).
+    """
+    path, final = locate_source(str(source)), Path(out)
+    check_output(final, path, overwrite)
+    notices: list[str] = []
+    if is_gguf(path):
+        fingerprint = _file_hash(path)
+        journal = _open_journal(final, recipe, fingerprint, windows, restart, state_dir)
+        try:
+            notices.append(f"{path.name}: dequantized before quantizing; the original of all comparisons is the dequantized model")
+            directory = journal.partial / "source"
+            if not (directory / "config.json").is_file():
+                dequantize(path, directory)
+            checkpoint, skeleton, settled = open_model(directory, recipe)
+        except BaseException:
+            _give_up(journal)
+            raise
+    else:
+        checkpoint, skeleton, settled = open_model(path, recipe)
+        journal = _open_journal(final, recipe, checkpoint.fingerprint, windows, restart, state_dir)
+    notices += [*checkpoint.notices, *journal.notices]
+    if recipe.scheme == "auto":
+        notices.append(f"scheme: {settled.scheme}")
+    for notice in notices:
+        if progress is not None:
+            progress(Event("notice", message=notice))
+    return Prepared(str(source), final, checkpoint, skeleton, settled, journal, overwrite, notices)
+
+
+def open_model(directory: Path, recipe: Recipe) -> tuple[Checkpoint, Skeleton, Recipe]:
+    """A directory as checkpoint and skeleton, with the recipe settled for its shapes; refuses what cannot be done."""
+    checkpoint = open_source(directory)
+    skeleton = Skeleton(checkpoint)
+    settled = settle(recipe, skeleton)
+    refuse_impossible(settled, skeleton)
+    return checkpoint, skeleton, settled
+
+
+def settle(recipe: Recipe, skeleton: Skeleton) -> Recipe:
+    """Write out every default; ``auto`` becomes W4A16_G128 where all columns divide by 128, else W4A16."""
+    columns = {skeleton.shape(name)[1] for name in skeleton.linear_names(0)}
+    groups_fit = all(cols % _DEFAULT_GROUP == 0 for cols in columns)
+    return recipe.resolved(f"W4A16_G{_DEFAULT_GROUP}" if groups_fit else "W4A16")
+
+
+def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:
+    """ShapeError for a group that does not divide, FormatError for what the container cannot hold: names the layer."""
+    scheme = recipe.parsed
+    if recipe.format not in FORMATS:
+        raise FormatError(f"'{recipe.format}' is no format that quantize writes", "--format", f"Choose one of: auto, {', '.join(FORMATS)}")
+    for index in range(len(skeleton.blocks)):
+        for name in skeleton.linear_names(index):
+            rows, cols = skeleton.shape(name)
+            if scheme.group_size and cols % scheme.group_size:
+                fits = [g for g in (128, 64, 32) if cols % g == 0]
+                instead = f"W{scheme.bits}A16_G{fits[0]} or W{scheme.bits}A16" if fits else f"W{scheme.bits}A16"
+                raise ShapeError(f"groups of {scheme.group_size} do not divide {cols} columns", name, f"Use {instead}")
+            reason = FORMATS[recipe.format].refuse(scheme, name, rows, cols, skeleton.architecture.layer)
+            if reason:
+                raise FormatError(reason)
+
+
+def calibration_windows(prepared: Prepared, given: Tensor | None, progress: Progress | None) -> Tensor:
+    """The calibration windows, int64 [samples, length]: given, or from the recipe's corpus; kept beside the journal."""
+    journal, recipe, skeleton = prepared.journal, prepared.recipe, prepared.skeleton
+    saved = journal.load_named("windows")
+    if saved is not None:
+        return saved["windows"]
+    positions = getattr(skeleton.config, "max_position_embeddings", None)
+    rows = skeleton.base.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    tokenizer = load_tokenizer(prepared.checkpoint.directory)
+    if given is not None:
+        tokens = _checked(given, rows, positions)
+    else:
+        tokens = corpus_windows(recipe, tokenizer, _sampler(prepared), vocab_rows=rows, max_positions=positions)
+    journal.save_named("windows", {"windows": tokens})
+    if tokenizer is not None and progress is not None:
+        shown = decoded_start(tokenizer, tokens)
+        progress(Event("notice", message=f"calibration: {tokens.shape[0]} x {tokens.shape[1]} tokens, first: {shown}"))
+    return tokens
+
+
+def _checked(windows: Tensor, rows: int, positions: int | None) -> Tensor:
+    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
+        raise CalibrationError(f"windows must be int64 [samples, length], got {windows.dtype} {list(windows.shape)}", "windows")
+    if int(windows.min()) < 0 or int(windows.max()) >= rows:
+        raise CalibrationError(f"token ids must lie in 0..{rows - 1}, got {int(windows.min())}..{int(windows.max())}", "windows")
+    if positions and windows.shape[1] > positions:
+        raise CalibrationError(f"windows of {windows.shape[1]} tokens, but the model takes {positions}", "windows")
+    return windows.contiguous()
+
+
+def _sampler(prepared: Prepared) -> Callable[[int, int, int], Tensor] | None:
+    """Draws windows from the source model itself: the whole model is in memory for that time."""
+    if prepared.skeleton.architecture.kind != "decoder":
+        return None
+
+    def sample_windows(samples: int, length: int, seed: int) -> Tensor:
+        from leangrid.data.sampling import sample
+        from leangrid.load import load
+
+        model, tokenizer = load(prepared.checkpoint.directory)
+        return sample(model, tokenizer, samples, length, seed)
+
+    return sample_windows
+
+
+def _open_journal(
+    out: Path, recipe: Recipe, fingerprint: str, windows: Tensor | None, restart: bool, state_dir: str | Path | None
+) -> Journal:
+    identity = {
+        "recipe": recipe.model_dump(),
+        "source": fingerprint,
+        "windows": _windows_identity(recipe, windows),
+        "version": __version__,
+    }
+    return Journal.beside(out, None if state_dir is None else Path(state_dir)).open(identity, restart)
+
+
+def _windows_identity(recipe: Recipe, windows: Tensor | None) -> str:
+    """What the calibration is, known before it is read: the tokens' hash, the file's hash, or the corpus by name."""
+    if windows is not None:
+        return windows_hash(windows)
+    path = Path(recipe.calibration)
+    return _file_hash(path) if path.is_file() else recipe.calibration
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _give_up(journal: Journal) -> None:
+    """Take back a run that never began."""
+    if journal.is_fresh:
+        journal.discard()
+    journal.close()

@@ -1,0 +1,128 @@
+"""The end of a run: side texts, the config with its quantization entry, the manifest, and the final name."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from leangrid._version import __version__
+from leangrid.clock import Clock, peak_memory_bytes
+from leangrid.data.calibration import windows_hash
+from leangrid.formats import FORMATS
+from leangrid.models.skeleton import Skeleton
+from leangrid.prepare import Prepared
+from leangrid.report.card import model_card
+from leangrid.report.records import LayerRecord, to_lines, totals
+from leangrid.result import QuantizeResult
+from leangrid.storage import writer
+from leangrid.storage.safetensors import TensorInfo
+
+_NOT_COPIED = ("auto_map", "transformers_version")
+
+
+def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_rescued: float) -> QuantizeResult:
+    """Write everything that is not a block, the manifest last, rename, and say what the run did."""
+    skeleton, recipe, journal = prepared.skeleton, prepared.recipe, prepared.journal
+    infos = [journal.block_info(index) for index in range(len(skeleton.blocks))]
+    records = [LayerRecord.from_json(record) for info in infos for record in info["records"]]
+    figures = _figures(prepared, records, windows, sorted({info["kernels"] for info in infos}))
+    manifest: dict[str, Any] = {
+        "recipe": recipe.model_dump(),
+        "recipe_fingerprint": recipe.fingerprint(),
+        "source": prepared.checkpoint.fingerprint,
+        "versions": {"leangrid": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "devices": sorted({info["device"] for info in infos}),
+        "threads": sorted({info["threads"] for info in infos}),
+        "result": figures,
+    }
+    card = model_card(prepared.source, recipe, records, bits_per_weight=figures["bits_per_weight"], version=__version__)
+    with clock.stage("save"):
+        written = writer.publish(
+            journal,
+            prepared.out,
+            _outside_blocks(skeleton),
+            output_config(prepared),
+            prepared.checkpoint.side_files(),
+            {"records.jsonl": to_lines(records), "README.md": card},
+            manifest,
+            overwrite=prepared.overwrite,
+        )
+    return _result(prepared.out, written, clock.report(), device, max_rescued)
+
+
+def finished_result(out: Path, max_rescued: float) -> QuantizeResult | None:
+    """The result of a run that was killed after its directory got its final name and before its journal was gone; else None."""
+    manifest = writer.settle(out)
+    return None if manifest is None else _result(out, manifest, {"total": 0.0}, "cpu", max_rescued)
+
+
+def _figures(prepared: Prepared, records: list[LayerRecord], windows: Tensor, paths: list[str]) -> dict[str, Any]:
+    """What the manifest keeps of the run: the same for every run of the same recipe, so no times and no memory."""
+    real = [(record.name, r) for record in records for r in record.rescues if not r.is_note]
+    notes = [r.kind for record in records for r in record.rescues if r.is_note]
+    return {
+        "scheme": prepared.recipe.scheme,
+        "format": prepared.recipe.format,
+        "layers": len(records),
+        "bits_per_weight": round(bits_per_weight(prepared), 4),
+        **totals(records),
+        "rescues": len(real),
+        "rescued_layers": sum(record.rescued for record in records),
+        "rescue_lines": [f"{name}: {r.kind}: {r.detail}" for name, r in real],
+        "notes": {kind: notes.count(kind) for kind in sorted(set(notes))},
+        "kernels": dict.fromkeys(("grid", "solve"), ", ".join(paths)),
+        "windows_sha256": windows_hash(windows),
+    }
+
+
+def _result(out: Path, manifest: dict[str, Any], seconds: dict[str, float], device: str, max_rescued: float) -> QuantizeResult:
+    return QuantizeResult(
+        out=str(out),
+        bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
+        seconds=seconds,
+        peak_ram_bytes=peak_memory_bytes(),
+        peak_gpu_bytes=torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
+        max_rescued=max_rescued,
+        **manifest["result"],
+    )
+
+
+def bits_per_weight(prepared: Prepared) -> float:
+    """Stored bits of the quantized linears (codes and grids) over their weights."""
+    skeleton, recipe = prepared.skeleton, prepared.recipe
+    stored = weights = 0
+    for index in range(len(skeleton.blocks)):
+        for name in skeleton.linear_names(index):
+            shape = skeleton.shape(name)
+            layout = FORMATS[recipe.format].layout(recipe.parsed, shape, skeleton.dtype).values()
+            stored += 8 * sum(torch.Size(s).numel() * dtype.itemsize for dtype, s in layout)
+            weights += shape[0] * shape[1]
+    return stored / weights
+
+
+def output_config(prepared: Prepared) -> dict[str, Any]:
+    """The source's config.json with ``quantization_config``; code of the checkpoint's own is not handed on."""
+    skeleton, recipe = prepared.skeleton, prepared.recipe
+    quantized = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+    linears = (n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear))
+    ignore = sorted(set(linears) - set(quantized))
+    config = {key: value for key, value in prepared.checkpoint.config.items() if key not in _NOT_COPIED}
+    config["architectures"] = [type(skeleton.model).__name__]
+    config["dtype"] = str(skeleton.dtype).removeprefix("torch.")
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])  # some readers know only the older place
+    config["quantization_config"] = FORMATS[recipe.format].config(recipe.parsed, quantized, ignore, skeleton.dtype)
+    return json.loads(json.dumps(config, default=str))
+
+
+def _outside_blocks(skeleton: Skeleton) -> Iterator[tuple[str, TensorInfo]]:
+    """Embeddings, final norm, head: copied from where the checkpoint stores them, after a look for NaN."""
+    for name in skeleton.parameter_names():
+        if not name.startswith(skeleton.blocks_prefix):
+            skeleton.stored(name)
+            yield name, skeleton.stored_info(name)

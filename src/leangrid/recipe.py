@@ -1,0 +1,145 @@
+"""What to do, as one frozen value: validated once at the door, hashed into the manifest, never changed after.
+
+A scheme string names the whole idea: ``W4A16_G64`` affine, 4 bits, groups of 64; ``W4A16`` whole rows; ``NU3``
+non-uniform, 3 bits, whole rows; ``GPTQ4_G64`` and ``RTN4`` the min-max baselines through the same code path;
+suffix ``_SYM`` fixes the zero point in the middle, ``_EXACT`` asks for LeanQuant-Exact.
+"""
+
+import hashlib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from leangrid.errors import RecipeError
+
+GridKind = Literal["affine", "nonuniform"]
+Method = Literal["leanquant", "gptq", "rtn"]
+
+_SCHEME = re.compile(r"^(?:W(?P<w>\d+)A16|NU(?P<nu>\d+)|GPTQ(?P<gptq>\d+)|RTN(?P<rtn>\d+))"
+                     r"(?:_G(?P<group>\d+))?(?P<sym>_SYM)?(?P<exact>_EXACT)?$")  # fmt: skip
+
+
+class Scheme(BaseModel):
+    """A parsed scheme string: which grid, how many bits, over how many columns, found how."""
+
+    model_config = ConfigDict(frozen=True)
+
+    grid: GridKind
+    method: Method
+    bits: int
+    group_size: int | None  # None: one grid for the whole row
+    symmetric: bool = False
+    exact: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Scheme":
+        """Read ``text``; raise RecipeError naming what a scheme looks like."""
+        match = _SCHEME.match(text.upper())
+        if match is None:
+            raise RecipeError(f"'{text}' is not a scheme", "--scheme", "Examples: W4A16_G64, W3A16, NU4, NU3, GPTQ4_G64, RTN4")
+        kind = next(k for k in ("w", "nu", "gptq", "rtn") if match[k])
+        scheme = cls(
+            grid="nonuniform" if kind == "nu" else "affine",
+            method={"w": "leanquant", "nu": "leanquant", "gptq": "gptq", "rtn": "rtn"}[kind],
+            bits=int(match[kind]),
+            group_size=int(match["group"]) if match["group"] else None,
+            symmetric=match["sym"] is not None,
+            exact=match["exact"] is not None,
+        )
+        scheme._check(text)
+        return scheme
+
+    def _check(self, text: str) -> None:
+        allowed = (2, 3, 4) if self.grid == "nonuniform" else (2, 3, 4, 8)
+        if self.bits not in allowed:
+            raise RecipeError(f"{self.bits} bits are not available in '{text}'", "--scheme", f"Choose one of {allowed}")
+        if self.grid == "nonuniform" and (self.group_size or self.symmetric):
+            raise RecipeError(f"non-uniform grids hold whole rows and have no zero point, but '{text}' asks for more", "--scheme",
+                              f"Use NU{self.bits}, or an affine scheme such as W{self.bits}A16_G64")  # fmt: skip
+        if self.group_size == 0:
+            raise RecipeError(f"a group of 0 columns in '{text}'", "--scheme", "Use a group such as 64, or no _G for whole rows")
+        if self.exact and self.method != "leanquant":
+            raise RecipeError(f"'{text}' mixes a baseline with _EXACT", "--scheme", "Use W4A16_EXACT or NU4_EXACT")
+
+    @property
+    def levels(self) -> int:
+        """K = 2^bits."""
+        return 2**self.bits
+
+
+class Recipe(BaseModel):
+    """Everything that decides the bytes of the result. ``None`` means: the default for this scheme (see ``resolved``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    scheme: str = Field("auto", description="scheme string, or auto: W4A16_G128 where the shapes allow, else W4A16")
+    format: str = Field("auto", description="container: auto, compressed-tensors, lut")
+    calibration: str = Field("c4", description="c4, wikitext2, self, embedded, or a .txt/.jsonl file")
+    samples: int = Field(128, ge=1, le=1_000_000, description="calibration windows")
+    length: int = Field(2048, ge=8, le=1_000_000, description="tokens a window")
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    p: float | None = Field(None, ge=0, le=16, description="exponent of the loss-error weights U_jj^-p; 4 non-uniform, 2 affine")
+    steps: int = Field(2048, ge=1, le=65536, description="T of the affine enumeration")
+    search: Literal["optimal", "lloyd"] = Field("optimal", description="non-uniform grid: global optimum, or Lloyd")
+    correct: float | None = Field(None, ge=0, le=1, description="share of the inputs' own error that is corrected; 0 is the paper")
+    refine: int | None = Field(None, ge=0, le=20, description="rounds of refit and descent after the sweep; 0 is the paper")
+    guard: bool = Field(True, description="rows worse than min-max GPTQ try lower p")
+    damping: float = Field(0.01, gt=0, le=10, description="lambda, in units of mean(diag H)")
+    act_order: bool = Field(True, description="eliminate columns by descending diag H")
+
+    @field_validator("scheme")
+    @classmethod
+    def _scheme(cls, value: str) -> str:
+        if value != "auto":
+            Scheme.parse(value)
+            return value.upper()
+        return value
+
+    @property
+    def parsed(self) -> Scheme:
+        """The parsed scheme; RecipeError while it is still ``auto``."""
+        return Scheme.parse(self.scheme)
+
+    def resolved(self, scheme: str | None = None) -> "Recipe":
+        """This recipe with every default of its scheme written out. ``scheme`` replaces ``auto``."""
+        name = scheme if scheme and self.scheme == "auto" else self.scheme
+        parsed = Scheme.parse(name)
+        learned = parsed.method == "leanquant"
+        return self.model_copy(update={
+            "scheme": name,
+            "format": ("lut" if parsed.grid == "nonuniform" else "compressed-tensors") if self.format == "auto" else self.format,
+            "p": self.p if self.p is not None else (4.0 if parsed.grid == "nonuniform" else 2.0),
+            "correct": self.correct if self.correct is not None else (0.5 if learned else 0.0),
+            "refine": self.refine if self.refine is not None else (1 if learned and not parsed.exact else 0),
+        })  # fmt: skip
+
+    def fingerprint(self) -> str:
+        """sha256 of the recipe's canonical JSON: equal recipes, equal text."""
+        text = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def build(cls, **fields: Any) -> "Recipe":
+        """Validate ``fields``; RecipeError with the first field that is wrong, in one sentence."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"]) or "recipe"
+            known = ", ".join(cls.model_fields)
+            raise RecipeError(f"{name}: {first['msg']}, got {first.get('input')!r}", "recipe", f"Fields: {known}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path, **overrides: Any) -> "Recipe":
+        """Read a TOML file; ``overrides`` (from flags) win over the file."""
+        try:
+            fields = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError("no such recipe file", path, "Give the path of a .toml file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise RecipeError(f"the recipe cannot be read: {error}", path, "A recipe is TOML such as: scheme = \"NU4\"") from None
+        return cls.build(**{**fields, **overrides})

@@ -1,0 +1,132 @@
+"""README.md of a result: what it is, how it was made, and only numbers that were measured."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from leangrid.recipe import Recipe
+from leangrid.report.records import LayerRecord
+
+log = logging.getLogger("leangrid")
+
+_WORST = 5  # layers shown by name
+_FIGURES = (
+    ("perplexity", "perplexity"),
+    ("reference_perplexity", "perplexity of the original"),
+    ("kl_mean", "KL from the original, mean (nats)"),
+    ("kl_p99", "KL, 99th percentile"),
+    ("top1_agreement", "same most likely token"),
+    ("embedding_cosine_mean", "1 - cosine of embeddings"),
+)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    source: str
+    recipe: Recipe
+    records: Sequence[LayerRecord]
+    bits_per_weight: float
+    license_name: str | None
+    evaluation: dict[str, Any] | None
+    version: str
+
+
+def model_card(
+    source: str,
+    recipe: Recipe,
+    records: Sequence[LayerRecord],
+    *,
+    bits_per_weight: float,
+    license_name: str | None = None,
+    evaluation: dict[str, Any] | None = None,
+    version: str = "",
+) -> str:
+    """The card as Markdown with the hub's YAML header. It never fails a run: where it cannot be written it says so.
+
+    Args:
+        recipe: the settled recipe.
+        license_name: the source's license id where its card names one.
+        evaluation: a dict of ``evaluate``; its figures get a table of their own.
+    """
+    facts = _Facts(source, recipe, records, bits_per_weight, license_name, evaluation, version)
+    try:
+        return _card(facts)
+    except Exception as error:  # hours of work do not end at a line of prose
+        log.warning("the model card could not be written: %s: %s", type(error).__name__, error)
+        return f"# {recipe.scheme}\n\nQuantized with leangrid. The figures of each layer are in records.jsonl.\n"
+
+
+def _card(facts: _Facts) -> str:
+    name = facts.source.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] or "model"
+    parts = [_header(facts.source, facts.license_name), f"# {_plain(name)}, {facts.recipe.scheme}"]
+    parts += [_made(facts.source, facts.recipe, facts.bits_per_weight, facts.version), _use(facts.recipe), _losses(facts.records)]
+    if facts.evaluation is not None:
+        parts.append(_measured(facts.evaluation))
+    parts.append(_rescues(facts.records))
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(source: str, license_name: str | None) -> str:
+    # JSON strings are YAML strings: a name with a colon or quote cannot break the header.
+    lines = ["---", "library_name: transformers", "tags: [leangrid, quantized]"]
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        lines.append(f"base_model: {json.dumps(source.split('@')[0])}")
+    if license_name:
+        lines.append(f"license: {json.dumps(license_name)}")
+    return "\n".join([*lines, "---"])
+
+
+def _made(source: str, recipe: Recipe, bits_per_weight: float, version: str) -> str:
+    scheme = recipe.parsed
+    kind = "affine grid (scale and zero point)" if scheme.grid == "affine" else f"non-uniform grid of {scheme.levels} levels"
+    over = f"each group of {scheme.group_size} weights" if scheme.group_size else "each row"
+    learned = {"leanquant": "learned on the inverse Hessian (LeanQuant)", "gptq": "min-max, GPTQ sweep", "rtn": "min-max, rounded"}
+    words = {"self": "text sampled from the model itself", "embedded": "Python's documentation (a smoke test, not a quality recipe)"}
+    calibration = words.get(recipe.calibration, recipe.calibration.replace("\\", "/").rsplit("/", 1)[-1])
+    rows = [("source", _plain(source)), ("weights", f"{scheme.bits} bits, one {kind} for {over}; {learned[scheme.method]}"),
+            ("bits per weight", f"{bits_per_weight:.3f} with grids"),
+            ("calibration", f"{recipe.samples} x {recipe.length} tokens: {_plain(calibration)}, seed {recipe.seed}"),
+            ("settings", f"p {recipe.p}, correct {recipe.correct}, refine {recipe.refine}, damping {recipe.damping}"),
+            ("made with", f"leangrid {version}".strip())]  # fmt: skip
+    return _table(("", ""), rows)
+
+
+def _use(recipe: Recipe) -> str:
+    own = "import leangrid  # registers the format\n" if recipe.parsed.grid == "nonuniform" else ""
+    return f'```python\n{own}from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")\n```'
+
+
+def _losses(records: Sequence[LayerRecord]) -> str:
+    if not records:
+        return "No layer was quantized."
+    names = (("this model", "loss"), ("min-max GPTQ", "loss_minmax"), ("rounding", "loss_rounding"))
+    rows = [(label, f"{sum(getattr(record, key) for record in records):.4g}") for label, key in names]
+    worst = sorted(records, key=lambda record: record.loss, reverse=True)[:_WORST]
+    most = [(f"`{_plain(record.name)}`", *(f"{getattr(record, key):.4g}" for _, key in names)) for record in worst]
+    what = f"Sum over {len(records)} layers of tr(E H E^T)/2, all three on the same calibration Hessians."
+    per_layer = _table(("layer", "loss", "min-max GPTQ", "rounding"), most)
+    return "\n\n".join(("## Layer losses", what, _table(("", "loss"), rows), "The layers with most of it:", per_layer))
+
+
+def _measured(evaluation: dict[str, Any]) -> str:
+    rows = [(label, f"{evaluation[key]:.4g}") for key, label in _FIGURES if evaluation.get(key) is not None]
+    text = _plain(str(evaluation.get("text", "")).replace("\\", "/").rsplit("/", 1)[-1])
+    return f"## Measured\n\n{evaluation.get('windows')} windows of {evaluation.get('length')} tokens of {text}.\n\n{_table(('', ''), rows)}"
+
+
+def _rescues(records: Sequence[LayerRecord]) -> str:
+    found = [(record.name, rescue) for record in records for rescue in record.rescues if not rescue.is_note]
+    lines = [f"- `{_plain(name)}`: {rescue.kind}: {_plain(rescue.detail)}" for name, rescue in found]
+    return "## Rescues\n\n" + ("\n".join(lines) if lines else "None: every layer was quantized as asked.")
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """One line that cannot open a table cell, a tag or a code span: names come from files of strangers."""
+    return " ".join(text.split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")

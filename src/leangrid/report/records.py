@@ -1,0 +1,97 @@
+"""One line a layer in records.jsonl: what was asked, what came out, and everything that deviated."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from leangrid.errors import LeangridError, VerifyError
+from leangrid.factor import Factor
+from leangrid.hessian import Hessian
+from leangrid.linear import LinearResult
+from leangrid.recipe import Recipe
+from leangrid.rescue import Rescue
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One quantized linear layer.
+
+    Attributes:
+        name: the layer's name in the checkpoint.
+        shape: [out_features, in_features].
+        scheme: the scheme it was quantized with.
+        loss: tr(E H E^T)/2 of the stored result; ``loss_minmax`` min-max GPTQ's and ``loss_rounding`` rounding's on the same
+            target, Hessian, bits and groups.
+        damping: lambda / mean(diag H) that the factor needed.
+        rescues: what deviated: kind, detail, count (see rescue.py).
+        seconds: wall time by stage: grid, solve, refine.
+        tokens: calibration tokens its Hessian saw.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    loss: float
+    loss_minmax: float
+    loss_rounding: float
+    damping: float
+    rescues: tuple[Rescue, ...]
+    seconds: dict[str, float]
+    tokens: int
+
+    @classmethod
+    def of(cls, name: str, recipe: Recipe, result: LinearResult, hessian: Hessian, factor: Factor) -> "LayerRecord":
+        """The record of one solved layer. A rescue that several steps report appears once."""
+        every = (*hessian.rescues, *factor.rescues, *result.rescues)
+        rows, cols = result.codes.shape
+        return cls(name, (int(rows), int(cols)), recipe.scheme, float(result.loss), float(result.loss_minmax), float(result.loss_rounding),
+                   float(factor.damping), tuple(dict.fromkeys(every)), {key: round(value, 4) for key, value in result.seconds.items()},
+                   int(hessian.tokens))  # fmt: skip
+
+    @property
+    def rescued(self) -> bool:
+        """True where something other than a note happened: it counts against ``--max-rescued``."""
+        return any(not rescue.is_note for rescue in self.rescues)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, in the order of the attributes."""
+        return asdict(self) | {"shape": list(self.shape), "rescues": [asdict(rescue) for rescue in self.rescues]}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "LayerRecord":
+        """The inverse of ``to_json``; KeyError or TypeError where a key is missing or of another type."""
+        rows, cols = value["shape"]
+        rescues = tuple(Rescue(**rescue) for rescue in value["rescues"])
+        fields = {key: value[key] for key in ("name", "scheme", "loss", "loss_minmax", "loss_rounding", "damping", "seconds", "tokens")}
+        return cls(shape=(rows, cols), rescues=rescues, **fields)
+
+
+def to_lines(records: Iterable[LayerRecord]) -> str:
+    """The text of records.jsonl: strict JSON, so a loss that is not finite becomes null."""
+    return "".join(json.dumps(_finite(record.to_json()), allow_nan=False) + "\n" for record in records)
+
+
+def read_records(path: Path) -> list[LayerRecord]:
+    """records.jsonl of a result; VerifyError naming the first line that is none of ours."""
+    records: list[LayerRecord] = []
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            records.append(LayerRecord.from_json(json.loads(line)))
+    except (OSError, ValueError, KeyError, TypeError, LeangridError) as error:
+        raise VerifyError(f"the record cannot be read: {error}", f"{path}:{len(records) + 1}", "Run: leangrid verify DIR") from error
+    return records
+
+
+def totals(records: Sequence[LayerRecord]) -> dict[str, float]:
+    """Sums of the three losses over all layers."""
+    return {key: sum(getattr(record, key) for record in records) for key in ("loss", "loss_minmax", "loss_rounding")}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,98 @@
+"""What a command prints on stdout for people: aligned rows, plain text, the same in a file as on a terminal."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns as wide as their longest cell; numbers to the right, words to the left."""
+    lines = [[str(cell) for cell in head], *([_cell(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    numeric = [all(_is_number(line[column]) for line in lines[1:]) and len(lines) > 1 for column in range(len(head))]
+    shown = []
+    for line in lines:
+        cells = (cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(line, widths, numeric, strict=True))
+        shown.append("  ".join(cells).rstrip())
+    return "\n".join((shown[0], "-" * len(max(shown, key=len)), *shown[1:]))
+
+
+def pairs(rows: Iterable[tuple[str, object]]) -> str:
+    """One name and value a line; values that are None are left out."""
+    kept = [(name, _cell(value)) for name, value in rows if value is not None]
+    width = max((len(name) for name, _ in kept), default=0)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in kept)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    step = 0
+    while abs(count) >= 1000 and step < len(_UNITS) - 1:
+        count, step = count / 1000, step + 1
+    return f"{count:.0f} {_UNITS[step]}" if step == 0 else f"{count:.1f} {_UNITS[step]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 s, 3 min 05 s, 2 h 10 min."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def quantize_summary(result: Mapping[str, Any]) -> str:
+    """The JSON of ``quantize`` or ``plan`` as lines."""
+    seconds = result.get("seconds") or {}
+    stages = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "total" and value >= 0.5)
+    loss = result.get("loss")
+    better = f" ({1 - loss / result['loss_minmax']:+.0%} less than min-max GPTQ)" if loss is not None and result.get("loss_minmax") else ""
+    total = duration(seconds["total"]) + (f" ({stages})" if stages else "") if "total" in seconds else None
+    return pairs((
+        ("out", result.get("out")),
+        ("scheme", result.get("scheme")),
+        ("layers", result.get("layers")),
+        ("bits per weight", result.get("bits_per_weight")),
+        ("size", _size(result, "bytes")),
+        ("loss", None if loss is None else f"{loss:.4g}{better}"),
+        ("rescues", result.get("rescues")),
+        ("time", total),
+        ("bound by", result.get("bound")),
+        ("peak RAM", _size(result, "peak_ram_bytes")),
+        ("peak GPU memory", _size(result, "peak_gpu_bytes") if result.get("peak_gpu_bytes") else None),
+        ("kernels", ", ".join(f"{name} {path}" for name, path in (result.get("kernels") or {}).items()) or None),
+    ))  # fmt: skip
+
+
+def eval_summary(result: Mapping[str, Any]) -> str:
+    """The JSON of ``eval`` as lines."""
+    return pairs((
+        ("model", result["model"]),
+        ("reference", result["reference"]),
+        ("text", f"{result['text']}, {result['windows']} windows of {result['length']} tokens"),
+        ("perplexity", result["perplexity"]),
+        ("reference's", result["reference_perplexity"]),
+        ("KL mean (nats)", result["kl_mean"]),
+        ("KL 99th percentile", result["kl_p99"]),
+        ("top-1 agreement", None if result["top1_agreement"] is None else f"{result['top1_agreement']:.1%}"),
+        ("1 - cosine of embeddings", result.get("embedding_cosine_mean")),
+        ("bits per weight", result["bits_per_weight"]),
+        ("time", duration(result["seconds"])),
+    ))  # fmt: skip
+
+
+def _size(result: Mapping[str, Any], key: str) -> str | None:
+    return None if result.get(key) is None else size(result[key])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.rstrip("%"))
+    except ValueError:
+        return False
+    return True

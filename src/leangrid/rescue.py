@@ -1,0 +1,43 @@
+"""What was done differently from what was asked, as a value that reaches the records, the summary and the exit code.
+
+A function that rescues returns a Rescue; it never prints, warns or stays silent.
+"""
+
+from dataclasses import dataclass
+
+from leangrid.errors import LeangridError
+
+KINDS = {
+    "damping": "more damping than asked before the Hessian could be factored",
+    "float64": "the Hessian was factored in float64",
+    "diagonal": "only the diagonal of the Hessian was used",
+    "worse_than_rounding": "the result was worse than rounding on its own Hessian; the better one was kept",
+    "nonfinite_tokens": "calibration tokens with NaN or infinite activations were left out",
+    "dead_columns": "input columns that calibration never touched",
+    "guarded_rows": "rows that fell behind min-max GPTQ and took another grid",
+}
+NOTES = frozenset({"dead_columns", "guarded_rows"})
+
+
+@dataclass(frozen=True)
+class Rescue:
+    """One recorded deviation.
+
+    Args:
+        kind: a key of KINDS.
+        detail: one sentence with the numbers.
+        count: how many columns, rows or tokens it concerns.
+    """
+
+    kind: str
+    detail: str
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise LeangridError(f"'{self.kind}' is not a kind of rescue", "rescue.py", f"Kinds: {', '.join(KINDS)}")
+
+    @property
+    def is_note(self) -> bool:
+        """True where the deviation costs no quality and does not count against the limit of rescues."""
+        return self.kind in NOTES

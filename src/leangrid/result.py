@@ -1,0 +1,46 @@
+"""What a finished run says of itself: the JSON of ``quantize --json``."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """Figures of one run. Losses are sums over layers of tr(E H E^T)/2; ``bits_per_weight`` counts codes and grids of the
+    quantized linears; ``bytes`` is the size of the published directory.
+    """
+
+    out: str
+    scheme: str
+    format: str
+    layers: int
+    bits_per_weight: float
+    bytes: int
+    loss: float
+    loss_minmax: float
+    loss_rounding: float
+    rescues: int
+    rescued_layers: int
+    notes: dict[str, int]
+    seconds: dict[str, float]
+    peak_ram_bytes: int
+    peak_gpu_bytes: int
+    kernels: dict[str, str]
+    windows_sha256: str
+    max_rescued: float = 0.01
+    rescue_lines: list[str] = field(default_factory=list)
+
+    @property
+    def directory(self) -> Path:
+        """The published directory."""
+        return Path(self.out)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 4 where more than ``max_rescued`` of the layers needed a rescue."""
+        return 4 if self.rescued_layers > self.max_rescued * self.layers else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The promised keys, and some more."""
+        return asdict(self)

@@ -1,0 +1,80 @@
+"""config.json of a source, read with distrust: sizes are range-checked before anything is allocated by them."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from leangrid.errors import CheckpointError
+from leangrid.storage.safetensors import strict_json
+
+_MAX_BYTES = 16 << 20
+
+# Largest value a size may have. Real models stay a hundred times below; a hostile config does not get to allocate.
+_LIMITS: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "head_dim"), 1 << 20),
+    **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", "d_ff"), 1 << 24),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), 10_000),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "num_heads"), 1 << 16),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 1 << 16),
+    **dict.fromkeys(("vocab_size", "type_vocab_size"), 1 << 26),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 1 << 31),
+}
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "initializer_range", "initializer_factor")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Parse a config.json and range-check its sizes; CheckpointError lists every value that is absurd."""
+    try:
+        if not path.is_file():
+            raise CheckpointError("there is no config.json", path.parent, "Give the directory of a Hugging Face checkpoint")
+        if path.stat().st_size > _MAX_BYTES:
+            raise CheckpointError(f"config.json has {path.stat().st_size} bytes; {_MAX_BYTES} are allowed", path)
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read: {error.strerror or error}", path, "Check the file's permissions and the disk") from error
+    config = strict_json(raw, path, allow_infinity=True)
+    if not isinstance(config, dict):
+        raise CheckpointError("config.json is not a JSON object", path)
+    problems = list(_absurdities(config, ""))
+    if problems:
+        raise CheckpointError("config.json holds values no model has: " + "; ".join(problems[:8]), path, "Download the checkpoint again")
+    return config
+
+
+def check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
+    """Refuse a config that announces more layers than the checkpoint has tensors."""
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _LAYERS:
+            if isinstance(section.get(key), int) and section[key] > tensors:
+                raise CheckpointError(f"config.json announces {key} = {section[key]}, the checkpoint holds only {tensors} tensors", path)
+
+
+def custom_code(config: dict[str, Any]) -> tuple[str, ...]:
+    """The names under which a config asks for Python files of its own (``auto_map``), at any depth. leangrid never runs them."""
+    found: list[str] = []
+    for key, value in config.items():
+        if key == "auto_map":
+            found += sorted(map(str, value)) if isinstance(value, dict) else [str(value)]
+        elif isinstance(value, dict):
+            found += custom_code(value)
+    return tuple(found)
+
+
+def _absurdities(section: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in section.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and prefix.count(".") < 8:
+            yield from _absurdities(value, f"{name}.")
+        elif key in _LIMITS and value is not None:
+            # Some families give one size per layer (a list), as OpenELM does.
+            for item in value if isinstance(value, list) else [value]:
+                if type(item) is not int or not 0 <= item <= _LIMITS[key] or (item == 0 and key != "type_vocab_size"):
+                    yield f"{name} = {str(item)[:40]} (a whole number from 1 to {_LIMITS[key]})"
+        elif key in _POSITIVE and value is not None and not _sensible(value):
+            yield f"{name} = {str(value)[:40]} (a finite number, not negative)"
+
+
+def _sensible(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

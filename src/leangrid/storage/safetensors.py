@@ -1,0 +1,271 @@
+"""The safetensors container, read with distrust and written as a stream.
+
+Format (https://github.com/huggingface/safetensors, README "Format"): 8 bytes little-endian length N of the header; N bytes of JSON
+``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}`` padded with spaces; the tensors, row-major,
+without holes or overlaps, to the end of the file. Everything is checked before a byte of data is read, and data are read into memory of
+our own, never mapped: a file that shrinks under us gives an error, not a SIGBUS.
+"""
+
+import hashlib
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leangrid.errors import CheckpointError, FormatError
+from leangrid.storage.files import CHUNK, atomic_write, read_chunks
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
+_MAX_ENTRIES = 4_000_000  # commas and brackets; about 500,000 tensors. Bounds the memory that parsing can take
+_WAY_OUT = "Download the file again, or convert the checkpoint with the library that wrote it"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: bytes ``start`` to ``end`` of ``file``, of ``shape``, in ``dtype`` (as safetensors names it)."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.end - self.start
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same dtype, as torch names it."""
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: the tensors in file order, the free-text metadata, and the sha256 (hex) of the header's bytes."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    sha256: str
+    file_bytes: int
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of a file in file order. Raises CheckpointError naming the file for every way in which it breaks the format."""
+    return open_header(path).tensors
+
+
+def open_header(path: Path) -> Header:
+    """Read and check the header of ``path``, in memory bounded by 100 MB of JSON and 4 million entries."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block for ever, a device would never end
+            raise _broken(path, "is not a regular file")
+        with path.open("rb", buffering=0) as file:
+            return _checked(path, file)
+    except FileNotFoundError:
+        raise CheckpointError("the file does not exist", path, _WAY_OUT) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read: {error.strerror or error}", path, "Check the file's permissions and the disk") from error
+
+
+def _checked(path: Path, file: FileIO) -> Header:
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise _broken(path, f"is truncated: {size} bytes, a header needs at least 8")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > _MAX_HEADER:
+        raise _broken(path, f"announces a header of {length} bytes; the format allows {_MAX_HEADER}")
+    if length > size - 8:
+        raise _broken(path, f"is truncated: it announces a header of {length} bytes, {size - 8} follow")
+    raw = bytearray(length)
+    view, filled = memoryview(raw), 0
+    while filled < length:
+        count = file.readinto(view[filled:])
+        if not count:
+            raise _broken(path, f"is truncated: it announces a header of {length} bytes, {filled} could be read")
+        filled += count
+    if sum(raw.count(mark) for mark in (b"{", b"[", b",")) > _MAX_ENTRIES:
+        raise _broken(path, f"has a header of more than {_MAX_ENTRIES} entries")
+    entries = strict_json(raw, path)
+    if not isinstance(entries, dict):
+        raise _broken(path, "has a header that is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "has a __metadata__ that is not text to text")
+    base = 8 + length
+    tensors = [(name, _entry(path, name, entry, base)) for name, entry in entries.items()]
+    tensors.sort(key=lambda item: (item[1].start, item[1].end))
+    at = base
+    for name, info in tensors:
+        if info.start != at:
+            kind = "a hole before" if info.start > at else "an overlap at"
+            raise _broken(path, f"has {kind} tensor '{name}': it starts at byte {info.start}, the one before ends at {at}")
+        at = info.end
+    if at != size:
+        problem = "is truncated" if at > size else "has trailing bytes"
+        raise _broken(path, f"{problem}: its header describes {at} bytes, the file has {size}")
+    return Header(dict(tensors), metadata, hashlib.sha256(raw).hexdigest(), size)
+
+
+def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    """One header entry, checked; offsets made absolute."""
+    if not name.isprintable():  # also refuses lone surrogates, which no file could be written with
+        raise _broken(path, f"has a tensor with an unprintable name: {name[:200]!r}")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _broken(path, f"describes tensor '{name[:200]}' by something else than dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _broken(path, f"holds tensor '{name}' in the dtype {str(dtype)[:40]!r}, which leangrid does not know")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _broken(path, f"describes tensor '{name}' with shape {str(shape)[:80]} and offsets {str(offsets)[:80]}")
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if expected != offsets[1] - offsets[0]:
+        raise _broken(path, f"gives tensor '{name}' ({dtype} {shape}) {offsets[1] - offsets[0]} bytes; its shape needs {expected}")
+    return TensorInfo(path, dtype, tuple(shape), base + offsets[0], base + offsets[1])
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and len(value) <= 64 and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def strict_json(raw: bytes | bytearray, path: Path, *, allow_infinity: bool = False) -> Any:
+    """Parse JSON, refusing (CheckpointError) what parsers disagree on: duplicate keys, NaN, absurd nesting, invalid UTF-8."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(items)
+        if len(result) != len(items):
+            seen: set[str] = set()
+            twice = next(key for key, _ in items if key in seen or seen.add(key))
+            raise _broken(path, f"names {twice[:200]!r} twice")
+        return result
+
+    def constant(text: str) -> float:
+        if allow_infinity and text != "NaN":
+            return float(text)
+        raise _broken(path, f"contains {text}, which is not JSON")
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+    except RecursionError:
+        raise _broken(path, "is nested too deeply") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of thousands of digits
+        raise _broken(path, f"does not hold valid JSON: {str(error)[:200]}") from None
+
+
+def _broken(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"'{path.name}' {problem}", path, _WAY_OUT)
+
+
+def read_tensor(file: FileIO, info: TensorInfo) -> Tensor:
+    """Copy one tensor out of an open, unbuffered file, in its own dtype; EOFError if the file ends first."""
+    tensor = torch.empty(info.shape, dtype=info.torch_dtype)
+    _fill(file, info, tensor)
+    return tensor
+
+
+def _fill(file: FileIO, info: TensorInfo, tensor: Tensor) -> memoryview:
+    file.seek(info.start)
+    view, filled = memoryview_of(tensor), 0
+    while filled < len(view):
+        count = file.readinto(view[filled:])
+        if not count:
+            raise EOFError(f"'{info.file.name}' ends {len(view) - filled} bytes early")
+        filled += count
+    return view
+
+
+def memoryview_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, shared, as flat memory."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+
+
+def load(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """All tensors of a file, in file order, in one pass. With ``sha256`` the file's bytes are hashed on the way and CheckpointError is
+    raised when they differ."""
+    header = open_header(path)
+    digest, tensors = hashlib.sha256(), {}
+    try:
+        with path.open("rb", buffering=0) as file:
+            if sha256 is not None:
+                first = min((info.start for info in header.tensors.values()), default=header.file_bytes)
+                digest.update(file.read(first))
+            for name, info in header.tensors.items():
+                tensors[name] = torch.empty(info.shape, dtype=info.torch_dtype)
+                view = _fill(file, info, tensors[name])
+                if sha256 is not None:
+                    for start in range(0, len(view), CHUNK):
+                        digest.update(view[start : start + CHUNK])
+    except (OSError, EOFError) as error:
+        raise CheckpointError(f"cannot read: {error}", path, "Check the disk") from error
+    if sha256 is not None and digest.hexdigest() != sha256:
+        raise CheckpointError("the file's contents are not what was written (sha256 differs)", path)
+    return tensors
+
+
+Source = Tensor | TensorInfo
+
+
+def save(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str] | None = None) -> str:
+    """Write ``tensors`` as one file through ``files.atomic_write``; return its sha256.
+
+    A TensorInfo stands for a tensor that lies in another file: its bytes are copied from there in chunks. Nothing is held in memory but
+    one chunk, and one contiguous CPU copy of a tensor that is neither. Order: by descending element size, then name (every tensor is
+    aligned to its element), so that equal tensors give equal bytes.
+    """
+    order = sorted(tensors, key=lambda name: (-_dtype_of(name, tensors[name]).itemsize, name))
+    header = _header({name: tensors[name] for name in order}, metadata or {})
+    total = len(header) + sum(_nbytes(tensors[name]) for name in order)
+    return atomic_write(path, _stream(header, (tensors[name] for name in order)), size=total)
+
+
+def _dtype_of(name: str, source: Source) -> torch.dtype:
+    dtype = source.torch_dtype if isinstance(source, TensorInfo) else source.dtype
+    if dtype not in _NAMES:
+        raise FormatError(f"safetensors cannot hold {dtype}", f"tensor '{name}'")
+    return dtype
+
+
+def _nbytes(source: Source) -> int:
+    return source.nbytes if isinstance(source, TensorInfo) else source.numel() * source.dtype.itemsize
+
+
+def _header(tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, source in tensors.items():
+        if name == "__metadata__":
+            raise FormatError("no tensor may be called __metadata__ in safetensors")
+        end = at + _nbytes(source)
+        entries[name] = {"dtype": _NAMES[_dtype_of(name, source)], "shape": list(source.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _stream(header: bytes, sources: Iterable[Source]) -> Iterator[bytes | memoryview]:
+    yield header
+    for source in sources:
+        if isinstance(source, TensorInfo):
+            yield from read_chunks(source.file, source.start, source.nbytes)
+        elif source.numel():
+            yield memoryview_of(source.detach().cpu().contiguous())

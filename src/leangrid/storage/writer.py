@@ -1,0 +1,259 @@
+"""From the journal to a finished directory: streamed, hashed, named last. A directory called OUT is always complete.
+
+Everything is put together in ``OUT.partial/publish`` with ``manifest.json`` last, then one rename makes it OUT; only after that is durable
+does the journal go. ``verify`` holds a directory against its manifest; the manifest holds its own sha256 too, so every changed byte shows.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from leangrid.errors import FormatError, Interrupted, OutputError, VerifyError
+from leangrid.storage import files, safetensors
+from leangrid.storage.failpoints import failpoint
+from leangrid.storage.journal import Journal, partial_of
+from leangrid.storage.safetensors import Source, TensorInfo
+
+MANIFEST = "manifest.json"
+INDEX = "model.safetensors.index.json"
+
+
+def publish(journal: Journal, out: Path, head_tensors: Iterable[tuple[str, Tensor | TensorInfo]], config: Mapping[str, Any],
+            side_files: Mapping[str, Path], texts: Mapping[str, str], manifest: Mapping[str, Any], *, overwrite: bool = False,
+            shard_bytes: int = 2 << 30) -> dict[str, Any]:  # fmt: skip
+    """Make ``out`` of all committed blocks and what is outside of them; return the manifest.
+
+    ``head_tensors``: name and tensor of everything that is in no block (embeddings, final norm, head); a TensorInfo is copied from where
+    it lies, a Tensor is spooled to disk before the next is asked for, so memory holds one at a time. ``side_files``: relative name ->
+    file to copy. ``texts``: file name -> text (README.md, records.jsonl). ``config`` goes without ``auto_map``. ``manifest`` gets
+    ``files`` (name -> bytes, sha256) and ``seal``. Raises OutputError, with every block safe, if anything cannot be written or ``out``
+    exists and ``overwrite`` is off.
+    """
+    staged = journal.partial / "publish"
+    for leftover in ("sealed.json", "publish", "head"):
+        files.remove_tree(journal.partial / leftover)
+    files.make_dir(staged)
+    try:
+        sources = _sources(journal, head_tensors)
+        listed = _write_shards(staged, sources, shard_bytes)
+        for name, path in side_files.items():
+            files.make_dir((staged / name).parent)
+            _add(staged, listed, name, _without_code(path) if name == "tokenizer_config.json" else files.read_chunks(path))
+        for name, text in texts.items():
+            _add(staged, listed, name, text.encode())
+    except files.SourceReadError as error:
+        way_out = "Finished blocks are kept; run the same command again"
+        raise Interrupted(f"cannot read: {error.strerror}", error.filename, way_out) from error
+    _add(staged, listed, "config.json", files.json_bytes({key: value for key, value in config.items() if key != "auto_map"}))
+    failpoint("publish.before_manifest")
+    sealed = _seal({**manifest, "files": listed})
+    sha256 = files.write_json(staged / MANIFEST, sealed)
+    files.write_json(journal.partial / "sealed.json", {"manifest": sha256})
+    _replace(journal, staged, out, overwrite)
+    journal.discard()
+    return sealed
+
+
+def _sources(journal: Journal, head_tensors: Iterable[tuple[str, Tensor | TensorInfo]]) -> dict[str, Source]:
+    """Every tensor of the result, by name, as a place on disk."""
+    sources: dict[str, Source] = {}
+
+    def add(name: str, info: Source) -> None:
+        if name in sources:
+            raise FormatError(f"two tensors of the result are called '{name}'", journal.partial)
+        sources[name] = info
+
+    for index in range(journal.committed()):
+        for name, info in journal.block_tensors(index).items():
+            add(name, info)
+    files.make_dir(journal.partial / "head")
+    for position, (name, value) in enumerate(head_tensors):
+        if isinstance(value, Tensor):
+            spool = journal.partial / "head" / f"{position:04d}.safetensors"
+            safetensors.save(spool, {name: value})
+            value = safetensors.read_header(spool)[name]
+        add(name, value)
+    return sources
+
+
+def _write_shards(staged: Path, sources: Mapping[str, Source], shard_bytes: int) -> dict[str, dict[str, Any]]:
+    """Write the tensors, in order, into shards of at most ``shard_bytes`` (one tensor may exceed it); return their manifest entries."""
+    shards: list[dict[str, Source]] = [{}]
+    filled = total = 0
+    for name, source in sources.items():
+        if shards[-1] and filled + source.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = source
+        filled += source.nbytes
+        total += source.nbytes
+    listed: dict[str, dict[str, Any]] = {}
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        sha256 = safetensors.save(staged / name, shard, {"format": "pt"})
+        listed[name] = {"bytes": (staged / name).stat().st_size, "sha256": sha256}
+        weight_map.update(dict.fromkeys(shard, name))
+        failpoint("publish.after_shard")
+    if len(shards) > 1:
+        _add(staged, listed, INDEX, files.json_bytes({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    return listed
+
+
+def _add(staged: Path, listed: dict[str, dict[str, Any]], name: str, chunks: files.Bytes | Iterable[files.Bytes]) -> None:
+    if not _plain(name) or name in listed or name == MANIFEST:
+        raise OutputError(f"the result cannot hold a file called '{name}'", staged)
+    sha256 = files.atomic_write(staged / name, chunks)
+    listed[name] = {"bytes": (staged / name).stat().st_size, "sha256": sha256}
+
+
+def _without_code(path: Path) -> bytes:
+    """A tokenizer config less its ``auto_map``: the code it names is not copied, so nobody shall be asked to trust it."""
+    raw = b"".join(bytes(piece) for piece in files.read_chunks(path))
+    try:
+        value = json.loads(raw)
+    except ValueError:
+        return raw
+    if not isinstance(value, dict) or "auto_map" not in value:
+        return raw
+    return files.json_bytes({key: item for key, item in value.items() if key != "auto_map"})
+
+
+def _seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with the sha256 of itself (without ``seal``)."""
+    body = {key: value for key, value in manifest.items() if key != "seal"}
+    return {**body, "seal": hashlib.sha256(files.json_bytes(body)).hexdigest()}
+
+
+def _replace(journal: Journal, staged: Path, out: Path, overwrite: bool) -> None:
+    if out.exists() or out.is_symlink():
+        if not (overwrite and _ours(out)) and not (overwrite and out.is_dir() and not any(out.iterdir())):
+            raise _exists(out, resumable=True)
+        files.remove_tree(journal.partial / "replaced")
+        files.move_dir(out, journal.partial / "replaced")
+    files.move_dir(staged, out)
+
+
+def settle(out: Path, state_dir: Path | None = None) -> dict[str, Any] | None:
+    """Finish what a kill between the last rename and the end left: if ``out`` is the published result of the run in ``OUT.partial``,
+    remove that journal and return the manifest; else None. Call it before ``check_output``."""
+    partial = partial_of(out)
+    if _ours(out) and partial.is_dir() and {path.name for path in partial.iterdir()} <= {"LOCK"}:
+        Journal(partial, state_dir).discard()  # its end or its beginning; either way nothing is in it
+        return None
+    try:
+        sealed = json.loads((partial / "sealed.json").read_bytes())["manifest"]
+        if (partial / "publish").exists() or files.hash_file(out / MANIFEST) != sealed:
+            return None
+        manifest = json.loads((out / MANIFEST).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    Journal(partial, state_dir).discard()
+    return manifest
+
+
+def check_output(out: Path, source: Path, overwrite: bool = False) -> None:
+    """Refuse (OutputError, nothing touched) an output that exists, is the source, or lies in it or around it. ``overwrite`` allows an
+    empty directory and one that carries our manifest."""
+    if not out.name or out.name in (".", ".."):
+        raise OutputError("not a name for an output directory", out, "Give a new directory, such as ./out")
+    target = out.resolve()
+    for path in (target, partial_of(target)):
+        if source.exists():
+            inside = [ancestor for ancestor in (path, *path.parents) if ancestor.exists() and ancestor.samefile(source)]
+            if inside:
+                raise OutputError("the output is the source, or lies inside it", out, "Choose a directory outside the source")
+        if source.resolve().is_relative_to(path) and source.is_dir():
+            raise OutputError("the source lies inside the output", out, "Choose a directory outside the source")
+    if out.is_symlink():
+        raise OutputError("the output is a symbolic link", out, "Give the real directory, or a new name")
+    if out.exists() and not (overwrite and (_ours(out) or (out.is_dir() and not any(out.iterdir())))):
+        raise _exists(out)
+    for parent in target.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise OutputError("a file is in the way of the output directory", parent, "Choose another output directory")
+            break
+
+
+def _ours(directory: Path) -> bool:
+    """Whether a directory carries a manifest that leangrid wrote (its seal says so)."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        return not directory.is_symlink() and _seal(manifest)["seal"] == manifest["seal"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _exists(out: Path, resumable: bool = False) -> OutputError:
+    if _ours(out):
+        way_out = "Check it with: leangrid verify; replace it with --overwrite"
+    elif resumable:
+        way_out = "It appeared during the run. Move it away and run the same command again: it resumes"
+    else:
+        way_out = "Choose another name or remove it; --overwrite only replaces directories that leangrid made"
+    error = OutputError("the output exists already", out, way_out)
+    error.exit_code = 3 if resumable else error.exit_code
+    return error
+
+
+def verify(directory: Path) -> list[str]:
+    """What differs between a finished directory and its manifest, one sentence each; empty if nothing does.
+
+    Missing, changed, truncated, appended and additional files, links, and any change of the manifest itself are found.
+    Raises VerifyError if there is no such directory.
+    """
+    if not directory.is_dir():
+        raise VerifyError("there is no such directory", directory)
+    try:
+        raw = (directory / MANIFEST).read_bytes()
+        manifest = json.loads(raw)
+        listed = dict(manifest["files"])
+        sealed = _seal(manifest)["seal"] == manifest["seal"] and raw == files.json_bytes(manifest)
+    except FileNotFoundError:
+        return [f"{MANIFEST}: missing, so this is not a finished leangrid result"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{MANIFEST}: damaged ({type(error).__name__})"]
+    differences = [] if sealed else [f"{MANIFEST}: changed since it was written"]
+    for name, entry in sorted(listed.items()):
+        differences += _differences(directory, name, entry)
+    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()}
+    differences += [f"{name}: not in the manifest" for name in sorted(present - {*listed, MANIFEST})]
+    return differences
+
+
+def _differences(directory: Path, name: str, entry: Any) -> list[str]:
+    path = directory / name
+    if not _plain(name) or not isinstance(entry, dict):
+        return [f"{name[:100]!r}: not a plain file name"]
+    if path.is_symlink():
+        return [f"{name}: a link, not a file"]
+    if not path.is_file():
+        return [f"{name}: missing"]
+    if path.stat().st_size != entry.get("bytes"):
+        return [f"{name}: {path.stat().st_size} bytes, the manifest says {entry.get('bytes')}"]
+    try:
+        return [] if files.hash_file(path) == entry.get("sha256") else [f"{name}: contents changed (sha256 differs)"]
+    except OSError as error:
+        return [f"{name}: cannot be read ({error.strerror})"]
+
+
+def amend(directory: Path, name: str, data: bytes) -> None:
+    """Add or replace a small file (a report, a measured model card) of a finished directory, manifest included. Raises VerifyError if
+    the manifest is not ours."""
+    if not _ours(directory):
+        raise VerifyError("no leangrid manifest, or a changed one", directory, "leangrid verify shows what differs")
+    manifest = json.loads((directory / MANIFEST).read_bytes())
+    _add(directory, {key: entry for key, entry in manifest["files"].items() if key != name}, name, data)
+    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    files.write_json(directory / MANIFEST, _seal(manifest))
+
+
+def _plain(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    sound = all(part.isprintable() and not part.startswith((".", "/")) for part in parts)
+    return 0 < len(parts) <= 2 and "\\" not in name and sound

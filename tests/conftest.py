@@ -1,0 +1,92 @@
+"""What every test gets: shapes checked as it runs, no network, few threads, tiny checkpoints made once a session."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub and datasets when they are imported
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("leangrid", "beartype.beartype")  # before the first import of leangrid: checks every annotated shape and type
+
+import hypothesis
+import pytest
+import torch
+
+import tiny_models
+
+ROOT = Path(__file__).resolve().parents[1]
+
+for _profile, _settings in {
+    "dev": {"max_examples": 25, "derandomize": True},
+    "ci": {"max_examples": 200, "derandomize": True},
+    "nightly": {"max_examples": 10_000},
+}.items():
+    hypothesis.settings.register_profile(_profile, deadline=None, **_settings)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+
+
+class NetworkBlocked(ConnectionError):
+    """A test tried to reach the network."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """No connection leaves this machine; loopback and unix sockets stay (gloo, multiprocessing)."""
+    connect, lookup = socket.socket.connect, socket.getaddrinfo
+    local = ("localhost", "127.0.0.1", "::1", "", None)
+
+    def guarded_connect(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and isinstance(address, tuple) and address[0] not in local:
+            raise NetworkBlocked(f"tests have no network, but something connects to {address}")
+        connect(self, address)  # pyright: ignore[reportArgumentType]
+
+    def guarded_lookup(host: object, *rest: object, **named: object) -> list:
+        if host not in local and host != socket.gethostname():
+            raise socket.gaierror(socket.EAI_AGAIN, f"tests have no network, but something looks up {host}")
+        return lookup(host, *rest, **named)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded_connect)
+        patch.setattr(socket, "getaddrinfo", guarded_lookup)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny("llama3", dtype=..., sharded=...)`` -> a checkpoint directory, made once a session: read it, never write into it."""
+    made: dict[tuple, Path] = {}
+
+    def checkpoint(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, sharded: bool = False) -> Path:
+        key = (name, dtype, seed, sharded)
+        if key not in made:
+            made[key] = tiny_models.save(name, tmp_path_factory.mktemp(name), dtype, seed, sharded)
+        return made[key]
+
+    return checkpoint
+
+
+def _fetched(folder: str, pattern: str) -> Path:
+    found = sorted((ROOT / ".models" / folder).glob(pattern))
+    if not found:
+        pytest.skip(f".models/{folder} is not here; `make models` fetches it")
+    return found[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The demo model as it is published: one .gguf file (SmolLM2-135M-Instruct, Q4_1)."""
+    return _fetched("smollm2", "*.gguf")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a sentence encoder with real float32 weights: a checkpoint directory."""
+    return _fetched("minilm", "config.json").parent

@@ -1,0 +1,122 @@
+"""The walk through a block: every architecture, both streams, each product once."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+from leangrid.errors import ArchitectureError, CalibrationError
+from leangrid.models.skeleton import Skeleton
+from leangrid.models.walk import BlockWalk, Calls, Streams, embed
+from leangrid.storage.source import open_source
+
+
+def _skeleton(name: str, directory: Path) -> Skeleton:
+    return Skeleton(open_source(tiny_models.save(name, directory)))
+
+
+def _block_outputs(name: str, ids: torch.Tensor, skeleton: Skeleton) -> list[torch.Tensor]:
+    """What each block of the whole model, run plainly by transformers, gives out."""
+    model, seen = tiny_models.build(name), []
+    for index in range(len(skeleton.blocks)):
+        block = model.get_submodule(skeleton.block_name(index))
+        block.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    model(ids)
+    return seen
+
+
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+@torch.no_grad()
+def test_original_stream_is_the_model(name: str, tmp_path: Path) -> None:
+    skeleton = _skeleton(name, tmp_path)
+    ids = tiny_models.tokens(5, 32)  # two batches of 2 and one of 1: the arguments of both sizes are recorded
+    hidden, calls = embed(skeleton, ids.split(2))
+    streams = Streams(hidden, list(hidden))
+    expected = _block_outputs(name, ids[:2], skeleton)
+    for index in range(len(skeleton.blocks)):
+        with skeleton.block(index) as block:
+            walk = BlockWalk(block, skeleton.architecture.groups, calls, index, streams)
+            for group in walk:
+                for linear in group.names:
+                    weight = block.get_parameter(f"{linear}.weight")
+                    walk.replace(linear, weight + 0.05 * torch.randn_like(weight))
+            streams = walk.finished()
+        assert streams.original is not None
+        torch.testing.assert_close(streams.original[0], expected[index], rtol=0, atol=1e-5)
+        assert (streams.quantized[0] - streams.original[0]).abs().max() > 1e-3
+    assert all(p.is_meta for p in skeleton.blocks.parameters()), "a block stayed in memory"
+
+
+@torch.no_grad()
+def test_groups_read_what_the_linears_read_and_each_product_is_computed_once(tmp_path: Path) -> None:
+    skeleton = _skeleton("llama2", tmp_path)
+    ids = tiny_models.tokens(4, 16)
+    hidden, calls = embed(skeleton, ids.split(2))
+    with skeleton.block(0) as block:
+        reads: dict[str, list[torch.Tensor]] = {}
+        for linear in (n for group in skeleton.architecture.groups for n in group):
+            block.get_submodule(linear).register_forward_hook(lambda _m, args, _o, n=linear: reads.setdefault(n, []).append(args[0].clone()))
+        seen = []
+        walk = BlockWalk(block, skeleton.architecture.groups, calls, 0, Streams(hidden, None))
+        for group in walk:
+            assert group.original is None
+            seen.append((group.names, [x.clone() for x in group.quantized]))
+    assert tuple(names for names, _ in seen) == skeleton.architecture.groups
+    for names, inputs in seen:
+        for linear in names:
+            assert len(reads[linear]) == 2, "one call a batch"
+            assert all(torch.equal(a, b) for a, b in zip(reads[linear], inputs, strict=True))
+
+
+@torch.no_grad()
+def test_quantized_stream_sees_the_new_weight_of_its_own_group(tmp_path: Path) -> None:
+    """With every linear replaced by zero, only the residual is left; the original stream does not notice."""
+    skeleton = _skeleton("llama2", tmp_path)
+    hidden, calls = embed(skeleton, [tiny_models.tokens(2, 8)])
+    with skeleton.block(0) as block:
+        walk = BlockWalk(block, skeleton.architecture.groups, calls, 0, Streams(hidden, list(hidden)))
+        for group in walk:
+            for linear in group.names:
+                walk.replace(linear, torch.zeros_like(block.get_parameter(f"{linear}.weight")))
+        out = walk.finished()
+    assert torch.equal(out.quantized[0], hidden[0])
+    assert out.original is not None and not torch.equal(out.original[0], hidden[0])
+
+
+class _Bypass(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused, self.other = (torch.nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.other(x * 2) + self.used(x)
+
+
+def _walk(groups: tuple[tuple[str, ...], ...]) -> None:
+    hidden = torch.randn(1, 3, 4)
+    with torch.no_grad():
+        for _ in BlockWalk(_Bypass(), groups, Calls({1: [((), {})]}), 0, Streams([hidden], None)):
+            pass
+
+
+@pytest.mark.fault("N1")
+def test_a_linear_that_is_never_called_is_an_error() -> None:
+    with pytest.raises(CalibrationError, match="unused saw no tokens"):
+        _walk((("other",), ("used",), ("unused",)))
+
+
+@pytest.mark.fault("N1")
+def test_a_wrong_row_of_the_table_is_an_error() -> None:
+    with pytest.raises(ArchitectureError, match="does not read the same input"):
+        _walk((("other", "used"),))
+    with pytest.raises(CalibrationError, match="saw no tokens"):
+        _walk((("used",), ("other",)))
+
+
+def test_streams_survive_the_state_file() -> None:
+    streams = Streams([torch.full((1, 2), float(i)) for i in range(12)], [torch.full((1, 2), -float(i)) for i in range(12)])
+    again = Streams.from_tensors(streams.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(streams.quantized, again.quantized, strict=True))
+    assert again.original is not None and torch.equal(again.original[11], streams.original[11])  # pyright: ignore[reportOptionalSubscript]
+    assert Streams.from_tensors(Streams(streams.quantized, None).tensors()).original is None
