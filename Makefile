@@ -50,6 +50,6 @@ bench: $(SETUP) $(MODELS)  ## quality and time; each prints JSON lines (benchmar
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/quantize_time.py
 docs: $(SETUP)  ## rewrite the generated tables of README.md from benchmarks/results
-	$(BIN)/python scripts/write_tables.py
+	$(BIN)/python benchmarks/table.py
 clean:  ## what make made, except .venv and .models
 	rm -rf build demo .pytest_cache .ruff_cache .hypothesis

@@ -1,13 +1,26 @@
 """Results on disk: one JSON object a line. A run of the same thing replaces its line, anything else is added below."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 # What a measurement is of. Two lines that agree in all of these are the same measurement, run twice.
-_IDENTITY = ("benchmark", "model", "scheme", "variant", "recipe", "windows_sha256", "text", "sha256_of_text", "length", "windows", "threads")
+_IDENTITY = (
+    "benchmark",
+    "model",
+    "scheme",
+    "variant",
+    "recipe",
+    "windows_sha256",
+    "text",
+    "sha256_of_text",
+    "length",
+    "windows",
+    "threads",
+)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -22,6 +35,19 @@ def identity(line: Mapping[str, Any]) -> str:
     return json.dumps([line.get(name) for name in _IDENTITY], sort_keys=True)
 
 
+def text(line: Mapping[str, Any]) -> str:
+    """One line of strict JSON: a figure that is not finite (a model that broke) becomes null."""
+    return json.dumps({name: _plain(value) for name, value in line.items()}, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def add(path: Path, line: Mapping[str, Any]) -> None:
     """Put ``line`` in the place of its earlier run, or at the end; the file is never seen half written."""
     kept, fresh = read(path), dict(line)
@@ -31,5 +57,5 @@ def add(path: Path, line: Mapping[str, Any]) -> None:
     kept = kept if places else [*kept, fresh]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(item, allow_nan=False, ensure_ascii=False) + "\n" for item in kept), encoding="utf-8")
+    part.write_text("".join(text(item) + "\n" for item in kept), encoding="utf-8")
     os.replace(part, path)

@@ -60,7 +60,9 @@ def _commit() -> str:
     if head.returncode:
         return ""
     # Results do not count: the line that is being written is one.
-    changed = subprocess.run([*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"], capture_output=True, text=True, check=False
+    )
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
@@ -68,8 +70,13 @@ def machine() -> dict[str, Any]:
     """Processor, cores this process may use, instruction sets, memory in GiB, and the GPU where there is one."""
     facts = _cpuinfo()
     flags = set(facts.get("flags", facts.get("Features", "")).split())
-    found = {"cpu": facts.get("model name") or platform.processor() or platform.machine(), "cores": _cores(),
-             "isa": [flag for flag in _FLAGS if flag in flags], "memory_gib": _memory_gib(), "system": f"{platform.system()} {platform.machine()}"}  # fmt: skip
+    found = {
+        "cpu": facts.get("model name") or platform.processor() or platform.machine(),
+        "cores": _cores(),
+        "isa": [flag for flag in _FLAGS if flag in flags],
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
     gpu = _gpu()
     return found | ({"gpu": gpu} if gpu else {})
 

@@ -12,13 +12,30 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Failed(RuntimeError):
+    """The process did not finish; its own words are on stderr."""
+
+
 def quantize(source: Path, out: Path, recipe: dict[str, Any], windows: Path, threads: int | None = None) -> dict[str, Any]:
-    """Start this file and return what ``leangrid quantize --json`` would print. The child's progress goes to our stderr."""
+    """Start this file and return what ``leangrid quantize --json`` would print. The child's progress goes to our stderr.
+
+    Raises:
+        Failed: it was refused or stopped.
+    """
     job = {"source": str(source), "out": str(out), "recipe": recipe, "windows": str(windows), "threads": threads}
     done = subprocess.run([sys.executable, __file__], input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{recipe['scheme']}: the quantizing process ended with {done.returncode}")
+        raise Failed(f"{recipe['scheme']}: the quantizing process ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def own_peak() -> int | None:
+    """Largest resident size since this program began. getrusage's ru_maxrss would be that of the process that started us, where that
+    was larger: Linux carries it through exec. None where the system does not tell.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def main() -> None:
@@ -35,7 +52,7 @@ def main() -> None:
                                        threads=job["threads"], progress=terminal)  # fmt: skip
     except LeangridError as error:
         raise SystemExit(f"leangrid: {error}") from error
-    print(json.dumps(result.to_json()))
+    print(json.dumps(result.to_json() | {"peak_ram_bytes": own_peak() or result.peak_ram_bytes}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ of its own, with the same calibration windows. A baseline (GPTQ..., RTN...) skip
 import argparse
 import gc
 import hashlib
-import json
+import shutil
 import sys
 import tempfile
 import time
@@ -20,24 +20,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-from torch import Tensor
-
-import leangrid
 import lines
+import numpy as np
 import once
 import sts
+import torch
 import variants
+from machine import provenance
+from torch import Tensor
+from workload import Workload, default_source
+
+import leangrid
 from leangrid.data.calibration import affixes, check_vocabulary, cut, tokenize
 from leangrid.data.corpora import joined
 from leangrid.evaluate.divergence import Reference, divergence
 from leangrid.evaluate.perplexity import negative_log_likelihood, perplexity
 from leangrid.recipe import Recipe, Scheme
-from machine import provenance
-from workload import Workload, default_source
 
-_SCHEMES = "W4A16_G64,GPTQ4_G64,RTN4_G64,NU4,GPTQ4,RTN4,W3A16_G64,GPTQ3_G64,NU3,GPTQ3"
+_SCHEMES = "W4A16_G64,GPTQ4_G64,W3A16_G64,GPTQ3_G64,NU4,NU3"
 
 
 class Yardstick(Protocol):
@@ -129,10 +129,20 @@ def measured(work: Workload, yard: Yardstick, recipe: Recipe, folder: Path, thre
     begin = time.perf_counter()
     figures = yard.figures(out)
     gc.collect()
-    for path in sorted(out.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    out.rmdir()
-    kept = ("bits_per_weight", "bytes", "layers", "loss", "loss_minmax", "loss_rounding", "rescues", "notes", "seconds", "peak_ram_bytes", "kernels")
+    shutil.rmtree(out)
+    kept = (
+        "bits_per_weight",
+        "bytes",
+        "layers",
+        "loss",
+        "loss_minmax",
+        "loss_rounding",
+        "rescues",
+        "notes",
+        "seconds",
+        "peak_ram_bytes",
+        "kernels",
+    )
     return figures | {name: result[name] for name in kept} | {"evaluate_seconds": round(time.perf_counter() - begin, 1)}
 
 
@@ -163,16 +173,23 @@ def main() -> None:
         todo = list(runs(work, [scheme for scheme in options.schemes.split(",") if scheme], chosen))  # a wrong scheme is told now
         yard = yardstick(work.source, options.text, options.windows, options.evaluation_length or options.length)
         done = {lines.identity(line) for line in lines.read(options.out)} if options.out and options.skip_done else set()
+        failed = []
         for number, (variant, recipe) in enumerate(todo, 1):
             head = {"benchmark": "quality", "model": work.name, "scheme": recipe.scheme, "variant": variant, "recipe": recipe.model_dump(),
                     "windows_sha256": work.windows_sha256, "threads": options.threads or torch.get_num_threads(), **yard.about}  # fmt: skip
             print(f"{number} of {len(todo)}: {recipe.scheme} {variant}", file=sys.stderr, flush=True)
             if lines.identity(head) in done:
                 continue
-            line = head | measured(work, yard, recipe, folder, options.threads) | provenance()
-            print(json.dumps(line), flush=True)
+            try:
+                line = head | measured(work, yard, recipe, folder, options.threads) | provenance()
+            except once.Failed as error:
+                failed.append(f"{recipe.scheme} {variant}: {error}")
+                continue
+            print(lines.text(line), flush=True)
             if options.out:
                 lines.add(options.out, line)
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -9,21 +9,20 @@ the ratio within a round). SCHEME@VARIANT takes a variant of variants.py.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 import lines
 import once
+import torch
 import variants
-from leangrid.recipe import Recipe
 from machine import provenance
 from workload import Workload, default_source
+
+from leangrid.recipe import Recipe
 
 
 def recipes(work: Workload, texts: list[str]) -> dict[tuple[str, str], Recipe]:
@@ -42,9 +41,15 @@ def summary(results: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[
     """Medians of several runs of one scheme, against the runs of the first scheme in the same rounds."""
     totals = [result["seconds"]["total"] for result in results]
     ratios = [total / other["seconds"]["total"] for total, other in zip(totals, first, strict=True)]
-    return {"seconds": {stage: round(median(result["seconds"].get(stage, 0.0) for result in results), 3) for stage in results[0]["seconds"]},
-            "totals": totals, "ratio_to_first": round(median(ratios), 3), "peak_ram_bytes": max(result["peak_ram_bytes"] for result in results),
-            "layers": results[0]["layers"], "kernels": results[0]["kernels"]}  # fmt: skip
+    stages = {stage: round(median(result["seconds"].get(stage, 0.0) for result in results), 3) for stage in results[0]["seconds"]}
+    return {
+        "seconds": stages,
+        "totals": totals,
+        "ratio_to_first": round(median(ratios), 3),
+        "peak_ram_bytes": max(result["peak_ram_bytes"] for result in results),
+        "layers": results[0]["layers"],
+        "kernels": results[0]["kernels"],
+    }
 
 
 def main() -> None:
@@ -80,7 +85,7 @@ def main() -> None:
         line = {"benchmark": "quantize_time", "model": work.name, "scheme": scheme, "variant": variant, "rounds": options.rounds,
                 "recipe": chosen[scheme, variant].model_dump(), "windows_sha256": work.windows_sha256,
                 "threads": options.threads or torch.get_num_threads(), **summary(every, first)} | origin  # fmt: skip
-        print(json.dumps(line), flush=True)
+        print(lines.text(line), flush=True)
         if options.out:
             lines.add(options.out, line)
 

@@ -73,7 +73,7 @@ class Vocabulary:
         mergeable = range(FIRST_BYTE + 256, len(names))
         splits = [(-self.scores[i], cut, names[i][:cut], names[i][cut:]) for i in mergeable for cut in range(1, len(names[i]))]
         merges = [(left, right) for _, _, left, right in sorted(splits) if left in ids and right in ids]
-        bpe = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+        bpe = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # noqa: S106
         bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         spaces = decoders.Replace("▁", " ")
         bpe.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import provenance
 from torch import Tensor
 
 import leangrid
-from machine import provenance
 
 _BATCH = 64  # sentences of similar length
 

@@ -11,7 +11,7 @@ A table stands between two comments; the first says which file, which lines and 
 A pivot has one row for each scheme (or whatever its second part names) and one column for each variant; the last part is what a
 cell shows, several values with a slash between them. A head of its own is written NAME=HEAD:
 
-    <!-- pivot: quality.jsonl model=SmolLM2-135M-Instruct | scheme, bits_per_weight:.2f=bits | variant: default, paper=the paper | kl_mean:.3f -->
+    <!-- pivot: quality.jsonl model=stories260K | scheme, bits_per_weight:.2f=bits | variant: default, paper | kl_mean:.3f -->
     <!-- end -->
 
 Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p.

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sts import Pairs
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 import leangrid
 from leangrid.data.calibration import windows, windows_hash
@@ -14,9 +16,9 @@ from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.recipe import Recipe
 from leangrid.storage import safetensors
-from sts import Pairs
 
 ROOT = Path(__file__).resolve().parents[1]
+transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Workload:
     seed: int
 
     @classmethod
-    def open(cls, source: Path, calibration: str, samples: int, length: int, seed: int, folder: Path, name: str | None = None) -> "Workload":
+    def open(
+        cls, source: Path, calibration: str, samples: int, length: int, seed: int, folder: Path, name: str | None = None
+    ) -> "Workload":
         """Dequantize a .gguf file (once, into ``folder``) and make the windows.
 
         Args:
@@ -64,7 +68,9 @@ class Workload:
     def recipe(self, scheme: str, fields: dict[str, str]) -> Recipe:
         """The recipe with every default of its scheme written out."""
         samples, length = self.windows.shape
-        return Recipe.build(scheme=scheme, calibration=self.calibration, samples=samples, length=length, seed=self.seed, **fields).resolved()
+        return Recipe.build(
+            scheme=scheme, calibration=self.calibration, samples=samples, length=length, seed=self.seed, **fields
+        ).resolved()
 
 
 def default_source() -> Path:
@@ -77,5 +83,5 @@ def default_source() -> Path:
 
 def _sentences(path: Path, seed: int) -> list[str]:
     sentences = Pairs.read(path).sentences
-    random.Random(seed).shuffle(sentences)  # the file is sorted by genre
+    random.Random(seed).shuffle(sentences)  # noqa: S311  the file is sorted by genre
     return sentences

@@ -21,9 +21,9 @@ from leangrid.data.calibration import windows_hash
 from leangrid.data.sampling import sample
 from leangrid.evaluate import evaluate_many
 from leangrid.models.gguf import dequantize
-from leangrid.progress import Event
-from leangrid.result import QuantizeResult
+from leangrid.report.terminal import Terminal
 from leangrid.storage import files, safetensors
+from leangrid.storage.source import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"
@@ -36,11 +36,10 @@ STARTED = time.perf_counter()
 
 
 def main() -> None:
-    DEMO.mkdir(exist_ok=True)
+    (DEMO / "seconds").mkdir(parents=True, exist_ok=True)
     prepare_source()
     windows = calibration()
-    results = [quantize(scheme, windows) for scheme in SCHEMES]
-    rows = evaluation(results)
+    rows = evaluation([quantize(scheme, windows) for scheme in SCHEMES])
     show(rows)
     answer = ask(DEMO / "W4A16_G64")
     opened = [opens_in_transformers(DEMO / "W4A16_G64", needs_leangrid=False), opens_in_transformers(DEMO / "NU4", needs_leangrid=True)]
@@ -55,7 +54,7 @@ def main() -> None:
         "peak_ram_bytes": peak_memory_bytes(),
         "leangrid": leangrid.__version__,
     }
-    files.atomic_write(DEMO / "summary.json", json.dumps(summary, indent=1).encode())
+    files.write_json(DEMO / "summary.json", summary)
     say(f"done, peak memory {summary['peak_ram_bytes'] / 1e9:.1f} GB; the table is in demo/summary.json")
 
 
@@ -97,51 +96,44 @@ def calibration() -> torch.Tensor:
     return windows
 
 
-def quantize(scheme: str, windows: torch.Tensor) -> QuantizeResult:
-    """demo/SCHEME. A finished directory with the same recipe, source and windows is kept; an unfinished one is resumed."""
-    out = DEMO / scheme
-    say(f"{scheme} -> demo/{scheme}")
+def quantize(scheme: str, windows: torch.Tensor) -> dict[str, Any]:
+    """demo/SCHEME and its figures. A finished directory of the same job is kept, an unfinished one is resumed."""
     recipe = leangrid.Recipe(scheme=scheme, calibration="self", samples=SAMPLES, length=LENGTH, seed=SEED)
-    result = leangrid.quantize(SOURCE, out, recipe, windows=windows, overwrite=True, progress=shown(scheme))
-    state = "is here and complete" if result.already_complete else f"took {result.seconds['total']:.0f} s"
-    rescued = f", {result.rescues} rescues" if result.rescues else ""
-    say(
-        f"  {scheme} {state}: {result.bits_per_weight:.2f} bits a weight, loss {result.loss:.4g} (min-max {result.loss_minmax:.4g}){rescued}"
+    took = DEMO / "seconds" / f"{scheme}.json"
+    if finished(DEMO / scheme, recipe, windows) and took.is_file():
+        say(f"{scheme}: demo/{scheme} is finished and whole")
+    else:
+        say(f"{scheme} -> demo/{scheme}")
+        with Terminal() as progress:
+            done = leangrid.quantize(SOURCE, DEMO / scheme, recipe, windows=windows, overwrite=True, progress=progress)
+        files.write_json(took, done.seconds)
+    manifest = json.loads((DEMO / scheme / "manifest.json").read_bytes())
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    row = {"name": scheme, "bytes": size, "seconds": json.loads(took.read_bytes()), **manifest["result"]}
+    losses = ", ".join(
+        f"{label} {row[key]:.4g}" for label, key in (("loss", "loss"), ("min-max", "loss_minmax"), ("rounding", "loss_rounding"))
     )
-    return result
+    say(f"{scheme}: {row['bits_per_weight']:.2f} bits a weight, {losses}, {row['rescues']} rescues, {row['seconds']['total']:.0f} s")
+    return row
 
 
-def shown(scheme: str) -> Any:
-    """A progress callback: each block on a terminal, every tenth elsewhere."""
-
-    def progress(event: Event) -> None:
-        if event.message:
-            say(f"  {event.message}")
-        elif event.stage == "block":
-            step = f"  {scheme} block {event.block + 1} of {event.blocks}, loss {event.loss:.4g}"
-            left = f", {event.seconds_left:.0f} s left" if event.seconds_left >= 0 else ""
-            if sys.stderr.isatty() or (event.block + 1) % 10 == 0:
-                say(f"{step}, {event.memory_bytes / 1e9:.1f} GB{left}", passing=True)
-
-    return progress
+def finished(directory: Path, recipe: leangrid.Recipe, windows: torch.Tensor) -> bool:
+    """True where ``directory`` is whole and was made by the same recipe, version, source and windows."""
+    if not (directory / "manifest.json").is_file() or leangrid.verify(directory):
+        return False
+    manifest = json.loads((directory / "manifest.json").read_bytes())
+    made_by = (manifest["recipe_fingerprint"], manifest["versions"]["leangrid"], manifest["source"], manifest["result"]["windows_sha256"])
+    return made_by == (recipe.resolved().fingerprint(), leangrid.__version__, open_source(SOURCE).fingerprint, windows_hash(windows))
 
 
-def evaluation(results: list[QuantizeResult]) -> list[dict[str, Any]]:
-    """Perplexity, KL and top-1 against the original, on the English text that ships with Python."""
-    say(f"evaluating the original and {len(results)} results on {EVALUATION_WINDOWS} x {LENGTH} tokens of Python's own documentation")
-
-    def progress(event: Event) -> None:
-        if sys.stderr.isatty() or event.block == event.blocks:
-            say(f"  {Path(event.layer).name}: window {event.block} of {event.blocks}", passing=event.block < event.blocks)
-
-    found = evaluate_many([r.out for r in results], SOURCE, "embedded", length=LENGTH, windows=EVALUATION_WINDOWS, progress=progress)
+def evaluation(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with perplexity, KL and top-1 against the original, on the English text that ships with Python."""
+    say(f"evaluating the original and {len(rows)} results on {EVALUATION_WINDOWS} x {LENGTH} tokens of Python's own documentation")
+    directories = [DEMO / row["name"] for row in rows]
+    with Terminal() as progress:
+        found = evaluate_many(directories, SOURCE, "embedded", length=LENGTH, windows=EVALUATION_WINDOWS, progress=progress)
     keys = ("perplexity", "reference_perplexity", "kl_mean", "kl_p99", "top1_agreement", "text", "sha256_of_text", "tokens")
-    return [
-        {"name": Path(result.out).name, "bits_per_weight": result.bits_per_weight, "bytes": result.bytes, "loss": result.loss,
-         "loss_minmax": result.loss_minmax, "loss_rounding": result.loss_rounding, "rescues": result.rescues,
-         "quantize_seconds": result.seconds["total"], **{key: figures[key] for key in keys}}
-        for result, figures in zip(results, found, strict=True)
-    ]  # fmt: skip
+    return [row | {key: figures[key] for key in keys} for row, figures in zip(rows, found, strict=True)]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -152,7 +144,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for number, row in enumerate(rows):
         name = row["name"] if row["name"].startswith(("GPTQ", "RTN")) else f"[bold]{row['name']}[/]"
         cells = (f"{row['bits_per_weight']:.2f}", f"{row['bytes'] / 1e6:.0f}", f"{row['perplexity']:.2f}", f"{row['kl_mean']:.4f}",
-                 f"{row['kl_p99']:.2f}", f"{row['top1_agreement']:.1%}", f"{row['quantize_seconds']:.0f} s")  # fmt: skip
+                 f"{row['kl_p99']:.2f}", f"{row['top1_agreement']:.1%}", f"{row['seconds']['total']:.0f} s")  # fmt: skip
         table.add_row(name, *cells, end_section=number % 3 == 2)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     print("GPTQ: the same solver on a min-max grid. RTN: rounding. KL and top-1 are against the original model.", flush=True)

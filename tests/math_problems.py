@@ -38,7 +38,7 @@ def weight(rows: int, cols: int, seed: int = 0) -> Tensor:
 
 
 def grid(kind: str, w: Tensor, bits: int, group_size: int | None = None) -> Grid:
-    """"minmax", "affine" (unweighted, coarse) or "levels" (quantiles of each row)."""
+    """ "minmax", "affine" (unweighted, coarse) or "levels" (quantiles of each row)."""
     if kind == "minmax":
         return fit_minmax(w, bits, group_size)
     if kind == "affine":

@@ -1,7 +1,6 @@
-"""The README cannot lie: its commands and names exist, its links lead somewhere, its tables are what benchmarks/results say."""
+"""The README cannot lie: its commands and names exist, its links lead somewhere; the theory names code that exists."""
 
 import importlib
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -70,19 +69,19 @@ def test_links_lead_somewhere(page: str) -> None:
             assert (ROOT / page).parent.joinpath(target.split("#")[0]).exists(), f"{page}: {target}"
 
 
-def test_tables_are_generated() -> None:
-    spec = importlib.util.spec_from_file_location("write_tables", ROOT / "scripts" / "write_tables.py")
-    assert spec is not None and spec.loader is not None
-    writer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(writer)
-    assert "<!-- table:" in README
-    assert writer.rendered(README) == README, "run `make docs`"
+def test_tables_are_there() -> None:
+    # That they are up to date is tested beside the benchmarks, whose lines they show.
+    assert README.count("<!-- table:") + README.count("<!-- pivot:") >= 2
 
 
-def test_theory_names_functions_that_exist() -> None:
+def test_theory_names_code_that_exists() -> None:
     text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
-    named = re.findall(r"`([\w/]+)\.py:(\w+)(?:\.(\w+))?`", text)
+    named = re.findall(r"`([\w/]+)\.py(?:: (\w+)(?:\.(\w+))?)?`", text)
     assert len(named) > 10
     for file, name, member in named:
-        found = getattr(importlib.import_module(f"leangrid.{file.replace('/', '.')}"), name)
-        assert not member or hasattr(found, member), f"{file}.py:{name}.{member}"
+        found = importlib.import_module(f"leangrid.{file.replace('/', '.')}")
+        for part in filter(None, (name, member)):
+            found = getattr(found, part)
+    kernels = importlib.import_module("leangrid.kernels")
+    for pattern in re.findall(r"`kernels\.(\w+\*?)`", text):
+        assert any(re.fullmatch(pattern.replace("*", r"\w+"), name) for name in dir(kernels)), pattern

@@ -1,12 +1,10 @@
 """Where the time goes: seconds by stage, nothing else."""
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STAGES = ("load", "calibrate", "hessian", "factor", "grid", "solve", "pack", "save")
+STAGES = ("load", "calibrate", "hessian", "factor", "grid", "solve", "pack", "save")  # promised; "baseline" joins them
 
 
 class Clock:
@@ -36,9 +34,3 @@ class Clock:
     def report(self) -> dict[str, float]:
         """{"total": ..., stage: ...}, rounded to milliseconds."""
         return {"total": round(self.elapsed(), 3)} | {name: round(value, 3) for name, value in self.seconds.items()}
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,8 +2,8 @@
 
 U is upper triangular with (H + lambda I)^-1 = U^T U, rows and columns in elimination order. It comes from one Cholesky
 of the reversed matrix: J (H + lambda I) J = L L^T gives U = J L^-1 J, so no inverse is ever formed. Everything is
-computed on H over a power of four near its mean diagonal, so the scale of H changes nothing. Columns without input keep their damping alone: they
-are uncorrelated with the rest, go last, weigh least, and are simply rounded.
+computed on H over a power of four near its mean diagonal, so the scale of H changes nothing. Columns without input keep
+their damping alone: they are uncorrelated with the rest, go last, weigh least, and are simply rounded.
 
 Ladder of rescues, each recorded: float32 with the damping asked, 10 times, 100 times, float64 with the damping asked,
 the diagonal of H; each rung is accepted only if U^T U (H + lambda I) is the identity on random probes.

@@ -27,6 +27,8 @@ class PackedLinear(nn.Module):
         device: where the (uninitialised) buffers are made; "meta" makes none.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, in_features: int, out_features: int, bits: int, bias: bool, dtype: torch.dtype, device: str | torch.device = "cpu"
     ) -> None:

@@ -48,7 +48,7 @@ def row_losses(
 ) -> Float[Tensor, " rows"]:
     """(E H E^T)_ii / 2 of each row, float64."""
     error = weight_hat.float() - target.float()
-    return (error @ matrix).mul_(error).sum(1, dtype=torch.float64) / 2
+    return (error @ matrix).mul_(error).sum(1).double() / 2
 
 
 def loss(weight_hat: Float[Tensor, "rows cols"], target: Float[Tensor, "rows cols"], matrix: Float[Tensor, "cols cols"]) -> float:
@@ -128,7 +128,7 @@ class _Layer:
         else:
             codes, grid = self.refined(*self.learned(baseline, minmax))
         value = self.loss(codes, grid)
-        if value > loss_rounding and self.scheme.method != "rtn":
+        if not value <= loss_rounding and self.scheme.method != "rtn":  # also where it is NaN
             codes, grid, value = self.rounding_instead(codes, grid, value, rounding, minmax, loss_rounding)
         return LinearResult(codes, grid, value, loss_minmax, loss_rounding, tuple(self.rescues), self.seconds)
 

@@ -84,7 +84,7 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
 
 def _from_pretrained(model_class: type[PreTrainedModel], directory: Path, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
-        model, info = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             directory, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except LeangridError:
@@ -93,6 +93,7 @@ def _from_pretrained(model_class: type[PreTrainedModel], directory: Path, config
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         way_out = "Compare it with its manifest: leangrid verify DIR"
         raise CheckpointError(f"transformers cannot load it: {reason}", directory, way_out) from error
+    model, info = loaded
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         raise CheckpointError(f"{len(missing)} tensors are missing", f"first: {missing[0]}", "Copy or quantize the directory again")
@@ -106,7 +107,7 @@ def _to_dense(model: nn.Module) -> None:
         if isinstance(layer, PackedLinear):
             linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             linear.weight = nn.Parameter(layer.weight_hat, requires_grad=False)
-            linear.bias = layer.bias
+            linear.register_parameter("bias", layer.bias)
             model.set_submodule(name, linear)
 
 

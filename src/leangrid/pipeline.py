@@ -58,7 +58,7 @@ def quantize(
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = recipe or Recipe.build()
-    complete = finished_result(Path(out), max_rescued)
+    complete = finished_result(Path(out), None if state_dir is None else Path(state_dir), max_rescued)
     if complete is not None:
         return complete
     with torch.no_grad(), Run.open(source, out, recipe, windows, device, overwrite, restart, state_dir, progress) as run:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,8 @@ def prepare(
     check_output(final, path, overwrite)
     notices: list[str] = []
     if is_gguf(path):
-        fingerprint = _file_hash(path)
-        journal = _open_journal(final, recipe, fingerprint, windows, restart, state_dir)
+        identity = {"files": {path.name: {"sha256": _file_hash(path)}}}
+        journal = _open_journal(final, recipe, identity, windows, restart, state_dir)
         try:
             notices.append(f"{path.name}: dequantized before quantizing; the original of all comparisons is the dequantized model")
             directory = journal.partial / "source"
@@ -70,7 +71,7 @@ def prepare(
             raise
     else:
         checkpoint, skeleton, settled = open_model(path, recipe)
-        journal = _open_journal(final, recipe, checkpoint.fingerprint, windows, restart, state_dir)
+        journal = _open_journal(final, recipe, checkpoint.identity, windows, restart, state_dir)
     notices += [*checkpoint.notices, *journal.notices]
     if recipe.scheme == "auto":
         notices.append(f"scheme: {settled.scheme}")
@@ -159,11 +160,11 @@ def _sampler(prepared: Prepared) -> Callable[[int, int, int], Tensor] | None:
 
 
 def _open_journal(
-    out: Path, recipe: Recipe, fingerprint: str, windows: Tensor | None, restart: bool, state_dir: str | Path | None
+    out: Path, recipe: Recipe, source: dict[str, Any], windows: Tensor | None, restart: bool, state_dir: str | Path | None
 ) -> Journal:
     identity = {
         "recipe": recipe.model_dump(),
-        "source": fingerprint,
+        "source": source,
         "windows": _windows_identity(recipe, windows),
         "version": __version__,
     }

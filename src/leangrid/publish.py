@@ -2,17 +2,18 @@
 
 import json
 from collections.abc import Iterator
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from leangrid._version import __version__
-from leangrid.clock import Clock, peak_memory_bytes
+from leangrid.clock import Clock
 from leangrid.data.calibration import windows_hash
 from leangrid.formats import FORMATS
+from leangrid.memory import peak_bytes
 from leangrid.models.skeleton import Skeleton
 from leangrid.prepare import Prepared
 from leangrid.report.card import model_card
@@ -34,7 +35,7 @@ def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_
         "recipe": recipe.model_dump(),
         "recipe_fingerprint": recipe.fingerprint(),
         "source": prepared.checkpoint.fingerprint,
-        "versions": {"leangrid": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {"leangrid": __version__, "torch": torch.__version__, "transformers": installed("transformers")},
         "devices": sorted({info["device"] for info in infos}),
         "threads": sorted({info["threads"] for info in infos}),
         "result": figures,
@@ -54,9 +55,9 @@ def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_
     return _result(prepared.out, written, clock.report(), device, max_rescued)
 
 
-def finished_result(out: Path, max_rescued: float) -> QuantizeResult | None:
+def finished_result(out: Path, state_dir: Path | None, max_rescued: float) -> QuantizeResult | None:
     """The result of a run that was killed after its directory got its final name and before its journal was gone; else None."""
-    manifest = writer.settle(out)
+    manifest = writer.settle(out, state_dir)
     return None if manifest is None else _result(out, manifest, {"total": 0.0}, "cpu", max_rescued)
 
 
@@ -84,7 +85,7 @@ def _result(out: Path, manifest: dict[str, Any], seconds: dict[str, float], devi
         out=str(out),
         bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
         seconds=seconds,
-        peak_ram_bytes=peak_memory_bytes(),
+        peak_ram_bytes=peak_bytes(),
         peak_gpu_bytes=torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
         max_rescued=max_rescued,
         **manifest["result"],

@@ -7,7 +7,7 @@ Q is the quantized weight, E = Q - W, and everything works from the gradient E H
 Every step rounds to the stored dtype before it is judged, and each row keeps whichever state has the lower loss.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, UInt8
@@ -42,43 +42,65 @@ def refine(
     """
     if rounds == 0:
         return codes, grid
-    gradient = (grid.dequantize(codes) - target) @ matrix
+    state = _State.of(target, codes, grid, matrix)
     for _ in range(rounds):
-        codes, grid, gradient = _refit(target, codes, grid, matrix, gradient, scale_dtype)
-        codes, gradient = _descend(target, codes, grid, matrix, gradient)
-    codes, grid, _ = _refit(target, codes, grid, matrix, gradient, scale_dtype)
-    return codes, grid
+        state = _refit(target, state, matrix, scale_dtype)
+        state = _descend(state, matrix)
+    state = _refit(target, state, matrix, scale_dtype)
+    return state.codes, state.grid
 
 
-def _row_losses(target: Tensor, codes: Tensor, grid: Grid, gradient: Tensor) -> Tensor:
-    return (grid.dequantize(codes) - target).mul_(gradient).sum(1, dtype=torch.float64)
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Codes on a grid, with E = Q - W, the gradient E H, and twice the loss of each row."""
+
+    codes: Tensor
+    grid: Grid
+    error: Tensor
+    gradient: Tensor
+    loss: Tensor
+
+    @classmethod
+    def of(cls, target: Tensor, codes: Tensor, grid: Grid, matrix: Tensor) -> "_State":
+        error = grid.dequantize(codes).sub_(target)
+        gradient = error @ matrix
+        return cls(codes, grid, error, gradient, (error * gradient).sum(1))
+
+    def better(self, other: "_State") -> "_State":
+        """``other``, but this state's rows wherever their loss did not fall."""
+        worse = ~(other.loss < self.loss)
+        if not bool(worse.any()):
+            return other
+        mine, rows = worse[:, None], worse.nonzero().squeeze(1)
+        return _State(
+            torch.where(mine, self.codes, other.codes),
+            other.grid if other.grid is self.grid else other.grid.put(rows, self.grid.take(rows)),
+            torch.where(mine, self.error, other.error),
+            torch.where(mine, self.gradient, other.gradient),
+            torch.where(worse, self.loss, other.loss),
+        )
 
 
-def _refit(target: Tensor, codes: Tensor, grid: Grid, matrix: Tensor, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid, Tensor]:
-    """New codes (levels may change order), grid and gradient; rows that did not gain are left as they were."""
-    before = _row_losses(target, codes, grid, gradient)
+def _refit(target: Tensor, state: _State, matrix: Tensor, dtype: torch.dtype) -> _State:
+    """The least-squares grid given the codes, rounded as it is stored; levels may change places with their codes."""
+    grid = state.grid
     if isinstance(grid, AffineGrid):
-        new_codes, new_grid = _refit_scales(codes, grid, matrix, gradient, dtype)
+        codes, new = _refit_scales(state.codes, grid, matrix, state.gradient, dtype)
     else:
-        new_codes, new_grid = _refit_levels(codes, grid, matrix, gradient, dtype)
-    new_gradient = (new_grid.dequantize(new_codes) - target) @ matrix
-    worse = ~(_row_losses(target, new_codes, new_grid, new_gradient) < before)
-    if bool(worse.any()):
-        new_grid = new_grid.put(worse, grid.take(worse))
-        new_codes = torch.where(worse[:, None], codes, new_codes)
-        new_gradient[worse] = gradient[worse]
-    return new_codes, new_grid, new_gradient
+        codes, new = _refit_levels(state.codes, grid, matrix, state.gradient, dtype)
+    return state.better(_State.of(target, codes, new, matrix))
 
 
 def _refit_levels(codes: Tensor, grid: Grid, matrix: Tensor, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid]:
     """Least-squares levels given the codes, sorted again; a level without codes stays where it is."""
     count = grid.levels.shape[1]
     normal = kernels.level_gram(matrix, codes, count)
-    slope = torch.zeros(len(codes), count, dtype=torch.float64, device=codes.device).scatter_add_(1, codes.long(), gradient.double())
+    index = codes.long()
+    slope = torch.zeros_like(grid.levels).scatter_add_(1, index, gradient).double()
     levels = grid.levels.double() - _solve(normal, slope, _RIDGE["nonuniform"])
     levels, order = levels.sort(dim=1, stable=True)
     rank = torch.argsort(order, dim=1)  # rank[old code] = new code
-    return rank.gather(1, codes.long()).to(torch.uint8), NonuniformGrid(levels.float()).rounded(dtype)
+    return rank.gather(1, index).to(torch.uint8), NonuniformGrid(levels.float()).rounded(dtype)
 
 
 def _refit_scales(codes: Tensor, grid: AffineGrid, matrix: Tensor, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid]:
@@ -96,7 +118,7 @@ def _refit_scales(codes: Tensor, grid: AffineGrid, matrix: Tensor, gradient: Ten
             product = (unit[:, g] @ matrix[g * size : (g + 1) * size, g * size :]).mul_(flat[:, g * size :])
             normal[:, g, g:] = product.reshape(len(unit), -1, size).sum(2)
             normal[:, g:, g] = normal[:, g, g:]
-        slope = (unit * gradient[part].reshape(unit.shape)).sum(2, dtype=torch.float64)
+        slope = (unit * gradient[part].reshape(unit.shape)).sum(2).double()
         solved = (scale[part].double() - _solve(normal, slope, _RIDGE["affine"])).float()
         scale[part] = torch.where(solved.isfinite() & (solved * scale[part].sign() > 0), solved, scale[part])
     return codes, replace(grid, scale=round_scale(scale, dtype))
@@ -111,19 +133,18 @@ def _solve(normal: Float[Tensor, "rows k k"], slope: Float[Tensor, "rows k"], ri
     return torch.where((info == 0)[:, None] & step.isfinite(), step, torch.zeros_like(step))
 
 
-def _descend(target: Tensor, codes: Tensor, grid: Grid, matrix: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """One cyclic pass over the codes; rows whose loss did not fall keep their codes."""
-    before = _row_losses(target, codes, grid, gradient)
-    moved, slope, cols = codes.clone(), gradient.clone(), codes.shape[1]
+def _descend(state: _State, matrix: Tensor) -> _State:
+    """One cyclic pass over the codes."""
+    grid, cols = state.grid, state.codes.shape[1]
+    codes, error, gradient = state.codes.clone(), state.error.clone(), state.gradient.clone()
+    group = grid.group_of(cols) if isinstance(grid, AffineGrid) else None
     for start in range(0, cols, _BLOCK):
         part = slice(start, min(start + _BLOCK, cols))
-        corner, here, old = matrix[part, part].contiguous(), slope[:, part].contiguous(), codes[:, part].contiguous()
-        if isinstance(grid, AffineGrid):
-            group = grid.group_of(cols)[part].contiguous()
-            new, delta = kernels.descend_affine(here, corner, old, grid.scale, grid.zero_point, group, grid.bits)
+        slope, corner, old = gradient[:, part].contiguous(), matrix[part, part].contiguous(), state.codes[:, part].contiguous()
+        if isinstance(grid, AffineGrid) and group is not None:
+            codes[:, part], delta = kernels.descend_affine(slope, corner, old, grid.scale, grid.zero_point, group[part], grid.bits)
         else:
-            new, delta = kernels.descend_levels(here, corner, old, grid.levels)
-        moved[:, part] = new
-        slope.addmm_(delta, matrix[part])
-    worse = ~(_row_losses(target, moved, grid, slope) < before)
-    return torch.where(worse[:, None], codes, moved), torch.where(worse[:, None], gradient, slope)
+            codes[:, part], delta = kernels.descend_levels(slope, corner, old, grid.levels)
+        error[:, part] += delta
+        gradient.addmm_(delta, matrix[part])
+    return state.better(_State(codes, grid, error, gradient, (error * gradient).sum(1)))

@@ -1,6 +1,5 @@
 """One run on disk: what it works on, what is already committed, and how it ends. The hallway asks, this room answers."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from leangrid import kernels
-from leangrid.clock import Clock, peak_memory_bytes
+from leangrid import kernels, memory
+from leangrid.clock import Clock
 from leangrid.errors import Interrupted, LeangridError
 from leangrid.factor import Factor
 from leangrid.formats import FORMATS
@@ -165,13 +164,4 @@ class Run:
         done = block + (stage == "block") - self._done_at_start
         left = seconds / done * (blocks - self._done_at_start - done) if done > 0 else -1.0
         speed = self.windows.numel() * done / seconds if done > 0 else 0.0
-        self._progress(Event(stage, block, blocks, layer, loss, speed, _resident_bytes(), left, message))
-
-
-def _resident_bytes() -> int:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return peak_memory_bytes()
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
+        self._progress(Event(stage, block, blocks, layer, loss, speed, memory.resident_bytes(), left, message))

@@ -42,7 +42,7 @@ def sweep(weight: Float[Tensor, "rows cols"], factor: Factor, grid: Grid, block:
         else:
             chosen, error = kernels.sweep_levels(part, corner, grid.levels)
         codes[:, start:stop] = chosen
-        loss += error.double().square().sum(1)
+        loss += error.square().sum(1)
         if stop < cols:
             current[:, stop:].addmm_(error, upper[start:stop, stop:], alpha=-1)
     return Swept(codes[:, torch.argsort(factor.order)], loss / 2)

@@ -5,6 +5,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
+
 from leangrid import packing
 from leangrid.formats import compressed_tensors
 from leangrid.grids import AffineGrid

@@ -8,16 +8,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import leangrid
 import pytest
-import tiny_models
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import leangrid
+import tiny_models
 from leangrid.errors import ArchitectureError, CheckpointError, FormatError
 from leangrid.layers import AffineLinear, LutLinear, PackedLinear
 from quantized_checkpoints import answer, reference, write
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 pytestmark = pytest.mark.interop
 
@@ -59,7 +60,9 @@ def test_affine_results_open_in_plain_transformers(made: Made, model: str, schem
     assert torch.equal(answer(loaded, tokens), answer(reference(source, dense), tokens))
 
 
-@pytest.mark.parametrize(("model", "scheme"), [*((m, "NU3") for m in tiny_models.NAMES), ("llama2", "W4A16_G64"), ("phi3", "W3A16"), ("bert", "NU4")])
+@pytest.mark.parametrize(
+    ("model", "scheme"), [*((m, "NU3") for m in tiny_models.NAMES), ("llama2", "W4A16_G64"), ("phi3", "W3A16"), ("bert", "NU4")]
+)
 def test_load_equals_the_dense_model(made: Made, model: str, scheme: str) -> None:
     source, out, dense = made(model, scheme, torch.bfloat16)
     loaded, tokenizer = leangrid.load(out)
@@ -125,8 +128,10 @@ OPEN = "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(m.mode
     "imports",
     [
         "import leangrid; from transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM; import leangrid",
-        "import transformers.quantizers.auto; import leangrid; from transformers import AutoModelForCausalLM",
+        pytest.param("from transformers import AutoModelForCausalLM; import leangrid", marks=pytest.mark.slow),
+        pytest.param(
+            "import transformers.quantizers.auto; import leangrid; from transformers import AutoModelForCausalLM", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_import_leangrid_is_enough_in_either_order(made: Made, imports: str) -> None:

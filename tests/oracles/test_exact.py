@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from math_problems import grid, layer, losses
 
 from leangrid import exact
 from leangrid.exact import exact_sweep
 from leangrid.reference import reference_obq
+from math_problems import grid, layer, losses
 
 KINDS = [("minmax", None), ("minmax", 5), ("levels", None)]
 

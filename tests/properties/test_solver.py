@@ -3,13 +3,13 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from math_problems import grid, layer
 from torch import Tensor
 
 from leangrid.factor import Factor
 from leangrid.grids import Grid
 from leangrid.reference import reference_sweep
 from leangrid.solver import Swept, sweep
+from math_problems import grid, layer
 
 TIE = 1e-4  # in units of the row's range: float32 may decide a tie closer than this the other way
 

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import tiny_models
 from leangrid.data.calibration import affixes, cut, decoded_start, windows, windows_hash
 from leangrid.errors import CalibrationError
 from leangrid.recipe import Recipe

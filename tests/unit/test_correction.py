@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from math_problems import generator, inputs, weight
 
 from leangrid.correction import correct, correction_matrix
 from leangrid.errors import NumericalError
 from leangrid.hessian import HessianSum
+from math_problems import generator, inputs, weight
 
 
 def streams(cols: int = 10, tokens: int = 300) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from leangrid.evaluate.divergence import Reference, divergence
 WINDOWS = torch.randint(0, 40, (2, 300), generator=torch.Generator().manual_seed(0))
 
 
-def logits_of(seed: int):  # noqa: ANN201
+def logits_of(seed: int):
     table = torch.randn(40, 40, generator=torch.Generator().manual_seed(seed)) * 4
     calls = []
 

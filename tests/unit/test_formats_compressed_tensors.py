@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS, compressed_tensors, format_of
 from leangrid.grids import AffineGrid, NonuniformGrid
@@ -34,7 +35,9 @@ def layer(rows: int, cols: int, scheme: Scheme, dtype: torch.dtype, seed: int = 
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_what_is_packed_comes_back(rows: int, groups: int, bits: int, size: int | None, symmetric: bool, dtype: torch.dtype, seed: int) -> None:
+def test_what_is_packed_comes_back(
+    rows: int, groups: int, bits: int, size: int | None, symmetric: bool, dtype: torch.dtype, seed: int
+) -> None:
     scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=size, symmetric=symmetric)
     cols = groups * (size or 23)
     codes, grid = layer(rows, cols, scheme, dtype, seed)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS, format_of, lut
 from leangrid.grids import AffineGrid, NonuniformGrid
@@ -19,7 +20,13 @@ def layer(rows: int, cols: int, bits: int, dtype: torch.dtype, seed: int = 0) ->
     return torch.randint(2**bits, (rows, cols), generator=generator, dtype=torch.uint8), NonuniformGrid(levels).rounded(dtype)
 
 
-@given(rows=st.integers(1, 9), cols=st.integers(1, 130), bits=st.sampled_from([2, 3, 4]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 9),
+    cols=st.integers(1, 130),
+    bits=st.sampled_from([2, 3, 4]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
 def test_what_is_packed_comes_back(rows: int, cols: int, bits: int, dtype: torch.dtype, seed: int) -> None:
     codes, grid = layer(rows, cols, bits, dtype, seed)
     scheme = Scheme.parse(f"NU{bits}")
@@ -63,7 +70,9 @@ def test_config_round_trip() -> None:
     assert lut.covers(config, "a.b") and not lut.covers(config, "lm_head")
 
 
-@pytest.mark.parametrize("change", [{"bits": 5}, {"bits": True}, {"bits": "3"}, {"version": 2}, {"format": "x"}, {"layers": []}, {"layers": [1]}])
+@pytest.mark.parametrize(
+    "change", [{"bits": 5}, {"bits": True}, {"bits": "3"}, {"version": 2}, {"format": "x"}, {"layers": []}, {"layers": [1]}]
+)
 def test_a_config_that_is_not_ours_is_refused(change: dict) -> None:
     with pytest.raises(FormatError, match=r"config\.json"):
         lut.scheme_of({**lut.config(NU3, ["a.b"], [], torch.float32), **change})

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from math_problems import generator, grid, weight
 
 from leangrid.errors import ShapeError
 from leangrid.grids import GRIDS, AffineGrid, Grid, NonuniformGrid, fit_affine, fit_minmax, fit_nonuniform
 from leangrid.grids.affine import SHRINK
 from leangrid.reference import reference_affine, reference_kmeans
+from math_problems import generator, grid, weight
 
 KINDS = [("minmax", None), ("minmax", 8), ("affine", None), ("affine", 8), ("levels", None)]
 ONES = torch.ones(32, dtype=torch.float64)
@@ -118,7 +118,7 @@ DEGENERATE = {
     "positive": weight(2, 32).abs() + 1,
     "outlier": torch.nn.functional.pad(weight(2, 31), (1, 0), value=1e6),
     "denormal": torch.full((2, 32), 1e-41),
-    "huge": torch.linspace(-3e38, 3e38, 64).reshape(2, 32),
+    "huge": (torch.linspace(-3, 3, 64) * 1e37).reshape(2, 32),
     "two values": torch.tensor([[1.0, 2.0] * 16] * 2),
 }
 

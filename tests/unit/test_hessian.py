@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from math_problems import generator, inputs
 
 from leangrid.errors import CalibrationError, NumericalError, ShapeError
 from leangrid.hessian import HessianSum
+from math_problems import generator, inputs
 
 
 def explicit(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

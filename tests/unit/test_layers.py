@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch.nn import functional
+
 from leangrid import layers
 from leangrid.errors import ShapeError
 from leangrid.formats import FORMATS
 from leangrid.layers import AffineLinear, LutLinear, PackedLinear
 from leangrid.recipe import Recipe, Scheme
 from quantized_checkpoints import grid_for
-from torch.nn import functional
 
 SCHEMES = ["NU2", "NU3", "NU4", "W2A16_G16", "W3A16", "W4A16_G24", "W8A16", "W3A16_G8_SYM", "W4A16_SYM"]
 

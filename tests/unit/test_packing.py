@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from math_problems import generator
 
 from leangrid.errors import ShapeError
 from leangrid.packing import pack, packed_width, unpack
+from math_problems import generator
 
 
 def loop_pack(codes: list[int], bits: int) -> list[int]:

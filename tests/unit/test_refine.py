@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from math_problems import grid, layer, losses
 
 from leangrid.grids import AffineGrid, Grid, NonuniformGrid
 from leangrid.refine import refine
 from leangrid.solver import sweep
+from math_problems import grid, layer, losses
 
 KINDS = [("minmax", None), ("affine", 33), ("minmax", 11), ("levels", None)]
 
@@ -39,8 +39,6 @@ def test_zero_rounds_change_nothing() -> None:
     codes, same = refine(w, found.nearest(w), found, factor.damped, 0)
     assert same is found
     assert torch.equal(codes, found.nearest(w))
-
-
 
 
 def test_scales_become_the_joint_least_squares_solution() -> None:

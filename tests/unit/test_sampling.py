@@ -1,9 +1,9 @@
 """Drawing text from the model: the cache changes nothing, the distribution is the model's, windows are full."""
 
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from leangrid.data.sampling import _cache, sample, stream
 from leangrid.errors import CalibrationError
 

@@ -22,7 +22,7 @@ class Divergence:
     agrees: Bool[Tensor, " predicted"]
 
 
-def divergence(reference: Float[Tensor, "predicted vocab"], logits: Float[Tensor, "tokens vocab"]) -> Divergence:
+def divergence(reference: Float[Tensor, "predicted reference_vocab"], logits: Float[Tensor, "tokens vocab"]) -> Divergence:
     """KL(reference || model) per predicted token.
 
     Args:

@@ -18,7 +18,7 @@ from leangrid.packing import packed_width
 from leangrid.packing import unpack as unpack_bits
 from leangrid.recipe import Scheme
 
-QUANT_METHOD = "leangrid"
+QUANT_METHOD: str = "leangrid"
 VERSION = 1
 
 

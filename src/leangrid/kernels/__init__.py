@@ -5,6 +5,8 @@ twin (CUDA tensors, or no extension). Rows never interact, so threads split rows
 ``LEANGRID_KERNELS=torch|portable|avx2|avx512`` overrides the choice of path.
 """
 
+from types import ModuleType
+
 import torch
 from jaxtyping import Float32, Float64, UInt8
 from torch import Tensor
@@ -21,7 +23,8 @@ backend = native.backend
 SCALE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _ops(tensor: Tensor):  # noqa: ANN202  (one of two modules with the same functions)
+def _ops(tensor: Tensor) -> ModuleType:
+    """The module with the functions for this tensor's device; both have the same."""
     return native if tensor.device.type == "cpu" and native.available() else torch_ops
 
 

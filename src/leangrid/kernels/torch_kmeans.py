@@ -5,6 +5,8 @@ measured from its middle element, so that an outlier at either end never cancels
 or a sequential float64 sum, in the same order as the C++, so both give the same bits except where two optima tie.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
@@ -194,7 +196,9 @@ def _lloyd(rows: SortedRows, levels: int, iterations: int) -> tuple[Tensor, Tens
     return _finish(rows, current)
 
 
-def _chunked(weight: Tensor, importance: Tensor, levels: int, solve) -> tuple[Tensor, Tensor]:
+def _chunked(
+    weight: Tensor, importance: Tensor, levels: int, solve: Callable[[SortedRows], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     rows, n = weight.shape
     out = torch.empty(rows, levels, device=weight.device)
     objective = torch.empty(rows, dtype=torch.float64, device=weight.device)

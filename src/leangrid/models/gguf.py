@@ -42,7 +42,6 @@ def dequantize(path: Path, directory: Path) -> torch.dtype:
     transformers_logging.disable_progress_bar()
     try:
         where, name = str(path.parent), path.name
-        config = AutoConfig.from_pretrained(where, gguf_file=name)
         model = AutoModelForCausalLM.from_pretrained(
             where, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )

@@ -25,7 +25,7 @@ def pairs(rows: Iterable[tuple[str, object]]) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in kept)
 
 
-def size(count: float) -> str:
+def size(count: int | float) -> str:
     """Bytes for people, in powers of 1000."""
     step = 0
     while abs(count) >= 1000 and step < len(_UNITS) - 1:
@@ -33,7 +33,7 @@ def size(count: float) -> str:
     return f"{count:.0f} {_UNITS[step]}" if step == 0 else f"{count:.1f} {_UNITS[step]}"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds for people: 42 s, 3 min 05 s, 2 h 10 min."""
     whole = max(0, round(seconds))
     if whole < 60:
@@ -47,7 +47,7 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
     seconds = result.get("seconds") or {}
     stages = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items() if name != "total" and value >= 0.5)
     loss = result.get("loss")
-    better = f" ({1 - loss / result['loss_minmax']:+.0%} less than min-max GPTQ)" if loss is not None and result.get("loss_minmax") else ""
+    better = f" ({_less(loss, result['loss_minmax'])} than min-max GPTQ)" if loss is not None and result.get("loss_minmax") else ""
     total = duration(seconds["total"]) + (f" ({stages})" if stages else "") if "total" in seconds else None
     return pairs((
         ("out", result.get("out")),
@@ -80,6 +80,11 @@ def eval_summary(result: Mapping[str, Any]) -> str:
         ("bits per weight", result["bits_per_weight"]),
         ("time", duration(result["seconds"])),
     ))  # fmt: skip
+
+
+def _less(loss: int | float, other: int | float) -> str:
+    share = 1 - loss / other
+    return f"{abs(share):.0%} {'less' if share >= 0 else 'more'}"
 
 
 def _size(result: Mapping[str, Any], key: str) -> str | None:

@@ -3,7 +3,7 @@
 import sys
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -15,16 +15,23 @@ _BROKEN = (OSError, ValueError)  # a closed pipe, a closed file, an encoding wit
 _REDRAW_SECONDS = 0.2
 
 
+class _Console(Console):
+    """rich ends the whole program where its reader is gone; ours is told instead."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
 class Terminal:
     """Shows events. Call it with each; use it in a ``with``, so that the bar is taken down.
 
     Args:
-        stream: stderr where None.
+        stream: a text stream; stderr where None.
         quiet: only sentences meant for the user ("notice"), no progress.
         interactive: a bar; None: where ``stream`` is a terminal.
     """
 
-    def __init__(self, stream: TextIO | None = None, quiet: bool = False, interactive: bool | None = None) -> None:
+    def __init__(self, stream: Any = None, quiet: bool = False, interactive: bool | None = None) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.quiet, self.alive = quiet, True
         self.interactive = _is_terminal(self.stream) if interactive is None else interactive
@@ -38,7 +45,7 @@ class Terminal:
         try:
             self._show(event)
         except _BROKEN:
-            self.alive = False  # nobody reads any more; the work goes on
+            self.alive, self._bar = False, None  # nobody reads any more; the work goes on
 
     def __enter__(self) -> "Terminal":
         return self
@@ -66,14 +73,17 @@ class Terminal:
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
             return
-        self.stream.write(text + "\n")
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         self.stream.flush()
 
     def _draw(self, event: Event) -> None:
         if self._bar is None:
-            console = Console(file=self.stream, force_terminal=True)
+            console = _Console(file=self.stream, force_terminal=True)
             columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
-            self._bar = Progress(*columns, auto_refresh=False, transient=True, console=console)
+            self._bar = Progress(
+                *columns, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False, console=console
+            )
             self._bar.add_task("", total=event.blocks)
             self._bar.start()
         finished = event.block + (event.stage == "block")
@@ -104,7 +114,7 @@ def line(event: Event) -> str:
     return "  ".join(parts)
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def _is_terminal(stream: Any) -> bool:
     try:
         return stream.isatty()
     except _BROKEN:

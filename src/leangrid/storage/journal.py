@@ -250,7 +250,7 @@ class Journal:
             files.sweep_temporaries(directory)
 
     def _wipe(self) -> None:
-        """Remove everything but the lock; last what says whose it is, so that a kill in between leaves a directory that is still a run's."""
+        """Remove everything but the lock; last what says whose it is, so that a kill leaves a directory that is still a run's."""
         out, replaced = out_of(self.partial), self.partial / "replaced"
         if replaced.exists() and not out.exists():
             files.move_dir(replaced, out)  # a kill came between moving the old result away and the new one in
@@ -272,7 +272,9 @@ class Journal:
 
 
 def partial_of(out: Path) -> Path:
-    """``OUT.partial``, beside OUT so that the final rename stays on one file system."""
+    """``OUT.partial``, beside OUT so that the final rename stays on one file system. OutputError for a path without a name."""
+    if out.name in ("", ".."):
+        raise OutputError("not a name for an output directory", out, "Give a new directory, such as ./out")
     return out.with_name(f"{out.name}.partial")
 
 

@@ -159,10 +159,9 @@ def settle(out: Path, state_dir: Path | None = None) -> dict[str, Any] | None:
 def check_output(out: Path, source: Path, overwrite: bool = False) -> None:
     """Refuse (OutputError, nothing touched) an output that exists, is the source, or lies in it or around it. ``overwrite`` allows an
     empty directory and one that carries our manifest."""
-    if not out.name or out.name in (".", ".."):
-        raise OutputError("not a name for an output directory", out, "Give a new directory, such as ./out")
+    partial = partial_of(out)  # refuses a path without a name
     target = out.resolve()
-    for path in (target, partial_of(target)):
+    for path in (target, partial.resolve()):
         if source.exists():
             inside = [ancestor for ancestor in (path, *path.parents) if ancestor.exists() and ancestor.samefile(source)]
             if inside:

@@ -8,6 +8,20 @@
 namespace leangrid {
 namespace {
 
+// The widest vector the build's instruction set has: wider GCC vectors would be taken apart into scalars.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kDoubles = kVectorBytes / 8, kFloats = kVectorBytes / 4;
+typedef double Doubles __attribute__((vector_size(kVectorBytes)));
+typedef double DoublesAt __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));  // unaligned load
+typedef float Floats __attribute__((vector_size(kVectorBytes), may_alias));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes), may_alias));
+
 template <class T>
 struct Buffer {  // 64-byte aligned, freed with the scope; data == nullptr when memory is short
     T* data;

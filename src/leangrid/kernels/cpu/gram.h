@@ -9,20 +9,24 @@
 namespace leangrid {
 namespace {
 
-constexpr int64_t kTall = 256, kWide = 64;
+constexpr int64_t kTall = 512, kWide = 64;  // a packed tile is 128 KB: second-level cache
 
-// bins[c][0..kWide) summed into out[c][code of the column]
-inline void collect(const float* bins, const uint8_t* codes, int64_t width, int levels, double* out) {
+// bins[c][0..kWide) summed into out[code of the column][c]; turned first, so that the sums are over neighbours.
+inline void collect(const float* bins, float* turned, const uint8_t* codes, int64_t width, int levels, double* out) {
     for (int c = 0; c < levels; ++c)
-        for (int64_t i = 0; i < width; ++i) out[c * levels + codes[i]] += static_cast<double>(bins[c * kWide + i]);
+        for (int64_t i = 0; i < width; ++i) turned[i * levels + c] = bins[c * kWide + i];
+    for (int64_t i = 0; i < width; ++i) {
+        double* line = out + codes[i] * levels;
+        for (int c = 0; c < levels; ++c) line[c] += static_cast<double>(turned[i * levels + c]);
+    }
 }
 
 bool gram_range(const GramArgs& args, int64_t begin, int64_t end) noexcept {
     const int64_t n = args.n, square = static_cast<int64_t>(args.levels) * args.levels;
     const int k = args.levels;
-    Buffer<float> tile(kTall * kWide), bins(k * kWide);
+    Buffer<float> tile(kTall * kWide), bins(k * kWide), turned(k * kWide);
     Buffer<double> beyond((end - begin) * square);  // pairs of columns in different tall tiles, seen once
-    if (!tile || !bins || !beyond) return false;
+    if (!tile || !bins || !turned || !beyond) return false;
     memset(args.out + begin * square, 0, sizeof(double) * (end - begin) * square);
     memset(beyond, 0, sizeof(double) * (end - begin) * square);
     for (int64_t top = 0; top < n; top += kTall) {
@@ -40,7 +44,7 @@ bool gram_range(const GramArgs& args, int64_t begin, int64_t end) noexcept {
                     for (int64_t i = 0; i < kWide; ++i) bin[i] += line[i];
                 }
                 double* out = side >= top + kTall ? beyond + (row - begin) * square : args.out + row * square;
-                collect(bins, codes + side, wide, k, out);
+                collect(bins, turned, codes + side, wide, k, out);
             }
         }
     }

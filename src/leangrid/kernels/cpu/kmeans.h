@@ -9,10 +9,6 @@
 namespace leangrid {
 namespace {
 
-typedef double F64x8 __attribute__((vector_size(64)));
-typedef int64_t I64x8 __attribute__((vector_size(64)));
-typedef double F64x8u __attribute__((vector_size(64), aligned(8), may_alias));
-
 constexpr int kStartBins = 128;
 constexpr int kPad = 16;
 
@@ -184,7 +180,7 @@ struct Best {
 inline Best best_split(const Prefix& p, const double* done, int64_t at, int64_t low, int64_t high) {
     const double e0 = p.p0[at], e1 = p.p1[at], e2 = p.p2[at];
     Best best{__builtin_inf(), low};
-    if (high - low < 4) {
+    if (high - low < kDoubles / 2) {
         for (int64_t i = low; i <= high; ++i) {
             const double s0 = e0 - p.p0[i], s1 = e1 - p.p1[i], s2 = e2 - p.p2[i];
             const double part = s2 - (s0 > 0.0 ? s1 * s1 / s0 : 0.0), value = done[i] + (part > 0.0 ? part : 0.0);
@@ -193,25 +189,42 @@ inline Best best_split(const Prefix& p, const double* done, int64_t at, int64_t 
         }
         return best;
     }
-    const F64x8 zero = {};
-    F64x8 value = zero + __builtin_inf();
-    I64x8 index = I64x8{0, 1, 2, 3, 4, 5, 6, 7} + low, split = index;
-    for (int64_t i = low; i <= high; i += 8) {
-        const F64x8 s0 = e0 - *(const F64x8u*)(p.p0 + i), s1 = e1 - *(const F64x8u*)(p.p1 + i), s2 = e2 - *(const F64x8u*)(p.p2 + i);
-        const F64x8 ratio = s1 * s1 / s0, part = s2 - (s0 > zero ? ratio : zero);
-        const F64x8 here = *(const F64x8u*)(done + i) + (part > zero ? part : zero);
-        const I64x8 better = (here < value) & (index <= high);
+    const Doubles zero = {};
+    Doubles value = zero + __builtin_inf(), index = zero, split;
+    for (int lane = 0; lane < kDoubles; ++lane) index[lane] = static_cast<double>(low + lane);
+    split = index;
+    const double last = static_cast<double>(high), step = kDoubles;
+    for (int64_t i = low; i <= high; i += kDoubles) {
+        const Doubles s0 = e0 - *(const DoublesAt*)(p.p0 + i), s1 = e1 - *(const DoublesAt*)(p.p1 + i);
+        const Doubles s2 = e2 - *(const DoublesAt*)(p.p2 + i), ratio = s1 * s1 / s0, part = s2 - (s0 > zero ? ratio : zero);
+        const Doubles here = *(const DoublesAt*)(done + i) + (part > zero ? part : zero);
+        const auto better = (here < value) & (index <= last);
         value = better ? here : value;
         split = better ? index : split;
-        index += 8;
+        index += step;
     }
-    double lane_value[8];
-    int64_t lane_split[8];
-    memcpy(lane_value, &value, 64);
-    memcpy(lane_split, &split, 64);
-    for (int lane = 0; lane < 8; ++lane)
-        if (lane_value[lane] < best.value || (lane_value[lane] == best.value && lane_split[lane] < best.split))
-            best = {lane_value[lane], lane_split[lane]};
+    for (int lane = 0; lane < kDoubles; ++lane)
+        if (value[lane] < best.value || (value[lane] == best.value && split[lane] < best.split))
+            best = {value[lane], static_cast<int64_t>(split[lane])};
+    return best;
+}
+
+struct Leaf {
+    Doubles value, split;
+};
+
+// The same for kDoubles neighbouring prefixes from at on, one a lane, over a common short range. A split past a lane's own prefix costs
+// at least as much as the empty last cluster at its end, so it can only tie with a smaller split and needs no mask.
+inline Leaf best_splits(const Prefix& p, const double* done, int64_t at, int64_t low, int64_t high) {
+    const Doubles e0 = *(const DoublesAt*)(p.p0 + at), e1 = *(const DoublesAt*)(p.p1 + at), e2 = *(const DoublesAt*)(p.p2 + at), zero = {};
+    Leaf best{zero + __builtin_inf(), zero};
+    for (int64_t i = low; i <= high; ++i) {
+        const Doubles s0 = e0 - p.p0[i], s1 = e1 - p.p1[i], s2 = e2 - p.p2[i];
+        const Doubles ratio = s1 * s1 / s0, part = s2 - (s0 > zero ? ratio : zero), here = done[i] + (part > zero ? part : zero);
+        const auto better = here < best.value;
+        best.value = better ? here : best.value;
+        best.split = better ? zero + static_cast<double>(i) : best.split;
+    }
     return best;
 }
 
@@ -220,8 +233,9 @@ struct Span {
 };
 
 // One more cluster for every prefix of p: next[j] and where its last cluster starts. Prefixes that cost more than limit become infinite.
-// The best split is monotone in j: solve the middle, then both halves within the split found. Returns the longest finite prefix.
-inline int64_t layer(const Prefix& p, const double* done, int64_t reach, double limit, double* next, int32_t* split) {
+// The best split is monotone in j (solve the middle, then both halves within the split found) and in the number of clusters (before:
+// the previous layer's splits, or nullptr). Returns the longest finite prefix.
+inline int64_t layer(const Prefix& p, const double* done, int64_t reach, double limit, const int32_t* before, double* next, int32_t* split) {
     Span stack[64];
     int depth = 0;
     int64_t top = p.m;
@@ -231,8 +245,18 @@ inline int64_t layer(const Prefix& p, const double* done, int64_t reach, double 
         if (span.from > top) continue;
         span.to = least(span.to, top);
         while (span.from <= span.to) {
+            if (span.to - span.from < kDoubles && span.high - span.low < 4 * kDoubles) {
+                const Leaf leaf = best_splits(p, done, span.from, span.low, least(span.high, span.to));
+                for (int64_t lane = 0; lane <= span.to - span.from; ++lane) {
+                    next[span.from + lane] = leaf.value[lane];
+                    split[span.from + lane] = static_cast<int32_t>(leaf.split[lane]);
+                    if (leaf.value[lane] > limit) top = least(top, span.from + lane - 1);
+                }
+                break;
+            }
             const int64_t middle = (span.from + span.to) / 2;
-            const Best best = best_split(p, done, middle, span.low, least(span.high, middle));
+            const int64_t high = least(span.high, middle), least_split = before && middle <= reach ? before[middle] : 0;
+            const Best best = best_split(p, done, middle, least(most(span.low, least_split), high), high);
             next[middle] = best.value;
             split[middle] = static_cast<int32_t>(best.split);
             if (best.value > limit) {
@@ -264,7 +288,8 @@ struct Direction {
         }
         for (int64_t j = reach + 1; j <= m + kPad; ++j) done[j] = __builtin_inf();
         for (int k = 2; k <= clusters; ++k) {
-            reach = layer(prefix, done, reach, limit, next, splits + (k - 2) * (m + 1));
+            int32_t* split = splits + (k - 2) * (m + 1);
+            reach = layer(prefix, done, reach, limit, k > 2 ? split - (m + 1) : nullptr, next, split);
             double* swap = done;
             done = next;
             next = swap;

@@ -1,5 +1,5 @@
-// The loop inside one block of columns, sixteen rows at once: lane l of every vector is row l of the tile, so the whole tile (b x 16
-// floats, 8 KB for b = 128) stays in the first-level cache and no lane ever waits for another. Semantics: torch_sweep.py.
+// The loop inside one block of columns, one row a SIMD lane: lane l of every vector is row l of the tile, so the whole tile (b vectors,
+// at most 8 KB for b = 128) stays in the first-level cache and no lane ever waits for another. Semantics: torch_sweep.py.
 #pragma once
 #include "base.h"
 #include "table.h"
@@ -7,13 +7,11 @@
 namespace leangrid {
 namespace {
 
-constexpr int kLanes = 16;
-typedef float F32x16 __attribute__((vector_size(64), may_alias));
-typedef int32_t I32x16 __attribute__((vector_size(64), may_alias));
+constexpr int kLanes = kFloats;
 
-inline F32x16 splat(float x) { return x - F32x16{}; }
+inline Floats splat(float x) { return x - Floats{}; }
 
-// [rows, b] row-major -> [b][16]; missing rows of the last tile repeat the last one (computed, never stored).
+// [rows, b] row-major -> [b][lanes]; missing rows of the last tile repeat the last one (computed, never stored).
 template <class T, class U>
 inline void load_tile(const T* source, int64_t b, int rows, U* tile) {
     const T* from[kLanes];
@@ -29,14 +27,14 @@ inline void store_tile(const U* tile, int64_t b, int rows, T* target) {
 }
 
 struct Choice {
-    F32x16 value;
-    I32x16 code;
+    Floats value;
+    Ints code;
 };
 
 // Nearest of a row's own levels, ties to the lower one; codes count the midpoints passed.
 struct LevelGrid {
     const GridArgs& grid;
-    Buffer<float> levels, middles;  // [K][16]
+    Buffer<float> levels, middles;  // [K][lanes]
 
     explicit LevelGrid(const GridArgs& g) : grid(g), levels(g.count * kLanes), middles(g.count * kLanes) {}
     bool ready() const { return levels.data && middles.data; }
@@ -46,19 +44,19 @@ struct LevelGrid {
         for (int i = 0; i < (grid.count - 1) * kLanes; ++i) middles[i] = 0.5f * levels[i] + 0.5f * levels[i + kLanes];
     }
     void column(int64_t) {}
-    Choice nearest(F32x16 x) const {
-        const F32x16* level = (const F32x16*)levels.data;
-        const F32x16* middle = (const F32x16*)middles.data;
+    Choice nearest(Floats x) const {
+        const Floats* level = (const Floats*)levels.data;
+        const Floats* middle = (const Floats*)middles.data;
         Choice out{level[0], {}};
         for (int q = 0; q < grid.count - 1; ++q) {
-            const I32x16 past = x > middle[q];
+            const Ints past = x > middle[q];
             out.value = past ? level[q + 1] : out.value;
             out.code -= past;
         }
         return out;
     }
-    F32x16 value(I32x16 code) const {
-        F32x16 out;
+    Floats value(Ints code) const {
+        Floats out;
         for (int l = 0; l < kLanes; ++l) out[l] = levels[code[l] * kLanes + l];
         return out;
     }
@@ -69,7 +67,7 @@ struct AffineGrid {
     const GridArgs& grid;
     int64_t row = 0;
     int rows = 0;
-    F32x16 scale = {}, zero = {};
+    Floats scale = {}, zero = {};
 
     explicit AffineGrid(const GridArgs& g) : grid(g) {}
     bool ready() const { return true; }
@@ -85,18 +83,18 @@ struct AffineGrid {
             s[l] = grid.scale[at];
             z[l] = grid.zero_point[at];
         }
-        scale = *(const F32x16*)s;
-        zero = *(const F32x16*)z;
+        scale = *(const Floats*)s;
+        zero = *(const Floats*)z;
     }
-    Choice nearest(F32x16 x) const {
-        const F32x16 low = {}, top = splat(static_cast<float>(grid.count - 1)), magic = splat(12582912.0f);  // 1.5 * 2^23: rounds
-        F32x16 code = x / scale + zero;
+    Choice nearest(Floats x) const {
+        const Floats low = {}, top = splat(static_cast<float>(grid.count - 1)), magic = splat(12582912.0f);  // 1.5 * 2^23: rounds
+        Floats code = x / scale + zero;
         code = code < low ? low : code;
         code = code > top ? top : code;
         code = (code + magic) - magic;
-        return {scale * (code - zero), __builtin_convertvector(code, I32x16)};
+        return {scale * (code - zero), __builtin_convertvector(code, Ints)};
     }
-    F32x16 value(I32x16 code) const { return scale * (__builtin_convertvector(code, F32x16) - zero); }
+    Floats value(Ints code) const { return scale * (__builtin_convertvector(code, Floats) - zero); }
 };
 
 template <class Grid>
@@ -106,7 +104,7 @@ inline bool sweep_tiles(const SweepArgs& args, int64_t begin, int64_t end) {
     Buffer<int32_t> codes(b * kLanes);
     Grid grid(args.grid);
     if (!left || !error || !codes || !grid.ready()) return false;
-    F32x16* w = (F32x16*)left.data;
+    Floats* w = (Floats*)left.data;
     for (int64_t row = begin; row < end; row += kLanes) {
         const int rows = static_cast<int>(least<int64_t>(kLanes, end - row));
         load_tile(args.weight + row * b, b, rows, left.data);
@@ -115,9 +113,9 @@ inline bool sweep_tiles(const SweepArgs& args, int64_t begin, int64_t end) {
             const float* u = args.square + j * b;
             grid.column(j);
             const Choice choice = grid.nearest(w[j]);
-            const F32x16 e = (w[j] - choice.value) / splat(u[j]);
-            ((I32x16*)codes.data)[j] = choice.code;
-            ((F32x16*)error.data)[j] = e;
+            const Floats e = (w[j] - choice.value) / splat(u[j]);
+            ((Ints*)codes.data)[j] = choice.code;
+            ((Floats*)error.data)[j] = e;
             for (int64_t k = j + 1; k < b; ++k) w[k] = w[k] - u[k] * e;
         }
         store_tile(codes.data, b, rows, args.codes + row * b);
@@ -133,8 +131,8 @@ inline bool descend_tiles(const SweepArgs& args, int64_t begin, int64_t end) {
     Buffer<int32_t> codes(b * kLanes);
     Grid grid(args.grid);
     if (!slope || !delta || !codes || !grid.ready()) return false;
-    F32x16* g = (F32x16*)slope.data;
-    const F32x16 zero = {}, better = splat(static_cast<float>(1.0 - 1e-6));
+    Floats* g = (Floats*)slope.data;
+    const Floats zero = {}, better = splat(static_cast<float>(1.0 - 1e-6));
     for (int64_t row = begin; row < end; row += kLanes) {
         const int rows = static_cast<int>(least<int64_t>(kLanes, end - row));
         load_tile(args.weight + row * b, b, rows, slope.data);
@@ -142,15 +140,15 @@ inline bool descend_tiles(const SweepArgs& args, int64_t begin, int64_t end) {
         grid.tile(row, rows);
         for (int64_t j = 0; j < b; ++j) {
             const float* h = args.square + j * b;
-            F32x16& change = ((F32x16*)delta.data)[j];
+            Floats& change = ((Floats*)delta.data)[j];
             change = zero;
             if (!(h[j] > 0.0f)) continue;
             grid.column(j);
-            I32x16& code = ((I32x16*)codes.data)[j];
-            const F32x16 now = grid.value(code), wanted = now - g[j] / splat(h[j]);
+            Ints& code = ((Ints*)codes.data)[j];
+            const Floats now = grid.value(code), wanted = now - g[j] / splat(h[j]);
             const Choice choice = grid.nearest(wanted);
-            const F32x16 far = wanted - now, near = wanted - choice.value;
-            const I32x16 move = (near < zero ? -near : near) < (far < zero ? -far : far) * better;
+            const Floats far = wanted - now, near = wanted - choice.value;
+            const Ints move = (near < zero ? -near : near) < (far < zero ? -far : far) * better;
             change = move ? choice.value - now : zero;
             code = move ? choice.code : code;
             bool any = false;

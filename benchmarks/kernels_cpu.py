@@ -1,0 +1,109 @@
+"""How fast are the CPU kernels? One thread, microseconds a row, every instruction set of this machine; prints one JSON line.
+
+    python benchmarks/kernels_cpu.py [--rows 64] [--cols 4096] [--repeats 5]
+
+Rows are heavy-tailed (Gaussian times log-normal), importances spread over four decades. ``*_g128`` is microseconds a GROUP of 128 columns
+(scale rounded to bfloat16), ``sweep_*`` and ``descend_*`` a row of one 128-column block, ``level_gram`` a row of n columns.
+The best of the repeats counts: other work on the machine only ever adds time.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from leangrid import kernels
+
+ISAS = ("portable", "avx2", "avx512")
+
+
+def best_of(repeats: int, work: Callable[[], object]) -> float:
+    """Seconds of the fastest of ``repeats`` calls, after one to warm up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def cases(rows: int, cols: int) -> dict[str, tuple[Callable[[], object], float]]:
+    """Name -> (call, how many rows or groups it handles)."""
+    g = torch.Generator().manual_seed(0)
+
+    def heavy(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g) * torch.exp(0.5 * torch.randn(shape, generator=g)) * 0.02
+
+    weight, share = heavy(rows, cols), 10.0 ** (-4 * torch.rand(cols, generator=g, dtype=torch.float64))
+    many, block = 1024, 128
+    wide = heavy(many, block)
+    upper = (torch.eye(block) + 0.05 * torch.randn(block, block, generator=g)).triu()
+    x = torch.randn(block, 4 * block, generator=g)
+    hessian = x @ x.T / (4 * block)
+    levels, _ = kernels.kmeans_lloyd(wide, torch.ones(block, dtype=torch.float64), 16)
+    scale, zero = torch.full((many, 1), 0.01), torch.full((many, 1), 8, dtype=torch.uint8)
+    group = torch.zeros(block, dtype=torch.int32)
+    codes = torch.randint(0, 16, (many, block), generator=g, dtype=torch.uint8)
+    big = heavy(cols, cols)
+    big = big + big.T
+    long_codes = torch.randint(0, 16, (rows, cols), generator=g, dtype=torch.uint8)
+    groups = rows * (cols // 128)
+    return {
+        "kmeans_dp_16": (lambda: kernels.kmeans_dp(weight, share, 16), rows),
+        "kmeans_dp_8": (lambda: kernels.kmeans_dp(weight, share, 8), rows),
+        "kmeans_lloyd_16": (lambda: kernels.kmeans_lloyd(weight, share, 16), rows),
+        "kmeans_sort_only": (lambda: kernels.kmeans_lloyd(weight, share, 2, 1), rows),
+        "affine_4": (lambda: kernels.affine_search(weight, share, 4, 2048, 0.2, cols), rows),
+        "affine_3": (lambda: kernels.affine_search(weight, share, 3, 2048, 0.3, cols), rows),
+        "affine_2": (lambda: kernels.affine_search(weight, share, 2, 2048, 0.4, cols), rows),
+        "affine_4_symmetric": (lambda: kernels.affine_search(weight, share, 4, 2048, 0.2, cols, True), rows),
+        "affine_4_g128": (lambda: kernels.affine_search(weight, share, 4, 2048, 0.2, 128, False, torch.bfloat16), groups),
+        "affine_4_g128_f32": (lambda: kernels.affine_search(weight, share, 4, 2048, 0.2, 128), groups),
+        "sweep_levels_16": (lambda: kernels.sweep_levels(wide, upper, levels), many),
+        "sweep_affine_4": (lambda: kernels.sweep_affine(wide, upper, scale, zero, group, 4), many),
+        "descend_levels_16": (lambda: kernels.descend_levels(wide, hessian, codes, levels), many),
+        "descend_affine_4": (lambda: kernels.descend_affine(wide, hessian, codes, scale, zero, group, 4), many),
+        "level_gram_16": (lambda: kernels.level_gram(big, long_codes, 16), rows),
+    }  # fmt: skip
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    except OSError:
+        return platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--cols", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.pop("LEANGRID_KERNELS", None)
+    best = kernels.backend().removeprefix("cpu-")
+    isas = ("torch",) if best == "torch" else ISAS[: ISAS.index(best) + 1]
+    results = {}
+    for isa in isas:
+        os.environ["LEANGRID_KERNELS"] = isa
+        table = cases(args.rows, args.cols)
+        results[isa] = {name: round(best_of(args.repeats, work) / count * 1e6, 2) for name, (work, count) in table.items()}
+    print(json.dumps({
+        "command": " ".join(["python", *sys.argv]), "unit": "microseconds a row (or group), 1 thread", "cols": args.cols, "rows": args.rows,
+        "processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
+        "results": results,
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

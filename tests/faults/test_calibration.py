@@ -1,0 +1,186 @@
+"""Rows N13, S12 and C14 of the fault table: text and tokenizers that do not fit, and a run that nobody watches."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_models
+from leangrid.data.calibration import windows, windows_hash
+from leangrid.errors import CalibrationError
+from leangrid.pipeline import quantize
+from leangrid.progress import Event
+from leangrid.recipe import Recipe
+from leangrid.report.terminal import Terminal
+from leangrid.storage.writer import verify
+
+Tiny = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:leangrid runs without its C")
+
+
+def recipe(file: Path, samples: int = 4, length: int = 32, seed: int = 0) -> Recipe:
+    return Recipe.build(scheme="NU4", calibration=str(file), samples=samples, length=length, seed=seed)
+
+
+def written(folder: Path, content: str | bytes, name: str = "text.txt") -> Path:
+    file = folder / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+@pytest.mark.fault("N13")
+@pytest.mark.parametrize("content", ["", "   \n", "too short"])
+def test_too_little_text_is_an_error_with_have_and_need(content: str, tmp_path: Path) -> None:
+    tokenizer = tiny_models.tokenizer()
+    have = len(tokenizer(content)["input_ids"])
+    with pytest.raises(CalibrationError, match=rf"{have} tokens, 128 needed \(4 x 32\)"):
+        windows(recipe(written(tmp_path, content)), tokenizer)
+
+
+@pytest.mark.fault("N13")
+def test_text_for_fewer_windows_says_for_how_many(tmp_path: Path) -> None:
+    tokenizer = tiny_models.tokenizer()
+    file = written(tmp_path, "words and words " * 20)
+    enough = len(tokenizer(file.read_text())["input_ids"]) // 32
+    assert 0 < enough < 50
+    with pytest.raises(CalibrationError, match=f"--samples {enough} "):
+        windows(recipe(file, samples=50), tokenizer)
+    assert windows(recipe(file, samples=enough), tokenizer).shape == (enough, 32)
+
+
+@pytest.mark.fault("N13")
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_a_text_that_is_not_utf8_is_refused_by_place(name: str, tmp_path: Path) -> None:
+    file = written(tmp_path, b'{"text": "abc\xff\xfe"}\n', name)
+    with pytest.raises(CalibrationError, match=rf"not UTF-8 at byte 13.*{name}"):
+        windows(recipe(file), tiny_models.tokenizer())
+
+
+@pytest.mark.fault("N13")
+def test_no_padding_token_is_ever_used_and_the_seed_fixes_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [f"document {index} " * (index % 7) for index in range(200)]  # some are empty, none as long as a window
+    file = written(tmp_path, "".join(json.dumps({"text": each}) + "\n" for each in documents), "text.jsonl")
+    tokenizer = tiny_models.tokenizer()
+    found = windows(recipe(file, 16, 64), tokenizer)
+    assert not (found == tokenizer.pad_token_id).any() and found.shape == (16, 64)
+    monkeypatch.setattr("leangrid.data.corpora._embedded", lambda: tuple(documents))
+    hashes = [windows_hash(windows(Recipe(calibration="embedded", samples=16, length=64, seed=seed), tokenizer)) for seed in (0, 0, 1)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.fault("N13")
+def test_a_run_with_too_little_text_leaves_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="too little text"):
+        quantize(tiny("llama3"), tmp_path / "out", recipe(written(tmp_path, "short")))
+    assert [each.name for each in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.fault("S12")
+def test_a_token_beyond_the_embedding_is_another_models_tokenizer(tiny: Tiny, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny("llama3"), source)
+    text = "these words come again and again " * 50
+    used = tiny_models.tokenizer().convert_ids_to_tokens(tiny_models.tokenizer()(text)["input_ids"][40])
+    swapped = json.loads((source / "tokenizer.json").read_text())
+    swapped["model"]["vocab"][used] = 99_999
+    (source / "tokenizer.json").write_text(json.dumps(swapped))
+    with pytest.raises(CalibrationError, match=r"token 99999 has no row in an embedding of 512.*another model"):
+        quantize(source, tmp_path / "out", recipe(written(tmp_path, text)))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.fault("S12")
+def test_without_a_tokenizer_a_corpus_is_refused(tmp_path: Path) -> None:
+    tiny_models.build("llama3").save_pretrained(tmp_path / "source")
+    with pytest.raises(CalibrationError, match=r"no tokenizer.*self"):
+        quantize(tmp_path / "source", tmp_path / "out", recipe(written(tmp_path, "text " * 200)))
+
+
+@pytest.mark.fault("S12")
+def test_the_first_window_is_shown(tiny: Tiny, tmp_path: Path) -> None:
+    events: list[Event] = []
+    file = written(tmp_path, "The very first words of the corpus. " * 50)
+    quantize(tiny("llama3"), tmp_path / "out", recipe(file), progress=events.append)
+    assert any("The very first words" in event.message for event in events)
+
+
+def command(tiny: Tiny, folder: Path, **environment: str) -> tuple[list[str], dict[str, str]]:
+    source = folder / "source"
+    tiny_models.synthetic(source, blocks=3)
+    file = written(folder, "Où sont les neiges d’antan? λ → ∞ 雪 " * 60)
+    arguments = [sys.executable, "-m", "leangrid", "quantize", str(source), str(folder / "out"), "--scheme", "NU4",
+                 "--calibration", str(file), "--samples", "4", "--length", "32"]  # fmt: skip
+    return arguments, {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", **environment}
+
+
+@pytest.mark.fault("C14")
+def test_a_locale_without_the_characters_does_not_stop_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    arguments, environment = command(tiny, tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict")
+    done = subprocess.run(arguments, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"block 3/3" in done.stderr and b"O\\xf9 sont" in done.stderr
+    assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.fault("C14")
+def test_readers_that_leave_do_not_stop_the_run(tiny: Tiny, tmp_path: Path) -> None:
+    arguments, environment = command(tiny, tmp_path)
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(120) == 0
+    assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.fault("C14")
+def test_a_clock_that_jumps_does_not_stop_the_run(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jumps = itertools.cycle((1e9, -1e9, 0.0, 4e9))
+    for name in ("time", "monotonic"):
+        monkeypatch.setattr(time, name, lambda: next(jumps))
+    with open(tmp_path / "progress", "w") as stream, Terminal(stream, interactive=True) as terminal:
+        quantize(tiny("llama3"), tmp_path / "out", Recipe(scheme="NU4"), windows=tiny_models.tokens(2, 16), progress=terminal)
+        assert terminal.alive
+    assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.fault("C4")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_resumable_and_prints_the_command(number: signal.Signals, tiny: Tiny, tmp_path: Path) -> None:
+    arguments, environment = command(tiny, tmp_path)
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if line.startswith("block 1/"):
+            process.send_signal(number)
+            break
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 3, seen + rest
+    assert f"stopped by {number.name}" in rest and f"leangrid quantize {tmp_path / 'source'}" in rest and "Traceback" not in rest
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+    again = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "block 1/3" not in again.stderr and "block 3/3" in again.stderr
+    assert verify(tmp_path / "out") == []
+
+
+def test_self_calibration_needs_no_text_at_all(tiny: Tiny, tmp_path: Path) -> None:
+    chosen = Recipe(scheme="NU4", calibration="self", samples=4, length=32)
+    first, second = (quantize(tiny("llama3"), tmp_path / name, chosen).windows_sha256 for name in ("a", "b"))
+    assert first == second
+    with torch.no_grad():
+        other = quantize(tiny("llama3"), tmp_path / "c", chosen.model_copy(update={"seed": 1})).windows_sha256
+    assert other != first

@@ -1,0 +1,174 @@
+"""The benchmarks' own bookkeeping: where a number comes from, which line it replaces, and how it reaches the README."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``bench("machine")`` -> benchmarks/machine.py, imported as the scripts import it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    before = set(sys.modules)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    for name in set(sys.modules) - before:
+        if (ROOT / "benchmarks" / f"{name}.py").is_file():
+            del sys.modules[name]
+
+
+LINES: list[dict[str, Any]] = [
+    {"model": "A", "scheme": "NU4", "variant": "default", "bits": 4.5, "kl_mean": 0.1017, "recipe": {"p": 4.0}, "seconds": {"total": 61.2}},
+    {"model": "A", "scheme": "NU4", "variant": "paper", "bits": 4.5, "kl_mean": 0.1181, "recipe": {"p": 4.0}, "seconds": {"total": 40.0}},
+    {"model": "A", "scheme": "RTN4", "variant": "default", "bits": 4.0, "kl_mean": None, "recipe": {"p": 2.0}, "seconds": {"total": 9.0}},
+    {"model": "B", "scheme": "NU4", "variant": "default", "bits": 10.8, "kl_mean": 0.02, "recipe": {"p": 4.0}, "seconds": {"total": 1.0}},
+]
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    (tmp_path / "quality.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
+    (tmp_path / "demo.json").write_text(json.dumps({"rows": LINES}), encoding="utf-8")
+    return tmp_path
+
+
+def test_a_line_says_where_it_comes_from(bench: Any) -> None:
+    found = bench("machine").provenance([str(ROOT / "benchmarks" / "quality.py"), "--windows", "12"])
+    assert found["command"] == "python benchmarks/quality.py --windows 12"
+    assert {"python", "torch", "transformers", "leangrid"} <= found["versions"].keys()
+    assert found["machine"]["cores"] >= 1 and found["machine"]["cpu"]
+    assert len(found["date"]) == 10
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        (str(ROOT / "demo" / "source"), "demo/source"),
+        ("/somewhere/else/wiki.test.raw", "wiki.test.raw"),
+        (f"{ROOT.parent}/{ROOT.name}-other/x.txt", "x.txt"),
+        ("../beside/c4.jsonl", "c4.jsonl"),
+        ("--text=/somewhere/else/a b.txt", "--text=a b.txt"),
+        ("org/name", "org/name"),
+        ("half:correct=0.25,p=2", "half:correct=0.25,p=2"),
+        ("W4A16_G64,NU4", "W4A16_G64,NU4"),
+    ],
+)
+def test_a_command_names_no_folder_of_this_machine(bench: Any, monkeypatch: pytest.MonkeyPatch, argument: str, expected: str) -> None:
+    monkeypatch.chdir(ROOT)
+    assert bench("machine").shown(argument) == expected
+
+
+def test_the_same_measurement_replaces_its_line(bench: Any, tmp_path: Path) -> None:
+    lines, path = bench("lines"), tmp_path / "new" / "quality.jsonl"
+    lines.add(path, {**LINES[0], "kl_p99": float("inf")})
+    lines.add(path, LINES[1])
+    lines.add(path, {**LINES[0], "kl_mean": 0.09})
+    lines.add(path, {**LINES[0], "recipe": {"p": 2.0}})
+    found = lines.read(path)
+    assert [(line["variant"], line["kl_mean"], line["recipe"]["p"]) for line in found] == [
+        ("default", 0.09, 4.0),
+        ("paper", 0.1181, 4.0),
+        ("default", 0.1017, 2.0),
+    ]
+    assert not list(path.parent.glob("*.part"))
+
+
+def test_a_figure_that_is_not_finite_becomes_null(bench: Any) -> None:
+    text = bench("lines").text({"kl": float("nan"), "inside": {"x": [float("inf"), 1.5]}, "name": "é"})
+    assert json.loads(text) == {"kl": None, "inside": {"x": [None, 1.5]}, "name": "é"}
+
+
+def test_a_list(bench: Any, results: Path) -> None:
+    text = "a\n<!-- table: quality.jsonl model=A | scheme, kl_mean:.3f=KL, recipe.p:.0f -->\nold\n<!-- end -->\nb\n"
+    wanted = "| scheme | KL | p |\n| --- | ---: | ---: |\n| NU4 | 0.102 | 4 |\n| NU4 | 0.118 | 4 |\n| RTN4 |  | 2 |\n"
+    found = bench("table").rendered(text, results)
+    assert wanted in found and "old" not in found and found.startswith("a\n") and found.endswith("-->\nb\n")
+    assert bench("table").rendered(found, results) == found
+    assert wanted in bench("table").rendered(text.replace("quality.jsonl", "demo.json"), results)
+
+
+def test_a_pivot(bench: Any, results: Path) -> None:
+    marker = "<!-- pivot: quality.jsonl model=A | scheme, bits:.1f | variant: default, paper=the paper | kl_mean:.3f, seconds.total:.0f -->"
+    found = bench("table").rendered(f"{marker}\n<!-- end -->", results)
+    assert found.splitlines()[1:-1] == [
+        "| scheme | bits | default | the paper |",
+        "| --- | ---: | ---: | ---: |",
+        "| NU4 | 4.5 | 0.102 / 61 | 0.118 / 40 |",
+        "| RTN4 | 4.0 |  / 9 |  |",
+    ]
+
+
+def test_a_table_without_lines_is_refused(bench: Any, results: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no line of quality\.jsonl has model=C"):
+        bench("table").rendered("<!-- table: quality.jsonl model=C | scheme -->\n<!-- end -->", results)
+    with pytest.raises(SystemExit, match="cannot read"):
+        bench("table").rendered("<!-- pivot: quality.jsonl | scheme | kl_mean -->\n<!-- end -->", results)
+
+
+def test_the_readme_is_up_to_date(bench: Any) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert bench("table").rendered(text) == text, "python benchmarks/table.py"
+
+
+def test_committed_results_are_lines_of_ours(bench: Any) -> None:
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")):
+        found = bench("lines").read(path)
+        identities = [bench("lines").identity(line) for line in found]
+        assert len(set(identities)) == len(identities), path.name
+        for line in found:
+            assert {"benchmark", "command", "versions", "machine", "date"} <= line.keys(), path.name
+
+
+def test_variants(bench: Any) -> None:
+    from leangrid.recipe import Recipe
+
+    variants = bench("variants")
+    found = variants.parse(["default,paper", "quarter:correct=0.25,refine=2"])
+    assert list(found) == ["default", "paper", "quarter"]
+    paper, quarter = (Recipe.build(scheme="NU4", **found[name]).resolved() for name in ("paper", "quarter"))
+    assert (paper.p, paper.correct, paper.refine, paper.guard) == (4.0, 0.0, 0, False)
+    assert (quarter.p, quarter.correct, quarter.refine, quarter.guard) == (4.0, 0.25, 2, True)
+    for wrong in ("papers", "default:p=2", "x:p"):
+        with pytest.raises(SystemExit):
+            variants.parse([wrong])
+
+
+def test_a_baseline_repeats_no_work(bench: Any) -> None:
+    from leangrid.recipe import Recipe
+
+    does = bench("variants").does
+
+    def of(scheme: str, **fields: Any) -> str:
+        return does(Recipe.build(scheme=scheme, **fields).resolved())
+
+    assert of("GPTQ4") == of("GPTQ4", p=4, guard=False) != of("GPTQ4", correct=0.5)
+    assert of("NU4") == of("NU4", steps=64) != of("NU4", p=2)
+    assert of("W4A16") == of("W4A16", search="lloyd") != of("W4A16", steps=64)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux tells")
+def test_a_child_reports_its_own_peak_memory(bench: Any) -> None:
+    program = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import once; print(once.own_peak())"
+    ours = np.ones(40_000_000)  # 320 MB that belong to the parent
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 1e6 < int(done.stdout) < ours.nbytes / 2
+
+
+def test_spearman_is_scipys_with_ties(bench: Any) -> None:
+    generator = np.random.default_rng(0)
+    first, second = generator.integers(0, 6, 200).astype(float), generator.normal(size=200).round(1)
+    assert bench("sts").spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic, abs=1e-12)

@@ -1,0 +1,214 @@
+"""Every C++ kernel, on every instruction set of this processor and any number of threads, gives the bits of its torch twin."""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from leangrid import kernels
+from leangrid.errors import RecipeError
+from leangrid.kernels import native, torch_ops
+
+ISAS = ("portable", "avx2", "avx512")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Sends CPU tensors to one instruction set; skips what this processor (or an installation without a compiler) lacks."""
+    monkeypatch.setenv("LEANGRID_KERNELS", request.param)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not native.available():
+                pytest.skip("the extension is not built")
+    except RecipeError:
+        pytest.skip(f"no {request.param} here")
+    return request.param
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def heavy(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator) * torch.exp(0.5 * torch.randn(shape, generator=generator)) * 0.05
+
+
+def importance(generator: torch.Generator, *shape: int) -> Tensor:
+    return 10.0 ** (-5 * torch.rand(shape, generator=generator, dtype=torch.float64))
+
+
+def upper(generator: torch.Generator, b: int) -> Tensor:
+    return (torch.eye(b) * 0.5 + 0.05 * torch.randn(b, b, generator=generator)).triu()
+
+
+def hessian(generator: torch.Generator, b: int) -> Tensor:
+    x = torch.randn(b, 3 * b, generator=generator)
+    return (x @ x.T / (3 * b)).contiguous()
+
+
+def cases(g: torch.Generator, rows: int, b: int, levels: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """Each op on one random problem."""
+    weight, share, bits = heavy(g, rows, b), importance(g, rows, b), (levels - 1).bit_length()
+    grid = heavy(g, rows, levels).sort(1).values
+    scale = 0.02 * torch.randn(rows, 3, generator=g).sign() * (0.5 + torch.rand(rows, 3, generator=g))
+    zero = torch.randint(0, 2**bits, (rows, 3), generator=g, dtype=torch.uint8)
+    group = torch.randint(0, 3, (b,), generator=g)
+    u, h = upper(g, b), hessian(g, b)
+    codes = torch.randint(0, levels, (rows, b), generator=g, dtype=torch.uint8)
+    return {
+        "kmeans_dp": lambda: kernels.kmeans_dp(weight, share, levels),
+        "kmeans_lloyd": lambda: kernels.kmeans_lloyd(weight, share[0], levels),
+        "affine_search": lambda: kernels.affine_search(weight, share, bits, 128, 0.3, b),
+        "affine_search_bf16": lambda: kernels.affine_search(weight, share[0], bits, 512, 0.2, b, False, torch.bfloat16),
+        "affine_search_symmetric": lambda: kernels.affine_search(weight, share, bits, 512, 0.2, b, True, torch.float16),
+        "affine_search_gaps": lambda: kernels.affine_search(weight, share, bits, 7, 0.4, b),
+        "sweep_levels": lambda: kernels.sweep_levels(weight, u, grid),
+        "sweep_affine": lambda: kernels.sweep_affine(weight, u, scale, zero, group, bits),
+        "descend_levels": lambda: kernels.descend_levels(weight, h, codes, grid),
+        "descend_affine": lambda: kernels.descend_affine(weight, h, codes, scale, zero, group, bits),
+    }
+
+
+OPS = sorted(cases(torch.Generator().manual_seed(0), 2, 4, 4))
+SHAPES = [(1, 1, 2), (5, 3, 4), (16, 64, 8), (33, 128, 16), (3, 100, 5), (2, 700, 16), (70, 40, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_native_gives_the_bits_of_its_torch_twin(
+    op: str, shape: tuple[int, int, int], isa: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = cases(generator, *shape)[op]
+    ours = call()
+    assert kernels.backend() == f"cpu-{isa}"
+    monkeypatch.setenv("LEANGRID_KERNELS", "torch")
+    assert kernels.backend() == "torch"
+    twin = call()
+    for mine, theirs in zip(ours, twin, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_threads_change_nothing(op: str, generator: torch.Generator, two_threads: None) -> None:
+    call = cases(generator, 150, 64, 16)[op]
+    two = call()
+    torch.set_num_threads(1)
+    for mine, theirs in zip(call(), two, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("bits", [1, 8])
+def test_widest_and_narrowest_affine_grids_match(bits: int, isa: str, generator: torch.Generator) -> None:
+    weight, share = heavy(generator, 4, 90), importance(generator, 90)
+    for symmetric in (False, True):
+        ours = kernels.affine_search(weight, share, bits, 256, 0.2, 30, symmetric)
+        unit = torch.frexp(share.max()).exponent
+        twin = torch_ops.affine_search(weight, torch.ldexp(share, -unit), bits, 256, 0.2, 30, symmetric, None)
+        assert torch.equal(ours[0], twin[0])
+        assert torch.equal(ours[1], twin[1])
+
+
+@pytest.mark.parametrize(("rows", "n", "levels"), [(1, 1, 1), (3, 70, 4), (5, 700, 16), (2, 1100, 3)])
+def test_level_gram_is_the_product_with_the_one_hot_matrix(rows: int, n: int, levels: int, isa: str, generator: torch.Generator) -> None:
+    h = hessian(generator, n)
+    codes = torch.randint(0, levels, (rows, n), generator=generator, dtype=torch.uint8)
+    onehot = torch.nn.functional.one_hot(codes.long(), levels).double()
+    want = onehot.transpose(1, 2) @ h.double() @ onehot
+    tolerance = 2e-6 * want.abs().amax()
+    assert (kernels.level_gram(h, codes, levels) - want).abs().max() <= tolerance
+    assert (torch_ops.level_gram(h, codes, levels) - want).abs().max() <= tolerance
+
+
+def test_level_gram_with_two_threads(generator: torch.Generator, two_threads: None) -> None:
+    h, codes = hessian(generator, 600), torch.randint(0, 8, (31, 600), generator=generator, dtype=torch.uint8)
+    two = kernels.level_gram(h, codes, 8)
+    torch.set_num_threads(1)
+    assert torch.equal(two, kernels.level_gram(h, codes, 8))
+
+
+def test_sweep_follows_the_algorithm_line_by_line(isa: str, generator: torch.Generator) -> None:
+    weight, u = heavy(generator, 3, 20), upper(generator, 20)
+    grid = heavy(generator, 3, 8).sort(1).values
+    codes, errors = kernels.sweep_levels(weight, u, grid)
+    for r in range(3):
+        left = weight[r].double()
+        for j in range(20):
+            distance = (grid[r].double() - left[j]).abs()
+            code = int(codes[r, j])
+            assert distance[code] <= distance.min() + 1e-6
+            error = (left[j] - grid[r, code]) / u[j, j]
+            assert abs(error - errors[r, j]) <= 1e-4 * max(1.0, abs(error))
+            left[j + 1 :] -= u[j, j + 1 :] * error
+
+
+def test_sweep_breaks_ties_downward_and_leaves_its_input(isa: str) -> None:
+    weight, keep = torch.tensor([[0.5, 1.5, 0.50001]]), torch.tensor([[0.5, 1.5, 0.50001]])
+    codes, errors = kernels.sweep_levels(weight, torch.eye(3), torch.tensor([[0.0, 1.0, 2.0]]))
+    assert codes.tolist() == [[0, 1, 1]]
+    assert torch.allclose(errors, torch.tensor([[0.5, 0.5, -0.49999]]))
+    assert torch.equal(weight, keep)
+
+
+def test_sweep_affine_with_a_negative_scale(isa: str) -> None:
+    weight = torch.tensor([[0.4, -0.3, 9.0, -9.0]])
+    codes, errors = kernels.sweep_affine(weight, torch.eye(4), torch.tensor([[-0.1]]), torch.tensor([[8]], dtype=torch.uint8),
+                                         torch.zeros(4, dtype=torch.int32), 4)  # fmt: skip
+    assert codes.tolist() == [[4, 11, 0, 15]]
+    assert torch.allclose(errors, torch.tensor([[0.0, 0.0, 8.2, -8.3]]), atol=1e-6)
+
+
+def test_descent_lowers_the_true_loss_and_reports_its_change(isa: str, generator: torch.Generator) -> None:
+    h, target = hessian(generator, 48), heavy(generator, 20, 48)
+    grid = heavy(generator, 20, 8).sort(1).values
+    codes = torch.randint(0, 8, (20, 48), generator=generator, dtype=torch.uint8)
+    before = grid.gather(1, codes.long())
+    new, delta = kernels.descend_levels(((before - target) @ h).contiguous(), h, codes, grid)
+    after = grid.gather(1, new.long())
+    assert torch.equal(after - before, delta)
+
+    def loss(q: Tensor) -> Tensor:
+        error = (q - target).double()
+        return ((error @ h.double()) * error).sum(1)
+
+    assert (loss(after) < loss(before)).all()  # random codes are never a minimum
+    still, none = kernels.descend_levels(torch.zeros(20, 48), torch.zeros(48, 48), codes, grid)
+    assert torch.equal(still, codes)  # h <= 0 leaves a column alone
+    assert not none.any()
+
+
+def test_views_that_are_not_contiguous_give_the_same(isa: str, generator: torch.Generator) -> None:
+    weight, share = heavy(generator, 40, 12), importance(generator, 40, 12)
+    for op in (lambda w, s: kernels.kmeans_dp(w, s, 4), lambda w, s: kernels.affine_search(w, s, 3, 64, 0.3, 40)):
+        for mine, theirs in zip(op(weight.T, share.T), op(weight.T.contiguous(), share.T.contiguous()), strict=True):
+            assert torch.equal(mine, theirs)
+    u, grid = upper(generator, 12), heavy(generator, 40, 4).sort(1).values
+    wide = heavy(generator, 40, 50)
+    assert torch.equal(kernels.sweep_levels(wide[:, 3:15], u.T.contiguous().T, grid)[0],
+                       kernels.sweep_levels(wide[:, 3:15].contiguous(), u, grid)[0])  # fmt: skip
+
+
+def test_no_rows_give_no_rows(isa: str) -> None:
+    none, share = torch.empty(0, 8), torch.ones(8, dtype=torch.float64)
+    assert [tuple(x.shape) for x in kernels.kmeans_dp(none, share, 4)] == [(0, 4), (0,)]
+    assert [tuple(x.shape) for x in kernels.affine_search(none, share, 4, 64, 0.2, 4)] == [(0, 2), (0, 2), (0, 2)]
+    codes, errors = kernels.sweep_levels(none, torch.eye(8), torch.empty(0, 4))
+    assert codes.shape == errors.shape == (0, 8)
+    assert kernels.level_gram(torch.eye(8), torch.empty(0, 8, dtype=torch.uint8), 4).shape == (0, 4, 4)
+
+
+def test_no_columns_give_no_codes(isa: str) -> None:
+    codes, errors = kernels.sweep_levels(torch.empty(3, 0), torch.empty(0, 0), torch.zeros(3, 4))
+    assert codes.shape == errors.shape == (3, 0)
