@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 
 import leangrid
-from leangrid.clock import peak_memory_bytes
 from leangrid.data.calibration import windows_hash
 from leangrid.data.sampling import sample
 from leangrid.evaluate import evaluate_many
+from leangrid.memory import peak_bytes
 from leangrid.models.gguf import dequantize
 from leangrid.report.terminal import Terminal
 from leangrid.storage import files, safetensors
@@ -36,6 +37,7 @@ STARTED = time.perf_counter()
 
 
 def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
     (DEMO / "seconds").mkdir(parents=True, exist_ok=True)
     prepare_source()
     windows = calibration()
@@ -51,7 +53,7 @@ def main() -> None:
         "answer": answer,
         "transformers": opened,
         "seconds": round(time.perf_counter() - STARTED, 1),
-        "peak_ram_bytes": peak_memory_bytes(),
+        "peak_ram_bytes": peak_bytes(),
         "leangrid": leangrid.__version__,
     }
     files.write_json(DEMO / "summary.json", summary)
@@ -163,7 +165,8 @@ _READER = """
 import json, sys
 if sys.argv[2] == "yes":
     import leangrid
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+logging.disable_progress_bar()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="float32").eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 assert sys.argv[2] == "yes" or "leangrid" not in sys.modules

@@ -58,6 +58,13 @@ def test_a_giant_document_gives_the_tokens_of_the_whole(tmp_path: Path) -> None:
     assert found == tokenizer(text[:4000])["input_ids"][:400]
 
 
+def test_a_text_of_long_words_is_read_until_there_are_tokens_enough(tmp_path: Path) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text(" ".join(f"{'x' * 60} w{index % 100}" for index in range(500)))
+    found = windows(recipe(str(file), 10, 80), words_tokenizer(None))
+    assert found.flatten()[1::2].tolist() == [3 + index % 100 for index in range(400)]
+
+
 def test_bos_opens_the_text_once_and_special_tokens_of_an_encoder_every_window(tmp_path: Path) -> None:
     file = words_file(tmp_path, 40)
     decoder = windows(recipe(file, 2, 8), words_tokenizer("[CLS] $A"))

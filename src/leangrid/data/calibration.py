@@ -149,9 +149,7 @@ def _first_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, 
     source, text, characters = iter(documents), "", needed * _CHARACTERS_A_TOKEN
     while True:
         text, finished = _read_until(source, text, characters)
-        # A single giant document is cut here rather than tokenized whole.
-        finished = finished and len(text) <= characters
-        ids = tokenize(tokenizer, text[:characters], around)
+        ids = tokenize(tokenizer, text[:characters], around)  # a single giant document is not tokenized whole
         if finished or len(ids) >= needed + _SLACK:
             return ids
         characters = math.ceil(characters * max(1.5, 1.2 * needed / max(len(ids), 1)))
