@@ -74,11 +74,11 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
         walk = BlockWalk(block.module, run.skeleton.architecture.groups, run.calls, index, streams)
         inputs = iter(walk)
         while True:
-            with run.clock.stage("calibrate"):
+            with run.clock.stage("calibrate"), run.products():
                 group = next(inputs, None)
             if group is None:
                 break
-            with run.clock.stage("hessian"):
+            with run.clock.stage("hessian"), run.products():
                 hessian = hessian_of(group)
             with run.clock.stage("factor"):
                 factor = factorize(hessian.matrix, run.recipe.damping, run.recipe.act_order)

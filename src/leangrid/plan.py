@@ -19,6 +19,7 @@ from leangrid.errors import OutputError
 from leangrid.formats import FORMATS
 from leangrid.models.gguf import describe, is_gguf
 from leangrid.models.skeleton import Skeleton
+from leangrid.precision import products
 from leangrid.prepare import refuse_impossible, settle
 from leangrid.recipe import Recipe
 from leangrid.storage.hub import locate_source
@@ -68,7 +69,9 @@ class Plan:
         return asdict(self)
 
 
-def plan(source: str | Path, recipe: Recipe | None = None, threads: int | None = None, device: str = "cpu", out: str | Path | None = None) -> Plan:
+def plan(
+    source: str | Path, recipe: Recipe | None = None, threads: int | None = None, device: str = "cpu", out: str | Path | None = None
+) -> Plan:
     """Estimate ``quantize(source, out, recipe)`` without reading a weight.
 
     Raises:
@@ -78,7 +81,7 @@ def plan(source: str | Path, recipe: Recipe | None = None, threads: int | None =
         torch.set_num_threads(threads)
     path = locate_source(str(source))
     skeleton = Skeleton(describe(path) if is_gguf(path) else open_source(path))
-    settled = settle(recipe or Recipe.build(), skeleton)
+    settled = settle(recipe or Recipe.build(), skeleton, device)
     refuse_impossible(settled, skeleton)
     layers = _layers(skeleton, settled)
     weights = sum(layer.rows * layer.cols for layer in layers)
@@ -154,6 +157,8 @@ def _peak_ram(skeleton: Skeleton, recipe: Recipe, layers: list[LayerPlan]) -> in
 
 
 def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerPlan]) -> dict[str, float]:
+    with products(recipe.products):
+        fast = _gemm_rate()
     rate, streams, tokens = _gemm_rate(), _streams(recipe), recipe.samples * recipe.length
     weights = sum(layer.rows * layer.cols for layer in layers)
     widths = {}
@@ -165,8 +170,8 @@ def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerPlan]) -> dic
     attention = len(skeleton.blocks) * 2 * tokens * recipe.length * _hidden(skeleton)
     threads = torch.get_num_threads()
     stages = dict.fromkeys(STAGES, 0.0)
-    stages["calibrate"] = streams * (2 * weights * tokens + attention) / rate
-    stages["hessian"] = sum(streams * 2 * tokens * cols**2 for cols in widths.values()) / rate
+    stages["calibrate"] = streams * (2 * weights * tokens / fast + attention / rate)
+    stages["hessian"] = sum(streams * 2 * tokens * cols**2 for cols in widths.values()) / fast
     stages["factor"] = sum((3 + 3 * (streams - 1)) * cols**3 for cols in widths.values()) / (rate * _KERNEL_EFFICIENCY)
     stages["solve"] = sum(sweeps * la.rows * la.cols**2 for la in layers) / (rate * _KERNEL_EFFICIENCY)
     stages["grid"] = weights * _GRID_SECONDS_A_WEIGHT[recipe.parsed.grid] / threads
@@ -177,10 +182,10 @@ def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerPlan]) -> dic
 def _gemm_rate() -> float:
     """Float32 multiply-adds of this machine, in FLOP/s: a quarter second of the product that dominates a run."""
     a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
-    a @ b
+    _ = a @ b
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < 0.25:
-        a @ b
+        _ = a @ b
         count += 1
     return count * 2 * 1024**3 / (time.perf_counter() - begin)
 
@@ -197,5 +202,7 @@ def _refuse_what_cannot_fit(result: Plan, recipe: Recipe, out: Path) -> None:
     free = shutil.disk_usage(existing).free
     if result.disk_bytes > free:
         raise OutputError(
-            f"the run needs {result.disk_bytes / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free", existing, "Free some, or write elsewhere"
+            f"the run needs {result.disk_bytes / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free",
+            existing,
+            "Free some, or write elsewhere",
         )

@@ -17,6 +17,7 @@ from leangrid.formats import FORMATS
 from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
+from leangrid.precision import bfloat16_pays
 from leangrid.progress import Event, Progress
 from leangrid.recipe import Recipe
 from leangrid.storage.hub import locate_source
@@ -46,6 +47,7 @@ def prepare(
     out: str | Path,
     recipe: Recipe,
     windows: Tensor | None,
+    device: str,
     overwrite: bool,
     restart: bool,
     state_dir: str | Path | None,
@@ -65,12 +67,12 @@ def prepare(
             directory = journal.partial / "source"
             if not (directory / "config.json").is_file():
                 dequantize(path, directory)
-            checkpoint, skeleton, settled = open_model(directory, recipe)
+            checkpoint, skeleton, settled = open_model(directory, recipe, device)
         except BaseException:
             _give_up(journal)
             raise
     else:
-        checkpoint, skeleton, settled = open_model(path, recipe)
+        checkpoint, skeleton, settled = open_model(path, recipe, device)
         journal = _open_journal(final, recipe, checkpoint.identity, windows, restart, state_dir)
     notices += [*checkpoint.notices, *journal.notices]
     if recipe.scheme == "auto":
@@ -81,20 +83,23 @@ def prepare(
     return Prepared(str(source), final, checkpoint, skeleton, settled, journal, overwrite, notices)
 
 
-def open_model(directory: Path, recipe: Recipe) -> tuple[Checkpoint, Skeleton, Recipe]:
+def open_model(directory: Path, recipe: Recipe, device: str = "cpu") -> tuple[Checkpoint, Skeleton, Recipe]:
     """A directory as checkpoint and skeleton, with the recipe settled for its shapes; refuses what cannot be done."""
     checkpoint = open_source(directory)
     skeleton = Skeleton(checkpoint)
-    settled = settle(recipe, skeleton)
+    settled = settle(recipe, skeleton, device)
     refuse_impossible(settled, skeleton)
     return checkpoint, skeleton, settled
 
 
-def settle(recipe: Recipe, skeleton: Skeleton) -> Recipe:
+def settle(recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> Recipe:
     """Write out every default; ``auto`` becomes W4A16_G128 where all columns divide by 128, else W4A16."""
     columns = {skeleton.shape(name)[1] for name in skeleton.linear_names(0)}
     groups_fit = all(cols % _DEFAULT_GROUP == 0 for cols in columns)
-    return recipe.resolved(f"W4A16_G{_DEFAULT_GROUP}" if groups_fit else "W4A16")
+    settled = recipe.resolved(f"W4A16_G{_DEFAULT_GROUP}" if groups_fit else "W4A16")
+    if settled.products != "auto":
+        return settled
+    return settled.model_copy(update={"products": "bfloat16" if bfloat16_pays(skeleton.dtype, device) else "float32"})
 
 
 def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:

@@ -37,6 +37,7 @@ def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_
         "source": prepared.checkpoint.fingerprint,
         "versions": {"leangrid": __version__, "torch": torch.__version__, "transformers": installed("transformers")},
         "devices": sorted({info["device"] for info in infos}),
+        "products": sorted({info["products"] for info in infos}),
         "threads": sorted({info["threads"] for info in infos}),
         "result": figures,
     }

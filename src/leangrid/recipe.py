@@ -22,6 +22,8 @@ Method = Literal["leanquant", "gptq", "rtn"]
 _SCHEME = re.compile(r"^(?:W(?P<w>\d+)A16|NU(?P<nu>\d+)|GPTQ(?P<gptq>\d+)|RTN(?P<rtn>\d+))"
                      r"(?:_G(?P<group>\d+))?(?P<sym>_SYM)?(?P<exact>_EXACT)?$")  # fmt: skip
 
+_METHODS: dict[str, Method] = {"w": "leanquant", "nu": "leanquant", "gptq": "gptq", "rtn": "rtn"}
+
 
 class Scheme(BaseModel):
     """A parsed scheme string: which grid, how many bits, over how many columns, found how."""
@@ -44,7 +46,7 @@ class Scheme(BaseModel):
         kind = next(k for k in ("w", "nu", "gptq", "rtn") if match[k])
         scheme = cls(
             grid="nonuniform" if kind == "nu" else "affine",
-            method={"w": "leanquant", "nu": "leanquant", "gptq": "gptq", "rtn": "rtn"}[kind],
+            method=_METHODS[kind],
             bits=int(match[kind]),
             group_size=int(match["group"]) if match["group"] else None,
             symmetric=match["sym"] is not None,
@@ -76,20 +78,23 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    scheme: str = Field("auto", description="scheme string, or auto: W4A16_G128 where the shapes allow, else W4A16")
-    format: str = Field("auto", description="container: auto, compressed-tensors, lut")
-    calibration: str = Field("c4", description="c4, wikitext2, self, embedded, or a .txt/.jsonl file")
-    samples: int = Field(128, ge=1, le=1_000_000, description="calibration windows")
-    length: int = Field(2048, ge=8, le=1_000_000, description="tokens a window")
-    seed: int = Field(0, ge=0, le=2**63 - 1)
-    p: float | None = Field(None, ge=0, le=16, description="exponent of the loss-error weights U_jj^-p; 4 non-uniform, 2 affine")
-    steps: int = Field(2048, ge=1, le=65536, description="T of the affine enumeration")
-    search: Literal["optimal", "lloyd"] = Field("optimal", description="non-uniform grid: global optimum, or Lloyd")
-    correct: float | None = Field(None, ge=0, le=1, description="share of the inputs' own error that is corrected; 0 is the paper")
-    refine: int | None = Field(None, ge=0, le=20, description="rounds of refit and descent after the sweep; 0 is the paper")
-    guard: bool = Field(True, description="rows worse than min-max GPTQ try lower p")
-    damping: float = Field(0.01, gt=0, le=10, description="lambda, in units of mean(diag H)")
-    act_order: bool = Field(True, description="eliminate columns by descending diag H")
+    scheme: str = Field(default="auto", description="scheme string, or auto: W4A16_G128 where the shapes allow, else W4A16")
+    format: str = Field(default="auto", description="container: auto, compressed-tensors, lut")
+    calibration: str = Field(default="c4", description="c4, wikitext2, self, embedded, or a .txt/.jsonl file")
+    samples: int = Field(default=128, ge=1, le=1_000_000, description="calibration windows")
+    length: int = Field(default=2048, ge=8, le=1_000_000, description="tokens a window")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    p: float | None = Field(default=None, ge=0, le=16, description="exponent of the loss-error weights U_jj^-p; 4 non-uniform, 2 affine")
+    steps: int = Field(default=2048, ge=1, le=65536, description="T of the affine enumeration")
+    search: Literal["optimal", "lloyd"] = Field(default="optimal", description="non-uniform grid: global optimum, or Lloyd")
+    correct: float | None = Field(default=None, ge=0, le=1, description="share of the inputs' own error that is corrected; 0 is the paper")
+    refine: int | None = Field(default=None, ge=0, le=20, description="rounds of refit and descent after the sweep; 0 is the paper")
+    guard: bool = Field(default=True, description="rows worse than min-max GPTQ try lower p")
+    damping: float = Field(default=0.01, gt=0, le=10, description="lambda, in units of mean(diag H)")
+    act_order: bool = Field(default=True, description="eliminate columns by descending diag H")
+    products: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="operands of forward and Hessian products; auto: bfloat16 where model and processor have it"
+    )
 
     @field_validator("scheme")
     @classmethod
@@ -141,5 +146,5 @@ class Recipe(BaseModel):
         except FileNotFoundError:
             raise RecipeError("no such recipe file", path, "Give the path of a .toml file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise RecipeError(f"the recipe cannot be read: {error}", path, "A recipe is TOML such as: scheme = \"NU4\"") from None
+            raise RecipeError(f"the recipe cannot be read: {error}", path, 'A recipe is TOML such as: scheme = "NU4"') from None
         return cls.build(**{**fields, **overrides})

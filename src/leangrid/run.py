@@ -1,7 +1,7 @@
 """One run on disk: what it works on, what is already committed, and how it ends. The hallway asks, this room answers."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from leangrid.hessian import Hessian
 from leangrid.linear import LinearResult
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import Calls, Streams, embed
+from leangrid.precision import products
 from leangrid.prepare import Prepared, calibration_windows, prepare
 from leangrid.progress import Event, Progress
 from leangrid.publish import publish
@@ -94,7 +95,7 @@ class Run:
         """
         clock = Clock()
         with clock.stage("load"):
-            prepared = prepare(source, out, recipe, windows, overwrite, restart, state_dir, progress)
+            prepared = prepare(source, out, recipe, windows, device, overwrite, restart, state_dir, progress)
         journal = prepared.journal
         try:
             with clock.stage("calibrate"):
@@ -107,11 +108,15 @@ class Run:
         finally:
             journal.close()
 
+    def products(self) -> AbstractContextManager[None]:
+        """The arithmetic of forward passes and Hessians, for the length of a ``with``."""
+        return products(self.recipe.products)
+
     def streams(self) -> Streams:
         """The hidden states that enter the first block that is not committed yet."""
         batch = max(1, _TOKENS_A_BATCH // self.windows.shape[1])
         batches: Sequence[Tensor] = self.windows.split(batch)
-        with self.clock.stage("calibrate"):
+        with self.clock.stage("calibrate"), self.products():
             hidden, self.calls = embed(self.skeleton, batches, self.device)
         done = self.journal.committed()
         if done:
@@ -143,8 +148,13 @@ class Run:
             quantized = {f"{r.name}.weight" for r in block.records}
             rest = [n for n in self.skeleton.parameter_names() if n.startswith(f"{block.name}.") and n not in quantized]
             tensors = block.tensors | {name: self.skeleton.stored(name) for name in rest}
-            info = {"records": [record.to_json() for record in block.records], "device": self.device, "kernels": kernels.backend(),
-                    "threads": torch.get_num_threads()}  # fmt: skip
+            info = {
+                "records": [record.to_json() for record in block.records],
+                "device": self.device,
+                "kernels": kernels.backend(),
+                "products": self.recipe.products,
+                "threads": torch.get_num_threads(),
+            }
             self.journal.commit_block(block.index, tensors, info)
             if block.index + 1 < len(self.skeleton.blocks):
                 self.journal.save_state(block.index + 1, streams.tensors())

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 import transformers
 
 import leangrid
+import tiny_models
 from leangrid.errors import FormatError, OutputError, ResumeError, ShapeError
 from leangrid.models.skeleton import Skeleton
 from leangrid.pipeline import quantize

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from leangrid.errors import OutputError, ShapeError
 from leangrid.pipeline import quantize
 from leangrid.plan import plan
@@ -23,7 +23,16 @@ def test_bits_and_layers_are_what_the_run_gives(scheme: str, tmp_path: Path) -> 
     assert planned.layers == done.layers and planned.bits_per_weight == pytest.approx(done.bits_per_weight, abs=1e-3)
     tensors = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert planned.bytes == pytest.approx(tensors, rel=0.15)  # the rest is the file's header: large only for a tiny model
-    assert set(planned.to_json()) >= {"scheme", "layers", "bits_per_weight", "bytes", "seconds", "peak_ram_bytes", "peak_gpu_bytes", "bound"}
+    assert set(planned.to_json()) >= {
+        "scheme",
+        "layers",
+        "bits_per_weight",
+        "bytes",
+        "seconds",
+        "peak_ram_bytes",
+        "peak_gpu_bytes",
+        "bound",
+    }
 
 
 def test_nothing_is_written_and_nothing_impossible_is_planned(tmp_path: Path) -> None:

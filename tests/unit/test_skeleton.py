@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_models
 from leangrid.errors import ArchitectureError, CheckpointError
 from leangrid.models.architectures import ARCHITECTURES
 from leangrid.models.skeleton import Skeleton

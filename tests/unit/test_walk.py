@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from leangrid.errors import ArchitectureError, CalibrationError
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import BlockWalk, Calls, Streams, embed
@@ -56,7 +56,9 @@ def test_groups_read_what_the_linears_read_and_each_product_is_computed_once(tmp
     with skeleton.block(0) as block:
         reads: dict[str, list[torch.Tensor]] = {}
         for linear in (n for group in skeleton.architecture.groups for n in group):
-            block.get_submodule(linear).register_forward_hook(lambda _m, args, _o, n=linear: reads.setdefault(n, []).append(args[0].clone()))
+            block.get_submodule(linear).register_forward_hook(
+                lambda _m, args, _o, n=linear: reads.setdefault(n, []).append(args[0].clone())
+            )
         seen = []
         walk = BlockWalk(block, skeleton.architecture.groups, calls, 0, Streams(hidden, None))
         for group in walk:

@@ -47,14 +47,16 @@ def dequantize(path: Path, directory: Path) -> torch.dtype:
         )
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     except (ValueError, KeyError, OSError, RuntimeError, IndexError, NotImplementedError) as error:
-        raise CheckpointError(f"the GGUF file cannot be read: {error}", path, "Check the download, or convert it with its own tools") from error
+        raise CheckpointError(
+            f"the GGUF file cannot be read: {error}", path, "Check the download, or convert it with its own tools"
+        ) from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
     dtype = _PLAIN.get(_file_type(path), torch.bfloat16)
     config = model.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     config.dtype, config.architectures = dtype, [type(model).__name__]
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     tensors = {n: t.to(dtype).contiguous() for n, t in model.state_dict().items() if n not in tied}

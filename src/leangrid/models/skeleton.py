@@ -4,8 +4,10 @@ The skeleton lives on the meta device. A block is materialised, quantized, writt
 memory grows with the largest block and never with the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
@@ -16,11 +18,25 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from leangrid.errors import ArchitectureError, CheckpointError
 from leangrid.models.architectures import Architecture, architecture_of
 from leangrid.storage.safetensors import TensorInfo
-from leangrid.storage.source import Checkpoint
 
 # Names that old checkpoints use for today's parameters.
 _LEGACY_SUFFIXES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """What a skeleton needs of its source: a Checkpoint, or for ``plan`` the description of one."""
+
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+    @property
+    def notices(self) -> Sequence[str]: ...
+    def read(self, name: str) -> Tensor: ...
 
 
 class Skeleton:
@@ -35,7 +51,7 @@ class Skeleton:
         CheckpointError: config and tensors disagree; all differences are listed.
     """
 
-    def __init__(self, checkpoint: Checkpoint, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, checkpoint: Weights, compute_dtype: torch.dtype = torch.float32) -> None:
         self.checkpoint = checkpoint
         self.compute_dtype = compute_dtype
         self.architecture: Architecture = architecture_of(checkpoint.config)
@@ -129,7 +145,9 @@ class Skeleton:
         name = self._sources[f"{self.linear_names(0)[0]}.weight"]
         info = self.checkpoint.tensors[name]
         if info.dtype not in _DTYPES:
-            raise CheckpointError(f"weights stored as {info.dtype} cannot be quantized", name, "Give a float32, float16 or bfloat16 checkpoint")
+            raise CheckpointError(
+                f"weights stored as {info.dtype} cannot be quantized", name, "Give a float32, float16 or bfloat16 checkpoint"
+            )
         return _DTYPES[info.dtype]
 
 
@@ -139,7 +157,7 @@ def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
-def _read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+def _read_config(checkpoint: Weights) -> PreTrainedConfig:
     kind = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
     try:
         config = kind.from_dict(dict(checkpoint.config))
@@ -175,7 +193,7 @@ def _base_prefix(model: PreTrainedModel) -> str:
     return prefix if prefix and hasattr(model, prefix) else ""
 
 
-def _match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+def _match_names(model: PreTrainedModel, checkpoint: Weights) -> dict[str, str]:
     """Model name -> checkpoint name for every tensor; refuse with the whole list where they disagree."""
     prefix = model.base_model_prefix
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -199,7 +217,9 @@ def _match_names(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, st
     problems += [f"{name} is not part of the model" for name in unexpected]
     if problems:
         listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(f"config and tensors disagree: {listed}", checkpoint.directory, "Use the config that belongs to these weights")
+        raise CheckpointError(
+            f"config and tensors disagree: {listed}", checkpoint.directory, "Use the config that belongs to these weights"
+        )
     return sources
 
 

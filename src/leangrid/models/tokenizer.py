@@ -20,4 +20,6 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"the tokenizer cannot be read: {error}", directory, "Restore the checkpoint's own tokenizer files") from error
+        raise CheckpointError(
+            f"the tokenizer cannot be read: {error}", directory, "Restore the checkpoint's own tokenizer files"
+        ) from error

@@ -37,7 +37,10 @@ class Streams:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "Streams":
         """The inverse of ``tensors``."""
-        pick = {kind: [tensors[n] for n in sorted((n for n in tensors if n.startswith(kind)), key=_number)] for kind in ("quantized", "original")}
+        pick = {
+            kind: [tensors[n] for n in sorted((n for n in tensors if n.startswith(kind)), key=_number)]
+            for kind in ("quantized", "original")
+        }
         return cls(pick["quantized"], pick["original"] or None)
 
 
@@ -195,10 +198,14 @@ class BlockWalk:
         at_end = group == len(self._groups)
         for p in passes:
             if at_end and not p.dead:
-                raise ArchitectureError(f"a linear of group {p.group} was called out of order", f"block {self._index}", "Fix the architecture's row")
+                raise ArchitectureError(
+                    f"a linear of group {p.group} was called out of order", f"block {self._index}", "Fix the architecture's row"
+                )
             if not at_end and (p.dead or p.group != group):
                 raise CalibrationError(
-                    f"{', '.join(self._groups[group])} saw no tokens", f"block {self._index}", "The architecture's row does not fit this model"
+                    f"{', '.join(self._groups[group])} saw no tokens",
+                    f"block {self._index}",
+                    "The architecture's row does not fit this model",
                 )
         return reached
 
@@ -216,6 +223,6 @@ def _pause_at(group: int, name: str) -> Any:
                 raise ArchitectureError(f"{name} does not read the same input as its group", f"group {group}", "Fix the architecture's row")
             return
         current.group, current.input = group, args[0]
-        current.parent.switch(args[0])
+        current.parent.switch(args[0])  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
 
     return hook
