@@ -16,32 +16,22 @@ import torch
 from leangrid import kernels
 from leangrid.clock import STAGES
 from leangrid.errors import OutputError
-from leangrid.formats import FORMATS
 from leangrid.models.gguf import describe, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.precision import products
 from leangrid.prepare import refuse_impossible, settle
 from leangrid.recipe import Recipe
+from leangrid.sizes import LayerSize, disk_bytes, sizes, state_bytes
 from leangrid.storage.hub import locate_source
 from leangrid.storage.source import open_source
 
 _F32 = 4
 _MARGIN = 1.05
+_HOLES = 1.2  # what the allocator keeps between live tensors
 # Sweeps' worth of rows*cols^2 work: ours, min-max GPTQ's, two losses, and for each refit round about two more.
 _SWEEPS, _SWEEPS_A_ROUND = 4.0, 3.0
 _GRID_SECONDS_A_WEIGHT = {"affine": 1.5e-7, "nonuniform": 3.5e-7}  # one thread with the native kernels
 _KERNEL_EFFICIENCY = 0.25  # share of the GEMM rate that sweeps and factorizations reach
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One linear: [rows, cols], and its bytes before and after."""
-
-    name: str
-    rows: int
-    cols: int
-    bytes_before: int
-    bytes_after: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +52,7 @@ class Plan:
     seconds: dict[str, float]
     kernels: dict[str, str]
     bound: str
-    layer_plans: list[LayerPlan] = field(default_factory=list)
+    layer_plans: list[LayerSize] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The promised keys; the layers as a list under ``layer_plans``."""
@@ -83,46 +73,29 @@ def plan(
     skeleton = Skeleton(describe(path) if is_gguf(path) else open_source(path))
     settled = settle(recipe or Recipe.build(), skeleton, device)
     refuse_impossible(settled, skeleton)
-    layers = _layers(skeleton, settled)
-    weights = sum(layer.rows * layer.cols for layer in layers)
-    after = sum(layer.bytes_after for layer in layers)
-    before = sum(layer.bytes_before for layer in layers)
-    whole = sum(tensor.nbytes for tensor in skeleton.checkpoint.tensors.values())
-    states = _state_bytes(skeleton, settled)
-    ram = _peak_ram(skeleton, settled, layers)
-    seconds = _seconds(skeleton, settled, layers)
-    disk = int((2 * (whole - before + after) + 2 * states) * _MARGIN)
+    sized, tokens = sizes(skeleton, settled), settled.samples * settled.length
+    ram = _peak_ram(skeleton, settled, sized.layers)
+    seconds = _seconds(skeleton, settled, sized.layers)
     available = psutil.virtual_memory().available
     result = Plan(
         source=str(source),
         scheme=settled.scheme,
         format=settled.format,
-        layers=len(layers),
-        bits_per_weight=8 * after / weights,
-        bytes=whole - before + after,
-        bytes_before=whole,
+        layers=len(sized.layers),
+        bits_per_weight=sized.bits_per_weight,
+        bytes=sized.bytes_after,
+        bytes_before=sized.bytes_before,
         peak_ram_bytes=ram,
         available_ram_bytes=available,
         peak_gpu_bytes=0 if device == "cpu" else ram,
-        disk_bytes=disk,
+        disk_bytes=int(disk_bytes(skeleton, settled, tokens) * _MARGIN),
         seconds=seconds,
         kernels={"grid": kernels.backend(), "solve": kernels.backend()},
         bound="memory" if ram > available else "compute" if seconds["total"] > 2 * seconds["save"] else "disk",
-        layer_plans=layers,
+        layer_plans=sized.layers,
     )
     _refuse_what_cannot_fit(result, settled, Path(out) if out is not None else Path.cwd())
     return result
-
-
-def _layers(skeleton: Skeleton, recipe: Recipe) -> list[LayerPlan]:
-    layers = []
-    for index in range(len(skeleton.blocks)):
-        for name in skeleton.linear_names(index):
-            shape = skeleton.shape(name)
-            stored = FORMATS[recipe.format].layout(recipe.parsed, shape, skeleton.dtype).values()
-            after = sum(torch.Size(s).numel() * dtype.itemsize for dtype, s in stored)
-            layers.append(LayerPlan(name, *shape, shape[0] * shape[1] * skeleton.dtype.itemsize, after))
-    return layers
 
 
 def _streams(recipe: Recipe) -> int:
@@ -133,11 +106,7 @@ def _hidden(skeleton: Skeleton) -> int:
     return skeleton.base.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
-def _state_bytes(skeleton: Skeleton, recipe: Recipe) -> int:
-    return _streams(recipe) * recipe.samples * recipe.length * _hidden(skeleton) * _F32
-
-
-def _peak_ram(skeleton: Skeleton, recipe: Recipe, layers: list[LayerPlan]) -> int:
+def _peak_ram(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize]) -> int:
     """This process now + the larger of the two phases: embedding the windows, or walking the largest block."""
     here = psutil.Process().memory_info().rss
     per_block = len(skeleton.linear_names(0))
@@ -146,17 +115,17 @@ def _peak_ram(skeleton: Skeleton, recipe: Recipe, layers: list[LayerPlan]) -> in
     tallest = max(layer.rows * layer.cols for layer in layers)
     hidden, tokens = _hidden(skeleton), recipe.samples * recipe.length
     rows = skeleton.base.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    states = _state_bytes(skeleton, recipe)
-    # A paused pass holds the state that entered the block, the residual, and the group's input.
-    paused = _streams(recipe) * tokens * _F32 * (hidden + max(widest, 2 * hidden))
+    states = state_bytes(skeleton, recipe, recipe.samples * recipe.length)
+    # A paused pass holds the residual, what its attention or MLP computed on the way, and the group's input.
+    paused = _streams(recipe) * tokens * _F32 * 2 * (hidden + widest)
     algebra = _F32 * (10 * widest**2 + 8 * tallest)
     walking = states + paused + 2 * largest * _F32 + algebra
     embedding = states + rows * hidden * (_F32 + skeleton.dtype.itemsize)
     sampling = sum(t.nbytes for t in skeleton.checkpoint.tensors.values()) * 2 if recipe.calibration == "self" else 0
-    return here + int(max(walking, embedding, sampling))
+    return here + int(_HOLES * max(walking, embedding, sampling))
 
 
-def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerPlan]) -> dict[str, float]:
+def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize]) -> dict[str, float]:
     with products(recipe.products):
         fast = _gemm_rate()
     rate, streams, tokens = _gemm_rate(), _streams(recipe), recipe.samples * recipe.length
@@ -175,7 +144,7 @@ def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerPlan]) -> dic
     stages["factor"] = sum((3 + 3 * (streams - 1)) * cols**3 for cols in widths.values()) / (rate * _KERNEL_EFFICIENCY)
     stages["solve"] = sum(sweeps * la.rows * la.cols**2 for la in layers) / (rate * _KERNEL_EFFICIENCY)
     stages["grid"] = weights * _GRID_SECONDS_A_WEIGHT[recipe.parsed.grid] / threads
-    stages["save"] = (2 * sum(la.bytes_after for la in layers) + len(skeleton.blocks) * _state_bytes(skeleton, recipe)) / 5e8
+    stages["save"] = (2 * sum(la.bytes_after for la in layers) + len(skeleton.blocks) * state_bytes(skeleton, recipe, recipe.samples * recipe.length)) / 5e8
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
 
 

@@ -20,6 +20,8 @@ from leangrid.models.tokenizer import load_tokenizer
 from leangrid.precision import bfloat16_pays
 from leangrid.progress import Event, Progress
 from leangrid.recipe import Recipe
+from leangrid.sizes import disk_bytes
+from leangrid.storage import files
 from leangrid.storage.hub import locate_source
 from leangrid.storage.journal import Journal
 from leangrid.storage.source import Checkpoint, open_source
@@ -74,6 +76,8 @@ def prepare(
     else:
         checkpoint, skeleton, settled = open_model(path, recipe, device)
         journal = _open_journal(final, recipe, checkpoint.identity, windows, restart, state_dir)
+    tokens = recipe.samples * recipe.length if windows is None else windows.numel()
+    _require_disk(journal, skeleton, settled, tokens)
     notices += [*checkpoint.notices, *journal.notices]
     if recipe.scheme == "auto":
         notices.append(f"scheme: {settled.scheme}")
@@ -131,7 +135,7 @@ def calibration_windows(prepared: Prepared, given: Tensor | None, progress: Prog
     if given is not None:
         tokens = _checked(given, rows, positions)
     else:
-        tokens = corpus_windows(recipe, tokenizer, _sampler(prepared), vocab_rows=rows, max_positions=positions)
+        tokens = corpus_windows(recipe, tokenizer, _sampler(prepared, progress), vocab_rows=rows, max_positions=positions)
     journal.save_named("windows", {"windows": tokens})
     if tokenizer is not None and progress is not None:
         shown = decoded_start(tokenizer, tokens)
@@ -149,7 +153,7 @@ def _checked(windows: Tensor, rows: int, positions: int | None) -> Tensor:
     return windows.contiguous()
 
 
-def _sampler(prepared: Prepared) -> Callable[[int, int, int], Tensor] | None:
+def _sampler(prepared: Prepared, progress: Progress | None) -> Callable[[int, int, int], Tensor] | None:
     """Draws windows from the source model itself: the whole model is in memory for that time."""
     if prepared.skeleton.architecture.kind != "decoder":
         return None
@@ -158,9 +162,14 @@ def _sampler(prepared: Prepared) -> Callable[[int, int, int], Tensor] | None:
         from leangrid.data.sampling import sample
         from leangrid.load import load
 
-        model, tokenizer = load(prepared.checkpoint.directory)
-        return sample(model, tokenizer, samples, length, seed)
+        model, tokenizer = load(prepared.checkpoint.directory, dtype=torch.float32)
+        return sample(model, tokenizer, samples, length, seed, progress=told)
 
+    def told(done: int, total: int) -> None:
+        if progress is not None and done * 10 // total > (done - samples_a_report) * 10 // total:
+            progress(Event("calibrate", message=f"sampled {done:,} of {total:,} tokens from the model itself"))
+
+    samples_a_report = 16 * prepared.recipe.samples
     return sample_windows
 
 
@@ -187,6 +196,15 @@ def _windows_identity(recipe: Recipe, windows: Tensor | None) -> str:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _require_disk(journal: Journal, skeleton: Skeleton, recipe: Recipe, tokens: int) -> None:
+    """Refuse a run that would fill the disk, before any work."""
+    try:
+        files.require_space(journal.partial, disk_bytes(skeleton, recipe, tokens))
+    except BaseException:
+        _give_up(journal)
+        raise
 
 
 def _give_up(journal: Journal) -> None:

@@ -19,6 +19,7 @@ from leangrid.prepare import Prepared
 from leangrid.report.card import model_card
 from leangrid.report.records import LayerRecord, to_lines, totals
 from leangrid.result import QuantizeResult
+from leangrid.sizes import sizes
 from leangrid.storage import writer
 from leangrid.storage.safetensors import TensorInfo
 
@@ -70,7 +71,7 @@ def _figures(prepared: Prepared, records: list[LayerRecord], windows: Tensor, pa
         "scheme": prepared.recipe.scheme,
         "format": prepared.recipe.format,
         "layers": len(records),
-        "bits_per_weight": round(bits_per_weight(prepared), 4),
+        "bits_per_weight": round(sizes(prepared.skeleton, prepared.recipe).bits_per_weight, 4),
         **totals(records),
         "rescues": len(real),
         "rescued_layers": sum(record.rescued for record in records),
@@ -91,19 +92,6 @@ def _result(out: Path, manifest: dict[str, Any], seconds: dict[str, float], devi
         max_rescued=max_rescued,
         **manifest["result"],
     )
-
-
-def bits_per_weight(prepared: Prepared) -> float:
-    """Stored bits of the quantized linears (codes and grids) over their weights."""
-    skeleton, recipe = prepared.skeleton, prepared.recipe
-    stored = weights = 0
-    for index in range(len(skeleton.blocks)):
-        for name in skeleton.linear_names(index):
-            shape = skeleton.shape(name)
-            layout = FORMATS[recipe.format].layout(recipe.parsed, shape, skeleton.dtype).values()
-            stored += 8 * sum(torch.Size(s).numel() * dtype.itemsize for dtype, s in layout)
-            weights += shape[0] * shape[1]
-    return stored / weights
 
 
 def output_config(prepared: Prepared) -> dict[str, Any]:

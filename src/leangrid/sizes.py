@@ -1,0 +1,58 @@
+"""Bytes before and after, from shapes alone: what the plan estimates, the door checks, and the result reports."""
+
+from dataclasses import dataclass
+
+import torch
+
+from leangrid.formats import FORMATS
+from leangrid.models.skeleton import Skeleton
+from leangrid.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    """One linear: [rows, cols], and its bytes before and after (codes and grid)."""
+
+    name: str
+    rows: int
+    cols: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """All linears that are quantized, and the bytes of the whole checkpoint before and after."""
+
+    layers: list[LayerSize]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized linears over their weights."""
+        return 8 * sum(layer.bytes_after for layer in self.layers) / sum(layer.rows * layer.cols for layer in self.layers)
+
+
+def sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
+    """The sizes that quantizing ``skeleton`` by a settled ``recipe`` gives."""
+    layers = []
+    for index in range(len(skeleton.blocks)):
+        for name in skeleton.linear_names(index):
+            rows, cols = skeleton.shape(name)
+            stored = FORMATS[recipe.format].layout(recipe.parsed, (rows, cols), skeleton.dtype).values()
+            after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in stored)
+            layers.append(LayerSize(name, rows, cols, rows * cols * skeleton.dtype.itemsize, after))
+    before = sum(tensor.nbytes for tensor in skeleton.checkpoint.tensors.values())
+    return Sizes(layers, before, before + sum(layer.bytes_after - layer.bytes_before for layer in layers))
+
+
+def state_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
+    """The hidden states of all ``tokens`` between two blocks: float32, two streams where the input's error is corrected."""
+    hidden = skeleton.base.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    return (2 if recipe.correct else 1) * tokens * hidden * 4
+
+
+def disk_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
+    """What a run needs on disk at most: the journal's blocks, the finished shards beside them, and two sets of states."""
+    return 2 * sizes(skeleton, recipe).bytes_after + 2 * state_bytes(skeleton, recipe, tokens)
