@@ -144,7 +144,8 @@ def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize]) -> dic
     stages["factor"] = sum((3 + 3 * (streams - 1)) * cols**3 for cols in widths.values()) / (rate * _KERNEL_EFFICIENCY)
     stages["solve"] = sum(sweeps * la.rows * la.cols**2 for la in layers) / (rate * _KERNEL_EFFICIENCY)
     stages["grid"] = weights * _GRID_SECONDS_A_WEIGHT[recipe.parsed.grid] / threads
-    stages["save"] = (2 * sum(la.bytes_after for la in layers) + len(skeleton.blocks) * state_bytes(skeleton, recipe, recipe.samples * recipe.length)) / 5e8
+    states = len(skeleton.blocks) * state_bytes(skeleton, recipe, tokens)
+    stages["save"] = (2 * sum(la.bytes_after for la in layers) + states) / 5e8
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
 
 

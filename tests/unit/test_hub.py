@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 
+import tiny_models
 from leangrid.errors import CheckpointError
 from leangrid.pipeline import quantize
 from leangrid.recipe import Recipe
@@ -40,13 +40,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", ["org/tiny", f"org/tiny@{REVISION}", "org/tiny@main"])
 def test_a_hub_id_is_found_in_the_cache(hub: Path, name: str) -> None:
     assert locate_source(name).resolve() == hub.resolve()
-    assert open_source(locate_source(name)).side_files().keys() >= {"tokenizer.json"}, "links into the cache's blobs are the checkpoint's own"
+    side_files = open_source(locate_source(name)).side_files()
+    assert "tokenizer.json" in side_files, "links into the cache's blobs are the checkpoint's own"
 
 
 def test_a_hub_id_quantizes(hub: Path, tmp_path: Path) -> None:
     windows = torch.randint(4, 512, (2, 16), generator=torch.Generator().manual_seed(0))
     result = quantize("org/tiny", tmp_path / "out", Recipe(scheme="NU4"), windows=windows)
-    assert result.layers == 14 and (tmp_path / "out" / "tokenizer.json").is_file() and not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    tokenizer = tmp_path / "out" / "tokenizer.json"
+    assert result.layers == 14 and tokenizer.is_file() and not tokenizer.is_symlink()
 
 
 @pytest.mark.parametrize(("name", "expected"), [("org/absent", "hub cannot be reached"), ("org/tiny@feature", "hub cannot be reached"),
