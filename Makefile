@@ -43,9 +43,9 @@ format: $(SETUP)  ## let ruff write the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 test: $(SETUP) $(MODELS)  ## the fast suite
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not interop"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 test-slow: $(SETUP) $(MODELS)  ## the slow tests: whole runs on real models
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not interop"
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
 bench: $(SETUP) $(MODELS)  ## quality and time; each prints JSON lines (benchmarks/README.md)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/quantize_time.py

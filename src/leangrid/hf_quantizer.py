@@ -71,7 +71,9 @@ class LeangridQuantizer(HfQuantizer):
             cols, rows = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
             if headers:
                 self._check_headers(headers, stored, (rows, cols))
-            model.set_submodule(name, self._make(rows, cols, layer.bias is not None, dtype))
+            scale = headers.get(f"{stored}.weight_scale")
+            in_file = dtype if scale is None else _DTYPES[scale.dtype]
+            model.set_submodule(name, self._make(rows, cols, layer.bias is not None, dtype, in_file))
         self._check_complete(model)
 
     def _is_quantized(self, name: str, headers: dict[str, TensorInfo]) -> bool:
@@ -80,10 +82,11 @@ class LeangridQuantizer(HfQuantizer):
         # compressed-tensors says "every Linear but these", so the spelling that the file uses decides.
         return "layers" in self.stored or f"{name}.weight_packed" in headers or not headers
 
-    def _make(self, rows: int, cols: int, bias: bool, dtype: torch.dtype) -> PackedLinear:
+    def _make(self, rows: int, cols: int, bias: bool, dtype: torch.dtype, in_file: torch.dtype) -> PackedLinear:
         if self.scheme.grid == "nonuniform":
             return LutLinear(cols, rows, self.scheme.bits, bias, dtype, "meta")
-        return AffineLinear(cols, rows, self.scheme.bits, bias, dtype, "meta", self.scheme.group_size, self.scheme.symmetric)
+        grouping = (self.scheme.group_size, self.scheme.symmetric)
+        return AffineLinear(cols, rows, self.scheme.bits, bias, dtype, "meta", *grouping, stored_dtype=in_file)
 
     def _check_headers(self, headers: dict[str, TensorInfo], name: str, shape: tuple[int, int]) -> None:
         """The layer's tensors, by header alone: present, of the right shape and dtype, and nothing else beside them."""

@@ -87,7 +87,8 @@ class LutLinear(PackedLinear):
 class AffineLinear(PackedLinear):
     """W[i, j] = S[i, g] (code[i, j] - Z[i, g]), g = j // group_size; buffers as compressed-tensors names them.
 
-    ``group_size`` None: one (S, Z) a row. ``symmetric``: Z = 2^(bits-1) everywhere and not stored.
+    ``group_size`` None: one (S, Z) a row. ``symmetric``: Z = 2^(bits-1) everywhere and not stored. ``stored_dtype``: the dtype
+    of S in the file. W is rounded to it, as every dequantizing reader of the file does, whatever dtype it is computed in.
     """
 
     weight_packed: Tensor
@@ -95,8 +96,9 @@ class AffineLinear(PackedLinear):
     weight_zero_point: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool, dtype: torch.dtype, device: str | torch.device = "cpu",
-                 group_size: int | None = None, symmetric: bool = False) -> None:  # fmt: skip
+                 group_size: int | None = None, symmetric: bool = False, stored_dtype: torch.dtype | None = None) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bits, bias, dtype, device)
+        self.stored_dtype = stored_dtype or dtype
         self.group_size, self.symmetric = group_size or in_features, symmetric
         if in_features % self.group_size:
             raise ShapeError(f"groups of {self.group_size} do not divide {in_features} columns")
@@ -116,4 +118,5 @@ class AffineLinear(PackedLinear):
         else:
             packed = unpack(self.weight_zero_point.T.contiguous(), self.bits, self.out_features)
             zero_point = packed[:, start:stop].T.to(scale.dtype)[:, :, None]
-        return ((steps - zero_point) * scale).view(stop - start, self.in_features)
+        weight = ((steps - zero_point) * scale).view(stop - start, self.in_features)
+        return weight if weight.dtype == self.stored_dtype else weight.to(self.stored_dtype).to(weight.dtype)

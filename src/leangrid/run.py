@@ -53,7 +53,9 @@ class BlockWork:
         with run.clock.stage("pack"):
             packed = run.format.pack(result.codes, result.grid, run.skeleton.dtype, run.recipe.parsed)
             self.tensors |= {f"{full}.{suffix}": tensor for suffix, tensor in packed.items()}
-            weight = result.grid.dequantize(result.codes).to(self.module.get_parameter(f"{name}.weight").dtype)
+            # What a reader of the file multiplies by: rounded to the stored dtype, then computed in ours.
+            weight = result.grid.dequantize(result.codes).to(run.skeleton.dtype)
+            weight = weight.to(self.module.get_parameter(f"{name}.weight").dtype)
         record = LayerRecord.of(full, run.recipe, result, hessian, factor)
         self.records.append(record)
         run.tell("layer", self.index, layer=full, loss=record.loss)

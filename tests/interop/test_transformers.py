@@ -77,6 +77,20 @@ def test_load_equals_the_dense_model(made: Made, model: str, scheme: str) -> Non
     assert torch.equal(answer(unpacked, tokens), expected)
 
 
+@pytest.mark.parametrize("scheme", ["W4A16_G32", "W4A16", "W3A16_SYM", "NU3"])
+def test_computed_in_float32_the_weights_are_still_those_of_the_file(made: Made, scheme: str) -> None:
+    """A bfloat16 result in float32: S (q - Z) is rounded to bfloat16 first, here and in transformers alike."""
+    _, out, dense = made("llama2", scheme, torch.bfloat16)
+    ours, _ = leangrid.load(out, dtype=torch.float32)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    for name, weight in dense.items():
+        assert torch.equal(ours.get_submodule(name).weight_hat, weight.float()), name
+        if not scheme.startswith("NU"):
+            assert torch.equal(theirs.get_submodule(name).weight, weight.float()), name
+    tokens = tiny_models.tokens(2, 16)
+    torch.testing.assert_close(answer(ours, tokens), answer(theirs, tokens), rtol=1e-5, atol=1e-5)
+
+
 def test_tied_embeddings_stay_tied_and_the_head_dense(made: Made) -> None:
     for scheme in ("NU3", "W4A16_G64"):
         _, out, _ = made("llama3_tied", scheme)
