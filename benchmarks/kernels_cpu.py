@@ -10,12 +10,11 @@ The best of the repeats counts, in CPU time of the process: other work on the ma
 import argparse
 import json
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable
 
 import torch
+from machine import provenance
 from torch import Tensor
 
 from leangrid import kernels
@@ -74,15 +73,6 @@ def cases(rows: int, cols: int) -> dict[str, tuple[Callable[[], object], float]]
     }  # fmt: skip
 
 
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    except OSError:
-        return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=64)
@@ -98,11 +88,8 @@ def main() -> None:
         os.environ["LEANGRID_KERNELS"] = isa
         table = cases(args.rows, args.cols)
         results[isa] = {name: round(best_of(args.repeats, work) / count * 1e6, 2) for name, (work, count) in table.items()}
-    print(json.dumps({
-        "command": " ".join(["python", *sys.argv]), "unit": "CPU microseconds a row (or group), 1 thread", "cols": args.cols,
-        "rows": args.rows, "processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(),
-        "torch": torch.__version__, "results": results,
-    }))  # fmt: skip
+    line = {"benchmark": "kernels_cpu", "unit": "CPU microseconds a row (or group), 1 thread", "cols": args.cols, "rows": args.rows}
+    print(json.dumps(line | {"results": results} | provenance()))
 
 
 if __name__ == "__main__":

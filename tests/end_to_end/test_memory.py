@@ -1,6 +1,7 @@
 """Peak memory grows with the largest block, not with the model."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,10 @@ print(json.dumps({"peak": result.peak_ram_bytes, "after_block": seen}))
 def _run(directory: Path, blocks: int) -> dict:
     source = tiny_models.synthetic(directory / f"source{blocks}", blocks=blocks, hidden=512)
     command = [sys.executable, "-c", _RUN, str(source), str(directory / f"out{blocks}")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    # glibc keeps holes between live allocations, a few blocks' worth that come and go from run to run. With every large tensor
+    # mapped by itself, the figures are what the program holds.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -31,6 +35,5 @@ def _run(directory: Path, blocks: int) -> dict:
 def test_peak_is_flat_in_the_number_of_blocks(tmp_path: Path) -> None:
     few, many = _run(tmp_path, 8), _run(tmp_path, 24)
     block_bytes = 4 * (3 * 512 * 512 + 3 * 3 * 512 * 512)  # float32: 12.6 MB, so 16 more blocks hold 200 MB
-    # What the allocator keeps in holes settles at a few blocks' worth, whatever the number of blocks.
-    assert many["peak"] - few["peak"] < 5 * block_bytes
-    assert many["after_block"][-1] - many["after_block"][2] < 5 * block_bytes
+    assert many["peak"] - few["peak"] < 2 * block_bytes
+    assert many["after_block"][-1] - many["after_block"][2] < 2 * block_bytes
