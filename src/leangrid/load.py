@@ -9,14 +9,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leangrid import hf_quantizer
 from leangrid.errors import ArchitectureError, CheckpointError, LeangridError
 from leangrid.formats import format_of
 from leangrid.layers import PackedLinear
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+from leangrid.models.tokenizer import load_tokenizer
 
 
 def load(
@@ -51,7 +50,7 @@ def load(
     model = _from_pretrained(model_class, directory, config, dtype)
     if dense:
         _to_dense(model)
-    return model.to(device).eval(), _tokenizer(directory)  # pyright: ignore[reportArgumentType]
+    return model.to(device).eval(), load_tokenizer(directory)  # pyright: ignore[reportArgumentType]
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -109,13 +108,3 @@ def _to_dense(model: nn.Module) -> None:
             linear.weight = nn.Parameter(layer.weight_hat, requires_grad=False)
             linear.register_parameter("bias", layer.bias)
             model.set_submodule(name, linear)
-
-
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    if not any((directory / name).is_file() for name in _TOKENIZERS):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        way_out = "Copy the tokenizer files of the source again"
-        raise CheckpointError(f"the tokenizer cannot be loaded: {error}", directory, way_out) from error
