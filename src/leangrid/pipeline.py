@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leangrid.correction import correct, correction_matrix
+from leangrid.errors import CalibrationError
 from leangrid.factor import factorize
 from leangrid.hessian import Hessian, HessianSum
 from leangrid.linear import LinearResult, solve_linear
@@ -95,10 +96,14 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
 
 def hessian_of(group: GroupInputs) -> Hessian:
     """H (and, with two streams, G) of the input that the group's linears share."""
-    total = HessianSum(group.quantized[0].shape[-1], group.quantized[0].device, cross=group.original is not None)
-    for i, quantized in enumerate(group.quantized):
-        if group.original is None:
+    total: HessianSum | None = None
+    for original, quantized in group:
+        if total is None:
+            total = HessianSum(quantized.shape[-1], quantized.device, cross=group.paired)
+        if original is None:
             total.add(quantized)
         else:
-            total.add_pair(group.original[i], quantized)
+            total.add_pair(original, quantized)
+    if total is None:
+        raise CalibrationError("there are no calibration tokens", ", ".join(group.names))
     return total.finish()
