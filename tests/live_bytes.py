@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive: every storage that an operation returns, until it is freed. What the plan's sums are held against."""
+"""How many bytes of tensors are alive: every storage that an operation returns, until it is freed. The plan is held to it."""
 
 import weakref
 from typing import Any

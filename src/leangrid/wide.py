@@ -108,9 +108,7 @@ class WideGroup:
         return weight if self._moves is None else torch.addmm(weight, weight, self._moves, alpha=self.strength)
 
 
-def factorize_in_place(
-    matrix: Float[Tensor, "cols cols"], damping: float = 0.01, act_order: bool = True, panel: int = PANEL
-) -> Factor:
+def factorize_in_place(matrix: Float[Tensor, "cols cols"], damping: float = 0.01, act_order: bool = True, panel: int = PANEL) -> Factor:
     """``factorize`` with one matrix besides its results; where float32 at the damping asked fails, ``factorize`` itself on the CPU."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ShapeError(f"a Hessian is square, not {tuple(matrix.shape)}", "factorize_in_place")
@@ -223,6 +221,13 @@ def joined(parts: list[LinearResult]) -> LinearResult:
         several,
         {stage: sum(part.seconds[stage] for part in parts) for stage in parts[0].seconds},
     )
+
+
+def on_host(grid: Grid) -> Grid:
+    """The grid with its parameters in host memory."""
+    if isinstance(grid, AffineGrid):
+        return replace(grid, scale=grid.scale.cpu(), zero_point=grid.zero_point.cpu())
+    return NonuniformGrid(grid.levels.cpu())
 
 
 def _stacked(grids: list[Grid]) -> Grid:

@@ -117,14 +117,22 @@ def test_a_replayed_group_is_one_batch_at_a_time_and_can_be_read_again(tmp_path:
     assert len(gates) == 2 * 4 + 4
 
 
-@torch.no_grad()
-def test_streams_split_into_smaller_batches(tmp_path: Path) -> None:
-    skeleton = _skeleton("llama2", tmp_path)
-    ids = tiny_models.tokens(5, 16)
-    hidden, _ = embed(skeleton, ids.split(3))
-    streams = Streams(hidden, [-x for x in hidden]).split(2)
+def test_streams_are_cut_and_moved_where_they_are() -> None:
+    hidden = [torch.randn(3, 4, 2), torch.randn(2, 4, 2)]
+    streams = Streams(list(hidden), [-x for x in hidden])
+    streams.rebatch(2)
     assert [len(x) for x in streams.quantized] == [2, 1, 2] and streams.original is not None
     assert torch.equal(torch.cat(streams.quantized), torch.cat(hidden)) and torch.equal(torch.cat(streams.original), -torch.cat(hidden))
+    streams.move(lambda x: x.double())
+    assert all(x.dtype == torch.float64 for x in [*streams.quantized, *streams.original])
+    fresh = Streams(list(hidden), list(hidden))  # before the first block both streams are the same
+    fresh.rebatch(1)
+    fresh.move(torch.clone)
+    assert fresh.original is not None and all(a is b for a, b in zip(fresh.quantized, fresh.original, strict=True))
+    alone = Streams(list(hidden), None)
+    alone.rebatch(1)
+    alone.move(torch.clone)
+    assert len(alone.quantized) == 5 and alone.original is None
 
 
 @torch.no_grad()

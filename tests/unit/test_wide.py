@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from live_bytes import LiveBytes
 
 from leangrid.correction import correct, correction_matrix
 from leangrid.errors import CalibrationError, NumericalError
@@ -11,6 +10,7 @@ from leangrid.hessian import HessianSum
 from leangrid.linear import solve_linear
 from leangrid.recipe import Recipe
 from leangrid.wide import WideGroup, WideSum, cholesky_, factorize_in_place, invert_lower_, mirror_, reverse_, solved
+from live_bytes import LiveBytes
 
 
 def _inputs(cols: int, tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +91,9 @@ def test_factor_in_place_is_the_plain_factor(act_order: bool, panel: int) -> Non
     assert torch.equal(plain.damped, wide.damped) and plain.damping == wide.damping
     torch.testing.assert_close(plain.upper, wide.upper, rtol=1e-4, atol=1e-5 * float(plain.upper.max()))
     rows = torch.randn(4, 96)
-    torch.testing.assert_close(solved(wide, rows), torch.linalg.solve(plain.damped.double(), rows.double().T).T.float(), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(
+        solved(wide, rows), torch.linalg.solve(plain.damped.double(), rows.double().T).T.float(), rtol=1e-3, atol=1e-7
+    )
 
 
 def test_what_cannot_be_factored_climbs_the_plain_ladder() -> None:

@@ -13,7 +13,7 @@ Two streams (ALGORITHM section 7): ``quantized`` went through the already quanti
 They may wait in host memory while the block is on another device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from leangrid.devices import to_host
 from leangrid.errors import ArchitectureError, CalibrationError
 from leangrid.models.architectures import Groups
 from leangrid.models.skeleton import Skeleton
@@ -47,15 +48,20 @@ class Streams:
         }
         return cls(pick["quantized"], pick["original"] or None)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Streams":
-        """The streams with ``change`` applied to each batch."""
-        original = None if self.original is None else [change(x) for x in self.original]
-        return Streams([change(x) for x in self.quantized], original)
+    def move(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every batch by ``change`` of it, one after another; batches that both streams share stay shared."""
+        for index, hidden in enumerate(self.quantized):
+            shared = self.original is not None and self.original[index] is hidden
+            self.quantized[index] = change(hidden)
+            if self.original is not None:
+                self.original[index] = self.quantized[index] if shared else change(self.original[index])
 
-    def split(self, windows: int) -> "Streams":
-        """The same streams in batches of at most ``windows`` windows."""
-        original = None if self.original is None else [part for x in self.original for part in x.split(windows)]
-        return Streams([part for x in self.quantized for part in x.split(windows)], original)
+    def rebatch(self, windows: int) -> None:
+        """Cut batches of more than ``windows`` windows."""
+        shared = self.original is not None and all(a is b for a, b in zip(self.quantized, self.original, strict=True))
+        self.quantized[:] = [part for x in self.quantized for part in x.split(windows)]
+        if self.original is not None:
+            self.original[:] = self.quantized if shared else [part for x in self.original for part in x.split(windows)]
 
 
 def _number(name: str) -> int:
@@ -160,23 +166,25 @@ class BlockWalk:
 
     Iterating yields a GroupInputs for each group, in order; read it before ``replace`` is called for each of its linears,
     and both before the next step. Afterwards ``finished`` gives the streams that enter the next block, on the device (and
-    in the memory) of those that came in.
+    in the memory) of those that came in. With ``replay`` and ``park`` new weights wait on the host between groups.
 
     Raises:
         CalibrationError: a group saw no tokens (its linears were never called).
         ArchitectureError: the linears of a group read different inputs, or out of order: the table's row is wrong.
     """
 
-    def __init__(self, block: nn.Module, groups: Groups, calls: Calls, index: int, streams: Streams, replay: bool = False) -> None:
+    def __init__(
+        self, block: nn.Module, groups: Groups, calls: Calls, index: int, streams: Streams, replay: bool = False, park: bool = False
+    ) -> None:
         self._block, self._groups, self._calls, self._index, self._streams = block, groups, calls, index, streams
         self._device = next(block.parameters()).device
-        self._replay = replay
+        self._replay, self._park = replay, replay and park
         self._replacements: dict[str, Tensor] = {}
         self._outputs: Streams | None = None
 
     def replace(self, name: str, weight: Tensor) -> None:
         """Let the quantized stream go on with ``weight`` [rows, cols as the module stores it] in the linear ``name``."""
-        self._replacements[name] = weight
+        self._replacements[name] = to_host(weight) if self._park else weight
 
     def finished(self) -> Streams:
         """The streams that leave the block, once every group was walked."""
@@ -218,7 +226,7 @@ class BlockWalk:
         for group, names in enumerate(self._groups):
             yield GroupInputs(names, paired, lambda group=group: self._pairs(group))
             if not paired:  # no stream needs the original weights any more
-                self._set(self._replacements)
+                self._set({name: weight.to(self._device) for name, weight in self._replacements.items()})
                 self._replacements.clear()
         quantized: list[Tensor] = []
         original: list[Tensor] = []
@@ -230,15 +238,16 @@ class BlockWalk:
     def _pairs(self, group: int) -> Iterator[tuple[Tensor | None, Tensor]]:
         """Run batch after batch from the block's input to ``group``."""
         before = {name: self._block.get_submodule(name).weight.data for name in self._replacements}
+        new = {name: weight.to(self._device, non_blocking=True) for name, weight in self._replacements.items()}
         try:
             for index, hidden in enumerate(self._streams.quantized):
                 theirs = None if self._streams.original is None else self._once(self._streams.original[index], group, before)
-                yield theirs, self._once(hidden, group, self._replacements)
+                yield theirs, self._once(hidden, group, new)
                 del theirs
         finally:
             self._set(before)
 
-    def _once(self, hidden: Tensor, group: int, weights: dict[str, Tensor]) -> Tensor:
+    def _once(self, hidden: Tensor, group: int, weights: Mapping[str, Any]) -> Tensor:
         """What a fresh pass with ``weights`` holds at ``group``; its other activations are gone when this returns."""
         self._set(weights)
         once = self._start(hidden)
@@ -251,7 +260,7 @@ class BlockWalk:
                 once.throw(GreenletExit)
             once.input = None
 
-    def _set(self, weights: dict[str, Tensor]) -> None:
+    def _set(self, weights: Mapping[str, Any]) -> None:
         for name, weight in weights.items():
             self._block.get_submodule(name).weight.data = weight
 
