@@ -18,7 +18,7 @@ from leangrid.clock import STAGES
 from leangrid.devices import accelerated, available_bytes, checked, wait
 from leangrid.errors import OutputError
 from leangrid.footprint import Footprint, choose
-from leangrid.models.gguf import describe, is_gguf
+from leangrid.models.gguf import DescribedCheckpoint, describe, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.placement import Placement
 from leangrid.precision import compute_dtype, products
@@ -121,9 +121,11 @@ def _hidden(skeleton: Skeleton) -> int:
 def _peak_ram(skeleton: Skeleton, recipe: Recipe, memory: Footprint, device: str) -> int:
     """This process now + what it will hold: everything on the CPU; beside a device what waits for it and the runtime's own."""
     here = psutil.Process().memory_info().rss
-    sampling = sum(t.nbytes for t in skeleton.checkpoint.tensors.values()) * 2 if recipe.calibration == "self" else 0
+    parameters = sum(t.nbytes for t in skeleton.checkpoint.tensors.values()) // skeleton.dtype.itemsize
+    sampling = _F32 * parameters if recipe.calibration == "self" else 0
+    dequantizing = (_F32 + skeleton.dtype.itemsize) * parameters if isinstance(skeleton.checkpoint, DescribedCheckpoint) else 0
     held = memory.host_peak + _CUDA_RUNTIME if accelerated(device) else memory.peak
-    return here + int(_HOLES * max(held, sampling))
+    return here + int(_HOLES * max(held, sampling, dequantizing))
 
 
 def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placement: Placement, device: str) -> dict[str, float]:

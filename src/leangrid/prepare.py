@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leangrid import memory
 from leangrid._version import __version__
 from leangrid.data.calibration import decoded_start, windows_hash
 from leangrid.data.calibration import windows as corpus_windows
@@ -71,6 +72,7 @@ def prepare(
             directory = journal.partial / "source"
             if not (directory / "config.json").is_file():
                 dequantize(path, directory)
+                memory.return_free()
             checkpoint, skeleton, settled = open_model(directory, recipe, device)
         except BaseException:
             _give_up(journal)

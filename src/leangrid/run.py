@@ -14,7 +14,7 @@ from leangrid.clock import Clock
 from leangrid.devices import DeviceClock, accelerated, checked, release_cached, start_counting, to_host
 from leangrid.errors import Interrupted, LeangridError
 from leangrid.factor import Factor
-from leangrid.footprint import choose
+from leangrid.footprint import Work, choose, footprint
 from leangrid.formats import FORMATS
 from leangrid.grids import Grid
 from leangrid.hessian import Hessian
@@ -198,10 +198,11 @@ class Run:
         release_cached(self.device)
         step = self.placement.thriftier(*self.at, len(self.skeleton.architecture.groups), accelerated(self.device))
         if step is None:
+            needed = footprint(Work.of(self.skeleton, self.recipe, *self.windows.shape, self.device), self.placement).peak
             raise Interrupted(
-                "out of memory with everything that can give way given way",
+                f"out of memory, and nothing is left to give way: a block needs about {needed / 2**30:.2f} GiB",
                 self.skeleton.block_name(index),
-                "Finished blocks are kept. Run the same command on a machine with more memory, or free some",
+                "Finished blocks are kept: free memory, or go on with more of it",
             )
         self.placement, words = step
         self.steps.append(Rescue("memory", f"out of memory: {words}"))
