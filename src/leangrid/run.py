@@ -198,7 +198,9 @@ class Run:
         release_cached(self.device)
         step = self.placement.thriftier(*self.at, len(self.skeleton.architecture.groups), accelerated(self.device))
         if step is None:
-            needed = footprint(Work.of(self.skeleton, self.recipe, *self.windows.shape, self.device), self.placement).peak
+            needed = footprint(
+                Work.of(self.skeleton, self.recipe, self.windows.shape[0], self.windows.shape[1], self.device), self.placement
+            ).peak
             raise Interrupted(
                 f"out of memory, and nothing is left to give way: a block needs about {needed / 2**30:.2f} GiB",
                 self.skeleton.block_name(index),

@@ -40,7 +40,11 @@ def test_missing_memory_is_told_from_other_errors() -> None:
 
 
 def test_arithmetic_on_a_device() -> None:
-    assert [best_products(dtype, "cuda") for dtype in (torch.bfloat16, torch.float16, torch.float32)] == ["bfloat16", "bfloat16", "tfloat32"]
+    assert [best_products(dtype, "cuda") for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
+        "bfloat16",
+        "bfloat16",
+        "tfloat32",
+    ]
     assert compute_dtype("bfloat16", torch.bfloat16, "cuda:0") == torch.bfloat16
     assert compute_dtype("float32", torch.bfloat16, "cuda") == compute_dtype("bfloat16", torch.bfloat16, "cpu") == torch.float32
     assert compute_dtype("tfloat32", torch.float32, "cuda") == torch.float32
