@@ -33,6 +33,7 @@ class Factor:
         order: int64; ``order[i]`` is the column eliminated at step i.
         damped: H + lambda I, float32, columns in ORIGINAL order.
         damping: lambda / mean(diag H) that was used.
+        ridge: lambda.
         dead: columns that no calibration token touched, original order.
         rescues: what deviated from the request.
     """
@@ -41,6 +42,7 @@ class Factor:
     order: Int[Tensor, " cols"]
     damped: Float[Tensor, "cols cols"]
     damping: float
+    ridge: float
     dead: Bool[Tensor, " cols"]
     rescues: tuple[Rescue, ...] = ()
 
@@ -111,8 +113,9 @@ def factorize(matrix: Float[Tensor, "cols cols"], damping: float = 0.01, act_ord
         detail = f"no factor up to damping {damping * _RUNGS[2][1]:g}, nor in float64: columns are independent, inputs are not corrected"
         rescues.append(Rescue("diagonal", detail))
     damped = scaled.mul_(scale)
-    damped.diagonal().add_(used * mean * scale)
-    return Factor(upper.mul_(scale**-0.5).float(), order, damped, used, dead, tuple(rescues))
+    ridge = used * mean * scale
+    damped.diagonal().add_(ridge)
+    return Factor(upper.mul_(scale**-0.5).float(), order, damped, used, ridge, dead, tuple(rescues))
 
 
 def _prepare(matrix: Tensor) -> tuple[Tensor, float, float, Tensor]:
