@@ -74,6 +74,11 @@ struct Candidate {
     int zero_point;
 };
 
+struct Found {  // S, negative where a symmetric grid is mirrored
+    double scale, objective;
+    int zero_point;
+};
+
 struct Search {
     const AffineArgs& args;
     Side right, left;
@@ -135,6 +140,18 @@ struct Search {
             }
         }
     }
+
+    void run(const float* weight, const double* share, double lo, double width, uint64_t* keys, uint64_t* spare, Found& found) {
+        energy = 0.0;
+        for (int64_t i = 0; i < args.n; ++i) energy += share[i] * weight[i] * weight[i];
+        right.build(weight, share, args.n, false, keys, spare);
+        left.build(weight, share, args.n, true, keys, spare);
+        best = {__builtin_inf(), 1.0, found.zero_point};
+        all(lo, width);
+        const bool mirrored = args.symmetric && best.zero_point != args.levels / 2;
+        found.scale = mirrored ? -best.scale : best.scale;
+        found.zero_point = args.symmetric ? args.levels / 2 : best.zero_point;
+    }
 };
 
 // sum g (quant(w) - w)^2, literally, in column order.
@@ -153,51 +170,6 @@ inline double literal_objective(const float* weight, const double* share, int64_
     double sum = 0.0;
     for (int64_t i = 0; i < n; ++i) sum += term[i];
     return sum;
-}
-
-bool affine_range(const AffineArgs& args, int64_t begin, int64_t end) noexcept {
-    const int64_t n = args.n;
-    const int k = args.levels;
-    Buffer<uint64_t> keys(n), spare(n);
-    Buffer<double> values(2 * n), tails(4 * (n + 1)), runs(4 * (k + 1));
-    Buffer<int64_t> spots(2 * (k + 1));
-    if (!keys || !spare || !values || !tails || !runs || !spots) return false;
-    Search search{args,
-                  {values, tails, 0, spots, runs, runs + (k + 1), 0},
-                  {values + n, tails + 2 * (n + 1), 0, spots + (k + 1), runs + 2 * (k + 1), runs + 3 * (k + 1), 0},
-                  0.0, {}, {}};
-    for (int64_t item = begin; item < end; ++item) {
-        const float* weight = args.weight + item * n;
-        const double* share = args.importance + item % args.period * n;
-        float low = 0.0f, high = 0.0f;
-        search.energy = 0.0;
-        for (int64_t i = 0; i < n; ++i) {
-            low = least(low, weight[i]);
-            high = most(high, weight[i]);
-            search.energy += share[i] * weight[i] * weight[i];
-        }
-        double lo = low, hi = high;
-        if (args.symmetric) {
-            hi = most(-lo, hi);
-            lo = -hi;
-        }
-        const double width = hi - lo;
-        double scale = 1.0;
-        int zero_point = args.symmetric ? k / 2 : 0;
-        if (width > 0.0) {
-            search.right.build(weight, share, n, false, keys, spare);
-            search.left.build(weight, share, n, true, keys, spare);
-            search.best = {__builtin_inf(), 1.0, zero_point};
-            search.all(lo, width);
-            const bool mirrored = args.symmetric && search.best.zero_point != k / 2;
-            scale = mirrored ? -search.best.scale : search.best.scale;
-            zero_point = args.symmetric ? k / 2 : search.best.zero_point;
-        }
-        args.scale[item] = static_cast<float>(scale);
-        args.zero_point[item] = static_cast<uint8_t>(zero_point);
-        args.objective[item] = literal_objective(weight, share, n, scale, zero_point, k, values);
-    }
-    return true;
 }
 
 }  // namespace
