@@ -55,18 +55,18 @@ struct Side {
     }
 };
 
+inline float round_to_half(float x) {  // to float16, from its smallest normal number up
+    const uint32_t bits = float_bits(x);
+    return bits_float((bits + 0xfffu + ((bits >> 13) & 1u)) & 0xffffe000u);
+}
+
 inline float round_to(double x, int dtype) {
     const float single = static_cast<float>(x);
-    uint32_t bits = float_bits(single);
-    if (dtype == 2) {
-        bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    } else if (dtype == 1) {
-        if (single < 6.103515625e-05f) return static_cast<float>(__builtin_rint(static_cast<double>(single) * 16777216.0) / 16777216.0);
-        bits = (bits + 0xfffu + ((bits >> 13) & 1u)) & 0xffffe000u;
-    }
-    float out;
-    memcpy(&out, &bits, 4);
-    return out;
+    const uint32_t bits = float_bits(single);
+    if (dtype == 2) return bits_float((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+    if (dtype == 0) return single;
+    if (single >= 6.103515625e-05f) return round_to_half(single);
+    return static_cast<float>(__builtin_rint(static_cast<double>(single) * 16777216.0) / 16777216.0);
 }
 
 struct Candidate {

@@ -3,9 +3,10 @@
 //
 // Why one pair can be sure. For a pair let F = sum g e^2, e the distance of w from its nearest level S v (v = q - Z, an integer clamped to
 // [-Z, K-1-Z]), E = sum g w^2, |.| the norm sqrt(sum g (.)^2), eps = 2^-24, u = 2^-53. v = 0 is allowed, so F <= E.
-// (1) The code v' here is the nearest allowed integer to x' = (w/S)(1 + 3 eps) instead of x = w/S. From |v' - x'| <= |v - x'| follows
-//     |v' - x| <= |v - x| + 2 |x' - x|: the error of w grows by at most 6 eps |w|. Computing v' S - w adds eps (|w| + 3 e) without fma.
-//     So the norm of the errors computed is sqrt(F) up to eps (8 sqrt(E) + 4 sqrt(F)).
+// (1) The code v' here is the nearest allowed integer to x', w times the rounded 1/S, instead of x = w/S: x' = x (1 +- eps) with fma, 1 +-
+//     2.01 eps without. From |v' - x'| <= |v - x'| follows |v' - x| <= |v - x| + 2 |x' - x|: the error of w grows by 2 eps |w|, or 4.1.
+//     Rounding v' S - w adds eps e, without fma another eps (|w| + e).
+//     So the norm of the errors computed is sqrt(F) up to eps (kCodeError sqrt(E) + 4 sqrt(F)).
 // (2) g rounded to float32, three products and sums of positive terms in chains of at most kChain: a factor 1 +- rho. Whatever
 //     underflows (g is scaled to at most 2, w to at most 1) adds less than 2^-120 a weight.
 // (3) What Search compares is energy - 2 S A + S^2 B in float64. Its sums have positive terms, so it is F up to (n + K + 8) u times
@@ -21,8 +22,15 @@ namespace {
 
 constexpr int64_t kChain = 64;       // float32 terms in one running sum
 constexpr int64_t kScores = 1 << 16;  // float32 scores kept for a group
+#ifdef __FMA__
+constexpr double kCodeError = 2.5;
+constexpr int64_t kMostWork = 1 << 19;  // n times the number of S above which sorting is faster; measured
+#else
+constexpr double kCodeError = 6.0;
+constexpr int64_t kMostWork = 1 << 17;
+#endif
 constexpr int kSurvivors = 8;
-constexpr int64_t kMostSteps = 1 << 14, kMostWeights = 1 << 14;
+constexpr int64_t kMostSteps = 1 << 14;
 
 struct Weighted {
     float w, g;
@@ -42,6 +50,8 @@ inline int exponent_of(double x) {  // of a normal double: x = m 2^exponent, 1 <
     memcpy(&bits, &x, 8);
     return static_cast<int>(bits >> 52 & 0x7ff) - 1023;
 }
+
+constexpr double kWhole = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds a double to an integer
 
 // sum over the items of g (S v - w)^2, v = w / S rounded and clamped to [low, high] - kMagic; S and Z differ from lane to lane.
 // count is even. kMagic = 1.5 * 2^23: adding it to a small float rounds that to an integer.
@@ -83,81 +93,98 @@ struct Screen {
     int64_t count, bulk, tail, end, kept;
     float energy;
 
-    double raw(double s) const {
-        const double cut = s * width;
-        return (width - (step > 0.0 ? cut * step : cut / args.steps)) / (args.levels - 1);
-    }
-    float rounded(double s) const { return round_to(raw(s), args.dtype); }
+    // lo + a R/T moves by this; a division is a multiplication where that rounds alike.
+    template <class T>
+    T share_of_width(T part) const { return step > 0.0 ? part * width * step : part * width / static_cast<double>(args.steps); }
+    float rounded(double s) const { return round_to((width - share_of_width(s)) / (args.levels - 1), args.dtype); }
 
     // bfloat16: few distinct S, found from above. V rounds up to the middle between V and the next value below, which in terms of s is
     // `at`; only near an integer is that not sure, and then the definition decides.
     void walk(uint32_t bits, uint32_t end) {
-        const double slope = (args.levels - 1) / width * args.steps, slack = args.steps * 2.4e-7 + 1e-9, magic = 6755399441055744.0;
+        const double slope = (args.levels - 1) / width * args.steps, slack = args.steps * 2.4e-7 + 1e-9;
         double from = 0.0;
-        count = 0;
+        int64_t found = 0;
         for (; bits > end; bits -= 0x10000u) {
-            const double at = args.steps - bits_float(bits - 0x8000u) * slope, nearest = (at + magic) - magic;
+            const double at = args.steps - bits_float(bits - 0x8000u) * slope, nearest = (at + kWhole) - kWhole;
             double next = nearest + (nearest <= at ? 1.0 : 0.0);
-            if (at - nearest < slack && nearest - at < slack) next = nearest + (float_bits(rounded(nearest)) >= bits ? 1.0 : 0.0);
-            size[count] = bits_float(bits);
-            start[count] = from;
-            count += next > from ? 1 : 0;
+            if (__builtin_fabs(at - nearest) < slack) next = nearest + (float_bits(rounded(nearest)) >= bits ? 1.0 : 0.0);
+            size[found] = bits_float(bits);
+            start[found] = from;
+            found += next > from ? 1 : 0;
             from = next;
         }
-        size[count] = bits_float(bits);
-        start[count++] = from;
+        size[found] = bits_float(bits);
+        start[found] = from;
+        count = found + 1;
     }
 
-    void list() {
-        const int64_t total = 2 * args.shrink_steps - 1;
+    // Other dtypes: about one S for every s.
+    void list(float low) {
         const double divisor = args.levels - 1;
-        if (step > 0.0)
-            for (int64_t s = 0; s < total; ++s) scale[s] = static_cast<float>((width - s * width * step) / divisor);
-        else
-            for (int64_t s = 0; s < total; ++s) scale[s] = static_cast<float>((width - s * width / args.steps) / divisor);
+        const int64_t total = 2 * args.shrink_steps - 1;
+        Doubles s = {};
+        for (int lane = 0; lane < kDoubles; ++lane) s[lane] = lane;
+        for (int64_t i = 0; i < total; i += kDoubles, s += static_cast<double>(kDoubles)) {
+            const HalfFloats here = __builtin_convertvector((width - share_of_width(s)) / divisor, HalfFloats);
+            *(HalfFloats*)(scale + i) = here;
+            *(Doubles*)(size + i) = __builtin_convertvector(here, Doubles);
+            *(Doubles*)(start + i) = s;
+        }
+        count = total;
+        if (args.dtype == 0) return;  // T is small enough for every s to have an S of its own
+        const bool normal = low >= 6.103515625e-05f;
+        for (int64_t i = 0; i < total; ++i) scale[i] = normal ? round_to_half(scale[i]) : round_to(scale[i], 1);
+        float before = 0.0f;
         count = 0;
-        for (int64_t s = 0; s < total; ++s) {
-            size[count] = args.dtype ? round_to(scale[s], args.dtype) : scale[s];
-            start[count] = static_cast<double>(s);
-            count += count == 0 || size[count] != size[count - 1] ? 1 : 0;
+        for (int64_t i = 0; i < total; ++i) {
+            size[count] = scale[i];
+            start[count] = static_cast<double>(i);
+            count += scale[i] != before ? 1 : 0;
+            before = scale[i];
         }
     }
 
     // Every pair, in lanes: for each S the zero points of a in [max(0, s - (t-1)), min(s, t-1)] for all of its s. Neighbouring s share
     // an a and one step of a moves Z by at most 1, so they are the integers between two ends. False: this group is no case for us.
     bool pairs(double unit) {
-        const double t1 = args.shrink_steps - 1, top = args.levels - 1, magic = 6755399441055744.0;
+        const double t1 = args.shrink_steps - 1;
         const float high = rounded(0.0), low = rounded(2.0 * t1);
         if (!(high < args.largest && low > args.smallest && high * unit <= 4.0 && low * unit >= 6e-5)) return false;
         if (!args.symmetric && !(width / args.steps / low < 0.99)) return false;
         if (args.dtype == 2) walk(float_bits(high), float_bits(low));
-        else list();
-        start[count] = 2.0 * t1 + 1.0;
-        for (int64_t i = 0; i < count; ++i) {
-            scale[i] = static_cast<float>(size[i] * unit);
-            inverse[i] = 1.0f / scale[i];
+        else list(low);
+        if (count * args.n > kMostWork) return false;
+        for (int64_t i = count; i <= count + kFloats; ++i) {
+            size[i] = high;
+            start[i] = 2.0 * t1 + 1.0;
         }
-        if (args.symmetric) {
-            for (int64_t i = 0; i < count; ++i) {
-                first[i] = static_cast<float>(args.levels / 2 - 1);
-                last[i] = static_cast<float>(args.levels / 2);
+        const float middle = static_cast<float>(args.levels / 2);
+        for (int64_t i = 0; i < count; i += kDoubles) {
+            const Doubles s = *(const Doubles*)(size + i), zero = {}, top = zero + (args.levels - 1.0);
+            *(HalfFloats*)(scale + i) = __builtin_convertvector(s * unit, HalfFloats);
+            if (args.symmetric) {
+                *(HalfFloats*)(first + i) = HalfFloats{} + (middle - 1.0f);
+                *(HalfFloats*)(last + i) = HalfFloats{} + middle;
+                continue;
             }
-        } else {
-            for (int64_t i = 0; i < count; ++i) {
-                const double fewest = most(0.0, start[i] - t1), largest = least(start[i + 1] - 1.0, t1);
-                const double near = step > 0.0 ? fewest * width * step : fewest * width / args.steps;
-                const double far = step > 0.0 ? largest * width * step : largest * width / args.steps;
-                const double from = (-(lo + far) / size[i] + magic) - magic, to = (-(lo + near) / size[i] + magic) - magic;
-                first[i] = static_cast<float>(most(0.0, least(top, from)));
-                last[i] = static_cast<float>(most(0.0, least(top, to)));
-            }
+            Doubles least_a = *(const Doubles*)(start + i) - t1, most_a = *(const DoublesAt*)(start + i + 1) - 1.0;
+            least_a = least_a > zero ? least_a : zero;
+            most_a = most_a < t1 ? most_a : zero + t1;
+            Doubles from = (-(lo + share_of_width(most_a)) / s + kWhole) - kWhole;
+            Doubles to = (-(lo + share_of_width(least_a)) / s + kWhole) - kWhole;
+            from = from > zero ? from : zero;
+            to = to > zero ? to : zero;
+            *(HalfFloats*)(first + i) = __builtin_convertvector(from < top ? from : top, HalfFloats);
+            *(HalfFloats*)(last + i) = __builtin_convertvector(to < top ? to : top, HalfFloats);
         }
-        for (int64_t i = 0; i < count; ++i) spread[i] = static_cast<int32_t>(last[i] - first[i]) + 1;
         for (int64_t i = count; i % kFloats; ++i) {  // lanes without an S have no zero point
-            scale[i] = inverse[i] = 1.0f;
-            first[i] = top;
+            scale[i] = 1.0f;
+            first[i] = 0.0f;
             last[i] = -1.0f;
-            spread[i] = 0;
+        }
+        for (int64_t i = 0; i < count; i += kFloats) {
+            *(Floats*)(inverse + i) = 1.0f / *(const Floats*)(scale + i);
+            *(Ints*)(spread + i) = __builtin_convertvector(*(const Floats*)(last + i) - *(const Floats*)(first + i), Ints) + 1;
         }
         return true;
     }
@@ -250,9 +277,9 @@ struct Screen {
     float threshold(float score, double unit, double share_unit) const {
         const double eps = 0x1p-24, n = static_cast<double>(args.n), k = args.levels, sum = energy * 1.001, root = __builtin_sqrt(sum);
         const double rho = 1.0 + (least(n, static_cast<double>(kChain)) + n / kChain + 12.0) * eps, tiny = n * 0x1p-120;
-        const double up = (__builtin_sqrt(score * rho + tiny) + 8.0 * eps * root) / (1.0 - 4.0 * eps);
+        const double up = (__builtin_sqrt(score * rho + tiny) + kCodeError * eps * root) / (1.0 - 4.0 * eps);
         const double slack = 18.0 * (n + k + 8.0) * 0x1p-53 * sum + 4.0 * (n + k) * (0x1p-1020 * share_unit) * unit * unit;
-        const double back = __builtin_sqrt(up * up + slack) * (1.0 + 4.0 * eps) + 8.0 * eps * root;
+        const double back = __builtin_sqrt(up * up + slack) * (1.0 + 4.0 * eps) + kCodeError * eps * root;
         return static_cast<float>((back * back * rho + tiny) * (1.0 + 4.0 * eps));
     }
 
@@ -306,12 +333,12 @@ struct Screen {
 };
 
 bool affine_range(const AffineArgs& args, int64_t begin, int64_t end) noexcept {
-    const int64_t n = args.n, steps = 2 * static_cast<int64_t>(args.shrink_steps), lanes = (steps + kFloats) / kFloats * kFloats;
+    const int64_t n = args.n, steps = 2 * static_cast<int64_t>(args.shrink_steps), lanes = (steps + 2 * kFloats) / kFloats * kFloats;
     const int64_t wide = (n + 8 + kFloats) / kFloats * kFloats;
     const int k = args.levels;
-    const bool screened = n <= kMostWeights && steps <= kMostSteps;
+    const bool screened = steps <= kMostSteps && n * (args.dtype == 2 ? 32 : steps / 2) <= kMostWork;
     Buffer<uint64_t> keys(n), spare(n);
-    Buffer<double> values(2 * n), tails(4 * (n + 1)), runs(4 * (k + 1)), sizes(screened ? 2 * lanes + 2 : 0);
+    Buffer<double> values(2 * n), tails(4 * (n + 1)), runs(4 * (k + 1)), sizes(screened ? 2 * lanes : 0);
     Buffer<int64_t> spots(2 * (k + 1));
     Buffer<float> grids(screened ? 4 * lanes : 0), parts(screened ? 2 * wide : 0), scores(screened ? kScores : 0);
     Buffer<int32_t> spread(screened ? lanes : 0);
@@ -322,7 +349,7 @@ bool affine_range(const AffineArgs& args, int64_t begin, int64_t end) noexcept {
                   {values + n, tails + 2 * (n + 1), 0, spots + (k + 1), runs + 2 * (k + 1), runs + 3 * (k + 1), 0},
                   0.0, {}, {}};
     const bool halves = (args.steps & (args.steps - 1)) == 0;
-    Screen screen{args, sizes, sizes + lanes + 1, grids, grids + lanes, grids + 2 * lanes, grids + 3 * lanes, spread,
+    Screen screen{args, sizes, sizes + lanes, grids, grids + lanes, grids + 2 * lanes, grids + 3 * lanes, spread,
                   parts, parts + wide, scores, items, 0.0, 0.0, halves ? 1.0 / args.steps : 0.0, 0, 0, 0, (n + 5) / 2 * 2, 0, 0.0f};
     for (int64_t item = begin; item < end; ++item) {
         const float* weight = args.weight + item * n;

@@ -23,6 +23,7 @@ constexpr int kDoubles = kVectorBytes / 8, kFloats = kVectorBytes / 4;
 typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 typedef double DoublesAt __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));  // unaligned load
 typedef float Floats __attribute__((vector_size(kVectorBytes), may_alias));
+typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2), may_alias));  // as many as Doubles
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes), may_alias));
 
 template <class T>
