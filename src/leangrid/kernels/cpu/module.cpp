@@ -2,14 +2,18 @@
 // kernels/checks.py has checked shapes and values; here only the dtypes, the layout and what memory safety needs.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <new>
+#include <optional>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#include "decode_table.h"
 #include "table.h"
 
 namespace nb = nanobind;
@@ -145,6 +149,11 @@ void level_gram(int isa, int threads, FloatIn hessian, BytesIn codes, Array<doub
 }
 
 }  // namespace
+}  // namespace leangrid
+
+#include "bindings_decode.h"
+
+namespace leangrid {
 
 NB_MODULE(_cpu, m) {
     m.doc() = "Row kernels of leangrid; call them through leangrid.kernels, which checks their input.";
@@ -156,6 +165,7 @@ NB_MODULE(_cpu, m) {
     m.def("sweep_affine", &block_affine<false>);
     m.def("descend_affine", &block_affine<true>);
     m.def("level_gram", &level_gram);
+    bind_decode(m);
 }
 
 }  // namespace leangrid
