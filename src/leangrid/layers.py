@@ -29,6 +29,7 @@ class PackedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    tiles: Tensor  # the codes after ``prepare``
     CODES: str  # the name of the stored codes
 
     def __init__(
@@ -89,6 +90,10 @@ class PackedLinear(nn.Module):
         """x W^T + bias by the kernels."""
         raise NotImplementedError
 
+    def matrix(self) -> Any:
+        """The C++ extension's view of W and the bias (kernels/decode.py); only for a layer with tiles."""
+        raise NotImplementedError
+
     @property
     def weight_hat(self) -> Float[Tensor, "rows cols"]:
         """W, dequantized: [out_features, in_features]."""
@@ -139,6 +144,9 @@ class LutLinear(PackedLinear):
 
     def product(self, x: Tensor) -> Tensor:
         return decode.lut_linear(x, self.codes, self.lut, self.bias, self.bits)
+
+    def matrix(self) -> Any:
+        return decode.lut_matrix(self.tiles, self.lut, self.bias, self.bits, self.in_features)
 
 
 class AffineLinear(PackedLinear):
@@ -197,3 +205,7 @@ class AffineLinear(PackedLinear):
     def product(self, x: Tensor) -> Tensor:
         grid = (self.weight_scale, self.zero_points(), self.bias, self.bits, self.group_size, self.stored_dtype)
         return decode.affine_linear(x, self.codes, *grid)
+
+    def matrix(self) -> Any:
+        grid = (self.weight_scale, self.zero_points(), self.bias, self.bits, self.group_size, self.stored_dtype)
+        return decode.affine_matrix(self.tiles, *grid)

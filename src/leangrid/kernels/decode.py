@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int32, Shaped, UInt8
+from jaxtyping import Float, Float32, Int32, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
@@ -140,6 +140,22 @@ def affine_matrix(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor
 def dense_matrix(weight: Float[Tensor, "rows cols"], bias: Tensor | None) -> Any:
     """As ``lut_matrix``, for a plain weight in float32 or bfloat16."""
     return native.module().Matrix(*weight.shape, None, weight.contiguous(), None, 0, 1, 0, _float(bias))
+
+
+def can_step() -> bool:
+    """Whether ``new_step`` works here."""
+    return native.available()
+
+
+def new_step(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, capacity: int, epsilon: float, scaling: float) -> Any:
+    """An empty decoder of the extension (cpu/step.h): add its blocks and its head, then ``run_step`` it token by token."""
+    return native.module().Step(hidden, intermediate, heads, kv_heads, head_dim, capacity, epsilon, scaling)
+
+
+def run_step(step: Any, x: Float32[Tensor, "hidden"], cos: Float32[Tensor, "head_dim"], sin: Float32[Tensor, "head_dim"], position: int,
+             logits: Float32[Tensor, "vocab"]) -> None:  # fmt: skip
+    """One token: its embedding and its angles in, its logits out; its keys and values go into the cache at ``position``."""
+    step.run(native.isa(), torch.get_num_threads(), x, cos, sin, position, logits)
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -64,6 +64,11 @@ def _call(name: str, *args: object) -> None:
 call = _call  # for kernels/decode.py
 
 
+def isa() -> int | None:
+    """The chosen instruction set's index in portable, avx2, avx512."""
+    return _chosen()
+
+
 def module() -> Any:
     """The extension itself; only where ``available()``."""
     return _extension()
