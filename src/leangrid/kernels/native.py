@@ -7,6 +7,7 @@ import os
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +59,19 @@ def backend() -> str:
 
 def _call(name: str, *args: object) -> None:
     getattr(_extension(), name)(_chosen(), torch.get_num_threads(), *args)
+
+
+call = _call  # for kernels/decode.py
+
+
+def isa() -> int | None:
+    """The chosen instruction set's index in portable, avx2, avx512."""
+    return _chosen()
+
+
+def module() -> Any:
+    """The extension itself; only where ``available()``."""
+    return _extension()
 
 
 def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Tensor, Tensor]:
