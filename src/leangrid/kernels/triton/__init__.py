@@ -1,0 +1,11 @@
+"""The ops as Triton kernels, one op a file; an op without one is its torch twin, named here."""
+
+# ruff: noqa: I001
+from leangrid.kernels.torch_ops import descend_affine as descend_affine
+from leangrid.kernels.torch_ops import descend_levels as descend_levels
+from leangrid.kernels.torch_ops import level_gram as level_gram
+from leangrid.kernels.torch_ops import sweep_affine as sweep_affine
+from leangrid.kernels.torch_ops import sweep_levels as sweep_levels
+from leangrid.kernels.triton.affine import affine_search as affine_search
+from leangrid.kernels.triton.kmeans import kmeans_dp as kmeans_dp
+from leangrid.kernels.triton.kmeans import kmeans_lloyd as kmeans_lloyd
