@@ -18,9 +18,9 @@ from triton.compiler import ASTSource
 
 from leangrid.kernels.triton import affine, kmeans
 
-POINTERS = {"value": "*fp32", "order": "*i64", "weight": "*fp32", "share": "*fp64", "tails": "*fp64", "energy": "*fp64", "scale_out": "*fp32",
-            "zero_out": "*u8", "objective_out": "*fp64", "p0": "*fp64", "p1": "*fp64", "p2": "*fp64", "costs": "*fp64", "splits": "*i32",
-            "bounds": "*i32", "current": "*fp64", "out": "*fp64", "smallest": "fp32", "largest": "fp32"}  # fmt: skip
+POINTERS = {"value": "*fp32", "order": "*i64", "weight": "*fp32", "share": "*fp64", "tails": "*fp64", "energy": "*fp64", "zero_out": "*u8",
+            "scale_out": "*fp32", "objective_out": "*fp64", "p0": "*fp64", "p1": "*fp64", "p2": "*fp64", "costs": "*fp64",
+            "splits": "*i32", "bounds": "*i32", "current": "*fp64", "out": "*fp64", "smallest": "fp32", "largest": "fp32"}  # fmt: skip
 
 
 def search(levels: int, symmetric: bool, dtype: int) -> tuple:

@@ -1,6 +1,5 @@
 """The ops as Triton kernels, one op a file; an op without one is its torch twin, named here."""
 
-# ruff: noqa: I001
 from leangrid.kernels.torch_ops import descend_affine as descend_affine
 from leangrid.kernels.torch_ops import descend_levels as descend_levels
 from leangrid.kernels.torch_ops import level_gram as level_gram

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leangrid.kernels.torch_affine import SCALE_LIMITS, shrink_steps
+from leangrid.kernels.triton.device import launch
 
 CHUNK_ELEMENTS = 1 << 23  # weights handled at once: sorted copies and sums take about 40 bytes each
 SCAN = 512  # weights a step where a program runs along a row
@@ -224,19 +225,18 @@ def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shr
     objective = torch.empty(rows * groups, dtype=torch.float64, device=weight.device)
     scan = min(SCAN, triton.next_power_of_2(n))
     chunk = max(1, CHUNK_ELEMENTS // n)
-    with torch.cuda.device_of(weight):  # Triton launches on the current device
-        for r in range(0, len(items), chunk):
-            part = items[r : r + chunk]
-            count = len(part)
-            value, order = part.sort(dim=1, stable=True)
-            tails = torch.empty(count, n + 2, 2, dtype=torch.float64, device=weight.device)
-            energy = torch.empty(count, dtype=torch.float64, device=weight.device)
-            _tails[(triton.cdiv(count, SCAN // scan),)](value, order, importance, tails, energy, r, period, count, n, ROWS=SCAN // scan,
-                                                        BLOCK=scan, num_warps=4, enable_fp_fusion=False)  # fmt: skip
-            _search[(count,)](value, tails, energy, part, importance, scale[r:], zero_point[r:], objective[r:], r, period, n, steps,
-                              shrink_steps(steps, shrink), 1 << (n.bit_length() - 1), n.bit_length(), *SCALE_LIMITS[dtype],
-                              LEVELS=levels, BLOCK=scales_at_once(levels), SCAN=scan, SYMMETRIC=symmetric, DTYPE=DTYPES[dtype],
-                              num_warps=4 if levels <= 16 else 8, enable_fp_fusion=False)  # fmt: skip
+    for r in range(0, len(items), chunk):
+        part = items[r : r + chunk]
+        count = len(part)
+        value, order = part.sort(dim=1, stable=True)
+        tails = torch.empty(count, n + 2, 2, dtype=torch.float64, device=weight.device)
+        energy = torch.empty(count, dtype=torch.float64, device=weight.device)
+        launch(_tails, triton.cdiv(count, SCAN // scan), value, order, importance, tails, energy, r, period, count, n,
+               ROWS=SCAN // scan, BLOCK=scan, num_warps=4)  # fmt: skip
+        launch(_search, count, value, tails, energy, part, importance, scale[r:], zero_point[r:], objective[r:], r, period, n, steps,
+               shrink_steps(steps, shrink), 1 << (n.bit_length() - 1), n.bit_length(), *SCALE_LIMITS[dtype], LEVELS=levels,
+               BLOCK=scales_at_once(levels), SCAN=scan, SYMMETRIC=symmetric, DTYPE=DTYPES[dtype],
+               num_warps=4 if levels <= 16 else 8)  # fmt: skip
     return scale.view(rows, groups), zero_point.view(rows, groups), objective.view(rows, groups)
 
 

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leangrid.kernels.torch_kmeans import SortedRows, centroids, chunked, filled, finish, start
+from leangrid.kernels.triton.device import launch
 
 CHUNK_ELEMENTS = 1 << 22  # weights handled at once: sums, costs and temporaries take some 120 bytes each
 CHUNK_SPLITS = 1 << 28  # splits kept for backtracking, 4 bytes each: K - 2 a weight
@@ -181,12 +182,11 @@ def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Tensor, 
             costs = torch.empty(count, 2, n + 1, dtype=torch.float64, device=weight.device)
             splits = torch.empty(count, levels - 2, n + 1, dtype=torch.int32, device=weight.device)
             strides = (n + 1).bit_length()
-            _dp[(count,)](rows.p0, rows.p1, rows.p2, costs, splits, bounds, n, 1 << (strides - 1), strides, levels - 2, WIDE=WIDE,
-                          COARSE=COARSE, FINE=FINE, num_warps=4, num_stages=1, enable_fp_fusion=False)  # fmt: skip
+            launch(_dp, count, rows.p0, rows.p1, rows.p2, costs, splits, bounds, n, 1 << (strides - 1), strides, levels - 2, WIDE=WIDE,
+                   COARSE=COARSE, FINE=FINE, num_warps=4, num_stages=1)  # fmt: skip
         return finish(rows, filled(centroids(rows, bounds.long())[0]))
 
-    with torch.cuda.device_of(weight):  # Triton launches on the current device
-        return chunked(weight, importance, levels, solve, min(CHUNK_ELEMENTS, CHUNK_SPLITS // levels))
+    return chunked(weight, importance, levels, solve, min(CHUNK_ELEMENTS, CHUNK_SPLITS // levels))
 
 
 def kmeans_lloyd(weight: Tensor, importance: Tensor, levels: int, iterations: int) -> tuple[Tensor, Tensor]:
@@ -197,9 +197,8 @@ def kmeans_lloyd(weight: Tensor, importance: Tensor, levels: int, iterations: in
         current = torch.empty(count, 2, levels, dtype=torch.float64, device=weight.device)
         current[:, 0] = start(rows, levels)
         out = torch.empty(count, levels, dtype=torch.float64, device=weight.device)
-        _lloyd[(count,)](rows.value, rows.p0, rows.p1, rows.p2, current, out, n, 1 << (n.bit_length() - 1), n.bit_length(), levels,
-                         iterations, K=triton.next_power_of_2(levels), num_warps=1, num_stages=1, enable_fp_fusion=False)  # fmt: skip
+        launch(_lloyd, count, rows.value, rows.p0, rows.p1, rows.p2, current, out, n, 1 << (n.bit_length() - 1), n.bit_length(), levels,
+               iterations, K=triton.next_power_of_2(levels), num_warps=1, num_stages=1)  # fmt: skip
         return finish(rows, out)
 
-    with torch.cuda.device_of(weight):
-        return chunked(weight, importance, levels, solve, CHUNK_ELEMENTS)
+    return chunked(weight, importance, levels, solve, CHUNK_ELEMENTS)
