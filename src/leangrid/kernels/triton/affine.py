@@ -2,9 +2,10 @@
 
 torch sorts each group once. ``_tails`` scans it in float64: for every weight the sums of g|w| and g from there outwards, on its own side of
 zero. ``_search`` then needs no weight at all: the levels of an S cut the sorted group at K-1 places a side, found by bisection in L1, and a
-cumulative sum over those places scores all Z of that S. Per group that is (2t-1) (K-1) bisections a side, about 25,000 of 12 steps for 4096
-weights at T = 2048; evaluating some 2,400 pairs on 4096 weights literally would be ten million roundings, and 168,100 * 4096 without
-de-duplication. Float64 is used for sums and thresholds only (about 300 operations an S), so GPUs with little of it lose little.
+cumulative sum over those places scores all Z of that S. At 4 bits and T = 2048 that is 25,000 bisections of 13 steps for 4096 weights,
+where the some 2,400 distinct pairs would be ten million roundings, and all 168,100 candidates 700 million. (For groups of 128 both ways
+cost about the same; the sums need no second, exact look at what float32 cannot tell apart.) Float64 serves thresholds and sums only,
+some 300 operations an S, so that GPUs with little of it lose little.
 """
 
 from typing import no_type_check
