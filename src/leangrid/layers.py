@@ -107,7 +107,7 @@ class PackedLinear(nn.Module):
         """
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"the input has {x.shape[-1]} features, the layer {self.in_features}")
-        if torch.is_autocast_enabled(x.device.type):
+        if x.dtype != self.dtype and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.dtype)
         if torch.is_grad_enabled() and x.requires_grad:  # the kernels have no derivative
             return functional.linear(x, self.weight_hat, self.bias)

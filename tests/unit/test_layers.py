@@ -35,7 +35,7 @@ def packed(name: str, rows: int, cols: int, dtype: torch.dtype, bias: bool = Tru
 def test_weight_and_product_are_the_dense_ones_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     layer, dense = packed(name, 37, 48, dtype)
     assert layer.weight_hat.dtype == dtype and torch.equal(layer.weight_hat, dense)
-    x = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(2, decode.FEW, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert torch.equal(layer(x), functional.linear(x, dense, layer.bias))  # few tokens are summed in another order: test_decode.py
 
 

@@ -21,9 +21,10 @@ from torch.nn import functional
 from leangrid.errors import ShapeError
 from leangrid.kernels import native, torch_decode
 
-FEW = 16
-# Weights dequantized at once: 2^24 (64 MB in float32). Smaller layers are one tile, and then the product is the dense layer's, bit for bit.
-TILE = 1 << 24
+FEW = 32  # tokens; at 64 a dense tile is as fast
+# Weights dequantized at once: 2^20 (4 MB in float32) stay in a processor's cache and in the allocator's hands; 2^24 took twice the time at
+# 4096 x 4096. Smaller layers are one tile, and then the product is the dense layer's, bit for bit.
+TILE = 1 << 20
 
 _ROUNDING = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FLOATS = tuple(_ROUNDING)
@@ -32,7 +33,11 @@ Rows = Callable[[int, int], Tensor]
 
 def can_tile(codes: Tensor) -> bool:
     """Whether ``tile`` would help: stored codes on a CPU whose kernels read tiles."""
-    return codes.device.type == "cpu" and codes.dtype == torch.int32 and native.available()
+    return codes.dtype == torch.int32 and _is_native(codes)
+
+
+def _is_native(tensor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and native.available()  # a trace sees the twins
 
 
 def tile(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Tensor, "tiles bytes"]:
@@ -49,7 +54,7 @@ def tile(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Tens
 def untile(tiles: UInt8[Tensor, "tiles bytes"], bits: int, rows: int, cols: int) -> Int32[Tensor, "rows words"]:
     """Tiled codes, as they are stored."""
     _check_tiles(tiles, bits, rows, cols)
-    if tiles.device.type != "cpu" or not native.available():
+    if not _is_native(tiles):
         return torch_decode.pack(torch_decode.untile(tiles, bits, rows, cols), bits)
     words = torch.empty(rows, -(-cols * bits // 32), dtype=torch.int32)
     native.call("untile", words, tiles, rows, cols, bits)
@@ -68,7 +73,7 @@ def unpack(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Te
 
 def pack(codes: UInt8[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "rows words"]:
     """Codes, below 2^bits, as they are stored."""
-    if codes.device.type != "cpu" or not codes.numel() or not native.available():
+    if not codes.numel() or not _is_native(codes):
         return torch_decode.pack(codes, bits)
     rows, cols = codes.shape
     words = torch.empty(rows, -(-cols * bits // 32), dtype=torch.int32)
@@ -96,8 +101,8 @@ def affine_linear(x: Float[Tensor, "*batch cols"], codes: Shaped[Tensor, "lines 
     """x W^T + bias, W[i, j] = S[i, g] (code[i, j] - Z[i, g]) rounded to ``stored_dtype``, g = j // group_size. As ``lut_linear``."""
     _check("affine_linear", x, codes, scale, bias, bits)
     if x.shape[-1] != scale.shape[1] * group_size or zero_point.shape != scale.shape or zero_point.device != scale.device:
-        what = f"affine_linear: scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}, groups of {group_size}, {x.shape[-1]} columns"
-        raise ShapeError(what, "scale, zero_point", "One scale and zero point for every group of columns, on one device")
+        what = f"affine_linear: {x.shape[-1]} columns in groups of {group_size}, scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}"
+        raise ShapeError(what, "scale", "One scale and zero point for every group of columns, on one device")
     op = _affine_linear if _direct(x) else torch.ops.leangrid.affine_linear
     return op(x, codes, scale, zero_point, bias, bits, group_size, stored_dtype)
 
@@ -147,7 +152,9 @@ def can_step() -> bool:
     return native.available()
 
 
-def new_step(hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, capacity: int, epsilon: float, scaling: float) -> Any:
+def new_step(
+    hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, capacity: int, epsilon: float, scaling: float
+) -> Any:
     """An empty decoder of the extension (cpu/step.h): add its blocks and its head, then ``run_step`` it token by token."""
     return native.module().Step(hidden, intermediate, heads, kv_heads, head_dim, capacity, epsilon, scaling)
 
@@ -167,7 +174,7 @@ def _float(bias: Tensor | None) -> Tensor | None:
 
 
 def _rows(codes: Tensor, slow: Rows, quick: Callable[[], Any] | None, shape: tuple[int, int], dtype: torch.dtype) -> Rows:
-    if quick is None or codes.dtype != torch.uint8 or codes.device.type != "cpu" or not native.available():
+    if quick is None or codes.dtype != torch.uint8 or not _is_native(codes):
         return slow
     matrix, (rows, cols) = quick(), shape
 
@@ -227,8 +234,7 @@ def _with_bias(out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _few(x: Tensor, codes: Tensor) -> bool:
-    tiled = codes.dtype == torch.uint8 and x.device.type == "cpu"
-    return tiled and 1 <= x.numel() // x.shape[-1] <= FEW and native.available()
+    return codes.dtype == torch.uint8 and 1 <= x.numel() // x.shape[-1] <= FEW and _is_native(x)
 
 
 def _product(matrix: Any, x: Tensor, rows: int) -> Tensor:

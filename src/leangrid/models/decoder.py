@@ -49,8 +49,9 @@ def native_step(model: nn.Module, keys: list[Tensor], values: list[Tensor]) -> S
         norms += [layer.self_attn.q_norm, layer.self_attn.k_norm] if hasattr(layer.self_attn, "q_norm") else []
         step.add_block(linears, [norm.weight.detach() for norm in norms], key[0], value[0])
     head: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    step.finish(base.norm.weight.detach(), _matrix(head, matrices), config.vocab_size)
-    embedding, logits = base.embed_tokens.weight.detach(), torch.empty(config.vocab_size)
+    vocabulary = len(head.weight)
+    step.finish(base.norm.weight.detach(), _matrix(head, matrices), vocabulary)
+    embedding, logits = base.embed_tokens.weight.detach(), torch.empty(vocabulary)
     angles = cos[0].float().contiguous(), sin[0].float().contiguous()
 
     def run(token: int, position: int) -> Float[Tensor, " vocab"]:
@@ -67,9 +68,16 @@ def _fits(model: nn.Module, config: Any, keys: list[Tensor]) -> bool:
     plain = config.model_type in _MODELS and config.hidden_act == "silu" and rope.get("rope_type", "default") in _ROPES
     if not (plain and keys and cached and decode.can_step()) or (window is not None and window < keys[0].shape[2]):
         return False
-    base = model.get_submodule("model")
-    own = [base.get_submodule("norm"), *(m for layer in base.get_submodule("layers").children() for m in layer.modules())]
+    base: Any = model.get_submodule("model")
+    if not all(_readable(layer.get_submodule(name)) for layer in base.layers for name in _LINEARS):
+        return False
+    own = (base.embed_tokens, base.norm, *(module for layer in base.layers for module in layer.modules()))
     return all(p.dtype == torch.float32 and p.device.type == "cpu" for module in own for p in module.parameters(recurse=False))
+
+
+def _readable(layer: nn.Module) -> bool:
+    """A plain linear or a packed one that is laid out for the processor; a wrapper around one computes something else."""
+    return type(layer) is nn.Linear or (isinstance(layer, PackedLinear) and layer.codes.dtype == torch.uint8)
 
 
 def _matrix(layer: nn.Module, done: dict[int, Any]) -> Any:
@@ -77,9 +85,16 @@ def _matrix(layer: nn.Module, done: dict[int, Any]) -> Any:
     if isinstance(layer, PackedLinear):
         return layer.matrix()
     if id(layer) not in done:
-        weight: Any = layer.weight
-        narrow = weight.detach().bfloat16()
-        exact = torch.equal(narrow.to(weight.dtype), weight)
-        bias: Any = layer.bias
-        done[id(layer)] = decode.dense_matrix(narrow if exact else weight.detach().float(), bias)
+        weight, bias = layer.get_parameter("weight").detach(), layer.bias
+        done[id(layer)] = decode.dense_matrix(_narrow(weight), bias)  # pyright: ignore[reportArgumentType]
     return done[id(layer)]
+
+
+def _narrow(weight: Tensor) -> Tensor:
+    narrow = torch.empty_like(weight, dtype=torch.bfloat16)
+    for start in range(0, len(weight), 1024):  # pieces that stay in the cache
+        part = weight[start : start + 1024]
+        narrow[start : start + 1024] = part
+        if not torch.equal(narrow[start : start + 1024].to(weight.dtype), part):
+            return weight.float()
+    return narrow

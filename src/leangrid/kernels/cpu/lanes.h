@@ -37,9 +37,18 @@ LEANGRID_INLINE Words bits_of(Floats x) { return reinterpret_cast<Words>(x); }
 LEANGRID_INLINE Floats floats_of(Words x) { return reinterpret_cast<Floats>(x); }
 LEANGRID_INLINE Floats load(const float* x) { return *reinterpret_cast<const FloatsAt*>(x); }
 LEANGRID_INLINE void store(float* out, Floats x) { *reinterpret_cast<FloatsAt*>(out) = x; }
+#if defined(__AVX512F__)  // GCC 12 takes the generic conversion apart into halves
+LEANGRID_INLINE Words widen(const uint16_t* x) {
+    return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+}
+LEANGRID_INLINE Words widen(const uint8_t* x) {
+    return reinterpret_cast<Words>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x))));
+}
+#else
 LEANGRID_INLINE Words widen(const uint16_t* x) { return __builtin_convertvector(*reinterpret_cast<const ShortsAt*>(x), Words); }
 LEANGRID_INLINE Words widen(const uint8_t* x) { return __builtin_convertvector(*reinterpret_cast<const BytesAt*>(x), Words); }
-LEANGRID_INLINE Floats load_bfloat16(const uint16_t* x) { return floats_of(widen(x) << 16); }
+#endif
+LEANGRID_INLINE Floats load(const uint16_t* x) { return floats_of(widen(x) << 16); }
 LEANGRID_INLINE float bfloat16(uint16_t x) {
     const uint32_t bits = static_cast<uint32_t>(x) << 16;
     float out;

@@ -35,7 +35,7 @@ struct LutSource {
                 else memcpy(narrow + i, static_cast<const uint16_t*>(weight.values) + first, 2 * entries);
             }
             for (int p = 0; p < kParts; ++p)
-                table[r].part[p] = weight.dtype == kFloat32 ? load(wide + p * kFloats) : load_bfloat16(narrow + p * kFloats);
+                table[r].part[p] = weight.dtype == kFloat32 ? load(wide + p * kFloats) : load(narrow + p * kFloats);
         }
     }
     LEANGRID_INLINE void at(int64_t) {}
@@ -250,24 +250,23 @@ inline void with_source(const Matrix& weight, Args&&... args) {
 }
 
 // A dense W, one token.
-inline void dense_product(const ProductArgs& args, int64_t begin, int64_t end) {
+template <class Value>
+inline void dense_product(const ProductArgs& args, const Value* values, int64_t begin, int64_t end) {
     const Matrix& weight = args.weight;
     const int64_t whole = weight.cols / kFloats * kFloats;
-    const float* wide = static_cast<const float*>(weight.values);
-    const uint16_t* narrow = static_cast<const uint16_t*>(weight.values);
     for (int64_t tile = begin; tile < end; ++tile) {
-        int64_t row[kTileRows];
+        const Value* row[kTileRows];
         Floats sums[kTileRows] = {};
-        for (int64_t r = 0; r < kTileRows; ++r) row[r] = row_of(weight, tile, r) * weight.cols;
+        for (int64_t r = 0; r < kTileRows; ++r) row[r] = values + row_of(weight, tile, r) * weight.cols;
         for (int64_t j = 0; j < whole; j += kFloats) {
             const Floats token = load(args.x + j);
-            for (int64_t r = 0; r < kTileRows; ++r)
-                sums[r] = fused(weight.dtype == kFloat32 ? load(wide + row[r] + j) : load_bfloat16(narrow + row[r] + j), token, sums[r]);
+            for (int64_t r = 0; r < kTileRows; ++r) sums[r] = fused(load(row[r] + j), token, sums[r]);
         }
+        float total[kTileRows];
+        four_sums(sums, total);
         for (int64_t r = 0; r < least(kTileRows, weight.rows - tile * kTileRows); ++r) {
-            float total = sum(sums[r]);
-            for (int64_t j = whole; j < weight.cols; ++j) total += scalar(weight.values, weight.dtype, row[r] + j) * args.x[j];
-            args.out[tile * kTileRows + r] = total + (weight.bias ? weight.bias[tile * kTileRows + r] : 0.0f);
+            for (int64_t j = whole; j < weight.cols; ++j) total[r] += scalar(row[r], weight.dtype, j) * args.x[j];
+            args.out[tile * kTileRows + r] = total[r] + (weight.bias ? weight.bias[tile * kTileRows + r] : 0.0f);
         }
     }
 }
@@ -278,7 +277,8 @@ inline int64_t grid_floats(const Matrix& weight) {  // what AffineSource needs
 
 bool product_range(const ProductArgs& args, int64_t begin, int64_t end) noexcept {
     if (!args.weight.tiles) {
-        dense_product(args, begin, end);
+        if (args.weight.dtype == kFloat32) dense_product(args, static_cast<const float*>(args.weight.values), begin, end);
+        else dense_product(args, static_cast<const uint16_t*>(args.weight.values), begin, end);
         return true;
     }
     Buffer<float> scratch(grid_floats(args.weight));

@@ -37,11 +37,39 @@ inline float dot(const float* a, const float* b, int64_t n) {
     return total;
 }
 
-inline void add_scaled(float* out, const float* x, float scale, int64_t n) {
-    const Floats wide = spread(scale);
+// score[p] = scale * query . keys[p], four positions at a time.
+inline void scores(const float* query, const float* keys, int64_t positions, int64_t n, float scale, float* score) {
+    int64_t p = 0;
+    for (; p + 4 <= positions; p += 4) {
+        Floats sums[4] = {};
+        int64_t j = 0;
+        for (; j + kFloats <= n; j += kFloats)
+            for (int64_t i = 0; i < 4; ++i) sums[i] = fused(load(query + j), load(keys + (p + i) * n + j), sums[i]);
+        four_sums(sums, score + p);
+        for (int64_t i = 0; i < 4; ++i) {
+            for (int64_t k = j; k < n; ++k) score[p + i] += query[k] * keys[(p + i) * n + k];
+            score[p + i] *= scale;
+        }
+    }
+    for (; p < positions; ++p) score[p] = scale * dot(query, keys + p * n, n);
+}
+
+// out = sum_p share[p] values[p] + last * value, a few vectors of the head at a time so that sums stay in registers.
+inline void mix(const float* share, const float* values, int64_t positions, float last, const float* value, int64_t n, float* out) {
+    constexpr int64_t kWide = 4 * kFloats;
     int64_t j = 0;
-    for (; j + kFloats <= n; j += kFloats) store(out + j, fused(load(x + j), wide, load(out + j)));
-    for (; j < n; ++j) out[j] += x[j] * scale;
+    for (; j + kWide <= n; j += kWide) {
+        Floats sums[4];
+        for (int64_t i = 0; i < 4; ++i) sums[i] = load(value + j + i * kFloats) * last;
+        for (int64_t p = 0; p < positions; ++p)
+            for (int64_t i = 0; i < 4; ++i) sums[i] = fused(spread(share[p]), load(values + p * n + j + i * kFloats), sums[i]);
+        for (int64_t i = 0; i < 4; ++i) store(out + j + i * kFloats, sums[i]);
+    }
+    for (; j < n; ++j) {
+        float total = last * value[j];
+        for (int64_t p = 0; p < positions; ++p) total += share[p] * values[p * n + j];
+        out[j] = total;
+    }
 }
 
 // x[0..n) -> e^(x - limit), n rounded up to whole vectors: the caller's buffer has room.
@@ -73,17 +101,14 @@ inline void attend(const StepArgs& args, const Block& block, int64_t head, float
     rotate(query, args.cos, args.sin, size);
     rotate(key, args.cos, args.sin, size);
     const float *keys = block.keys + kv * args.capacity * size, *values = block.values + kv * args.capacity * size;
-    float highest = -INFINITY;
-    for (int64_t p = 0; p <= past; ++p) {
-        score[p] = args.scaling * dot(query, p < past ? keys + p * size : key, size);
-        highest = most(highest, score[p]);
-    }
+    scores(query, keys, past, size, args.scaling, score);
+    score[past] = args.scaling * dot(query, key, size);
+    float highest = score[past], total = 0.0f;
+    for (int64_t p = 0; p < past; ++p) highest = most(highest, score[p]);
     exponentials(score, past + 1, highest);
-    float total = 0.0f;
     for (int64_t p = 0; p <= past; ++p) total += score[p];
-    float* out = args.mixed + head * size;
-    memset(out, 0, sizeof(float) * size);
-    for (int64_t p = 0; p <= past; ++p) add_scaled(out, p < past ? values + p * size : value, score[p] / total, size);
+    for (int64_t p = 0; p <= past; ++p) score[p] /= total;
+    mix(score, values, past, score[past], value, size, args.mixed + head * size);
     if (head % group == 0) {  // position `past` is read by nobody in this stage
         memcpy(block.keys + (kv * args.capacity + past) * size, key, sizeof(float) * size);
         memcpy(block.values + (kv * args.capacity + past) * size, value, sizeof(float) * size);
