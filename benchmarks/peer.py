@@ -62,6 +62,7 @@ class Peer:
                 text=True,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
+                cwd=folder,  # they leave logs where they stand
                 env=_environment(job["threads"]),
                 check=False,
             )

@@ -94,7 +94,7 @@ class Entrant:
     def _peer(self, peer: Peer, out: Path) -> dict[str, Any]:
         work = self.settings.work
         check = "" if self.runs else str(self.settings.folder / f"{self.name}.logits")
-        job = {"source": str(work.source), "out": str(out), "windows": str(work.windows_file), "threads": self.settings.threads,
+        job = {"source": str(work.source.absolute()), "out": str(out), "windows": str(work.windows_file), "threads": self.settings.threads,
                "settings": self.recipe, "check": check}  # fmt: skip
         found = peer.quantize(job, self.settings.folder)
         parts = found.pop("seconds")
