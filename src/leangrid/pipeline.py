@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from leangrid.correction import correct, correction_matrix
+from leangrid.correction import Correction, correct
 from leangrid.factor import factorize
 from leangrid.hessian import Hessian, HessianSum
 from leangrid.linear import LinearResult, solve_linear
@@ -83,11 +83,11 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
             with run.clock.stage("factor"):
                 factor = factorize(hessian.matrix, run.recipe.damping, run.recipe.act_order)
                 correction = None
-                if hessian.cross is not None:
-                    correction = correction_matrix(hessian.matrix, hessian.cross, run.recipe.damping)
+                if hessian.cross is not None and not factor.is_diagonal:
+                    correction = Correction.of(hessian.matrix, hessian.cross, factor, block.rows(group.names))
             for name in group.names:
-                weight = block.weight(name)
-                target = weight if correction is None else correct(weight, correction, run.strength)
+                with run.clock.stage("factor"):
+                    target = correct(block.weight(name), correction, run.strength)
                 result: LinearResult = solve_linear(target, factor, hessian.matrix, run.recipe, run.skeleton.dtype)
                 walk.replace(name, block.keep(name, result, hessian, factor))
         return run.commit(block, walk.finished())

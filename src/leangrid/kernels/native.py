@@ -114,3 +114,22 @@ def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Tensor:
     out = torch.empty(len(codes), levels, levels, dtype=torch.float64)
     _call("level_gram", hessian, codes, out)
     return out
+
+
+def tiles_available() -> bool:
+    """Whether this processor multiplies bfloat16 matrix tiles, with the extension's widest instruction set in use."""
+    module = _extension()
+    return module is not None and _chosen() == module.best_isa() and bool(module.tiles_available())
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """max |x| of bfloat16 numbers (NaN counts as larger than infinity), float32: one pass at the memory's speed."""
+    bits = _extension().largest_bits(x.contiguous().view(torch.uint16).view(-1))  # pyright: ignore[reportOptionalMemberAccess]
+    return torch.tensor(bits, dtype=torch.int32).bitwise_left_shift_(16).view(torch.float32)
+
+
+def outer_sums(x: Tensor, matrix: Tensor, original: Tensor | None, cross: Tensor | None) -> None:
+    def words(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.contiguous().view(torch.uint16)
+
+    _extension().outer_sums(torch.get_num_threads(), words(x), words(original), matrix, cross)  # pyright: ignore[reportOptionalMemberAccess]
