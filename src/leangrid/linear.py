@@ -120,29 +120,28 @@ class _Layer:
             loss_rounding = self.loss(rounding, minmax)
         baseline = self.swept(minmax, "solve" if self.scheme.method == "gptq" else "baseline")
         with self.timed("baseline"):
-            loss_minmax = self.loss(baseline.codes, minmax)
+            loss_minmax = self.undamped(baseline.loss, baseline.codes, minmax)
         if self.scheme.method == "rtn":
-            codes, grid = rounding, minmax
+            codes, grid, value = rounding, minmax, loss_rounding
         elif self.scheme.method == "gptq":
-            codes, grid = self.refined(baseline.codes, minmax)
+            codes, grid, value = self.refined(baseline, minmax)
         else:
-            codes, grid = self.refined(*self.learned(baseline, minmax))
-        value = self.loss(codes, grid)
+            codes, grid, value = self.refined(*self.learned(baseline, minmax))
         if not value <= loss_rounding and self.scheme.method != "rtn":  # also where it is NaN
             codes, grid, value = self.rounding_instead(codes, grid, value, rounding, minmax, loss_rounding)
         return LinearResult(codes, grid, value, loss_minmax, loss_rounding, tuple(self.rescues), self.seconds)
 
-    def learned(self, baseline: Swept, minmax: AffineGrid) -> tuple[Tensor, Grid]:
-        """The loss-error-aware grid and its codes; rows that fell behind min-max GPTQ may take a lower p or the min-max grid."""
+    def learned(self, baseline: Swept, minmax: AffineGrid) -> tuple[Swept, Grid]:
+        """The loss-error-aware grid and the sweep onto it; rows that fell behind min-max GPTQ may take a lower p or the min-max grid."""
         power = self.recipe.p if self.recipe.p is not None else 4.0
         grid = self.fitted(self.target, power)
         swept = self.swept(grid, "solve")
         if not self.recipe.guard:
-            return swept.codes, grid
+            return swept, grid
         codes, loss_now = swept.codes, swept.loss.clone()
         behind = (loss_now > baseline.loss).nonzero().squeeze(1)
         if not len(behind):
-            return codes, grid
+            return swept, grid
         weight, changed = self.target[behind], torch.zeros_like(loss_now, dtype=torch.bool)
         for other in [*(p for p in GUARD_POWERS if p < power), None]:
             candidate = self.as_kind(minmax.take(behind)) if other is None else self.fitted(weight, other)
@@ -155,7 +154,7 @@ class _Layer:
             count = int(changed.sum())
             detail = f"{count} of {len(codes)} rows fell behind min-max GPTQ at p = {power:g} and took another grid"
             self.rescues.append(Rescue("guarded_rows", detail, count))
-        return codes, grid
+        return Swept(codes, loss_now), grid
 
     def rounding_instead(
         self, codes: Tensor, grid: Grid, value: float, rounding: Tensor, minmax: AffineGrid, loss_rounding: float
@@ -196,9 +195,20 @@ class _Layer:
         with self.timed(stage):
             return solver(self.target if weight is None else weight, self.factor, grid)
 
-    def refined(self, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    def refined(self, swept: Swept, grid: Grid) -> tuple[Tensor, Grid, float]:
+        """The refined codes and grid, and their loss."""
         with self.timed("refine"):
-            return refine(self.target, codes, grid, self.factor.damped, self.recipe.refine or 0, self.dtype)
+            if not self.recipe.refine:
+                return swept.codes, grid, self.undamped(swept.loss, swept.codes, grid)
+            result = refine(self.target, swept.codes, grid, self.factor.damped, self.recipe.refine, self.dtype)
+            return result.codes, result.grid, self.undamped(result.loss, result.codes, result.grid)
+
+    def undamped(self, damped: Tensor, codes: Tensor, grid: Grid) -> float:
+        """The layer loss from the rows' losses under H + lambda I, which the solver knows: less lambda |E|^2 / 2, no product with H."""
+        if self.factor.is_diagonal:
+            return self.loss(codes, grid)
+        error = grid.dequantize(codes).sub_(self.target)
+        return float((damped - torch.linalg.vector_norm(error, dim=1).double().square() * (self.factor.ridge / 2)).sum())
 
     def loss(self, codes: Tensor, grid: Grid) -> float:
         return loss(grid.dequantize(codes), self.target, self.matrix)

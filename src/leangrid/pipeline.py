@@ -12,13 +12,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from leangrid.correction import correct, correction_matrix
+from leangrid.correction import Correction, correct
 from leangrid.devices import out_of_memory
 from leangrid.factor import factorize
 from leangrid.hessian import HessianSum
 from leangrid.linear import LinearResult, solve_linear
 from leangrid.models.walk import BlockWalk, GroupInputs, Streams
 from leangrid.placement import Placement
+from leangrid.precision import operand
 from leangrid.progress import Event
 from leangrid.publish import finished_result
 from leangrid.recipe import Recipe
@@ -118,14 +119,15 @@ def _solve(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[
     with run.stage("factor", number):
         factor = factorize(hessian.matrix, run.recipe.damping, run.recipe.act_order)
         correction = None
-        if hessian.cross is not None:
-            correction = correction_matrix(hessian.matrix, hessian.cross, run.recipe.damping)
-            hessian = replace(hessian, cross=None)
+        if hessian.cross is not None and not factor.is_diagonal:
+            correction = Correction.of(hessian.matrix, hessian.cross, factor, block.rows(group.names))
+        hessian = replace(hessian, cross=None)
     new = {}
     for name in group.names:
-        weight = block.weight(name).to(hessian.matrix.device, torch.float32).contiguous()
-        target = weight if correction is None else correct(weight, correction, run.strength)
-        del weight
+        with run.stage("factor", number):
+            weight = block.weight(name).to(hessian.matrix.device, torch.float32).contiguous()
+            target = correct(weight, correction, run.strength)
+            del weight
         result: LinearResult = solve_linear(target, factor, hessian.matrix, run.recipe, run.skeleton.dtype)
         new[name] = block.keep(name, result, hessian, factor)
     return new
@@ -150,6 +152,6 @@ def _summed(run: Run, group: GroupInputs, number: int, kind: type[_Sum]) -> _Sum
             return total
         with run.stage("hessian", number):
             if original is None:
-                total.add(quantized)
+                total.add(operand(quantized))
             else:
-                total.add_pair(original, quantized)
+                total.add_pair(operand(original), operand(quantized))

@@ -1,8 +1,10 @@
 """Which arithmetic the forward passes and the Hessian products use; everything that is solved stays in float32.
 
-With ``bfloat16`` a product rounds its operands to bfloat16 and accumulates in float32, as the model does when it is served
-in bfloat16; processors with bfloat16 tiles or dot products do that several times faster. A Hessian of rounded inputs is
-still exactly positive semidefinite, because both operands are the same rounded numbers.
+With ``bfloat16`` linears and attention round their operands and results to bfloat16 and accumulate in float32, as the model
+does when it is served in bfloat16; processors with bfloat16 tiles or dot products do that several times faster. Norms,
+activations' sums and the residual stream stay in float32 (torch's autocast): rounding the residual at every layer would put
+noise into the inputs that the correction then takes for an error of quantization. A Hessian of rounded inputs is still
+exactly positive semidefinite, because both operands are the same rounded numbers.
 
 On a CUDA device ``bfloat16`` computes the forward passes of a 16-bit model in its own dtype, as it is served, and the
 Hessians from those activations on TensorFloat-32 units: a bfloat16 or float16 number is one of TF32 exactly, and the sums are
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _FLAGS = ("amx_bf16", "avx512_bf16")
 
@@ -46,10 +49,17 @@ def products(kind: str) -> Iterator[None]:
     for setting, value in settings:
         setting.fp32_precision = value
     try:
-        yield
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16" and switch is not None):
+            yield
     finally:
         for (setting, _), value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+def operand(x: Tensor) -> Tensor:
+    """``x`` as the products around it see it: rounded to bfloat16 inside ``products("bfloat16")``, itself otherwise."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x
 
 
 def _switch() -> Any:

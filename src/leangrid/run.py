@@ -54,6 +54,10 @@ class BlockWork:
         weight = self.module.get_parameter(f"{name}.weight").data
         return weight.t() if self.run.skeleton.architecture.layer == "conv1d" else weight
 
+    def rows(self, names: Sequence[str]) -> int:
+        """Output features of some linears together."""
+        return sum(self.run.skeleton.shape(f"{self.name}.{name}")[0] for name in names)
+
     def keep(self, name: str, result: LinearResult, hessian: Hessian, factor: Factor) -> Tensor:
         """Pack a solved linear for the commit, record it, and return its new weight as the module stores it."""
         run, full = self.run, f"{self.name}.{name}"

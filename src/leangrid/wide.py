@@ -18,10 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from leangrid.correction import solved
 from leangrid.errors import ShapeError
 from leangrid.factor import TOLERANCE, Factor, factorize
 from leangrid.grids import AffineGrid, Grid, NonuniformGrid
-from leangrid.hessian import Hessian, HessianSum
+from leangrid.hessian import Hessian, HessianSum, mirror_
 from leangrid.linear import LinearResult, solve_linear
 from leangrid.recipe import Recipe
 from leangrid.rescue import Rescue
@@ -103,6 +104,8 @@ class WideGroup:
     def _target(self, name: str, start: int, stop: int) -> Tensor:
         """W~ = W + a W (G - H)(H + lambda I)^-1, rows ``start`` to ``stop``."""
         weight = self._weights[name][start:stop].to(self.hessian.matrix.device, torch.float32)
+        if self.factor.is_diagonal:
+            return weight
         if name in self._folded:
             return weight.add(solved(self.factor, self._folded[name][start:stop].to(weight.device)), alpha=self.strength)
         return weight if self._moves is None else torch.addmm(weight, weight, self._moves, alpha=self.strength)
@@ -138,23 +141,7 @@ def factorize_in_place(matrix: Float[Tensor, "cols cols"], damping: float = 0.01
     damped = matrix.clone()
     damped.div_(scale).diagonal().add_(damping * mean / scale)
     rescues = (Rescue("dead_columns", f"{int(dead.sum())} of {len(dead)} input columns saw no activation", int(dead.sum())),)
-    return Factor(upper.div_(scale**0.5), order, damped.mul_(scale), damping, dead, rescues if bool(dead.any()) else ())
-
-
-def solved(factor: Factor, rows: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
-    """rows (H + lambda I)^-1 = rows U^T U, columns in original order."""
-    product = rows[:, factor.order] @ factor.upper.T @ factor.upper
-    return product[:, torch.argsort(factor.order)]
-
-
-def mirror_(matrix: Float[Tensor, "cols cols"], panel: int = 256) -> Float[Tensor, "cols cols"]:
-    """Copy the upper triangle over the lower one, in place."""
-    for start in range(0, len(matrix), panel):
-        stop = min(start + panel, len(matrix))
-        corner = matrix[start:stop, start:stop]
-        corner.copy_(corner.triu() + corner.triu(1).T)
-        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
-    return matrix
+    return Factor(upper.div_(scale**0.5), order, damped.mul_(scale), damping, damping * mean, dead, rescues if bool(dead.any()) else ())
 
 
 def cholesky_(matrix: Float[Tensor, "cols cols"], panel: int = PANEL) -> bool:

@@ -1,11 +1,9 @@
 """The benchmarks' own bookkeeping: where a number comes from, which line it replaces, and how it reaches the README."""
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,21 +11,6 @@ import pytest
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``bench("machine")`` -> benchmarks/machine.py, imported as the scripts import it."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    before = set(sys.modules)
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    yield load
-    for name in set(sys.modules) - before:
-        if (ROOT / "benchmarks" / f"{name}.py").is_file():
-            del sys.modules[name]
 
 
 LINES: list[dict[str, Any]] = [
@@ -119,9 +102,10 @@ def test_a_table_without_lines_is_refused(bench: Any, results: Path) -> None:
         bench("table").rendered("<!-- pivot: quality.jsonl | scheme | kl_mean -->\n<!-- end -->", results)
 
 
-def test_the_readme_is_up_to_date(bench: Any) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert bench("table").rendered(text) == text, "python benchmarks/table.py"
+def test_the_pages_are_up_to_date(bench: Any) -> None:
+    for page in bench("table").PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert bench("table").rendered(text) == text, f"{page}: python benchmarks/table.py"
 
 
 def test_committed_results_are_lines_of_ours(bench: Any) -> None:

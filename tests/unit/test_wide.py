@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from leangrid.correction import correct, correction_matrix
+from leangrid.correction import Correction, correct
 from leangrid.errors import CalibrationError, NumericalError
 from leangrid.factor import factorize
 from leangrid.hessian import HessianSum
@@ -117,7 +117,8 @@ def test_a_group_gives_the_plain_path_s_codes(scheme: str, rows: tuple[int, ...]
     factor = factorize(hessian.matrix)
     wide = WideGroup(_sum(WideSum, cols, strength > 0), weights, recipe, strength, panel=24)
     for name, weight in weights.items():
-        target = weight if hessian.cross is None else correct(weight, correction_matrix(hessian.matrix, hessian.cross), strength)
+        correction = None if hessian.cross is None else Correction.of(hessian.matrix, hessian.cross, factor, sum(rows))
+        target = correct(weight, correction, strength)
         plain, ours = solve_linear(target, factor, hessian.matrix, recipe), wide.solve(name, tile=17)
         assert (plain.codes == ours.codes).float().mean() > 0.999
         torch.testing.assert_close(plain.grid.levels, ours.grid.levels, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,97 @@
+"""Device functions that the sweep and the descent share: the nearest level of a row, and the level of a code.
+
+Three kinds of grid, chosen at compile time (KIND): AFFINE, levels S (q - Z) of the column's group; FEW, up to 16 levels of the row in
+registers, four lanes a row; MANY, up to 256 levels found by bisection, which costs eight dependent loads instead of 256 registers.
+"""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+AFFINE, FEW, MANY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+MOST_IN_REGISTERS = 16
+
+# Sixteen columns at a time, eight rows a program, one warp: four lanes hold a row's sixteen columns (see sweep.py).
+ROWS, COLUMNS = 8, 16
+# No fused multiply-add: with IEEE division the results are then the bits of the torch twin.
+LAUNCH = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
+
+
+def level_kind(levels: Tensor) -> dict[str, int]:
+    """The compile-time arguments that belong to levels [rows, K]."""
+    count = levels.shape[1]
+    few = count <= MOST_IN_REGISTERS
+    return {"KIND": 1 if few else 2, "K": count, "WIDTH": max(4, triton.next_power_of_2(count)), "R": ROWS, "C": COLUMNS}
+
+
+def affine_kind(bits: int) -> dict[str, int]:
+    """The compile-time arguments that belong to scales and zero points of ``bits`` bits."""
+    return {"KIND": 0, "K": 2**bits, "WIDTH": 1, "R": ROWS, "C": COLUMNS}
+
+
+@triton.jit
+@no_type_check
+def level_tile(levels, row, live, K: tl.constexpr, WIDTH: tl.constexpr):
+    """The row's levels [R, WIDTH] and the midpoint below each; past the last level nothing is above the midpoint."""
+    index = tl.arange(0, WIDTH)[None, :]
+    spot = levels + row.to(tl.int64)[:, None] * K + index
+    inside = live[:, None] & (index < K)
+    value = tl.load(spot, mask=inside, other=0.0)
+    below = tl.load(spot - 1, mask=inside & (index > 0), other=0.0)
+    return value, tl.where(index < K, 0.5 * below + 0.5 * value, float("inf"))
+
+
+@triton.jit
+@no_type_check
+def column_grid(scale, zero, group, j, row, live, groups, KIND: tl.constexpr):
+    """S and Z of column j's group, as float32 [R]; other grids need none."""
+    if KIND == AFFINE:
+        spot = row.to(tl.int64) * groups + tl.load(group + j)
+        s = tl.load(scale + spot, mask=live, other=1.0)
+        z = tl.load(zero + spot, mask=live, other=0).to(tl.float32)
+    else:
+        s, z = 1.0, 0.0
+    return s, z
+
+
+@triton.jit
+@no_type_check
+def nearest(x, s, z, value, lower, levels, row, live, K: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr):
+    """Code (int32) and level of the nearest level of x [R]; ties as in the torch twin."""
+    if KIND == AFFINE:
+        wanted = tl.minimum(tl.maximum(tl.div_rn(x, s) + z, 0.0), K - 1.0)
+        wanted = (wanted + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds half to even, as rint does, on any backend
+        code = wanted.to(tl.int32)
+        level = s * (wanted - z)
+    elif KIND == FEW:
+        index = tl.arange(0, WIDTH)[None, :]
+        passed = (x[:, None] > lower) | (index == 0)
+        code = tl.sum(passed.to(tl.int32), 1) - 1
+        level = tl.max(tl.where(passed, value, float("-inf")), 1)  # levels ascend: the largest one passed
+    else:
+        base = levels + row.to(tl.int64) * K
+        code = tl.zeros_like(row)
+        step: tl.constexpr = WIDTH
+        for _ in tl.static_range(8):
+            step = step // 2
+            if step > 0:
+                probe = code + step
+                inside = live & (probe < K)
+                high = tl.load(base + probe, mask=inside, other=0.0)
+                low = tl.load(base + probe - 1, mask=inside, other=0.0)
+                code = tl.where(inside & (x > 0.5 * low + 0.5 * high), probe, code)
+        level = tl.load(base + code, mask=live, other=0.0)
+    return code, level
+
+
+@triton.jit
+@no_type_check
+def level_of(code, s, z, levels, row, live, K: tl.constexpr, KIND: tl.constexpr):
+    """The level that a code [R] stands for."""
+    if KIND == AFFINE:
+        level = s * (code.to(tl.float32) - z)
+    else:
+        level = tl.load(levels + row.to(tl.int64) * K + code, mask=live, other=0.0)
+    return level
