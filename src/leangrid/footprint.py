@@ -24,6 +24,8 @@ _FINISH, _FACTOR, _SOLVE = 4, 8, 3
 _LEAN_FACTOR, _LEAN_PANELS, _LEAN_SOLVE = 2, 3, 3
 # Float32 copies of a layer's weights, of a tile of its rows where lean: target, sweep, codes, the refinement's two states.
 _LAYER, _LAYER_SWEPT = 9, 5
+_NORMAL_CHUNK, _NORMAL = 1 << 27, 3  # bytes of the normal equations that a refit solves at once; with ridge and factor
+_GRAM = 6 * _F32 << 25  # level_gram on a device: chunks of one-hot codes in float32 and float64, and their products
 _NORM = 3  # float32 copies of a batch's hidden states inside a norm
 
 
@@ -74,6 +76,8 @@ class Work:
     packed: int  # bytes of a quantized block
     accelerated: bool
     refined: bool = True
+    group_size: int = 0  # columns of an affine grid; 0: whole rows
+    levels: int = 0  # of a non-uniform grid
 
     @classmethod
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Work":
@@ -86,7 +90,8 @@ class Work:
         weights = sum(g.rows * g.cols for g in groups)
         itemsize = compute_dtype(recipe.products, skeleton.dtype, device).itemsize
         return cls(tuple(groups), hidden, vocabulary, samples, length, 2 if recipe.correct else 1, itemsize, skeleton.dtype.itemsize,
-                   weights * (recipe.parsed.bits + 1) // 8, accelerated(device), bool(recipe.refine))  # fmt: skip
+                   weights * (recipe.parsed.bits + 1) // 8, accelerated(device), bool(recipe.refine),
+                   recipe.parsed.group_size or 0, recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0)  # fmt: skip
 
     @property
     def tokens(self) -> int:
@@ -199,13 +204,24 @@ def _algebra(work: Work, placement: Placement, group: Group) -> dict[str, dict[s
         tile = min(layer, max(TILE_BYTES, _F32 * group.cols))
         return {
             "factor": {"H, U": (_LEAN_FACTOR + moves) * square, "panels, then H damped": panels},
-            "solve": {"H, U, damped": (_LEAN_SOLVE + moves) * square, "tile": copies * tile, "codes, new weights": new},
+            "solve": {"H, U, damped": (_LEAN_SOLVE + moves) * square, "tile": copies * tile, "codes, new weights": new}
+            | _refit(work, group.cols, tile // (_F32 * group.cols)),
         }
     return {
         "finish": {"H and G": (_FINISH + cross) * square},
         "factor": {"H, G and the factorization": (_FACTOR + cross) * square},
-        "solve": {"H, U, damped, M": (_SOLVE + cross) * square, "layer": copies * layer},
+        "solve": {"H, U, damped, M": (_SOLVE + cross) * square, "layer": copies * layer} | _refit(work, group.cols, group.tallest),
     }
+
+
+def _refit(work: Work, cols: int, rows: int) -> dict[str, int]:
+    """The normal equations of the grids of ``rows`` rows that are solved together."""
+    if not work.refined:
+        return {}
+    unknowns = work.levels or (cols // work.group_size if work.group_size else 1)
+    equations = rows * unknowns**2 * 8
+    gram = min(_GRAM, 6 * _F32 * rows * cols * work.levels) if work.accelerated and work.levels else 0
+    return {"normal equations": _NORMAL * (equations if work.levels else min(equations, _NORMAL_CHUNK)) + gram}
 
 
 def _host(work: Work, placement: Placement) -> dict[str, int]:

@@ -38,6 +38,7 @@ LLAMA_8B, LLAMA_70B, LLAMA_405B = llama(4096, 14336, 1024), llama(8192, 28672, 1
         (384, 4, 64, "W4A16_G64", Placement(4)),  # matrices decide
         (384, 4, 64, "GPTQ4", REPLAY),
         (384, 4, 64, "NU4", replace(REPLAY, lean=True)),
+        (384, 4, 64, "W3A16_G32", replace(REPLAY, lean=True)),
         (256, 8, 256, "NU3", Placement(4)),  # both
     ],
 )
