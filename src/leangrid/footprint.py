@@ -78,6 +78,7 @@ class Work:
     refined: bool = True
     group_size: int = 0  # columns of an affine grid; 0: whole rows
     levels: int = 0  # of a non-uniform grid
+    rounded: bool = False  # linears give out bfloat16 among float32 states (products "bfloat16" on the CPU)
 
     @classmethod
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Work":
@@ -91,11 +92,17 @@ class Work:
         itemsize = compute_dtype(recipe.products, skeleton.dtype, device).itemsize
         return cls(tuple(groups), hidden, vocabulary, samples, length, 2 if recipe.correct else 1, itemsize, skeleton.dtype.itemsize,
                    weights * (recipe.parsed.bits + 1) // 8, accelerated(device), bool(recipe.refine),
-                   recipe.parsed.group_size or 0, recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0)  # fmt: skip
+                   recipe.parsed.group_size or 0, recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0,
+                   recipe.products == "bfloat16" and not accelerated(device))  # fmt: skip
 
     @property
     def tokens(self) -> int:
         return self.samples * self.length
+
+    @property
+    def made(self) -> int:
+        """Bytes a number that linears and attention give out."""
+        return 2 if self.rounded else self.itemsize
 
     @property
     def weights(self) -> int:
@@ -108,27 +115,28 @@ class Work:
         return self.streams * self.tokens * self.hidden * self.itemsize
 
     def held(self, number: int) -> int:
-        """Numbers a token that a pass holds while it stands at group ``number`` (at its end: what it gives out).
+        """Bytes a token that a pass holds while it stands at group ``number`` (at its end: what it gives out).
 
         Every architecture of the table has four groups: into attention, out of it, into the MLP, out of it. A pass standing at one
         holds the group's input, the norm's output or the states that led there, and past attention a new residual.
         """
         if number == len(self.groups):
-            return self.hidden
+            return self.itemsize * self.hidden
         group = self.groups[number]
         if number == 0:
-            return group.cols
+            return self.itemsize * group.cols
         before = self.groups[number - 1]
-        if number == 1:
-            return before.cols + before.rows + group.cols
-        return self.hidden + group.cols if number == 2 else self.hidden + before.cols + group.cols
+        if number == 1:  # turned by the rotary tables, queries and keys have the states' dtype again
+            return self.itemsize * (before.cols + before.rows) + self.made * group.cols
+        through = self.itemsize * (self.hidden + (group.cols if number == 2 else before.cols))
+        return through if number == 2 else through + self.made * group.cols
 
     def transient(self, number: int, tokens: int) -> int:
         """Bytes that one batch of ``tokens`` needs for a moment on the way to group ``number``, beyond what it holds there."""
         norm = _NORM * self.hidden * _F32 if self.itemsize < _F32 else self.hidden * self.itemsize
         if number == 0:
             return tokens * norm
-        made = self.groups[number - 1].rows * self.itemsize
+        made = self.groups[number - 1].rows * self.made
         return tokens * max(norm, made)
 
 
@@ -166,7 +174,7 @@ def footprint(work: Work, placement: Placement) -> Footprint:
 def _waiting(work: Work, placement: Placement, number: int) -> dict[str, int]:
     """What is held while group ``number`` is solved: all passes at that group, or the replaced weights beside the original ones."""
     if not placement.replay:
-        return {"activations": work.streams * work.tokens * work.itemsize * work.held(number)}
+        return {"activations": work.streams * work.tokens * work.held(number)}
     if placement.lean and work.accelerated:
         return {}  # parked on the host
     return {"new weights": _new_weights(work, number)}
@@ -181,14 +189,14 @@ def _moving(work: Work, placement: Placement, number: int, tokens: int) -> dict[
     """What is held while passes are on their way to group ``number`` (to the block's end where there is none)."""
     out = number == len(work.groups)
     if placement.replay:  # one pass from the block's input on, and the other stream's input of the same batch
-        widest = max(work.itemsize * tokens * work.held(n) + work.transient(n, tokens) for n in range(number + 1))
+        widest = max(tokens * work.held(n) + work.transient(n, tokens) for n in range(number + 1))
         other = work.itemsize * tokens * (work.hidden if out else work.groups[number].cols) * (work.streams - 1)
         leaving = work.states if out and not (placement.host_streams and work.accelerated) else 0
         parts = {"one pass": widest, "other stream's input": other, "streams out": leaving}
         return parts | {"new weights": _new_weights(work, number)}
     most = max(work.held(number), work.held(number - 1) if number else 0)  # batch after batch changes from the one to the other
     before = work.groups[number - 1] if number else Group(0, 0, 0)
-    activations = work.streams * work.tokens * work.itemsize * most
+    activations = work.streams * work.tokens * most
     return {"activations": activations, "batch": work.transient(number, tokens), "new weights": work.itemsize * before.rows * before.cols}
 
 

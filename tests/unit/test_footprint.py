@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny_models
 from leangrid.footprint import Group, Work, choose, footprint
@@ -26,6 +27,18 @@ def llama(hidden: int, intermediate: int, kv: int) -> Work:
 
 
 LLAMA_8B, LLAMA_70B, LLAMA_405B = llama(4096, 14336, 1024), llama(8192, 28672, 1024), llama(16384, 53248, 1024)
+
+
+@pytest.mark.parametrize("placement", [Placement(16), replace(REPLAY, windows=4)])
+def test_the_sum_with_rounded_products(placement: Placement, tmp_path: Path) -> None:
+    """Linears of a bfloat16 model give out bfloat16 where the CPU multiplies it."""
+    source = tiny_models.synthetic(tmp_path / "source", blocks=2, hidden=128, dtype=torch.bfloat16)
+    recipe = Recipe(scheme="W4A16_G64", products="bfloat16")
+    with LiveBytes() as alive:
+        quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(32, 256), placement=placement)
+    _, skeleton, settled = open_model(source, recipe)
+    planned = footprint(Work.of(skeleton, settled, 32, 256, "cpu"), placement)
+    assert planned.peak == pytest.approx(alive.peak, rel=0.15), planned.phases[planned.peak_phase]
 
 
 @pytest.mark.fault("R3")
