@@ -5,18 +5,21 @@
     python benchmarks/gpu_block.py --model tiny --device cpu                              # runs anywhere: is the script sound?
 
 Random weights in the model's shapes, two blocks of them as a checkpoint on disk, go through ``leangrid.quantize`` itself on 128 windows
-of 2,048 tokens. The model's embeddings and norms carry outlier channels, as real activations do. Blocks are alike, so the whole model is the
-last block's time (weights read ahead, both streams different, states saved) times its number of blocks. One JSON line.
+of 2,048 tokens. The model's embeddings and norms carry outlier channels, as real activations do. Blocks are alike, so the whole model is
+the last block's time (weights read ahead, both streams different, states saved) times its number of blocks. One JSON line.
 """
 
 import argparse
 import itertools
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # before torch: matrices of 10 GiB leave no holes then
 
 import lines
 import torch

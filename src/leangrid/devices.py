@@ -64,6 +64,7 @@ def wait(device: torch.device | str) -> None:
 def start_counting(device: torch.device | str) -> None:
     """From now on ``peak_bytes`` counts."""
     if accelerated(device):
+        torch.cuda.init()  # before it, there is no allocator to ask
         torch.cuda.reset_peak_memory_stats(device)
 
 

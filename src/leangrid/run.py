@@ -115,7 +115,7 @@ class Run:
         self.placement = placement
         self.steps: list[Rescue] = []  # what gave way in the block at work
         self.at: tuple[Failed, int] = ("forward", 0)
-        self._ahead = Ahead(prepared.skeleton, device) if accelerated(device) else None
+        self._ahead = Ahead(prepared.skeleton, device, whole_way=not placement.lean) if accelerated(device) else None
         self._progress = progress
         self._done_at_start = journal.resume_point()
         self._began = clock.elapsed()

@@ -20,6 +20,7 @@ from leangrid.placement import Placement
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.result import QuantizeResult
+from live_bytes import LiveBytes
 
 WINDOWS, RECIPE = tiny_models.tokens(6, 32), Recipe(scheme="NU4")
 Exhaust = Callable[[Any, str, Callable[..., bool]], list[int]]
@@ -102,6 +103,21 @@ def test_replaying_instead_of_pausing_gives_the_same_bits(source: Path, tmp_path
     _, notices = _run(source, tmp_path / "out", Placement(1))
     assert failures == [1] and "replayed for each group instead of paused" in notices[0]
     _same(tmp_path / "out", tmp_path / "expected")
+
+
+@pytest.mark.fault("R1")
+@pytest.mark.parametrize("replay", [False, True])
+def test_a_failed_attempt_leaves_nothing_behind(
+    source: Path, tmp_path: Path, exhaust: Exhaust, monkeypatch: pytest.MonkeyPatch, replay: bool
+) -> None:
+    after: list[int] = []
+    with LiveBytes() as alive:
+        monkeypatch.setattr("leangrid.run.release_cached", lambda _: after.append(alive.now))
+        exhaust(BlockWalk, "_resume", lambda _self, one, group: group == 3 and len(after) < 1)
+        quantize(source, tmp_path / "out", RECIPE, windows=WINDOWS, placement=Placement(3, replay=replay))
+    states = WINDOWS.numel() * tiny_models.HIDDEN * 4  # of one stream: both are the same before the first block
+    rotary = 2 * 2 * WINDOWS.shape[1] * 16 * 4
+    assert len(after) == 1 and states <= after[0] < states + 4 * rotary + 4096
 
 
 @pytest.mark.fault("R1")

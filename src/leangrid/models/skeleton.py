@@ -124,11 +124,11 @@ class Skeleton:
     def block(self, index: int, device: torch.device | str = "cpu", weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
         """Block ``index`` with its weights, for the length of the ``with``; ``weights`` are its ``block_weights`` if they are there."""
         block = self.blocks[index]
-        for name, weight in (weights or {}).items():
-            _set_parameter(block, name, weight)
-        self.materialise(block, self.block_name(index))
-        block.to(device, non_blocking=True)
         try:
+            for name, weight in (weights or {}).items():
+                _set_parameter(block, name, weight)
+            self.materialise(block, self.block_name(index))
+            block.to(device, non_blocking=True)
             yield block
         finally:
             self.release(block)

@@ -209,11 +209,15 @@ class BlockWalk:
     def _paused(self) -> Iterator[GroupInputs]:
         quantized = [self._start(x) for x in self._streams.quantized]
         original = None if self._streams.original is None else [self._start(x) for x in self._streams.original]
-        reached = self._together(original, quantized, 0)
-        for group, names in enumerate(self._groups):
-            yield GroupInputs(names, original is not None, lambda held=reached: iter(held))
-            reached.clear()  # whoever still holds the group must not keep its inputs alive while the next one grows
-            reached = self._together(original, quantized, group + 1)
+        try:
+            reached = self._together(original, quantized, 0)
+            for group, names in enumerate(self._groups):
+                yield GroupInputs(names, original is not None, lambda held=reached: iter(held))
+                reached.clear()  # whoever still holds the group must not keep its inputs alive while the next one grows
+                reached = self._together(original, quantized, group + 1)
+        finally:
+            for one in [*quantized, *(original or [])]:
+                _end(one)
         self._outputs = Streams([q for _, q in reached], None if original is None else [o for o, _ in reached if o is not None])
 
     def _together(self, original: list[_Pass] | None, quantized: list[_Pass], group: int) -> list[tuple[Tensor | None, Tensor]]:
@@ -258,9 +262,7 @@ class BlockWalk:
                 self._resume(once, earlier)
             return self._resume(once, group)
         finally:
-            if not once.dead:
-                once.throw(GreenletExit)
-            once.input = None
+            _end(once)
 
     def _set(self, weights: Mapping[str, Any]) -> None:
         for name, weight in weights.items():
@@ -310,6 +312,13 @@ class BlockWalk:
             self.flops += product(*weight.shape, x.numel() // x.shape[-1])
 
         return hook
+
+
+def _end(one: _Pass) -> None:
+    """End a pass where it stands: its stack names itself, so nobody else would ever let its activations go."""
+    if not one.dead:
+        one.throw(GreenletExit)
+    one.input = None
 
 
 def _home(result: Tensor, hidden: Tensor) -> Tensor:
