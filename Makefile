@@ -17,7 +17,7 @@ CALIBRATION ?= self
 TEXT ?= embedded
 RESULTS := benchmarks/results
 
-.PHONY: help setup models demo check format test test-slow bench race docs clean
+.PHONY: help setup models demo check format test test-slow test-gpu bench race docs clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
 
@@ -26,6 +26,7 @@ $(SETUP): pyproject.toml constraints.txt $(NATIVE)
 	@echo "setting up .venv: about 1.5 GB of packages and the native kernels, a few minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==3.9.0  # a CUDA build of torch has brought the one it was built for
 	$(PIP) scikit-build-core nanobind cmake ninja
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c "from leangrid import kernels; print('leangrid is installed, kernels:', kernels.backend())"
@@ -47,10 +48,13 @@ check: $(SETUP)  ## format, lint, types, architecture
 format: $(SETUP)  ## let ruff write the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-test: $(SETUP) $(MODELS)  ## the fast suite
+test: $(SETUP) $(MODELS)  ## the fast suite, and the GPU kernels in Triton's interpreter
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "gpu and not slow" tests/gpu
 test-slow: $(SETUP) $(MODELS)  ## the slow tests: whole runs on real models
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+test-gpu: $(SETUP)  ## the GPU kernels: on the GPU, or anywhere with TRITON_INTERPRET=1
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
 bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a quarter of an hour; then the tables (benchmarks/README.md)
 	$(BIN)/python benchmarks/kernels_cpu.py --repeats 3 --out $(RESULTS)/kernels_cpu.jsonl
 	$(BIN)/python benchmarks/grid_search.py --out $(RESULTS)/grid_search.jsonl

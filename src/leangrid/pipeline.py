@@ -15,6 +15,7 @@ from leangrid.factor import factorize
 from leangrid.hessian import Hessian, HessianSum
 from leangrid.linear import LinearResult, solve_linear
 from leangrid.models.walk import BlockWalk, GroupInputs, Streams
+from leangrid.precision import operand
 from leangrid.progress import Event
 from leangrid.publish import finished_result
 from leangrid.recipe import Recipe
@@ -98,7 +99,7 @@ def hessian_of(group: GroupInputs) -> Hessian:
     total = HessianSum(group.quantized[0].shape[-1], group.quantized[0].device, cross=group.original is not None)
     for i, quantized in enumerate(group.quantized):
         if group.original is None:
-            total.add(quantized)
+            total.add(operand(quantized))
         else:
-            total.add_pair(group.original[i], quantized)
+            total.add_pair(operand(group.original[i]), operand(quantized))
     return total.finish()

@@ -1,8 +1,10 @@
 """Which arithmetic the forward passes and the Hessian products use on a CPU; everything that is solved stays in float32.
 
-With ``bfloat16`` a product rounds its operands to bfloat16 and accumulates in float32, as the model does when it is served
-in bfloat16; processors with bfloat16 tiles or dot products do that several times faster. A Hessian of rounded inputs is
-still exactly positive semidefinite, because both operands are the same rounded numbers.
+With ``bfloat16`` linears and attention round their operands and results to bfloat16 and accumulate in float32, as the model
+does when it is served in bfloat16; processors with bfloat16 tiles or dot products do that several times faster. Norms,
+activations' sums and the residual stream stay in float32 (torch's autocast): rounding the residual at every layer would put
+noise into the inputs that the correction then takes for an error of quantization. A Hessian of rounded inputs is still
+exactly positive semidefinite, because both operands are the same rounded numbers.
 """
 
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _FLAGS = ("amx_bf16", "avx512_bf16")
 
@@ -22,7 +25,7 @@ def bfloat16_pays(dtype: torch.dtype, device: str) -> bool:
 
 @contextmanager
 def products(kind: str) -> Iterator[None]:
-    """Inside the ``with``, float32 matrix products on the CPU use ``kind`` ("float32" or "bfloat16") operands."""
+    """Inside the ``with``, forward passes and matrix products on the CPU use ``kind`` ("float32" or "bfloat16") operands."""
     switch = _switch()
     if kind != "bfloat16" or switch is None:
         yield
@@ -30,9 +33,16 @@ def products(kind: str) -> Iterator[None]:
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
     try:
-        yield
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
     finally:
         switch.fp32_precision = before
+
+
+def operand(x: Tensor) -> Tensor:
+    """``x`` as the products around it see it: rounded to bfloat16 inside ``products("bfloat16")``, itself otherwise."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x
 
 
 def _switch() -> Any:

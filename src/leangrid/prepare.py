@@ -93,8 +93,6 @@ def open_model(directory: Path, recipe: Recipe, device: str = "cpu") -> tuple[Ch
     skeleton = Skeleton(checkpoint)
     settled = settle(recipe, skeleton, device)
     refuse_impossible(settled, skeleton)
-    if settled.products == "bfloat16":
-        skeleton.compute_dtype = torch.bfloat16
     return checkpoint, skeleton, settled
 
 

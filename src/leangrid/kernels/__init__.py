@@ -1,31 +1,27 @@
 """Kernels: the inner loops of the grid search and of the solver, on plain tensors.
 
-Every op here checks its input (ShapeError), then runs in the C++ extension ``leangrid.kernels._cpu`` (CPU tensors) or in its torch
-twin (CUDA tensors, or no extension). Rows never interact, so threads split rows and the number of threads never changes a bit.
-``LEANGRID_KERNELS=torch|portable|avx2|avx512`` overrides the choice of path.
-"""
+Every op here checks its input (ShapeError), then runs in the C++ extension ``leangrid.kernels._cpu`` (CPU tensors), in Triton (CUDA
+tensors) or in its torch twin (where those are missing). Rows never interact, so threads split rows and the number of threads never
+changes a bit. ``LEANGRID_KERNELS=torch|portable|avx2|avx512|triton`` overrides the choice of path (kernels/choice.py).
 
-from types import ModuleType
+C++ gives the bits of the twins. Triton does the same float64 operations, but sums in another order: the same (S, Z) except where two
+objectives agree within 1e-12 of sum g w^2, levels equal up to float32 rounding, objectives within 1e-10 relative.
+"""
 
 import torch
 from jaxtyping import Float32, Float64, UInt8
 from torch import Tensor
 
 from leangrid.errors import ShapeError
-from leangrid.kernels import native, torch_ops, torch_sums
+from leangrid.kernels import native, torch_sums
 from leangrid.kernels.checks import block, codes_below, group_index, normalised_importance, per_row, weights
+from leangrid.kernels.choice import backend
+from leangrid.kernels.choice import ops as _ops
 
 __all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "kmeans_dp", "kmeans_lloyd", "level_gram", "outer_sums",
            "squares_are_finite", "sweep_affine", "sweep_levels"]  # fmt: skip
 
-backend = native.backend
-
 SCALE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _ops(tensor: Tensor) -> ModuleType:
-    """The module with the functions for this tensor's device; both have the same."""
-    return native if tensor.device.type == "cpu" and native.available() else torch_ops
 
 
 def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Float32[Tensor, "rows k"], Float64[Tensor, "rows"]]:

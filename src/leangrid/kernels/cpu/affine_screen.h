@@ -27,10 +27,11 @@ constexpr double kCodeError = 2.5;
 constexpr int64_t kMostWork = 1 << 19;  // n times the number of S above which sorting is faster; measured
 #else
 constexpr double kCodeError = 6.0;
-constexpr int64_t kMostWork = 1 << 17;
+constexpr int64_t kMostWork = 1 << 16;
 #endif
 constexpr int kSurvivors = 8;
-constexpr int64_t kMostSteps = 1 << 14;
+constexpr int64_t kMostSteps = 1 << 14;  // 2 t; T itself stays where `walk` is sure
+constexpr int kFinestSteps = 1 << 20;
 
 struct Weighted {
     float w, g;
@@ -336,7 +337,7 @@ bool affine_range(const AffineArgs& args, int64_t begin, int64_t end) noexcept {
     const int64_t n = args.n, steps = 2 * static_cast<int64_t>(args.shrink_steps), lanes = (steps + 2 * kFloats) / kFloats * kFloats;
     const int64_t wide = (n + 8 + kFloats) / kFloats * kFloats;
     const int k = args.levels;
-    const bool screened = steps <= kMostSteps && n * (args.dtype == 2 ? 32 : steps / 2) <= kMostWork;
+    const bool screened = steps <= kMostSteps && args.steps <= kFinestSteps && n * (args.dtype == 2 ? 32 : steps / 2) <= kMostWork;
     Buffer<uint64_t> keys(n), spare(n);
     Buffer<double> values(2 * n), tails(4 * (n + 1)), runs(4 * (k + 1)), sizes(screened ? 2 * lanes : 0);
     Buffer<int64_t> spots(2 * (k + 1));

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -20,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include "decode_table.h"
 #include "table.h"
 #include "tiles.h"
 
@@ -226,6 +228,11 @@ void outer_sums(int threads, Array<const uint16_t, 2> x, std::optional<Array<con
 }
 
 }  // namespace
+}  // namespace leangrid
+
+#include "bindings_decode.h"
+
+namespace leangrid {
 
 NB_MODULE(_cpu, m) {
     m.doc() = "Row kernels of leangrid; call them through leangrid.kernels, which checks their input.";
@@ -240,6 +247,7 @@ NB_MODULE(_cpu, m) {
     m.def("tiles_available", &tiles_available, "bfloat16 matrix tiles (AMX), granted by the operating system");
     m.def("largest_bits", &largest_bits);
     m.def("outer_sums", &outer_sums, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
+    bind_decode(m);
 }
 
 }  // namespace leangrid

@@ -62,8 +62,9 @@ def descend_levels(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor,
     """See ``leangrid.kernels.descend_levels``; inputs checked there."""
     new, delta = torch.empty_like(codes), torch.empty_like(gradient)
     if codes.numel():
-        descend_kernel[(triton.cdiv(len(codes), ROWS),)](gradient, hessian, codes, levels, levels, codes, codes, new, delta, *codes.shape, 1,
-                                                         BETTER, **level_kind(levels), **LAUNCH)  # fmt: skip
+        with torch.cuda.device_of(codes):
+            descend_kernel[(triton.cdiv(len(codes), ROWS),)](gradient, hessian, codes, levels, levels, codes, codes, new, delta, *codes.shape, 1,
+                                                             BETTER, **level_kind(levels), **LAUNCH)  # fmt: skip
     return new, delta
 
 
@@ -73,6 +74,7 @@ def descend_affine(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor,
     """See ``leangrid.kernels.descend_affine``; inputs checked there."""
     new, delta = torch.empty_like(codes), torch.empty_like(gradient)
     if codes.numel():
-        descend_kernel[(triton.cdiv(len(codes), ROWS),)](gradient, hessian, codes, scale, scale, zero_point, group, new, delta, *codes.shape,
-                                                         scale.shape[1], BETTER, **affine_kind(bits), **LAUNCH)  # fmt: skip
+        with torch.cuda.device_of(codes):
+            descend_kernel[(triton.cdiv(len(codes), ROWS),)](gradient, hessian, codes, scale, scale, zero_point, group, new, delta, *codes.shape,
+                                                             scale.shape[1], BETTER, **affine_kind(bits), **LAUNCH)  # fmt: skip
     return new, delta

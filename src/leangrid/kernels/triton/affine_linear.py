@@ -1,0 +1,36 @@
+"""x W^T for W[i, j] = round((code[i, j] - Z[i, g]) S[i, g]), g = j // group_size, the codes packed as they are stored."""
+
+import torch
+from jaxtyping import Float, Int32, UInt8
+from torch import Tensor
+
+from leangrid.errors import ShapeError
+from leangrid.kernels.triton.packed import FLOATS, Packed, check, product
+
+
+def affine_linear(x: Float[Tensor, "m cols"], words: Int32[Tensor, "rows words"], scale: Float[Tensor, "rows groups"],
+                  zero_point: UInt8[Tensor, "rows groups"], bits: int, group_size: int, stored_dtype: torch.dtype | None = None,
+                  splits: int | None = None) -> Float[Tensor, "m rows"]:  # fmt: skip
+    """The product of an AffineLinear layer, without its bias.
+
+    Args:
+        x, words, bits, splits: as in ``lut_linear``.
+        scale: S, float32, float16 or bfloat16. zero_point: Z, 0 .. 2^bits - 1, unpacked.
+        group_size: columns a group; divides the columns.
+        stored_dtype: what W is rounded to, as readers of the file do; the dtype of ``scale`` where None.
+
+    Returns:
+        [m, rows] of x's dtype. Products in x's dtype where it is the stored one, else float32; sums in float32.
+
+    Raises:
+        ShapeError: shapes, dtypes, bits or devices that do not fit.
+    """
+    check("affine_linear", x, words, bits, scale=scale, zero_point=zero_point)
+    stored, cols = stored_dtype or scale.dtype, x.shape[1]
+    if group_size < 1 or cols % group_size or scale.shape[1] * group_size != cols or zero_point.shape != scale.shape:
+        raise ShapeError(f"affine_linear: scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}, groups of {group_size}, "
+                         f"{cols} columns", "group_size")  # fmt: skip
+    if scale.dtype not in FLOATS or stored not in FLOATS or zero_point.dtype != torch.uint8:
+        raise ShapeError(f"affine_linear: scale {scale.dtype}, zero_point {zero_point.dtype}, stored as {stored}", "affine_linear")
+    scale = scale.contiguous()
+    return product(x, Packed(words.contiguous(), scale, scale, zero_point.contiguous(), cols, bits, stored, True), splits)

@@ -1,0 +1,32 @@
+"""x W^T for W[i, j] = lut[i, code[i, j]], the codes packed as they are stored."""
+
+import torch
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from leangrid.errors import ShapeError
+from leangrid.kernels.triton.packed import FLOATS, Packed, check, product
+
+
+def lut_linear(x: Float[Tensor, "m cols"], words: Int32[Tensor, "rows words"], lut: Float[Tensor, "rows k"], bits: int,
+               splits: int | None = None) -> Float[Tensor, "m rows"]:  # fmt: skip
+    """The product of a LutLinear layer, without its bias.
+
+    Args:
+        x: float32, float16 or bfloat16; any strides, any m >= 0.
+        words: code i of a row in bits [i b, (i+1) b) of the row's stream, least significant first.
+        lut: the levels, 2^bits a row, float32, float16 or bfloat16.
+        bits: b, one of 2, 3, 4, 8.
+        splits: over columns, of batches 2..64; None chooses by the number of processors.
+
+    Returns:
+        [m, rows] of x's dtype. Products in x's dtype where the levels have it too, else float32; sums in float32.
+
+    Raises:
+        ShapeError: shapes, dtypes, bits or devices that do not fit.
+    """
+    check("lut_linear", x, words, bits, lut=lut)
+    if lut.shape[1] != 2**bits or lut.dtype not in FLOATS:
+        raise ShapeError(f"lut_linear: lut is {lut.dtype} {tuple(lut.shape)}", "lut", f"Give {2**bits} levels a row")
+    unused = torch.empty(len(words), 1, dtype=torch.uint8, device=x.device)
+    return product(x, Packed(words.contiguous(), lut.contiguous(), unused, unused, x.shape[1], bits, lut.dtype, False), splits)
