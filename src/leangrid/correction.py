@@ -18,28 +18,29 @@ from leangrid.factor import Factor
 
 @dataclass(frozen=True, eq=False)
 class Correction:
-    """(G - H)(H + lambda I)^-1, to be multiplied from the left by weights: once for the group, or by each layer's few rows.
+    """(G - H)(H + lambda I)^-1, to be multiplied from the left by weights.
 
     Args:
-        difference: G - H, float32, columns in elimination order.
+        matrix: float32; the whole product, columns in original order, where ``solved``; else G - H alone, columns in
+            elimination order, and the few rows that are multiplied by it are solved one layer at a time.
         factor: of H.
-        product: (G - H) U^T U, columns in original order, where the rows that will come outnumber the columns.
+        solved: which of the two.
     """
 
-    difference: Float[Tensor, "cols cols"]
+    matrix: Float[Tensor, "cols cols"]
     factor: Factor
-    product: Float[Tensor, "cols cols"] | None
+    solved: bool
 
     @classmethod
     def of(cls, matrix: Float[Tensor, "cols cols"], cross: Float[Tensor, "cols cols"], factor: Factor, rows: int) -> "Correction":
         """From H (``matrix``, undamped) and G (``cross``), both in original order, and the factor of H; for ``rows`` rows in all."""
         difference = torch.sub(cross, matrix).index_select(1, factor.order)
-        solved = _solve(difference, factor) if rows >= len(matrix) else None
-        return cls(difference, factor, solved)
+        return cls(_in_order(factor, difference), factor, True) if rows >= len(matrix) else cls(difference, factor, False)
 
     def shift(self, weight: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
         """W (G - H)(H + lambda I)^-1, float32."""
-        return weight @ self.product if self.product is not None else _solve(weight @ self.difference, self.factor)
+        product = weight @ self.matrix
+        return product if self.solved else _in_order(self.factor, product)
 
 
 def correct(weight: Float[Tensor, "rows cols"], correction: Correction | None, strength: float) -> Float[Tensor, "rows cols"]:
@@ -48,6 +49,11 @@ def correct(weight: Float[Tensor, "rows cols"], correction: Correction | None, s
     return weight if correction is None or strength == 0 else weight.add(correction.shift(weight), alpha=strength)
 
 
-def _solve(right: Tensor, factor: Factor) -> Tensor:
-    """right U^T U: columns of ``right`` in elimination order, of the result in original order."""
-    return ((right @ factor.upper.T) @ factor.upper).index_select(1, torch.argsort(factor.order))
+def solved(factor: Factor, rows: Float[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
+    """rows (H + lambda I)^-1 = rows U^T U, columns in original order."""
+    return _in_order(factor, rows.index_select(1, factor.order))
+
+
+def _in_order(factor: Factor, rows: Tensor) -> Tensor:
+    """``solved`` of rows whose columns stand in elimination order."""
+    return ((rows @ factor.upper.T) @ factor.upper).index_select(1, torch.argsort(factor.order))

@@ -79,7 +79,7 @@ class HessianSum:
             raise NumericalError(
                 f"{self.dropped} of {seen} tokens have NaN or infinite activations", "hessian", "Run the model in float32 or bfloat16"
             )
-        matrix = _mirrored(self._matrix * (2.0 / self.tokens))
+        matrix = mirror_(self._matrix * (2.0 / self.tokens))
         cross = None if self._cross is None else self._cross * (2.0 / self.tokens)
         if not bool(matrix.sum().isfinite()) or (cross is not None and not bool(cross.sum().isfinite())):
             raise NumericalError(
@@ -111,7 +111,7 @@ def _finite_rows(x: Float[Tensor, "tokens cols"]) -> Bool[Tensor, " tokens"]:
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).isfinite()
 
 
-def _mirrored(matrix: Float[Tensor, "cols cols"], panel: int = 256) -> Float[Tensor, "cols cols"]:
+def mirror_(matrix: Float[Tensor, "cols cols"], panel: int = 256) -> Float[Tensor, "cols cols"]:
     """The upper triangle copied onto the lower, in place, a panel at a time: a whole transpose would miss the cache at every step."""
     for start in range(0, len(matrix), panel):
         stop = start + panel

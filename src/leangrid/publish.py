@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leangrid import devices
 from leangrid._version import __version__
 from leangrid.clock import Clock
 from leangrid.data.calibration import windows_hash
@@ -40,6 +41,7 @@ def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_
         "devices": sorted({info["device"] for info in infos}),
         "products": sorted({info["products"] for info in infos}),
         "threads": sorted({info["threads"] for info in infos}),
+        "memory": [step for info in infos for step in info.get("memory", [])],
         "result": figures,
     }
     card = model_card(prepared.source, recipe, records, bits_per_weight=figures["bits_per_weight"], version=__version__)
@@ -88,7 +90,7 @@ def _result(out: Path, manifest: dict[str, Any], seconds: dict[str, float], devi
         bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
         seconds=seconds,
         peak_ram_bytes=peak_bytes(),
-        peak_gpu_bytes=torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
+        peak_gpu_bytes=devices.peak_bytes(device),
         max_rescued=max_rescued,
         **manifest["result"],
     )
