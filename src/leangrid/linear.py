@@ -196,7 +196,7 @@ class _Layer:
     def swept(self, grid: Grid, stage: str, weight: Tensor | None = None) -> Swept:
         solver = exact_sweep if self.scheme.exact and stage == "solve" else sweep
         weight = self.target if weight is None else weight
-        self.flops[stage] += work.sweep(*weight.shape)
+        self.flops[stage] += work.sweep(weight.shape[0], weight.shape[1])
         with self.timed(stage):
             return solver(weight, self.factor, grid)
 
@@ -205,7 +205,7 @@ class _Layer:
         with self.timed("refine"):
             if not self.recipe.refine:
                 return swept.codes, grid, self.undamped(swept.loss, swept.codes, grid)
-            self.flops["refine"] += work.refine(*self.target.shape, self.recipe.refine)
+            self.flops["refine"] += work.refine(self.target.shape[0], self.target.shape[1], self.recipe.refine)
             result = refine(self.target, swept.codes, grid, self.factor.damped, self.recipe.refine, self.dtype)
             return result.codes, result.grid, self.undamped(result.loss, result.codes, result.grid)
 
@@ -217,7 +217,7 @@ class _Layer:
         return float((damped - torch.linalg.vector_norm(error, dim=1).double().square() * (self.factor.ridge / 2)).sum())
 
     def loss(self, codes: Tensor, grid: Grid) -> float:
-        self.flops["baseline"] += work.layer_loss(*codes.shape)
+        self.flops["baseline"] += work.layer_loss(codes.shape[0], codes.shape[1])
         return loss(grid.dequantize(codes), self.target, self.matrix)
 
     @contextmanager

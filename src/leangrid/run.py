@@ -64,7 +64,8 @@ class BlockWork:
         run, full = self.run, f"{self.name}.{name}"
         for stage, seconds in result.seconds.items():
             run.clock.add("solve" if stage == "refine" else stage, seconds)
-        least = work.sweep(*result.codes.shape) + work.refine(*result.codes.shape, run.recipe.refine or 0)
+        rows, cols = result.codes.shape
+        least = work.sweep(rows, cols) + work.refine(rows, cols, run.recipe.refine or 0)
         run.clock.work.add("solve", 0.0 if run.recipe.parsed.method == "rtn" else least, result.flops["solve"] + result.flops["refine"])
         run.clock.work.add("baseline", 0.0, result.flops["baseline"])
         parameter = self.module.get_parameter(f"{name}.weight")

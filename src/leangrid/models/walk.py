@@ -309,7 +309,7 @@ class BlockWalk:
             elif current.input is None or x.data_ptr() != current.input.data_ptr() or x.shape != current.input.shape:
                 raise ArchitectureError(f"{name} does not read the same input as its group", f"group {group}", "Fix the architecture's row")
             weight: Any = module.weight
-            self.flops += product(*weight.shape, x.numel() // x.shape[-1])
+            self.flops += product(weight.shape[0], weight.shape[1], x.numel() // x.shape[-1])
 
         return hook
 
