@@ -239,7 +239,7 @@ def _few(x: Tensor, codes: Tensor) -> bool:
 
 
 def _product(matrix: Any, x: Tensor, rows: int) -> Tensor:
-    flat = _flat(x.detach().float() if x.dtype == torch.float16 else x.detach()).contiguous()
+    flat = _flat(x.float() if x.dtype == torch.float16 else x).detach().contiguous()
     out = torch.empty(len(flat), rows)
     native.call("product", matrix, flat, out)
     return out.to(x.dtype).view(*x.shape[:-1], rows)
