@@ -16,6 +16,7 @@ NATIVE := CMakeLists.txt $(wildcard src/leangrid/kernels/cpu/*)
 CALIBRATION ?= self
 TEXT ?= embedded
 RESULTS := benchmarks/results
+KEEP := $(BIN)/python benchmarks/lines.py $(RESULTS)
 
 .PHONY: help setup models demo check format test test-slow test-gpu bench race docs clean
 help:  ## this list
@@ -56,9 +57,9 @@ test-slow: $(SETUP) $(MODELS)  ## the slow tests: whole runs on real models
 test-gpu: $(SETUP)  ## the GPU kernels: on the GPU, or anywhere with TRITON_INTERPRET=1
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
 bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a quarter of an hour; then the tables (benchmarks/README.md)
-	$(BIN)/python benchmarks/kernels_cpu.py --repeats 3 --out $(RESULTS)/kernels_cpu.jsonl
-	$(BIN)/python benchmarks/grid_search.py --out $(RESULTS)/grid_search.jsonl
-	$(BIN)/python benchmarks/decode_cpu.py --out $(RESULTS)/decode_cpu.jsonl
+	$(BIN)/python benchmarks/kernels_cpu.py --repeats 3 | $(KEEP)/kernels_cpu.jsonl
+	$(BIN)/python benchmarks/grid_search.py | $(KEEP)/grid_search.jsonl
+	$(BIN)/python benchmarks/decode_cpu.py layers | $(KEEP)/decode_cpu.jsonl
 	$(BIN)/python benchmarks/scaling.py --small --repeats 2 --out $(RESULTS)/scaling.jsonl
 	$(BIN)/python benchmarks/quantize_time.py --rounds 1 --out $(RESULTS)/quantize_time.jsonl
 	$(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION) --text $(TEXT) --windows 12 --schemes W4A16_G64,NU4 \

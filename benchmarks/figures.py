@@ -22,8 +22,9 @@ AXES = {
     "bits": "bits",
     "group_size": "columns a group",
 }
-# One colour a stage in every figure (Okabe and Ito's eight, which colour-blind readers tell apart, and black).
-COLOURS = {"hessian": "#0072B2", "factor": "#56B4E9", "affine": "#D55E00", "nonuniform": "#CC79A7", "sweep": "#009E73",
+# One colour a stage in every figure (Okabe and Ito's, which colour-blind readers tell apart, and three more).
+COLOURS = {"hessian": "#0072B2", "hessian bf16": "#6A3D9A", "factor": "#56B4E9", "affine": "#D55E00",
+           "nonuniform": "#CC79A7", "sweep": "#009E73",
            "refine": "#E69F00", "refine levels": "#B8A200", "pack": "#999999", "linear": "#000000"}  # fmt: skip
 # Text stays text and ids come from a fixed seed: small files that change only where a number does.
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "leangrid", "font.size": 9, "font.family": "sans-serif", "axes.grid": True,

@@ -1,6 +1,6 @@
 """How fast are the CPU kernels? One thread, microseconds a row, every instruction set of this machine; prints one JSON line.
 
-    python benchmarks/kernels_cpu.py [--rows 64] [--cols 4096] [--repeats 5] [--out benchmarks/results/kernels_cpu.jsonl]
+    python benchmarks/kernels_cpu.py [--rows 64] [--cols 4096] [--repeats 5]
 
 Rows are heavy-tailed (Gaussian times log-normal), importances spread over four decades. ``*_g128`` is microseconds a GROUP of 128 columns
 (scale rounded to bfloat16), ``sweep_*`` and ``descend_*`` a row of one 128-column block, ``level_gram`` a row of n columns.
@@ -8,12 +8,11 @@ The best of the repeats counts, in CPU time of the process: other work on the ma
 """
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-import lines
 import torch
 from machine import provenance
 from torch import Tensor
@@ -79,7 +78,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--cols", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.pop("LEANGRID_KERNELS", None)
@@ -91,10 +89,7 @@ def main() -> None:
         table = cases(args.rows, args.cols)
         results[isa] = {name: round(best_of(args.repeats, work) / count * 1e6, 2) for name, (work, count) in table.items()}
     line = {"benchmark": "kernels_cpu", "unit": "CPU microseconds a row (or group), 1 thread", "cols": args.cols, "rows": args.rows}
-    line |= {"results": results} | provenance()
-    print(lines.text(line))
-    if args.out:
-        lines.add(args.out, line)
+    print(json.dumps(line | {"results": results} | provenance()))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from leangrid.recipe import Recipe
 from leangrid.refine import refine
 from leangrid.solver import sweep
 
-BLOCK, PANEL = 128, 512  # columns of a sweep block, and of a Hessian GEMM
+BLOCK, PANEL, TILE = 128, 512, 32  # columns of a sweep block, of a float32 Hessian GEMM, of a square of bfloat16 matrix tiles
 ENOUGH_SECONDS, MOST_CALLS = 0.1, 20  # a short call is repeated more often than asked, within these
 
 
@@ -110,8 +110,8 @@ def affine(at: Point) -> AffineGrid:
 # ---------------------------------------------------------------------------------------------- the stages
 
 
-def _hessian(at: Point) -> Callable[[], object]:
-    x = torch.randn(at.tokens, at.cols, generator=torch.Generator().manual_seed(0))
+def _hessian(at: Point, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
+    x = torch.randn(at.tokens, at.cols, generator=torch.Generator().manual_seed(0)).to(dtype)
     return lambda: HessianSum(at.cols).add(x)
 
 
@@ -154,11 +154,11 @@ def _linear(at: Point) -> Callable[[], object]:
     return lambda: solve_linear(w, made, matrix, recipe, torch.bfloat16)
 
 
-def hessian_cost(at: Point) -> Cost:
-    panels = [(min(PANEL, at.cols - start), at.cols - start) for start in range(0, at.cols, PANEL)]
+def hessian_cost(at: Point, panel: int = PANEL, size: int = 4) -> Cost:
+    """Of the upper triangle in panels of columns; ``size`` bytes an activation."""
+    panels = [(min(panel, at.cols - start), at.cols - start) for start in range(0, at.cols, panel)]
     elements = sum(width * right for width, right in panels)
-    read = sum(at.tokens * (width + right) for width, right in panels)
-    return Cost(2.0 * at.tokens * elements, 4.0 * (read + 2 * elements))
+    return Cost(2.0 * at.tokens * elements, float(size * at.tokens * at.cols + 8 * elements))
 
 
 def factor_cost(at: Point) -> Cost:
@@ -184,20 +184,21 @@ def sweep_cost(at: Point) -> Cost:
 def refine_affine_cost(at: Point, rounds: int = 1) -> Cost:
     groups, size = at.cols // at.group_size, at.group_size
     state = 2.0 * at.rows * at.cols**2  # the gradient E H, anew for each grid
-    normal = sum(2.0 * at.rows * size * (at.cols - g * size) for g in range(groups)) + at.rows * groups**3 / 3
-    return _refine_cost(at, rounds, state, state + normal)
+    normal = sum(2.0 * at.rows * size * (at.cols - g * size) for g in range(groups))
+    return _refine_cost(at, rounds, state, normal + at.rows * (groups**3 / 3 + 2.0 * groups**2))  # solved, and the step judged
 
 
 def refine_nonuniform_cost(at: Point, rounds: int = 1) -> Cost:
     state = 2.0 * at.rows * at.cols**2
-    normal = at.rows * (at.cols**2 / 2 + 8.0**at.bits / 3)  # P^T H P by additions, and its Cholesky factor
-    return _refine_cost(at, rounds, state, state + normal)
+    normal = at.rows * (at.cols**2 / 2 + 8.0**at.bits / 3 + 2.0 * 4**at.bits)  # P^T H P by additions; solved, and the step judged
+    return _refine_cost(at, rounds, state, normal)
 
 
 def _refine_cost(at: Point, rounds: int, state: float, refit: float) -> Cost:
     descent = 2.0 * at.rows * (at.cols**2 + _inside(at.cols))
     passes = at.cols // BLOCK * rounds + 4 * (rounds + 1)  # over [rows, cols]: a GEMM a block, and the elementwise work of a refit
-    return Cost(state + (rounds + 1) * refit + rounds * descent, 4.0 * (2 * at.rows * at.cols * passes + (3 * rounds + 2) * at.cols**2))
+    work = (rounds + 1) * (state + refit) + rounds * descent
+    return Cost(work, 4.0 * (2 * at.rows * at.cols * passes + (3 * rounds + 2) * at.cols**2))
 
 
 def elements_cost(read: float, written: float) -> Callable[[Point], Cost]:
@@ -207,13 +208,14 @@ def elements_cost(read: float, written: float) -> Callable[[Point], Cost]:
 
 def linear_cost(at: Point) -> Cost:
     parts = (sweep_cost(at), sweep_cost(at), refine_affine_cost(at))  # the baseline's sweep and the learned grid's
-    losses = 3 * 2.0 * at.rows * at.cols**2  # of the result, of rounding, of min-max GPTQ
-    return Cost(sum(part.flops or 0.0 for part in parts) + losses, sum(part.bytes for part in parts) + 12.0 * at.rows * at.cols)
+    rounding = 2.0 * at.rows * at.cols**2  # its loss; the solver knows the others
+    return Cost(sum(part.flops or 0.0 for part in parts) + rounding, sum(part.bytes for part in parts) + 12.0 * at.rows * at.cols)
 
 
 _SHAPE = ("rows", "cols", "bits")
 STAGES: dict[str, Stage] = {
     "hessian": Stage(("cols", "tokens"), _hessian, hessian_cost),
+    "hessian bf16": Stage(("cols", "tokens"), lambda at: _hessian(at, torch.bfloat16), lambda at: hessian_cost(at, TILE, 2)),
     "factor": Stage(("cols",), lambda at: functools.partial(factorize, hessian(at.cols)), factor_cost),
     "affine": Stage((*_SHAPE, "steps", "group_size"), _affine, elements_cost(4, 0)),
     "nonuniform": Stage(_SHAPE, _nonuniform, elements_cost(4, 0)),

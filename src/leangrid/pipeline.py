@@ -107,6 +107,7 @@ def _quantize_block(run: Run, index: int, streams: Streams) -> Streams:
             solve = _solve_lean if lean else _solve
             for name, weight in solve(run, block, group, number).items():
                 walk.replace(name, weight)
+        run.count_forward(block, walk.flops)
         return run.commit(block, walk.finished())
 
 
@@ -122,6 +123,7 @@ def _solve(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[
         if hessian.cross is not None and not factor.is_diagonal:
             correction = Correction.of(hessian.matrix, hessian.cross, factor, block.rows(group.names))
         hessian = replace(hessian, cross=None)
+    run.count_group(hessian, block.rows(group.names), correction is not None)
     new = {}
     for name in group.names:
         with run.stage("factor", number):
@@ -138,6 +140,7 @@ def _solve_lean(run: Run, block: BlockWork, group: GroupInputs, number: int) -> 
     total = _summed(run, group, number, WideSum)
     with run.stage("factor", number):
         wide = WideGroup(total, {name: block.weight(name) for name in group.names}, run.recipe, run.strength)
+    run.count_group(wide.hessian, block.rows(group.names), group.paired)
     return {name: block.keep(name, wide.solve(name, run.skeleton.dtype), wide.hessian, wide.factor) for name in group.names}
 
 

@@ -92,8 +92,10 @@ def _refit(state: _State, matrix: Tensor, dtype: torch.dtype) -> Refined:
     A step d changes twice the loss by d A d^T + 2 b d^T, with A and b of the normal equations: that decides for each row
     whether the rounded step is taken, and no product with H is needed to judge it.
     """
-    refit = _refit_scales if isinstance(state.grid, AffineGrid) else _refit_levels
-    codes, grid, change = refit(state, matrix, dtype)
+    if isinstance(state.grid, AffineGrid):
+        codes, grid, change = _refit_scales(state, state.grid, matrix, dtype)
+    else:
+        codes, grid, change = _refit_levels(state, matrix, dtype)
     worse = (~(change < 0)).nonzero().squeeze(1)
     if len(worse):
         grid = grid.put(worse, state.grid.take(worse))
@@ -114,9 +116,9 @@ def _refit_levels(state: _State, matrix: Tensor, dtype: torch.dtype) -> tuple[Te
     return rank.gather(1, index).to(torch.uint8), NonuniformGrid(levels), change
 
 
-def _refit_scales(state: _State, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid, Tensor]:
+def _refit_scales(state: _State, grid: AffineGrid, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid, Tensor]:
     """Least-squares scales of all groups of a row together; a scale that would vanish or change its sign stays."""
-    grid, codes = state.grid, state.codes
+    codes = state.codes
     rows, groups = grid.scale.shape
     size = codes.shape[1] // groups
     scale, change = grid.scale.clone(), torch.zeros(rows, dtype=torch.float64, device=codes.device)

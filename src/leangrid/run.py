@@ -1,6 +1,7 @@
 """One run on disk: what it works on, what is already committed, and how it ends. The hallway asks, this room answers."""
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from leangrid import kernels, memory
+from leangrid import kernels, memory, work
 from leangrid.clock import Clock
 from leangrid.devices import DeviceClock, accelerated, checked, release_cached, start_counting, to_host
 from leangrid.errors import Interrupted, LeangridError
@@ -63,6 +64,10 @@ class BlockWork:
         run, full = self.run, f"{self.name}.{name}"
         for stage, seconds in result.seconds.items():
             run.clock.add("solve" if stage == "refine" else stage, seconds)
+        rows, cols = result.codes.shape
+        least = work.sweep(rows, cols) + work.refine(rows, cols, run.recipe.refine or 0)
+        run.clock.work.add("solve", 0.0 if run.recipe.parsed.method == "rtn" else least, result.flops["solve"] + result.flops["refine"])
+        run.clock.work.add("baseline", 0.0, result.flops["baseline"])
         parameter = self.module.get_parameter(f"{name}.weight")
         with run.clock.stage("pack"):
             # What a reader of the file multiplies by: rounded to the stored dtype, then computed in ours.
@@ -162,6 +167,21 @@ class Run:
         self.at = ("forward" if name == "calibrate" else "algebra", group)
         with self.clock.stage(name), products(self.recipe.products if name in _PRODUCTS else "float32"):
             yield
+
+    def count_forward(self, block: BlockWork, done: float) -> None:
+        """Count a walked block: each linear once a token and stream is what must be done."""
+        names = [name for group in self.skeleton.architecture.groups for name in group]
+        weights = sum(math.prod(self.skeleton.shape(f"{block.name}.{name}")) for name in names)
+        streams = 2 if self.strength > 0 else 1
+        self.clock.work.add("calibrate", streams * work.product(weights, 1, self.windows.numel()), done)
+
+    def count_group(self, hessian: Hessian, rows: int, corrected: bool) -> None:
+        """Count the sums, the factorization and the correction of a group with ``rows`` output features."""
+        counts, cols, streams = self.clock.work, len(hessian.matrix), 2 if self.strength > 0 else 1
+        blocks = kernels.outer_block(hessian.matrix.device)
+        counts.add("hessian", work.hessian(hessian.tokens, cols, streams), work.hessian(hessian.tokens, cols, streams, min(blocks, cols)))
+        moves = [work.correction(rows, cols, done) if corrected else 0.0 for done in (False, True)]
+        counts.add("factor", work.factor(cols, False) + moves[0], work.factor(cols, True) + moves[1])
 
     def algebra_device(self, group: int) -> torch.device:
         """Where the Hessian of ``group`` is summed, factored and solved."""

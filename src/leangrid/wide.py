@@ -207,6 +207,7 @@ def joined(parts: list[LinearResult]) -> LinearResult:
         sum(part.loss_rounding for part in parts),
         several,
         {stage: sum(part.seconds[stage] for part in parts) for stage in parts[0].seconds},
+        {stage: sum(part.flops[stage] for part in parts) for stage in parts[0].flops},
     )
 
 

@@ -70,6 +70,20 @@ def test_the_same_measurement_replaces_its_line(bench: Any, tmp_path: Path) -> N
     assert not list(path.parent.glob("*.part"))
 
 
+def test_what_a_script_prints_is_kept_and_shown(bench: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    printed = [
+        '{"benchmark": "b", "rows": 64, "s": 1}',
+        "a remark",
+        '{"benchmark": "b", "rows": 128, "s": 2}',
+        '{"benchmark": "b", "rows": 64, "s": 3}',
+    ]
+    command = [sys.executable, str(ROOT / "benchmarks" / "lines.py"), str(path)]
+    done = subprocess.run(command, input="\n".join(printed) + "\n", capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == printed
+    assert [line["s"] for line in bench("lines").read(path)] == [3, 2]
+
+
 def test_a_figure_that_is_not_finite_becomes_null(bench: Any) -> None:
     text = bench("lines").text({"kl": float("nan"), "inside": {"x": [float("inf"), 1.5]}, "name": "é"})
     assert json.loads(text) == {"kl": None, "inside": {"x": [None, 1.5]}, "name": "é"}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 
 import leangrid
@@ -42,7 +43,7 @@ def prompted(model: torch.nn.Module, tokens: Tensor, capacity: int) -> tuple[lis
 
 
 def same_as_the_model(model: torch.nn.Module) -> None:
-    tokens = tiny_models.tokens(1, 40)
+    tokens = tiny_models.tokens(1, 40) % (model.config.vocab_size - 4)
     keys, values = prompted(model, tokens[:, :20], 40)
     whole_keys, whole_values = prompted(model, tokens, 40)
     step = native_step(model, keys, values)
@@ -66,6 +67,18 @@ def test_mistral_without_its_window(isa: str) -> None:
     assert native_step(model, *prompted(model, tiny_models.tokens(1, 4), 16)) is not None
     model.config.sliding_window = None
     same_as_the_model(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_that_are_no_multiple_of_a_vector(isa: str, tmp_path: Path, dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 40, "intermediate_size": 72, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10}
+    config = hf.LlamaConfig(vocab_size=tiny_models.VOCAB - 1, num_hidden_layers=3, initializer_range=0.1, pad_token_id=0, **sizes)
+    source = hf.LlamaForCausalLM(config).to(dtype).eval()
+    if dtype == torch.float32:
+        same_as_the_model(source)
+    source.save_pretrained(tmp_path / "source")
+    write(tmp_path / "source", tmp_path / "out", "NU3")
+    same_as_the_model(leangrid.load(tmp_path / "out", dtype=torch.float32)[0])
 
 
 @pytest.mark.parametrize("scheme", ["NU4", "NU3", "W4A16_G32", "W8A16", "W3A16_G16_SYM"])

@@ -189,6 +189,31 @@ def test_many_groups_of_the_usual_kind_match_the_torch_twin(
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours[:2], twin[:2], strict=True))
 
 
+@pytest.mark.parametrize("decades", [0, 4, 12])
+@pytest.mark.parametrize(("n", "levels"), [(576, 16), (1536, 16), (300, 6), (200, 32), (40, 16), (90, 64), (2500, 8)])
+def test_the_shortest_path_gives_the_levels_of_the_torch_layers(
+    n: int, levels: int, decades: int, isa: str, generator: torch.Generator
+) -> None:
+    """From 6 levels on C++ seeks a price of a cluster; the twin goes layer by layer."""
+    weight, share = heavy(generator, 6, n), 10.0 ** (-decades * torch.rand(6, n, generator=generator, dtype=torch.float64))
+    weight[1] = weight[1].abs()
+    weight[2, : n // 3] = weight[2, n // 3 : 2 * (n // 3)]  # values twice
+    weight[3, 0], weight[4, 0] = 30.0, -30.0
+    unit = torch.frexp(share.amax(1, keepdim=True)).exponent
+    ours, twin = kernels.kmeans_dp(weight, share, levels), torch_ops.kmeans_dp(weight, torch.ldexp(share, -unit), levels)
+    assert torch.equal(ours[0], twin[0])
+    assert torch.equal(ours[1], torch.ldexp(twin[1], unit[:, 0]))
+
+
+@pytest.mark.parametrize("levels", [6, 8, 16])
+def test_levels_are_optimal_where_many_partitions_tie(levels: int, isa: str, generator: torch.Generator) -> None:
+    even = torch.arange(48.0)[None].expand(3, -1)  # no price of a cluster gives every number of them
+    weight = torch.cat([even, torch.round(heavy(generator, 3, 48) * 100)]).contiguous()
+    share = torch.ones(48, dtype=torch.float64)
+    reached, twin = kernels.kmeans_dp(weight, share, levels)[1], torch_ops.kmeans_dp(weight, share, levels)[1]
+    assert torch.allclose(reached, twin, rtol=1e-12)
+
+
 @pytest.mark.parametrize(("rows", "n", "levels"), [(1, 1, 1), (3, 70, 4), (5, 700, 16), (2, 1100, 3)])
 def test_level_gram_is_the_product_with_the_one_hot_matrix(rows: int, n: int, levels: int, isa: str, generator: torch.Generator) -> None:
     h = hessian(generator, n)

@@ -4,6 +4,7 @@ Both step through the model with a key/value cache whose buffers are allocated o
 itself at every token, which costs more than the model once windows are long.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -170,7 +171,8 @@ def _inverse_cdf(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " 
 
 
 def _logits(model: torch.nn.Module, ids: Int64[Tensor, "batch tokens"], cache: Cache) -> Float[Tensor, "batch vocab"]:
-    output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    last = {"logits_to_keep": 1} if ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
     logits = getattr(output, "logits", None)
     if logits is None:
         raise CalibrationError("an encoder has no next token to draw", type(model).__name__, "Use --calibration c4 or a .txt/.jsonl file")

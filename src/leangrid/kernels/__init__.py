@@ -18,8 +18,8 @@ from leangrid.kernels.checks import block, codes_below, group_index, normalised_
 from leangrid.kernels.choice import backend
 from leangrid.kernels.choice import ops as _ops
 
-__all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "kmeans_dp", "kmeans_lloyd", "level_gram", "outer_sums",
-           "squares_are_finite", "sweep_affine", "sweep_levels"]  # fmt: skip
+__all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "kmeans_dp", "kmeans_lloyd", "level_gram", "outer_block",
+           "outer_sums", "squares_are_finite", "sweep_affine", "sweep_levels"]  # fmt: skip
 
 SCALE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
@@ -206,6 +206,12 @@ def squares_are_finite(x: Tensor) -> bool:
     if x.dtype == torch.bfloat16 and _ops(x) is native and native.tiles_available():
         return bool(native.largest_magnitude(x.detach()) * max(x.numel(), 1) ** 0.5 < 1e19)
     return bool(torch.linalg.vector_norm(x.detach(), dtype=torch.float32).square().isfinite())
+
+
+def outer_block(device: torch.device | str = "cpu") -> int:
+    """Columns of the squares in which ``outer_sums`` goes through bfloat16 inputs there: it also fills those on the diagonal."""
+    tiled = torch.device(device).type == "cpu" and native.available() and native.tiles_available()
+    return native.TILE_COLUMNS if tiled else torch_sums.PANEL
 
 
 def outer_sums(x: Tensor, matrix: Tensor, original: Tensor | None = None, cross: Tensor | None = None) -> None:

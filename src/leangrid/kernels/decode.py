@@ -101,7 +101,8 @@ def affine_linear(x: Float[Tensor, "*batch cols"], codes: Shaped[Tensor, "lines 
     """x W^T + bias, W[i, j] = S[i, g] (code[i, j] - Z[i, g]) rounded to ``stored_dtype``, g = j // group_size. As ``lut_linear``."""
     _check("affine_linear", x, codes, scale, bias, bits)
     if x.shape[-1] != scale.shape[1] * group_size or zero_point.shape != scale.shape or zero_point.device != scale.device:
-        what = f"affine_linear: {x.shape[-1]} columns in groups of {group_size}, scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}"
+        grid = f"scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}"
+        what = f"affine_linear: {x.shape[-1]} columns in groups of {group_size}, {grid}"
         raise ShapeError(what, "scale", "One scale and zero point for every group of columns, on one device")
     op = _affine_linear if _direct(x) else torch.ops.leangrid.affine_linear
     return op(x, codes, scale, zero_point, bias, bits, group_size, stored_dtype)
@@ -238,7 +239,7 @@ def _few(x: Tensor, codes: Tensor) -> bool:
 
 
 def _product(matrix: Any, x: Tensor, rows: int) -> Tensor:
-    flat = _flat(x.detach().float() if x.dtype == torch.float16 else x.detach()).contiguous()
+    flat = _flat(x.float() if x.dtype == torch.float16 else x).detach().contiguous()
     out = torch.empty(len(flat), rows)
     native.call("product", matrix, flat, out)
     return out.to(x.dtype).view(*x.shape[:-1], rows)

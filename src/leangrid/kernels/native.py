@@ -15,6 +15,7 @@ from torch import Tensor
 from leangrid.errors import RecipeError
 from leangrid.kernels.torch_affine import SCALE_LIMITS, shrink_steps
 
+TILE_COLUMNS = 32  # of a square of outer_sums
 CHOICES = ("torch", "portable", "avx2", "avx512", "triton")
 
 

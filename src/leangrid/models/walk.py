@@ -25,6 +25,7 @@ from leangrid.devices import to_host
 from leangrid.errors import ArchitectureError, CalibrationError
 from leangrid.models.architectures import Groups
 from leangrid.models.skeleton import Skeleton
+from leangrid.work import product
 
 
 @dataclass
@@ -181,6 +182,7 @@ class BlockWalk:
         self._replay, self._park = replay, replay and park
         self._replacements: dict[str, Tensor] = {}
         self._outputs: Streams | None = None
+        self.flops = 0.0  # of the groups' linears, as they were called
 
     def replace(self, name: str, weight: Tensor) -> None:
         """Let the quantized stream go on with ``weight`` [rows, cols as the module stores it] in the linear ``name``."""
@@ -194,7 +196,7 @@ class BlockWalk:
 
     def __iter__(self) -> Iterator[GroupInputs]:
         hooks = [
-            self._block.get_submodule(name).register_forward_pre_hook(_pause_at(group, name))
+            self._block.get_submodule(name).register_forward_pre_hook(self._pause_at(group, name))
             for group, names in enumerate(self._groups)
             for name in names
         ]
@@ -294,6 +296,23 @@ class BlockWalk:
             )
         return reached
 
+    def _pause_at(self, group: int, name: str) -> Any:
+        """A forward pre-hook: the first linear of ``group`` that is called stops its pass; the others must read the same input."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            current, x = getcurrent(), args[0]
+            if not isinstance(current, _Pass):
+                return
+            if current.group != group:
+                current.group, current.input = group, x
+                current.parent.switch(x)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
+            elif current.input is None or x.data_ptr() != current.input.data_ptr() or x.shape != current.input.shape:
+                raise ArchitectureError(f"{name} does not read the same input as its group", f"group {group}", "Fix the architecture's row")
+            weight: Any = module.weight
+            self.flops += product(weight.shape[0], weight.shape[1], x.numel() // x.shape[-1])
+
+        return hook
+
 
 def _end(one: _Pass) -> None:
     """End a pass where it stands: its stack names itself, so nobody else would ever let its activations go."""
@@ -307,21 +326,3 @@ def _home(result: Tensor, hidden: Tensor) -> Tensor:
     if result.device == hidden.device:
         return result
     return torch.empty_like(result, device=hidden.device, pin_memory=hidden.is_pinned()).copy_(result)
-
-
-def _pause_at(group: int, name: str) -> Any:
-    """A forward pre-hook: the first linear of ``group`` that is called stops its pass; the others must read the same input."""
-
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        current = getcurrent()
-        if not isinstance(current, _Pass):
-            return
-        if current.group == group:
-            same = current.input is not None and args[0].data_ptr() == current.input.data_ptr() and args[0].shape == current.input.shape
-            if not same:
-                raise ArchitectureError(f"{name} does not read the same input as its group", f"group {group}", "Fix the architecture's row")
-            return
-        current.group, current.input = group, args[0]
-        current.parent.switch(args[0])  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
-
-    return hook

@@ -80,6 +80,19 @@ inline Floats mul_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
+inline double least_lane(Doubles x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_min_pd((__m512d)x);
+#elif defined(__AVX__)
+    const __m128d half = _mm_min_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));
+    return _mm_cvtsd_f64(_mm_min_sd(half, _mm_unpackhi_pd(half, half)));
+#else
+    double out = x[0];
+    for (int lane = 1; lane < kDoubles; ++lane) out = x[lane] < out ? x[lane] : out;
+    return out;
+#endif
+}
+
 inline float bits_float(uint32_t bits) {
     float x;
     memcpy(&x, &bits, 4);

@@ -20,6 +20,12 @@ inline void rms_norm(const float* x, const float* weight, int64_t n, float epsil
     for (j = 0; j < n; ++j) out[j] = weight[j] * (x[j] * scale);
 }
 
+// For a product: zeros up to the next multiple of 16, where `out` still has what another stage left.
+inline void padded_norm(const StepArgs& args, const float* weight, float* out) {
+    rms_norm(args.x, weight, args.hidden, args.epsilon, out);
+    for (int64_t j = args.hidden; j % 16; ++j) out[j] = 0.0f;
+}
+
 inline void rotate(float* head, const float* cos, const float* sin, int64_t n) {
     for (int64_t j = 0; j < n / 2; ++j) {
         const float a = head[j], b = head[j + n / 2];
@@ -121,7 +127,7 @@ inline void swiglu(const StepArgs& args, const Block& block, float* own, int64_t
     const int64_t from = begin * kTileRows, count = least(end * kTileRows, n) - from, padded = (args.hidden + 15) / 16 * 16;
     const int64_t room = (n + 31) / 16 * 16;
     float *normed = own, *gate = own + padded, *up = gate + room, *grown = up + room;
-    rms_norm(args.x, block.norm_mlp, args.hidden, args.epsilon, normed);
+    padded_norm(args, block.norm_mlp, normed);
     product_range({block.gate, normed, 1, 0, gate, 0}, begin, end);
     product_range({block.up, normed, 1, 0, up, 0}, begin, end);
     for (int64_t j = 0; j < count; ++j) grown[j] = -gate[from + j];
@@ -134,7 +140,7 @@ void stage_of(const StepArgs& args, int64_t index, int stage, int64_t thread, in
     float* own = args.own + thread * args.own_stride;
     if (stage == 0) {
         const int64_t size = args.head_dim;
-        rms_norm(args.x, block.norm_attention, args.hidden, args.epsilon, own);
+        padded_norm(args, block.norm_attention, own);
         share(block.q, own, args.qkv, thread, threads);
         share(block.k, own, args.qkv + args.heads * size, thread, threads);
         share(block.v, own, args.qkv + (args.heads + args.kv_heads) * size, thread, threads);
@@ -151,7 +157,7 @@ void stage_of(const StepArgs& args, int64_t index, int stage, int64_t thread, in
 
 void head_of(const StepArgs& args, int64_t thread, int64_t threads) noexcept {
     float* own = args.own + thread * args.own_stride;
-    rms_norm(args.x, args.norm, args.hidden, args.epsilon, own);
+    padded_norm(args, args.norm, own);
     share(args.head, own, args.logits, thread, threads);
 }
 
