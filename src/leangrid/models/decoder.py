@@ -92,9 +92,10 @@ def _matrix(layer: nn.Module, done: dict[int, Any]) -> Any:
 
 def _narrow(weight: Tensor) -> Tensor:
     narrow = torch.empty_like(weight, dtype=torch.bfloat16)
-    for start in range(0, len(weight), 1024):  # pieces that stay in the cache
-        part = weight[start : start + 1024]
-        narrow[start : start + 1024] = part
-        if not torch.equal(narrow[start : start + 1024].to(weight.dtype), part):
+    for start in range(0, len(weight), 256):  # pieces that stay in the cache
+        part = weight[start : start + 256]
+        short = part.bfloat16()
+        if not torch.equal(short.to(weight.dtype), part):
             return weight.float()
+        narrow[start : start + 256] = short
     return narrow
