@@ -2,8 +2,9 @@
 
     python benchmarks/kernels_cpu.py [--rows 64] [--cols 4096] [--repeats 5]
 
-Rows are heavy-tailed (Gaussian times log-normal), importances spread over four decades. ``*_g128`` is microseconds a GROUP of 128 columns
-(scale rounded to bfloat16), ``sweep_*`` and ``descend_*`` a row of one 128-column block, ``level_gram`` a row of n columns.
+Rows are heavy-tailed (Gaussian times log-normal), importances spread over four decades. ``*_g64`` and ``*_g128`` are microseconds a GROUP
+(scale rounded to bfloat16 unless said), ``*_576`` and ``*_1536`` a row of that many columns, ``sweep_*`` and ``descend_*`` a row of one
+128-column block, ``level_gram`` a row of n columns.
 The best of the repeats counts, in CPU time of the process: other work on the machine only ever adds time.
 """
 
@@ -70,7 +71,35 @@ def cases(rows: int, cols: int) -> dict[str, tuple[Callable[[], object], float]]
         "descend_levels_16": (lambda: kernels.descend_levels(wide, hessian, codes, levels), many),
         "descend_affine_4": (lambda: kernels.descend_affine(wide, hessian, codes, scale, zero, group, 4), many),
         "level_gram_16": (lambda: kernels.level_gram(big, long_codes, 16), rows),
-    }  # fmt: skip
+    } | small_cases()  # fmt: skip
+
+
+def small_cases() -> dict[str, tuple[Callable[[], object], float]]:
+    """The sizes of a model of 135M weights: groups of 64 and rows of 576 and 1536, whatever --rows and --cols say."""
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 4608, generator=g) * torch.exp(0.5 * torch.randn(64, 4608, generator=g)) * 0.02
+    share = 10.0 ** (-4 * torch.rand(4608, generator=g, dtype=torch.float64))
+
+    def search(bits: int, shrink: float, size: int, symmetric: bool, dtype: torch.dtype | None) -> tuple[Callable[[], object], float]:
+        return lambda: kernels.affine_search(weight, share, bits, 2048, shrink, size, symmetric, dtype), weight.numel() // size
+
+    def optimal(levels: int, cols: int) -> tuple[Callable[[], object], float]:
+        rows = weight.view(-1, cols)
+        return lambda: kernels.kmeans_dp(rows, share[:cols], levels), len(rows)
+
+    return {
+        "affine_4_g64": search(4, 0.2, 64, False, torch.bfloat16),
+        "affine_3_g64": search(3, 0.3, 64, False, torch.bfloat16),
+        "affine_2_g64": search(2, 0.4, 64, False, torch.bfloat16),
+        "affine_4_g32": search(4, 0.2, 32, False, torch.bfloat16),
+        "affine_4_g64_symmetric": search(4, 0.2, 64, True, torch.bfloat16),
+        "affine_4_g64_f16": search(4, 0.2, 64, False, torch.float16),
+        "affine_4_g64_f32": search(4, 0.2, 64, False, None),
+        "affine_4_576": search(4, 0.2, 576, False, torch.bfloat16),
+        "kmeans_dp_16_576": optimal(16, 576),
+        "kmeans_dp_16_1536": optimal(16, 1536),
+        "kmeans_dp_8_576": optimal(8, 576),
+    }
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The enumerative affine search in plain torch: the twin (and the meaning) of cpu/affine.h.
+"""The enumerative affine search in plain torch: the twin (and the meaning) of cpu/affine.h and cpu/affine_screen.h.
 
 Candidates are lo = lo0 + a R/T, hi = hi0 - c R/T for a, c < t. S = (hi - lo)/(K-1) depends on s = a + c alone, and Z is an integer, so
 only the distinct pairs (S, Z) are scored. With u = q - Z the objective of a pair is

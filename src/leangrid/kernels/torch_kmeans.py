@@ -1,4 +1,4 @@
-"""Weighted one-dimensional k-means, a row at a time, in plain torch: the twin (and the meaning) of cpu/kmeans.h.
+"""Weighted one-dimensional k-means, a row at a time, in plain torch: the twin (and the meaning) of cpu/kmeans.h and kmeans_path.h.
 
 A sorted row and prefix sums of g, g x, g x^2 make the cost of any interval O(1). The sums start in the MIDDLE of the row and x is
 measured from its middle element, so that an outlier at either end never cancels against the bulk. Every operation is elementwise

@@ -1,4 +1,5 @@
-// The enumerative affine search; the mathematics is in torch_affine.py, whose arithmetic this follows operation by operation.
+// The enumerative affine search by sorting; the mathematics is in torch_affine.py, whose arithmetic this follows operation by operation.
+// affine_screen.h decides most short groups before it comes to this.
 #pragma once
 #include "base.h"
 #include "table.h"

@@ -253,7 +253,8 @@ struct Screen {
                 return 0.0f;
             }
             for (int32_t z = 0; z < most_pairs; ++z, zero += 1.0f) {
-                const Floats sum = base + lane_sums<true>(item + tail, end - tail, inverse_scale, minus, magic - zero, magic + (top - zero));
+                const Floats low = magic - zero, high = magic + (top - zero);
+                const Floats sum = base + lane_sums<true>(item + tail, end - tail, inverse_scale, minus, low, high);
                 const Floats here = zero <= stop ? sum : lanes_of(__builtin_inff());
                 const Ints better = here < best;
                 best = better ? here : best;

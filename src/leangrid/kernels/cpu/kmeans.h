@@ -1,7 +1,8 @@
 // Weighted one-dimensional k-means, globally optimal or Lloyd's; the mathematics and the exact arithmetic are those of torch_kmeans.py.
 //
-// The dynamic program here does less work for the same optimum: equal values are merged (an optimum never splits them), it runs from
-// both ends and meets in the middle (K/2 layers each), and a prefix that already costs more than Lloyd's whole result is dropped.
+// Less work for the same optimum: equal values are merged (an optimum never splits them), and from kPathLevels levels on it is a shortest
+// path (kmeans_path.h). Else, and where that finds no price for K, layers: from both ends, meeting in the middle (K/2 layers each); a prefix
+// that already costs more than Lloyd's whole result is dropped.
 #pragma once
 #include "base.h"
 #include "kmeans_path.h"
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int kStartBins = 128;
 constexpr int kPad = 16;
-constexpr int kPathLevels = 6;  // from here on the path is faster than layers; measured
+constexpr int kPathLevels = 8;  // from here on the path is faster than layers; measured
 
 // ------------------------------------------------------------------------------------------------ Lloyd
 
@@ -163,7 +164,8 @@ struct Span {
 // One more cluster for every prefix of p: next[j] and where its last cluster starts. Prefixes that cost more than limit become infinite.
 // The best split is monotone in j (solve the middle, then both halves within the split found) and in the number of clusters (before:
 // the previous layer's splits, or nullptr). Returns the longest finite prefix.
-inline int64_t layer(const Prefix& p, const double* done, int64_t reach, double limit, const int32_t* before, double* next, int32_t* split) {
+inline int64_t layer(const Prefix& p, const double* done, int64_t reach, double limit, const int32_t* before, double* next,
+                     int32_t* split) {
     Span stack[64];
     int depth = 0;
     int64_t top = p.m;
@@ -210,8 +212,7 @@ struct Direction {
         const int64_t m = prefix.m;
         reach = m;
         for (int64_t j = m; j >= 0; --j) {
-            const double s0 = prefix.p0[j] - prefix.p0[0], s1 = prefix.p1[j] - prefix.p1[0], s2 = prefix.p2[j] - prefix.p2[0];
-            done[j] = most(0.0, s2 - (s0 > 0.0 ? s1 * s1 / s0 : 0.0));
+            done[j] = prefix.cost(0, j);
             if (done[j] > limit) reach = j - 1;
         }
         for (int64_t j = reach + 1; j <= m + kPad; ++j) done[j] = __builtin_inf();

@@ -62,8 +62,8 @@ inline void lane_splits(const Prefix& p, double lambda, int64_t low, int64_t hig
 
 // The cheapest way through all values when every cluster costs lambda more, whatever their number: total[j] = min over i < j of
 // total[i] + cost(i, j) + lambda, split[j] the smallest such i. Splits rise with j, so a block of neighbouring ends has its splits between
-// that of the end before it and that of its own last end. Blocks are about a quarter of a cluster long; where that is too long for the last
-// split to lie before the block, one vector long.
+// that of the end before it and that of its own last end. Where a cluster is too short for that split to lie before the block, the block is
+// one vector long.
 inline void cheapest_path(const Prefix& p, double lambda, int64_t block, double* total, int32_t* split) {
     int64_t low = 0;
     total[0] = 0.0;
@@ -89,7 +89,9 @@ inline void cheapest_path(const Prefix& p, double lambda, int64_t block, double*
 // The bounds (k + 1) of the optimal partition into k clusters, from a first guess of lambda; false where no lambda tried gives k.
 // Each turn that misses gives the exact optimum of another number; between two of them the next lambda is the slope of their chord.
 inline bool penalised_path(const Prefix& p, int k, double lambda, double* total, int32_t* split, int64_t* bound) {
-    const int64_t block = p.m / k / 4 / kDoubles * kDoubles;
+    // Long blocks spread the search for a block's last split, short ones keep the searches inside it short: w / B against B / kDoubles.
+    const double width = static_cast<double>(p.m) / k, even = __builtin_sqrt(width * kDoubles * 2.0 / 3.0);
+    const int64_t block = static_cast<int64_t>(least(width / 4.0, even)) / kDoubles * kDoubles;
     int64_t more = 0, fewer = 0;
     double cost_more = 0.0, cost_fewer = 0.0;
     for (int turn = 0; turn < kTurns && lambda > 0.0; ++turn) {
