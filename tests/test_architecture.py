@@ -31,7 +31,7 @@ ONLY_IN = {
 }
 MATH_IMPORTS = {"torch", "jaxtyping", "numpy", "math", "abc", "collections", "contextlib", "dataclasses", "enum", "functools", "itertools"}
 MATH_IMPORTS |= {"time", "types", "typing"}
-KERNEL_IMPORTS = MATH_IMPORTS | {"os", "warnings", "importlib"}  # which build runs is chosen by the environment
+KERNEL_IMPORTS = MATH_IMPORTS | {"os", "warnings", "importlib", "triton"}  # which build runs is chosen by the environment
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "os.system", "os.popen"}
 WRITING_CALLS = {"os.replace", "os.rename", "os.open", "os.write", "os.remove", "os.unlink", "os.truncate", "torch.save", "save_file"}
 WRITING_METHODS = {"write_text", "write_bytes", "touch", "unlink", "rmdir", "mkdir", "symlink_to", "hardlink_to"}
