@@ -12,7 +12,13 @@ SETUP := $(VENV)/.setup
 MODELS := .models/.fetched
 NATIVE := CMakeLists.txt $(wildcard src/leangrid/kernels/cpu/*)
 
-.PHONY: help setup models demo check format test test-slow bench docs clean
+# What `make bench` and `make race` measure on; your own, such as c4.jsonl and wiki.test.raw: make bench CALIBRATION=... TEXT=...
+CALIBRATION ?= self
+TEXT ?= embedded
+RESULTS := benchmarks/results
+KEEP := $(BIN)/python benchmarks/lines.py $(RESULTS)
+
+.PHONY: help setup models demo check format test test-slow test-gpu bench race docs clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
 
@@ -21,6 +27,7 @@ $(SETUP): pyproject.toml constraints.txt $(NATIVE)
 	@echo "setting up .venv: about 1.5 GB of packages and the native kernels, a few minutes the first time"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
+	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==3.9.0  # a CUDA build of torch has brought the one it was built for
 	$(PIP) scikit-build-core nanobind cmake ninja
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@$(BIN)/python -c "from leangrid import kernels; print('leangrid is installed, kernels:', kernels.backend())"
@@ -42,14 +49,26 @@ check: $(SETUP)  ## format, lint, types, architecture
 format: $(SETUP)  ## let ruff write the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-test: $(SETUP) $(MODELS)  ## the fast suite
+test: $(SETUP) $(MODELS)  ## the fast suite, and the GPU kernels in Triton's interpreter
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "gpu and not slow" tests/gpu
 test-slow: $(SETUP) $(MODELS)  ## the slow tests: whole runs on real models
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
-bench: $(SETUP) $(MODELS)  ## quality and time; each prints JSON lines (benchmarks/README.md)
-	$(BIN)/python benchmarks/quality.py
-	$(BIN)/python benchmarks/quantize_time.py
-docs: $(SETUP)  ## rewrite the generated tables of README.md from benchmarks/results
+test-gpu: $(SETUP)  ## the GPU kernels: on the GPU, or anywhere with TRITON_INTERPRET=1
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
+bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a quarter of an hour; then the tables (benchmarks/README.md)
+	$(BIN)/python benchmarks/kernels_cpu.py --repeats 3 | $(KEEP)/kernels_cpu.jsonl
+	$(BIN)/python benchmarks/grid_search.py | $(KEEP)/grid_search.jsonl
+	$(BIN)/python benchmarks/decode_cpu.py layers | $(KEEP)/decode_cpu.jsonl
+	$(BIN)/python benchmarks/scaling.py --small --repeats 2 --out $(RESULTS)/scaling.jsonl
+	$(BIN)/python benchmarks/quantize_time.py --rounds 1 --out $(RESULTS)/quantize_time.jsonl
+	$(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION) --text $(TEXT) --windows 12 --schemes W4A16_G64,NU4 \
+		--out $(RESULTS)/quality.jsonl
 	$(BIN)/python benchmarks/table.py
+race: $(SETUP) $(MODELS)  ## against GPTQModel and llm-compressor, side by side; installs them in .peers (3 GB, needs a network)
+	$(BIN)/python benchmarks/race.py --calibration $(CALIBRATION) --text $(TEXT) --out $(RESULTS)/race.jsonl
+docs: $(SETUP)  ## rewrite the generated tables of README.md and docs, and the figures, from benchmarks/results
+	$(BIN)/python benchmarks/table.py
+	$(BIN)/python benchmarks/figures.py
 clean:  ## what make made, except .venv and .models
 	rm -rf build demo .pytest_cache .ruff_cache .hypothesis

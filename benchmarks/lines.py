@@ -1,8 +1,12 @@
-"""Results on disk: one JSON object a line. A run of the same thing replaces its line, anything else is added below."""
+"""Results on disk: one JSON object a line. A run of the same thing replaces its line, anything else is added below.
+
+python benchmarks/kernels_cpu.py | python benchmarks/lines.py benchmarks/results/kernels_cpu.jsonl      # shows the lines and keeps them
+"""
 
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,15 @@ _IDENTITY = (
     "model",
     "scheme",
     "variant",
+    "stage",
+    "variable",
+    "base",
+    "rows",
+    "cols",
+    "bits",
+    "steps",
+    "group",
+    "device",
     "recipe",
     "windows_sha256",
     "text",
@@ -59,3 +72,17 @@ def add(path: Path, line: Mapping[str, Any]) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text("".join(text(item) + "\n" for item in kept), encoding="utf-8")
     os.replace(part, path)
+
+
+def main() -> None:
+    """Keep every line of JSON that comes in, and show all lines."""
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    for line in sys.stdin:
+        print(line, end="", flush=True)
+        if line.startswith("{"):
+            add(Path(sys.argv[1]), json.loads(line))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ quality.py and quantize_time.py start it. The job: {"source", "out", "recipe": {
 """
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,12 @@ def own_peak() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
+def cpu_seconds() -> float:
+    """User and system seconds of this process and its finished children."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def main() -> None:
     import leangrid
     from leangrid.errors import LeangridError
@@ -46,13 +53,15 @@ def main() -> None:
 
     job = json.load(sys.stdin)
     windows = safetensors.load(Path(job["windows"]))["windows"]
+    begin = cpu_seconds()
     try:
         with Terminal() as terminal:
             result = leangrid.quantize(job["source"], job["out"], leangrid.Recipe.build(**job["recipe"]), windows=windows,
                                        threads=job["threads"], progress=terminal)  # fmt: skip
     except LeangridError as error:
         raise SystemExit(f"leangrid: {error}") from error
-    print(json.dumps(result.to_json() | {"peak_ram_bytes": own_peak() or result.peak_ram_bytes}))
+    used = {"cpu_seconds": round(cpu_seconds() - begin, 3), "process_cpu_seconds": round(cpu_seconds(), 3)}
+    print(json.dumps(result.to_json() | used | {"peak_ram_bytes": own_peak() or result.peak_ram_bytes}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Fill the generated tables of README.md from benchmarks/results: numbers in the README are never typed.
+"""Fill the generated tables of README.md and docs/performance.md from benchmarks/results: their numbers are never typed.
 
-    python benchmarks/table.py            # rewrites README.md
+    python benchmarks/table.py            # rewrites the pages
     python benchmarks/table.py --check    # exit 1 where it is not up to date
 
 A table stands between two comments; the first says which file, which lines and which columns. A list has one row a line:
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/performance.md")
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"(?P<open><!-- (?P<kind>table|pivot): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 Line = dict[str, Any]
@@ -59,7 +60,7 @@ def rows(file: str, where: str, results: Path = RESULTS) -> list[Line]:
     lines = json.loads(text)["rows"] if file.endswith(".json") else [json.loads(line) for line in text.splitlines() if line.strip()]
     chosen = [line for line in lines if all(str(field(line, name)) == value for name, value in wanted.items())]
     if not chosen:
-        raise SystemExit(f"README.md: no line of {file} has {where.strip() or 'anything'}")
+        raise SystemExit(f"no line of {file} has {where.strip() or 'anything'}")
     return chosen
 
 
@@ -91,7 +92,7 @@ def rendered(text: str, results: Path = RESULTS) -> str:
     def fresh(found: re.Match[str]) -> str:
         where, *parts = found["rest"].split("|")
         if len(parts) != (1 if found["kind"] == "table" else 3):
-            raise SystemExit(f"README.md: cannot read {found['open'].strip()}")
+            raise SystemExit(f"cannot read {found['open'].strip()}")
         lines = rows(found["file"], where, results)
         table = listed(lines, *parts) if found["kind"] == "table" else pivoted(lines, *parts)
         numeric = [re.fullmatch(r"[-+0-9.,%/ einf]*", cell) is not None for cell in table[1]] if len(table) > 1 else [False] * len(table[0])
@@ -106,13 +107,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a table is not up to date")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = rendered(before)
-    if options.check and after != before:
-        sys.exit("README.md is not up to date: python benchmarks/table.py")
-    if after != before:
-        readme.write_text(after, encoding="utf-8")
+    for page in (ROOT / name for name in PAGES):
+        before = page.read_text(encoding="utf-8")
+        after = rendered(before)
+        if options.check and after != before:
+            sys.exit(f"{page.relative_to(ROOT)} is not up to date: python benchmarks/table.py")
+        if after != before:
+            page.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

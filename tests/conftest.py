@@ -1,9 +1,12 @@
 """What every test gets: shapes checked as it runs, no network, few threads, tiny checkpoints made once a session."""
 
+import importlib
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub and datasets when they are imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -90,3 +93,20 @@ def smollm2_gguf() -> Path:
 def minilm() -> Path:
     """all-MiniLM-L6-v2, a sentence encoder with real float32 weights: a checkpoint directory."""
     return _fetched("minilm", "config.json").parent
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """``bench("machine")`` -> benchmarks/machine.py, imported as the scripts import it; ``bench("peers/seen")`` likewise."""
+    folder = ROOT / "benchmarks"
+    before = set(sys.modules)
+
+    def load(name: str) -> ModuleType:
+        monkeypatch.syspath_prepend(str((folder / name).parent))
+        return importlib.import_module(Path(name).name)
+
+    monkeypatch.syspath_prepend(str(folder))
+    yield load
+    for name in set(sys.modules) - before:
+        if (folder / f"{name}.py").is_file() or (folder / "peers" / f"{name}.py").is_file():
+            del sys.modules[name]

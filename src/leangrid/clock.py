@@ -1,8 +1,10 @@
-"""Where the time goes: seconds by stage, nothing else."""
+"""Where the time goes: seconds by stage, and the work done in them."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from leangrid.work import Work
 
 STAGES = ("load", "calibrate", "hessian", "factor", "grid", "solve", "pack", "save")  # promised; "baseline" joins them
 
@@ -13,6 +15,7 @@ class Clock:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self.work = Work()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

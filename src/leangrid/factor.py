@@ -33,6 +33,7 @@ class Factor:
         order: int64; ``order[i]`` is the column eliminated at step i.
         damped: H + lambda I, float32, columns in ORIGINAL order.
         damping: lambda / mean(diag H) that was used.
+        ridge: lambda.
         dead: columns that no calibration token touched, original order.
         rescues: what deviated from the request.
     """
@@ -41,8 +42,14 @@ class Factor:
     order: Int[Tensor, " cols"]
     damped: Float[Tensor, "cols cols"]
     damping: float
+    ridge: float
     dead: Bool[Tensor, " cols"]
     rescues: tuple[Rescue, ...] = ()
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the last rung was needed: H itself is not what was factored."""
+        return any(rescue.kind == "diagonal" for rescue in self.rescues)
 
     @property
     def diagonal(self) -> Float[Tensor, " cols"]:
@@ -81,7 +88,7 @@ def factorize(matrix: Float[Tensor, "cols cols"], damping: float = 0.01, act_ord
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ShapeError(f"a Hessian is square, not {tuple(matrix.shape)}", "factorize")
-    if not bool(matrix.isfinite().all()):
+    if not bool(matrix.sum().isfinite()) and not bool(matrix.isfinite().all()):  # a sum is one cheap pass, and rarely overflows
         raise NumericalError("the Hessian holds NaN or infinite values", "factorize", "Run the model in float32 or bfloat16")
     rescues: list[Rescue] = []
     scaled, scale, mean, dead = _prepare(matrix)
@@ -89,9 +96,10 @@ def factorize(matrix: Float[Tensor, "cols cols"], damping: float = 0.01, act_ord
         rescues.append(Rescue("dead_columns", f"{int(dead.sum())} of {len(dead)} input columns saw no activation", int(dead.sum())))
     diagonal = scaled.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(dead), device=matrix.device)
-    permuted = scaled[order][:, order]
+    backwards = order.flip(0)
+    reversed_matrix = scaled.index_select(0, backwards).index_select(1, backwards)
     for dtype, factor in _RUNGS:
-        upper, error = _inverse_cholesky(permuted, damping * factor * mean, dtype)
+        upper, error = _inverse_cholesky(reversed_matrix, damping * factor * mean, dtype)
         if upper is not None and error < TOLERANCE:
             if factor != 1:
                 rescues.append(Rescue("damping", f"damping {damping * factor:g} instead of {damping:g}"))
@@ -102,10 +110,12 @@ def factorize(matrix: Float[Tensor, "cols cols"], damping: float = 0.01, act_ord
     else:
         used, scaled = damping, torch.diag(diagonal.clamp(min=0))
         upper = torch.diag((diagonal[order].clamp(min=0).double() + used * mean).rsqrt())
-        rescues.append(Rescue("diagonal", f"no factor up to damping {damping * _RUNGS[2][1]:g}, nor in float64"))
-    damped = scaled.clone()
-    damped.diagonal().add_(used * mean)
-    return Factor((upper / scale**0.5).float(), order, damped.mul_(scale), used, dead, tuple(rescues))
+        detail = f"no factor up to damping {damping * _RUNGS[2][1]:g}, nor in float64: columns are independent, inputs are not corrected"
+        rescues.append(Rescue("diagonal", detail))
+    damped = scaled.mul_(scale)
+    ridge = used * mean * scale
+    damped.diagonal().add_(ridge)
+    return Factor(upper.mul_(scale**-0.5).float(), order, damped, used, ridge, dead, tuple(rescues))
 
 
 def _prepare(matrix: Tensor) -> tuple[Tensor, float, float, Tensor]:
@@ -121,16 +131,16 @@ def _prepare(matrix: Tensor) -> tuple[Tensor, float, float, Tensor]:
     return (matrix / scale).float(), scale, mean / scale, dead
 
 
-def _inverse_cholesky(permuted: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """U of permuted + damping I and its error on probes; (None, inf) where no Cholesky factor exists."""
-    damped = permuted.to(dtype, copy=True)
+def _inverse_cholesky(backwards: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """U of J backwards J + damping I and its error on probes; (None, inf) where no Cholesky factor exists."""
+    damped = backwards.to(dtype, copy=True)
     damped.diagonal().add_(damping)
-    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    lower, info = torch.linalg.cholesky_ex(damped)
     if int(info) != 0:
         return None, float("inf")
     identity = torch.eye(len(damped), dtype=dtype, device=damped.device)
     upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(len(damped), _PROBES, generator=generator).to(damped.device, dtype)
-    error = float((upper.T @ (upper @ (damped @ probes)) - probes).norm() / probes.norm())
+    error = float((upper.T @ (upper @ (damped @ probes).flip(0)) - probes.flip(0)).norm() / probes.norm())
     return upper, error if error == error else float("inf")

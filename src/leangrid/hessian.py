@@ -1,7 +1,8 @@
 """The layer Hessian H = 2/N X~^T X~ from batches of inputs, and G = 2/N X^T X~ for the correction.
 
 Rows of x are tokens. Sums are float32 and unscaled; the division by N comes last, so that any split into batches, and
-any merge of partial sums, counts every token once. Only the upper block triangle of X^T X is multiplied.
+any merge of partial sums, counts every token once. Only the upper triangle of X^T X is multiplied. Inputs in bfloat16 are
+multiplied as they are: their products are exact in float32.
 """
 
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from leangrid import kernels
 from leangrid.errors import CalibrationError, NumericalError, ShapeError
 from leangrid.rescue import Rescue
 
 MAX_DROPPED = 0.1  # share of tokens with non-finite activations above which the calibration itself is broken
-_PANEL = 512  # columns a GEMM: wide enough for full speed, narrow enough to skip most of the lower triangle
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +79,7 @@ class HessianSum:
             raise NumericalError(
                 f"{self.dropped} of {seen} tokens have NaN or infinite activations", "hessian", "Run the model in float32 or bfloat16"
             )
-        matrix = self._matrix.triu()
-        matrix = (matrix + matrix.triu(1).T).mul_(2.0 / self.tokens)
+        matrix = mirror_(self._matrix * (2.0 / self.tokens))
         cross = None if self._cross is None else self._cross * (2.0 / self.tokens)
         if not bool(matrix.sum().isfinite()) or (cross is not None and not bool(cross.sum().isfinite())):
             raise NumericalError(
@@ -90,23 +90,32 @@ class HessianSum:
     def _tokens(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.cols:
             raise ShapeError(f"inputs have {x.shape[-1]} columns, the layer has {self.cols}", "hessian")
-        return x.detach().reshape(-1, self.cols).to(self._matrix.device, torch.float32)
+        dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        return x.detach().reshape(-1, self.cols).to(self._matrix.device, dtype).contiguous()
 
     def _accumulate(self, x: Tensor, original: Tensor | None) -> None:
         streams = [x] if original is None else [x, original]
-        # A norm is one pass over x and finite only if every entry is; single tokens are looked at only when it is not.
-        if not all(bool(torch.linalg.vector_norm(s).isfinite()) for s in streams):
+        # One pass over x; single tokens are looked at only when something is not finite.
+        if not all(kernels.squares_are_finite(s) for s in streams):
             good = torch.stack([_finite_rows(s) for s in streams]).all(0)
             self.dropped += int((~good).sum())
             x, original = x[good], None if original is None else original[good]
         self.tokens += x.shape[0]
-        for start in range(0, self.cols, _PANEL):
-            stop = min(start + _PANEL, self.cols)
-            self._matrix[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
-        if self._cross is not None:
-            self._cross.addmm_((x if original is None else original).T, x)
+        if self._cross is not None and original is None:
+            original = x
+        kernels.outer_sums(x, self._matrix, original, self._cross)
 
 
 def _finite_rows(x: Float[Tensor, "tokens cols"]) -> Bool[Tensor, " tokens"]:
     """Rows whose squares sum to a float32: the product would otherwise overflow in every column it touches."""
-    return torch.linalg.vector_norm(x, dim=1).isfinite()
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).isfinite()
+
+
+def mirror_(matrix: Float[Tensor, "cols cols"], panel: int = 256) -> Float[Tensor, "cols cols"]:
+    """The upper triangle copied onto the lower, in place, a panel at a time: a whole transpose would miss the cache at every step."""
+    for start in range(0, len(matrix), panel):
+        stop = start + panel
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+        corner = matrix[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+    return matrix

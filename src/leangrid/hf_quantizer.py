@@ -114,11 +114,12 @@ class LeangridQuantizer(HfQuantizer):
             raise CheckpointError(what, "config.json: quantization_config", "The config does not belong to these weights")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Values, before anything runs: finite grids in order, padding bits zero."""
+        """Values, before anything runs: finite grids in order, padding bits zero. Then the layout that the kernels read."""
         for name, layer in model.named_modules():
             if isinstance(layer, PackedLinear):
                 tensors = dict(layer.named_buffers())
                 self.format.check(tensors, self.scheme, (layer.out_features, layer.in_features), name)
+                layer.prepare()
         return model
 
     def is_serializable(self) -> bool:

@@ -1,18 +1,19 @@
-"""Linear layers that keep their weight packed: the torch path, a tile of rows at a time, nothing cached between calls.
+"""Linear layers that keep their weight packed; the products are kernels/decode.py's.
 
-Buffers are named as the containers name their tensors, so a stored layer is the module's state dict.
+Buffers are named as the containers name their tensors, so a stored layer is the module's state dict. On a CPU with native kernels
+``prepare`` lays the codes out anew, in place of the stored ones (nothing is held twice); the state dict stays the stored layout.
 """
 
+from typing import Any
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
 from leangrid.errors import ShapeError
+from leangrid.kernels import decode
 from leangrid.packing import packed_width, unpack
-
-# Weights dequantized at once: 2^24 (64 MB in float32). Smaller layers are one tile, and then the product is the dense layer's, bit for bit.
-TILE = 1 << 24
 
 
 class PackedLinear(nn.Module):
@@ -28,6 +29,8 @@ class PackedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    tiles: Tensor  # the codes after ``prepare``
+    CODES: str  # the name of the stored codes
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, bias: bool, dtype: torch.dtype, device: str | torch.device = "cpu"
@@ -39,8 +42,56 @@ class PackedLinear(nn.Module):
         value = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
         self.register_parameter("bias", value)
 
+    def prepare(self) -> None:
+        """Lay the codes out for this device's kernels. Loading does it; a layer that was filled by hand works without."""
+        codes = self._buffers.get(self.CODES)
+        if codes is not None and decode.can_tile(codes):
+            self.register_buffer("tiles", decode.tile(codes, self.bits, self.in_features), persistent=False)
+            del self._buffers[self.CODES]
+
+    def restore(self) -> None:
+        """The stored layout again."""
+        if "tiles" in self._buffers:
+            self.register_buffer(self.CODES, self.words)
+            del self._buffers["tiles"]
+
+    @property
+    def words(self) -> Int32[Tensor, "rows words"]:
+        """The codes as they are stored."""
+        codes = self.codes
+        return decode.untile(codes, self.bits, self.out_features, self.in_features) if "tiles" in self._buffers else codes
+
+    @property
+    def codes(self) -> Tensor:
+        """The codes in whichever layout they are kept."""
+        return getattr(self, "tiles" if "tiles" in self._buffers else self.CODES)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Elsewhere other kernels read the codes: the move is of the stored layout.
+        self.restore()
+        super()._apply(fn, recurse)
+        self.prepare()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + self.CODES] = self.words
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prepare()
+
     def rows(self, start: int, stop: int) -> Float[Tensor, "tile cols"]:
         """Rows ``start`` to ``stop`` of W, dequantized."""
+        raise NotImplementedError
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + bias by the kernels."""
+        raise NotImplementedError
+
+    def matrix(self) -> Any:
+        """The C++ extension's view of W and the bias (kernels/decode.py); only for a layer with tiles."""
         raise NotImplementedError
 
     @property
@@ -49,18 +100,23 @@ class PackedLinear(nn.Module):
         return self.rows(0, self.out_features)
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
-        """x [..., in_features] -> [..., out_features]."""
+        """x [..., in_features] -> [..., out_features].
+
+        Raises:
+            ShapeError: the input's features, dtype or device are not the layer's.
+        """
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"the input has {x.shape[-1]} features, the layer {self.in_features}")
-        tile = max(1, TILE // self.in_features)
-        if tile >= self.out_features:
+        if x.dtype != self.dtype and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.dtype)
+        if torch.is_grad_enabled() and x.requires_grad:  # the kernels have no derivative
             return functional.linear(x, self.weight_hat, self.bias)
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        for start in range(0, self.out_features, tile):
-            stop = min(start + tile, self.out_features)
-            bias = None if self.bias is None else self.bias[start:stop]
-            out[..., start:stop] = functional.linear(x, self.rows(start, stop), bias)
-        return out
+        return self.product(x)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the grid, the input and the output."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, bias={self.bias is not None}"
@@ -69,8 +125,8 @@ class PackedLinear(nn.Module):
 class LutLinear(PackedLinear):
     """W[i, j] = lut[i, code[i, j]]. Buffers: ``weight`` int32 [rows, words] (the codes), ``lut`` [rows, 2^bits]."""
 
-    weight: Tensor
     lut: Tensor
+    CODES = "weight"
 
     def __init__(
         self, in_features: int, out_features: int, bits: int, bias: bool, dtype: torch.dtype, device: str | torch.device = "cpu"
@@ -79,9 +135,18 @@ class LutLinear(PackedLinear):
         self.register_buffer("weight", torch.empty(out_features, packed_width(in_features, bits), dtype=torch.int32, device=device))
         self.register_buffer("lut", torch.empty(out_features, 2**bits, dtype=dtype, device=device))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lut.dtype
+
     def rows(self, start: int, stop: int) -> Float[Tensor, "tile cols"]:
-        codes = unpack(self.weight[start:stop], self.bits, self.in_features)
-        return self.lut[start:stop].gather(1, codes.long())
+        return decode.lut_rows(self.codes, self.lut, self.bits, self.in_features)(start, stop)
+
+    def product(self, x: Tensor) -> Tensor:
+        return decode.lut_linear(x, self.codes, self.lut, self.bias, self.bits)
+
+    def matrix(self) -> Any:
+        return decode.lut_matrix(self.tiles, self.lut, self.bias, self.bits, self.in_features)
 
 
 class AffineLinear(PackedLinear):
@@ -91,9 +156,10 @@ class AffineLinear(PackedLinear):
     of S in the file. W is rounded to it, as every dequantizing reader of the file does, whatever dtype it is computed in.
     """
 
-    weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
+    zero_point: Tensor | None
+    CODES = "weight_packed"
 
     def __init__(self, in_features: int, out_features: int, bits: int, bias: bool, dtype: torch.dtype, device: str | torch.device = "cpu",
                  group_size: int | None = None, symmetric: bool = False, stored_dtype: torch.dtype | None = None) -> None:  # fmt: skip
@@ -109,14 +175,37 @@ class AffineLinear(PackedLinear):
         packed = None if symmetric else torch.empty(packed_width(out_features, bits), groups, dtype=torch.int32, device=device)
         self.register_buffer("weight_zero_point", packed)
 
-    def rows(self, start: int, stop: int) -> Float[Tensor, "tile cols"]:
-        scale = self.weight_scale[start:stop, :, None]
-        codes = unpack(self.weight_packed[start:stop], self.bits, self.in_features)
-        steps = codes.to(scale.dtype).view(stop - start, -1, self.group_size)  # integers up to 255 are exact in every float dtype used
+        self.register_buffer("zero_point", None, persistent=False)
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self.zero_point is None and self.weight_scale.device.type != "meta":
+            self.zero_point = self.zero_points()
+
+    def restore(self) -> None:
+        super().restore()
+        self.zero_point = None
+
+    def zero_points(self) -> UInt8[Tensor, "rows groups"]:
+        """Z, one byte each: as ``prepare`` left it, else unpacked."""
+        if self.zero_point is not None:
+            return self.zero_point
         if self.weight_zero_point is None:
-            zero_point: Tensor | float = float(2 ** (self.bits - 1))
-        else:
-            packed = unpack(self.weight_zero_point.T.contiguous(), self.bits, self.out_features)
-            zero_point = packed[:, start:stop].T.to(scale.dtype)[:, :, None]
-        weight = ((steps - zero_point) * scale).view(stop - start, self.in_features)
-        return weight if weight.dtype == self.stored_dtype else weight.to(self.stored_dtype).to(weight.dtype)
+            return torch.full_like(self.weight_scale, 2 ** (self.bits - 1), dtype=torch.uint8)
+        return unpack(self.weight_zero_point.T.contiguous(), self.bits, self.out_features).T.contiguous()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_scale.dtype
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "tile cols"]:
+        grid = (self.weight_scale, self.zero_points(), self.bits, self.group_size, self.stored_dtype)
+        return decode.affine_rows(self.codes, *grid)(start, stop)
+
+    def product(self, x: Tensor) -> Tensor:
+        grid = (self.weight_scale, self.zero_points(), self.bias, self.bits, self.group_size, self.stored_dtype)
+        return decode.affine_linear(x, self.codes, *grid)
+
+    def matrix(self) -> Any:
+        grid = (self.weight_scale, self.zero_points(), self.bias, self.bits, self.group_size, self.stored_dtype)
+        return decode.affine_matrix(self.tiles, *grid)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from leangrid import work
 from leangrid.errors import ShapeError
 from leangrid.exact import exact_sweep
 from leangrid.factor import Factor, factorize, relative_power
@@ -31,7 +32,7 @@ GUARD_GAIN = 0.75  # an alternative must be this far below the learned grid: the
 class LinearResult:
     """A quantized layer: ``codes`` uint8 [rows, cols], its ``grid``, losses against the target, and what was rescued.
 
-    ``seconds`` holds grid, solve, refine, and baseline (what the two comparisons cost).
+    ``seconds`` holds grid, solve, refine, and baseline (what the two comparisons cost); ``flops`` what was done for the last three.
     """
 
     codes: UInt8[Tensor, "rows cols"]
@@ -41,6 +42,7 @@ class LinearResult:
     loss_rounding: float
     rescues: tuple[Rescue, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
 
 
 def row_losses(
@@ -112,6 +114,7 @@ class _Layer:
         self.scheme = recipe.parsed
         self.rescues: list[Rescue] = []
         self.seconds: dict[str, float] = {"grid": 0.0, "solve": 0.0, "refine": 0.0, "baseline": 0.0}
+        self.flops: dict[str, float] = {"solve": 0.0, "refine": 0.0, "baseline": 0.0}
 
     def solve(self) -> LinearResult:
         minmax = self.minmax()
@@ -120,29 +123,28 @@ class _Layer:
             loss_rounding = self.loss(rounding, minmax)
         baseline = self.swept(minmax, "solve" if self.scheme.method == "gptq" else "baseline")
         with self.timed("baseline"):
-            loss_minmax = self.loss(baseline.codes, minmax)
+            loss_minmax = self.undamped(baseline.loss, baseline.codes, minmax)
         if self.scheme.method == "rtn":
-            codes, grid = rounding, minmax
+            codes, grid, value = rounding, minmax, loss_rounding
         elif self.scheme.method == "gptq":
-            codes, grid = self.refined(baseline.codes, minmax)
+            codes, grid, value = self.refined(baseline, minmax)
         else:
-            codes, grid = self.refined(*self.learned(baseline, minmax))
-        value = self.loss(codes, grid)
+            codes, grid, value = self.refined(*self.learned(baseline, minmax))
         if not value <= loss_rounding and self.scheme.method != "rtn":  # also where it is NaN
             codes, grid, value = self.rounding_instead(codes, grid, value, rounding, minmax, loss_rounding)
-        return LinearResult(codes, grid, value, loss_minmax, loss_rounding, tuple(self.rescues), self.seconds)
+        return LinearResult(codes, grid, value, loss_minmax, loss_rounding, tuple(self.rescues), self.seconds, self.flops)
 
-    def learned(self, baseline: Swept, minmax: AffineGrid) -> tuple[Tensor, Grid]:
-        """The loss-error-aware grid and its codes; rows that fell behind min-max GPTQ may take a lower p or the min-max grid."""
+    def learned(self, baseline: Swept, minmax: AffineGrid) -> tuple[Swept, Grid]:
+        """The loss-error-aware grid and the sweep onto it; rows that fell behind min-max GPTQ may take a lower p or the min-max grid."""
         power = self.recipe.p if self.recipe.p is not None else 4.0
         grid = self.fitted(self.target, power)
         swept = self.swept(grid, "solve")
         if not self.recipe.guard:
-            return swept.codes, grid
+            return swept, grid
         codes, loss_now = swept.codes, swept.loss.clone()
         behind = (loss_now > baseline.loss).nonzero().squeeze(1)
         if not len(behind):
-            return codes, grid
+            return swept, grid
         weight, changed = self.target[behind], torch.zeros_like(loss_now, dtype=torch.bool)
         for other in [*(p for p in GUARD_POWERS if p < power), None]:
             candidate = self.as_kind(minmax.take(behind)) if other is None else self.fitted(weight, other)
@@ -155,7 +157,7 @@ class _Layer:
             count = int(changed.sum())
             detail = f"{count} of {len(codes)} rows fell behind min-max GPTQ at p = {power:g} and took another grid"
             self.rescues.append(Rescue("guarded_rows", detail, count))
-        return codes, grid
+        return Swept(codes, loss_now), grid
 
     def rounding_instead(
         self, codes: Tensor, grid: Grid, value: float, rounding: Tensor, minmax: AffineGrid, loss_rounding: float
@@ -193,14 +195,29 @@ class _Layer:
 
     def swept(self, grid: Grid, stage: str, weight: Tensor | None = None) -> Swept:
         solver = exact_sweep if self.scheme.exact and stage == "solve" else sweep
+        weight = self.target if weight is None else weight
+        self.flops[stage] += work.sweep(weight.shape[0], weight.shape[1])
         with self.timed(stage):
-            return solver(self.target if weight is None else weight, self.factor, grid)
+            return solver(weight, self.factor, grid)
 
-    def refined(self, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    def refined(self, swept: Swept, grid: Grid) -> tuple[Tensor, Grid, float]:
+        """The refined codes and grid, and their loss."""
         with self.timed("refine"):
-            return refine(self.target, codes, grid, self.factor.damped, self.recipe.refine or 0, self.dtype)
+            if not self.recipe.refine:
+                return swept.codes, grid, self.undamped(swept.loss, swept.codes, grid)
+            self.flops["refine"] += work.refine(self.target.shape[0], self.target.shape[1], self.recipe.refine)
+            result = refine(self.target, swept.codes, grid, self.factor.damped, self.recipe.refine, self.dtype)
+            return result.codes, result.grid, self.undamped(result.loss, result.codes, result.grid)
+
+    def undamped(self, damped: Tensor, codes: Tensor, grid: Grid) -> float:
+        """The layer loss from the rows' losses under H + lambda I, which the solver knows: less lambda |E|^2 / 2, no product with H."""
+        if self.factor.is_diagonal:
+            return self.loss(codes, grid)
+        error = grid.dequantize(codes).sub_(self.target)
+        return float((damped - torch.linalg.vector_norm(error, dim=1).double().square() * (self.factor.ridge / 2)).sum())
 
     def loss(self, codes: Tensor, grid: Grid) -> float:
+        self.flops["baseline"] += work.layer_loss(codes.shape[0], codes.shape[1])
         return loss(grid.dequantize(codes), self.target, self.matrix)
 
     @contextmanager

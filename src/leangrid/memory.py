@@ -1,5 +1,7 @@
 """How much memory the process holds, and held at most."""
 
+import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -26,3 +28,9 @@ def resident_bytes() -> int:
     except OSError:
         return peak_bytes()
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def return_free() -> None:
+    """Give memory that was freed back to the system where the C library keeps it: after a whole model was loaded, that is most of it."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has the call
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,18 +1,17 @@
 """Codes to dense bit streams and back: the layout of compressed-tensors ``pack-quantized``, for 1 to 8 bits.
 
 Along the last dimension, code i of a row occupies bits [i b, (i+1) b) of the row's stream, least significant bit first;
-the stream is stored in 32-bit words, little end first, without padding between codes. 32 codes are exactly b words, so
-everything works on such units.
+the stream is stored in 32-bit words, little end first, without padding between codes. 32 codes are exactly b words.
+kernels/decode.py does the work.
 """
 
-import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 from leangrid.errors import ShapeError
+from leangrid.kernels import decode
 
 _UNIT = 32
-_WORD = 0xFFFFFFFF
 
 
 def packed_width(cols: int, bits: int) -> int:
@@ -29,17 +28,7 @@ def pack(codes: UInt8[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "rows wo
     _check_bits(bits)
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ShapeError(f"a code of {int(codes.max())} does not fit in {bits} bits", "pack")
-    rows, cols = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -cols % _UNIT)).reshape(rows, -1, _UNIT)
-    words = torch.zeros(rows, padded.shape[1], bits, dtype=torch.int64, device=codes.device)
-    for lane in range(_UNIT):
-        word, shift = divmod(lane * bits, _UNIT)
-        code = padded[:, :, lane].long()
-        words[:, :, word] |= (code << shift) & _WORD
-        if shift + bits > _UNIT:
-            words[:, :, word + 1] |= code >> (_UNIT - shift)
-    signed = (words ^ 0x80000000) - 0x80000000  # the same 32 bits as a two's complement number
-    return signed.to(torch.int32).reshape(rows, -1)[:, : packed_width(cols, bits)].contiguous()
+    return decode.pack(codes, bits)
 
 
 def unpack(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Tensor, "rows cols"]:
@@ -47,16 +36,7 @@ def unpack(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Te
     _check_bits(bits)
     if words.ndim != 2 or words.shape[1] != packed_width(cols, bits):
         raise ShapeError(f"{cols} codes of {bits} bits need {packed_width(cols, bits)} words a row, not {tuple(words.shape)}", "unpack")
-    rows = words.shape[0]
-    padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).reshape(rows, -1, bits)
-    codes = torch.empty(rows, padded.shape[1], _UNIT, dtype=torch.uint8, device=words.device)
-    for lane in range(_UNIT):
-        word, shift = divmod(lane * bits, _UNIT)
-        code = (padded[:, :, word].long() & _WORD) >> shift
-        if shift + bits > _UNIT:
-            code |= (padded[:, :, word + 1].long() & _WORD) << (_UNIT - shift)
-        codes[:, :, lane] = (code & (2**bits - 1)).to(torch.uint8)
-    return codes.reshape(rows, -1)[:, :cols].contiguous()
+    return decode.unpack(words, bits, cols)
 
 
 def _check_bits(bits: int) -> None:

@@ -5,21 +5,29 @@ linear correct the target, fit the grid, solve, pack; replace; let the activatio
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from leangrid.correction import correct, correction_matrix
+from leangrid.correction import Correction, correct
+from leangrid.devices import out_of_memory
 from leangrid.factor import factorize
-from leangrid.hessian import Hessian, HessianSum
+from leangrid.hessian import HessianSum
 from leangrid.linear import LinearResult, solve_linear
 from leangrid.models.walk import BlockWalk, GroupInputs, Streams
+from leangrid.placement import Placement
+from leangrid.precision import operand
 from leangrid.progress import Event
 from leangrid.publish import finished_result
 from leangrid.recipe import Recipe
 from leangrid.result import QuantizeResult
-from leangrid.run import Run
+from leangrid.run import BlockWork, Run
+from leangrid.wide import WideGroup, WideSum
+
+_Sum = TypeVar("_Sum", bound=HessianSum)
 
 
 def quantize(
@@ -35,6 +43,7 @@ def quantize(
     max_rescued: float = 0.01,
     state_dir: str | Path | None = None,
     progress: Callable[[Event], None] | None = None,
+    placement: Placement | None = None,
 ) -> QuantizeResult:
     """Quantize the model in ``source`` into the directory ``out``.
 
@@ -51,6 +60,7 @@ def quantize(
         max_rescued: share of layers that may need a rescue before the exit code becomes 4.
         state_dir: where the hidden states between blocks are kept; beside the result where None.
         progress: is called with an Event after every layer and block.
+        placement: how the device's memory is used; chosen by the plan's sums where None.
 
     Raises:
         LeangridError: bad input (nothing was written) or a stop (the same call resumes).
@@ -61,7 +71,8 @@ def quantize(
     complete = finished_result(Path(out), None if state_dir is None else Path(state_dir), max_rescued)
     if complete is not None:
         return complete
-    with torch.no_grad(), Run.open(source, out, recipe, windows, device, overwrite, restart, state_dir, progress) as run:
+    opened = Run.open(source, out, recipe, windows, device, overwrite, restart, state_dir, progress, placement)
+    with torch.no_grad(), opened as run:
         streams = run.streams()
         for index in run.remaining_blocks():
             streams = quantize_block(run, index, streams)
@@ -69,36 +80,81 @@ def quantize(
 
 
 def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
-    """Quantize block ``index``, commit it, and return the streams that enter the next one."""
+    """Quantize block ``index``, commit it, and return the streams that enter the next one.
+
+    Where memory runs out, the block begins again with one thing given way (Run.give_way), until nothing is left to.
+    """
+    while True:
+        try:
+            run.place(streams)
+            return _quantize_block(run, index, streams)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        run.give_way(index)  # after the except: an error holds on to every tensor of the attempt
+
+
+def _quantize_block(run: Run, index: int, streams: Streams) -> Streams:
     with run.block(index) as block:
-        walk = BlockWalk(block.module, run.skeleton.architecture.groups, run.calls, index, streams)
-        inputs = iter(walk)
+        replay, lean = run.placement.replay, run.placement.lean
+        walk = BlockWalk(block.module, run.skeleton.architecture.groups, run.calls, index, streams, replay, park=lean)
+        groups = enumerate(walk)
         while True:
-            with run.clock.stage("calibrate"), run.products():
-                group = next(inputs, None)
+            with run.stage("calibrate"):
+                number, group = next(groups, (-1, None))
             if group is None:
                 break
-            with run.clock.stage("hessian"), run.products():
-                hessian = hessian_of(group)
-            with run.clock.stage("factor"):
-                factor = factorize(hessian.matrix, run.recipe.damping, run.recipe.act_order)
-                correction = None
-                if hessian.cross is not None:
-                    correction = correction_matrix(hessian.matrix, hessian.cross, run.recipe.damping)
-            for name in group.names:
-                weight = block.weight(name)
-                target = weight if correction is None else correct(weight, correction, run.strength)
-                result: LinearResult = solve_linear(target, factor, hessian.matrix, run.recipe, run.skeleton.dtype)
-                walk.replace(name, block.keep(name, result, hessian, factor))
+            solve = _solve_lean if lean else _solve
+            for name, weight in solve(run, block, group, number).items():
+                walk.replace(name, weight)
+        run.count_forward(block, walk.flops)
         return run.commit(block, walk.finished())
 
 
-def hessian_of(group: GroupInputs) -> Hessian:
-    """H (and, with two streams, G) of the input that the group's linears share."""
-    total = HessianSum(group.quantized[0].shape[-1], group.quantized[0].device, cross=group.original is not None)
-    for i, quantized in enumerate(group.quantized):
-        if group.original is None:
-            total.add(quantized)
-        else:
-            total.add_pair(group.original[i], quantized)
-    return total.finish()
+def _solve(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[str, Tensor]:
+    """The new weights of a group, as the module stores them; everything else is gone when this returns."""
+    total = _summed(run, group, number, HessianSum)
+    with run.stage("hessian", number):
+        hessian = total.finish()
+    del total
+    with run.stage("factor", number):
+        factor = factorize(hessian.matrix, run.recipe.damping, run.recipe.act_order)
+        correction = None
+        if hessian.cross is not None and not factor.is_diagonal:
+            correction = Correction.of(hessian.matrix, hessian.cross, factor, block.rows(group.names))
+        hessian = replace(hessian, cross=None)
+    run.count_group(hessian, block.rows(group.names), correction is not None)
+    new = {}
+    for name in group.names:
+        with run.stage("factor", number):
+            weight = block.weight(name).to(hessian.matrix.device, torch.float32).contiguous()
+            target = correct(weight, correction, run.strength)
+            del weight
+        result: LinearResult = solve_linear(target, factor, hessian.matrix, run.recipe, run.skeleton.dtype)
+        new[name] = block.keep(name, result, hessian, factor)
+    return new
+
+
+def _solve_lean(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[str, Tensor]:
+    """The same for groups whose matrices hardly fit (wide.py)."""
+    total = _summed(run, group, number, WideSum)
+    with run.stage("factor", number):
+        wide = WideGroup(total, {name: block.weight(name) for name in group.names}, run.recipe, run.strength)
+    run.count_group(wide.hessian, block.rows(group.names), group.paired)
+    return {name: block.keep(name, wide.solve(name, run.skeleton.dtype), wide.hessian, wide.factor) for name in group.names}
+
+
+def _summed(run: Run, group: GroupInputs, number: int, kind: type[_Sum]) -> _Sum:
+    """H (and, with two streams, G) of the input that the group's linears share, batch by batch as the walk gives them."""
+    total = kind(run.skeleton.shape(f"{run.skeleton.block_name(0)}.{group.names[0]}")[1], run.algebra_device(number), cross=group.paired)
+    pairs = iter(group)
+    while True:
+        with run.stage("calibrate"):
+            original, quantized = next(pairs, (None, None))
+        if quantized is None:
+            return total
+        with run.stage("hessian", number):
+            if original is None:
+                total.add(operand(quantized))
+            else:
+                total.add_pair(operand(original), operand(quantized))

@@ -1,7 +1,7 @@
 """What a run would cost, from headers alone: size, memory, disk, time, and what bounds it.
 
-Each estimate is a sum that can be read off below. Memory follows the walk: the block's weights, the hidden states of both
-streams, one group's inputs, and the Hessian with its factor; none of them grows with the number of blocks.
+Each estimate is a sum that can be read off below; memory in footprint.py, and its parts are in the plan. None of them grows
+with the number of blocks.
 """
 
 import shutil
@@ -15,10 +15,13 @@ import torch
 
 from leangrid import kernels
 from leangrid.clock import STAGES
+from leangrid.devices import accelerated, available_bytes, checked, wait
 from leangrid.errors import OutputError
-from leangrid.models.gguf import describe, is_gguf
+from leangrid.footprint import Footprint, choose
+from leangrid.models.gguf import DescribedCheckpoint, describe, is_gguf
 from leangrid.models.skeleton import Skeleton
-from leangrid.precision import products
+from leangrid.placement import Placement
+from leangrid.precision import compute_dtype, products
 from leangrid.prepare import refuse_impossible, settle
 from leangrid.recipe import Recipe
 from leangrid.sizes import LayerSize, disk_bytes, sizes, state_bytes
@@ -27,7 +30,9 @@ from leangrid.storage.source import open_source
 
 _F32 = 4
 _MARGIN = 1.05
-_HOLES = 1.2  # what the allocator keeps between live tensors
+_HOLES = 1.1  # what the allocator keeps between live tensors
+_REPLAYED = 2.6  # forward passes that replaying takes instead of one: up to each group, and once to the end
+_CUDA_RUNTIME = 1 << 30  # host memory of the driver, cuBLAS and cuSOLVER
 # Sweeps' worth of rows*cols^2 work: ours, min-max GPTQ's, two losses, and for each refit round about two more.
 _SWEEPS, _SWEEPS_A_ROUND = 4.0, 3.0
 _GRID_SECONDS_A_WEIGHT = {"affine": 1.5e-7, "nonuniform": 3.5e-7}  # one thread with the native kernels
@@ -52,10 +57,12 @@ class Plan:
     seconds: dict[str, float]
     kernels: dict[str, str]
     bound: str
+    placement: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     layer_plans: list[LayerSize] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The promised keys; the layers as a list under ``layer_plans``."""
+        """The promised keys; the layers as a list under ``layer_plans``; under ``memory`` the parts of every phase in bytes."""
         return asdict(self)
 
 
@@ -69,13 +76,16 @@ def plan(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    checked(device)
     path = locate_source(str(source))
     skeleton = Skeleton(describe(path) if is_gguf(path) else open_source(path))
     settled = settle(recipe or Recipe.build(), skeleton, device)
+    skeleton.compute_dtype = compute_dtype(settled.products, skeleton.dtype, device)
     refuse_impossible(settled, skeleton)
     sized, tokens = sizes(skeleton, settled), settled.samples * settled.length
-    ram = _peak_ram(skeleton, settled, sized.layers)
-    seconds = _seconds(skeleton, settled, sized.layers)
+    placement, memory = choose(skeleton, settled, settled.samples, settled.length, device)
+    ram = _peak_ram(skeleton, settled, memory, device)
+    seconds = _seconds(skeleton, settled, sized.layers, placement, device)
     available = psutil.virtual_memory().available
     result = Plan(
         source=str(source),
@@ -87,14 +97,16 @@ def plan(
         bytes_before=sized.bytes_before,
         peak_ram_bytes=ram,
         available_ram_bytes=available,
-        peak_gpu_bytes=0 if device == "cpu" else ram,
+        peak_gpu_bytes=memory.peak if accelerated(device) else 0,
         disk_bytes=int(disk_bytes(skeleton, settled, tokens) * _MARGIN),
         seconds=seconds,
         kernels={"grid": kernels.backend(), "solve": kernels.backend()},
         bound="memory" if ram > available else "compute" if seconds["total"] > 2 * seconds["save"] else "disk",
+        placement=placement.to_json(),
+        memory={"peak_phase": memory.peak_phase, "phases": memory.phases, "host": memory.host},
         layer_plans=sized.layers,
     )
-    _refuse_what_cannot_fit(result, settled, Path(out) if out is not None else Path.cwd())
+    _refuse_what_cannot_fit(result, settled, device, Path(out) if out is not None else Path.cwd())
     return result
 
 
@@ -106,29 +118,20 @@ def _hidden(skeleton: Skeleton) -> int:
     return skeleton.base.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
-def _peak_ram(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize]) -> int:
-    """This process now + the larger of the two phases: embedding the windows, or walking the largest block."""
+def _peak_ram(skeleton: Skeleton, recipe: Recipe, memory: Footprint, device: str) -> int:
+    """This process now + what it will hold: everything on the CPU; beside a device what waits for it and the runtime's own."""
     here = psutil.Process().memory_info().rss
-    per_block = len(skeleton.linear_names(0))
-    largest = max(sum(la.rows * la.cols for la in layers[i : i + per_block]) for i in range(0, len(layers), per_block))
-    widest = max(layer.cols for layer in layers)
-    tallest = max(layer.rows * layer.cols for layer in layers)
-    hidden, tokens = _hidden(skeleton), recipe.samples * recipe.length
-    rows = skeleton.base.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    states = state_bytes(skeleton, recipe, recipe.samples * recipe.length)
-    # A paused pass holds the residual, what its attention or MLP computed on the way, and the group's input.
-    paused = _streams(recipe) * tokens * _F32 * 2 * (hidden + widest)
-    algebra = _F32 * (10 * widest**2 + 8 * tallest)
-    walking = states + paused + 2 * largest * _F32 + algebra
-    embedding = states + rows * hidden * (_F32 + skeleton.dtype.itemsize)
-    sampling = sum(t.nbytes for t in skeleton.checkpoint.tensors.values()) * 2 if recipe.calibration == "self" else 0
-    return here + int(_HOLES * max(walking, embedding, sampling))
+    parameters = sum(t.nbytes for t in skeleton.checkpoint.tensors.values()) // skeleton.dtype.itemsize
+    sampling = _F32 * parameters if recipe.calibration == "self" else 0
+    dequantizing = (_F32 + skeleton.dtype.itemsize) * parameters if isinstance(skeleton.checkpoint, DescribedCheckpoint) else 0
+    held = memory.host_peak + _CUDA_RUNTIME if accelerated(device) else memory.peak
+    return here + int(_HOLES * max(held, sampling, dequantizing))
 
 
-def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize]) -> dict[str, float]:
+def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placement: Placement, device: str) -> dict[str, float]:
     with products(recipe.products):
-        fast = _gemm_rate()
-    rate, streams, tokens = _gemm_rate(), _streams(recipe), recipe.samples * recipe.length
+        forward, fast = _gemm_rate(device, skeleton.compute_dtype), _gemm_rate(device)
+    rate, streams, tokens = _gemm_rate(device), _streams(recipe), recipe.samples * recipe.length
     weights = sum(layer.rows * layer.cols for layer in layers)
     widths = {}
     for index in range(len(skeleton.blocks)):
@@ -139,7 +142,8 @@ def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize]) -> dic
     attention = len(skeleton.blocks) * 2 * tokens * recipe.length * _hidden(skeleton)
     threads = torch.get_num_threads()
     stages = dict.fromkeys(STAGES, 0.0)
-    stages["calibrate"] = streams * (2 * weights * tokens / fast + attention / rate)
+    passes = _REPLAYED if placement.replay else 1
+    stages["calibrate"] = passes * streams * (2 * weights * tokens / forward + attention / min(forward, rate))
     stages["hessian"] = sum(streams * 2 * tokens * cols**2 for cols in widths.values()) / fast
     stages["factor"] = sum((3 + 3 * (streams - 1)) * cols**3 for cols in widths.values()) / (rate * _KERNEL_EFFICIENCY)
     stages["solve"] = sum(sweeps * la.rows * la.cols**2 for la in layers) / (rate * _KERNEL_EFFICIENCY)
@@ -149,18 +153,27 @@ def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize]) -> dic
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
 
 
-def _gemm_rate() -> float:
-    """Float32 multiply-adds of this machine, in FLOP/s: a quarter second of the product that dominates a run."""
-    a, b = torch.ones(1024, 1024), torch.ones(1024, 1024)
+def _gemm_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of ``device`` in a quarter second of the product that dominates a run."""
+    size = 8192 if accelerated(device) else 1024
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     _ = a @ b
+    wait(device)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < 0.25:
         _ = a @ b
+        wait(device)
         count += 1
-    return count * 2 * 1024**3 / (time.perf_counter() - begin)
+    return count * 2 * size**3 / (time.perf_counter() - begin)
 
 
-def _refuse_what_cannot_fit(result: Plan, recipe: Recipe, out: Path) -> None:
+def _refuse_what_cannot_fit(result: Plan, recipe: Recipe, device: str, out: Path) -> None:
+    if result.peak_gpu_bytes and result.peak_gpu_bytes > (free := available_bytes(device)):
+        raise OutputError(
+            f"the run needs {result.peak_gpu_bytes / 2**30:.1f} GiB on {device} at its thriftiest, {free / 2**30:.1f} GiB can be used",
+            result.source,
+            "Free the device, or use --device cpu",
+        )
     if result.peak_ram_bytes > result.available_ram_bytes:
         fewer = max(1, int(recipe.samples * result.available_ram_bytes / result.peak_ram_bytes / 1.2))
         raise OutputError(

@@ -1,8 +1,14 @@
-"""Which arithmetic the forward passes and the Hessian products use on a CPU; everything that is solved stays in float32.
+"""Which arithmetic the forward passes and the Hessian products use; everything that is solved stays in float32.
 
-With ``bfloat16`` a product rounds its operands to bfloat16 and accumulates in float32, as the model does when it is served
-in bfloat16; processors with bfloat16 tiles or dot products do that several times faster. A Hessian of rounded inputs is
-still exactly positive semidefinite, because both operands are the same rounded numbers.
+With ``bfloat16`` linears and attention round their operands and results to bfloat16 and accumulate in float32, as the model
+does when it is served in bfloat16; processors with bfloat16 tiles or dot products do that several times faster. Norms,
+activations' sums and the residual stream stay in float32 (torch's autocast): rounding the residual at every layer would put
+noise into the inputs that the correction then takes for an error of quantization. A Hessian of rounded inputs is still
+exactly positive semidefinite, because both operands are the same rounded numbers.
+
+On a CUDA device ``bfloat16`` computes the forward passes of a 16-bit model in its own dtype, as it is served, and the
+Hessians from those activations on TensorFloat-32 units: a bfloat16 or float16 number is one of TF32 exactly, and the sums are
+float32, so those products lose nothing. ``tfloat32`` is for float32 models: weights and states in float32, products in TF32.
 """
 
 from collections.abc import Iterator
@@ -11,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _FLAGS = ("amx_bf16", "avx512_bf16")
 
@@ -20,19 +27,39 @@ def bfloat16_pays(dtype: torch.dtype, device: str) -> bool:
     return device == "cpu" and dtype == torch.bfloat16 and _switch() is not None and _processor_has_bfloat16()
 
 
+def best_products(dtype: torch.dtype, device: str) -> str:
+    """What ``auto`` means for a model stored in ``dtype`` on ``device``."""
+    if torch.device(device).type == "cuda":
+        return "tfloat32" if dtype == torch.float32 else "bfloat16"
+    return "bfloat16" if bfloat16_pays(dtype, device) else "float32"
+
+
+def compute_dtype(kind: str, dtype: torch.dtype, device: str) -> torch.dtype:
+    """Of weights and hidden states: a 16-bit model's own on CUDA unless ``kind`` is float32, float32 everywhere else."""
+    return dtype if torch.device(device).type == "cuda" and kind == "bfloat16" and dtype.itemsize == 2 else torch.float32
+
+
 @contextmanager
 def products(kind: str) -> Iterator[None]:
-    """Inside the ``with``, float32 matrix products on the CPU use ``kind`` ("float32" or "bfloat16") operands."""
+    """Inside the ``with``, float32 matrix products use ``kind`` operands: float32, bfloat16 (on the CPU; TF32 on CUDA), tfloat32 (CUDA)."""
+    settings = [(torch.backends.cuda.matmul, "tf32")] if kind != "float32" and torch.cuda.is_available() else []
     switch = _switch()
-    if kind != "bfloat16" or switch is None:
-        yield
-        return
-    before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
+    settings += [(switch, "bf16")] if kind == "bfloat16" and switch is not None else []
+    before = [setting.fp32_precision for setting, _ in settings]
+    for setting, value in settings:
+        setting.fp32_precision = value
     try:
-        yield
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16" and switch is not None):
+            yield
     finally:
-        switch.fp32_precision = before
+        for (setting, _), value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+def operand(x: Tensor) -> Tensor:
+    """``x`` as the products around it see it: rounded to bfloat16 inside ``products("bfloat16")``, itself otherwise."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x
 
 
 def _switch() -> Any:

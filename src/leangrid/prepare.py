@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leangrid import memory
 from leangrid._version import __version__
 from leangrid.data.calibration import decoded_start, windows_hash
 from leangrid.data.calibration import windows as corpus_windows
+from leangrid.devices import checked
 from leangrid.errors import CalibrationError, FormatError, ShapeError
 from leangrid.formats import FORMATS
 from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
-from leangrid.precision import bfloat16_pays
+from leangrid.precision import best_products, compute_dtype
 from leangrid.progress import Event, Progress
 from leangrid.recipe import Recipe
 from leangrid.sizes import disk_bytes
@@ -58,6 +60,7 @@ def prepare(
     """Open and check everything that needs no weights; LeangridError before anything is written (a GGUF source is
     dequantized into ``out.partial/source`` once the output is locked).
     """
+    checked(device)
     path, final = locate_source(str(source)), Path(out)
     check_output(final, path, overwrite)
     notices: list[str] = []
@@ -69,6 +72,7 @@ def prepare(
             directory = journal.partial / "source"
             if not (directory / "config.json").is_file():
                 dequantize(path, directory)
+                memory.return_free()
             checkpoint, skeleton, settled = open_model(directory, recipe, device)
         except BaseException:
             _give_up(journal)
@@ -92,6 +96,7 @@ def open_model(directory: Path, recipe: Recipe, device: str = "cpu") -> tuple[Ch
     checkpoint = open_source(directory)
     skeleton = Skeleton(checkpoint)
     settled = settle(recipe, skeleton, device)
+    skeleton.compute_dtype = compute_dtype(settled.products, skeleton.dtype, device)
     refuse_impossible(settled, skeleton)
     return checkpoint, skeleton, settled
 
@@ -103,7 +108,7 @@ def settle(recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> Recipe:
     settled = recipe.resolved(f"W4A16_G{_DEFAULT_GROUP}" if groups_fit else "W4A16")
     if settled.products != "auto":
         return settled
-    return settled.model_copy(update={"products": "bfloat16" if bfloat16_pays(skeleton.dtype, device) else "float32"})
+    return settled.model_copy(update={"products": best_products(skeleton.dtype, device)})
 
 
 def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:

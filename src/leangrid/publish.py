@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leangrid import devices
 from leangrid._version import __version__
 from leangrid.clock import Clock
 from leangrid.data.calibration import windows_hash
@@ -22,6 +23,7 @@ from leangrid.result import QuantizeResult
 from leangrid.sizes import sizes
 from leangrid.storage import writer
 from leangrid.storage.safetensors import TensorInfo
+from leangrid.work import Work
 
 _NOT_COPIED = ("auto_map", "transformers_version")
 
@@ -40,6 +42,7 @@ def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_
         "devices": sorted({info["device"] for info in infos}),
         "products": sorted({info["products"] for info in infos}),
         "threads": sorted({info["threads"] for info in infos}),
+        "memory": [step for info in infos for step in info.get("memory", [])],
         "result": figures,
     }
     card = model_card(prepared.source, recipe, records, bits_per_weight=figures["bits_per_weight"], version=__version__)
@@ -54,13 +57,13 @@ def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_
             manifest,
             overwrite=prepared.overwrite,
         )
-    return _result(prepared.out, written, clock.report(), device, max_rescued)
+    return _result(prepared.out, written, clock.report(), clock.work.report(), device, max_rescued)
 
 
 def finished_result(out: Path, state_dir: Path | None, max_rescued: float) -> QuantizeResult | None:
     """The result of a run that was killed after its directory got its final name and before its journal was gone; else None."""
     manifest = writer.settle(out, state_dir)
-    return None if manifest is None else _result(out, manifest, {"total": 0.0}, "cpu", max_rescued)
+    return None if manifest is None else _result(out, manifest, {"total": 0.0}, Work().report(), "cpu", max_rescued)
 
 
 def _figures(prepared: Prepared, records: list[LayerRecord], windows: Tensor, paths: list[str]) -> dict[str, Any]:
@@ -82,13 +85,16 @@ def _figures(prepared: Prepared, records: list[LayerRecord], windows: Tensor, pa
     }
 
 
-def _result(out: Path, manifest: dict[str, Any], seconds: dict[str, float], device: str, max_rescued: float) -> QuantizeResult:
+def _result(
+    out: Path, manifest: dict[str, Any], seconds: dict[str, float], flops: dict[str, dict[str, float]], device: str, max_rescued: float
+) -> QuantizeResult:
     return QuantizeResult(
         out=str(out),
         bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
         seconds=seconds,
+        flops=flops,
         peak_ram_bytes=peak_bytes(),
-        peak_gpu_bytes=torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0,
+        peak_gpu_bytes=devices.peak_bytes(device),
         max_rescued=max_rescued,
         **manifest["result"],
     )

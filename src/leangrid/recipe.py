@@ -92,7 +92,7 @@ class Recipe(BaseModel):
     guard: bool = Field(default=True, description="rows worse than min-max GPTQ try lower p")
     damping: float = Field(default=0.01, gt=0, le=10, description="lambda, in units of mean(diag H)")
     act_order: bool = Field(default=True, description="eliminate columns by descending diag H")
-    products: Literal["auto", "float32", "bfloat16"] = Field(
+    products: Literal["auto", "float32", "bfloat16", "tfloat32"] = Field(
         default="auto", description="operands of forward and Hessian products; auto: bfloat16 where model and processor have it"
     )
 

@@ -16,10 +16,20 @@ from torch import Tensor
 from leangrid import kernels
 from leangrid.grids import AffineGrid, Grid, NonuniformGrid
 from leangrid.grids.affine import round_scale
+from leangrid.grids.nonuniform import round_levels
 
 _BLOCK = 128
 _CHUNK_BYTES = 1 << 27  # of a batch of normal equations
 _RIDGE = {"affine": 1e-6, "nonuniform": 1e-8}  # in units of the mean diagonal, towards the present values
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """Codes and grid in the stored dtype's values, levels ascending; ``loss`` float64 [rows], under the damped H."""
+
+    codes: UInt8[Tensor, "rows cols"]
+    grid: Grid
+    loss: Float[Tensor, " rows"]
 
 
 def refine(
@@ -29,25 +39,20 @@ def refine(
     matrix: Float[Tensor, "cols cols"],
     rounds: int,
     scale_dtype: torch.dtype = torch.float32,
-) -> tuple[UInt8[Tensor, "rows cols"], Grid]:
-    """``rounds`` times refit and descend, then a last refit; the loss of no row rises. 0 rounds changes nothing.
+) -> Refined:
+    """``rounds`` times refit and descend, then a last refit; the loss of no row rises.
 
     Args:
         target: the weights that the codes approximate, float32.
         matrix: the damped H, original column order.
+        rounds: at least 1.
         scale_dtype: dtype that scales or levels are stored in.
-
-    Returns:
-        codes and grid, in the stored dtype's values; levels stay ascending.
     """
-    if rounds == 0:
-        return codes, grid
     state = _State.of(target, codes, grid, matrix)
     for _ in range(rounds):
-        state = _refit(target, state, matrix, scale_dtype)
-        state = _descend(state, matrix)
-    state = _refit(target, state, matrix, scale_dtype)
-    return state.codes, state.grid
+        refitted = _refit(state, matrix, scale_dtype)
+        state = _descend(_State.of(target, refitted.codes, refitted.grid, matrix), matrix)
+    return _refit(state, matrix, scale_dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,33 +86,42 @@ class _State:
         )
 
 
-def _refit(target: Tensor, state: _State, matrix: Tensor, dtype: torch.dtype) -> _State:
-    """The least-squares grid given the codes, rounded as it is stored; levels may change places with their codes."""
-    grid = state.grid
-    if isinstance(grid, AffineGrid):
-        codes, new = _refit_scales(state.codes, grid, matrix, state.gradient, dtype)
+def _refit(state: _State, matrix: Tensor, dtype: torch.dtype) -> Refined:
+    """The least-squares grid given the codes, rounded as it is stored; levels may change places with their codes.
+
+    A step d changes twice the loss by d A d^T + 2 b d^T, with A and b of the normal equations: that decides for each row
+    whether the rounded step is taken, and no product with H is needed to judge it.
+    """
+    if isinstance(state.grid, AffineGrid):
+        codes, grid, change = _refit_scales(state, state.grid, matrix, dtype)
     else:
-        codes, new = _refit_levels(state.codes, grid, matrix, state.gradient, dtype)
-    return state.better(_State.of(target, codes, new, matrix))
+        codes, grid, change = _refit_levels(state, matrix, dtype)
+    worse = (~(change < 0)).nonzero().squeeze(1)
+    if len(worse):
+        grid = grid.put(worse, state.grid.take(worse))
+        codes = codes.index_copy(0, worse, state.codes[worse])
+    return Refined(codes, grid, (state.loss.double() + change.clamp(max=0)) / 2)
 
 
-def _refit_levels(codes: Tensor, grid: Grid, matrix: Tensor, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid]:
+def _refit_levels(state: _State, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid, Tensor]:
     """Least-squares levels given the codes, sorted again; a level without codes stays where it is."""
-    count = grid.levels.shape[1]
-    normal = kernels.level_gram(matrix, codes, count)
-    index = codes.long()
-    slope = torch.zeros_like(grid.levels).scatter_add_(1, index, gradient).double()
-    levels = grid.levels.double() - _solve(normal, slope, _RIDGE["nonuniform"])
+    old = state.grid.levels.double()
+    normal = kernels.level_gram(matrix, state.codes, old.shape[1])
+    index = state.codes.long()
+    slope = torch.zeros_like(state.grid.levels).scatter_add_(1, index, state.gradient).double()
+    levels = round_levels((old - _solve(normal, slope, _RIDGE["nonuniform"])).float(), dtype)
+    change = _change(levels.double() - old, normal, slope)
     levels, order = levels.sort(dim=1, stable=True)
     rank = torch.argsort(order, dim=1)  # rank[old code] = new code
-    return rank.gather(1, index).to(torch.uint8), NonuniformGrid(levels.float()).rounded(dtype)
+    return rank.gather(1, index).to(torch.uint8), NonuniformGrid(levels), change
 
 
-def _refit_scales(codes: Tensor, grid: AffineGrid, matrix: Tensor, gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid]:
+def _refit_scales(state: _State, grid: AffineGrid, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid, Tensor]:
     """Least-squares scales of all groups of a row together; a scale that would vanish or change its sign stays."""
+    codes = state.codes
     rows, groups = grid.scale.shape
     size = codes.shape[1] // groups
-    scale = grid.scale.clone()
+    scale, change = grid.scale.clone(), torch.zeros(rows, dtype=torch.float64, device=codes.device)
     chunk = max(1, _CHUNK_BYTES // (8 * groups * groups))
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
@@ -118,17 +132,26 @@ def _refit_scales(codes: Tensor, grid: AffineGrid, matrix: Tensor, gradient: Ten
             product = (unit[:, g] @ matrix[g * size : (g + 1) * size, g * size :]).mul_(flat[:, g * size :])
             normal[:, g, g:] = product.reshape(len(unit), -1, size).sum(2)
             normal[:, g:, g] = normal[:, g, g:]
-        slope = (unit * gradient[part].reshape(unit.shape)).sum(2).double()
-        solved = (scale[part].double() - _solve(normal, slope, _RIDGE["affine"])).float()
-        scale[part] = torch.where(solved.isfinite() & (solved * scale[part].sign() > 0), solved, scale[part])
-    return codes, replace(grid, scale=round_scale(scale, dtype))
+        slope = (unit * state.gradient[part].reshape(unit.shape)).sum(2).double()
+        old = scale[part]
+        solved = (old.double() - _solve(normal, slope, _RIDGE["affine"])).float()
+        new = round_scale(torch.where(solved.isfinite() & (solved * old.sign() > 0), solved, old), dtype)
+        change[part] = _change(new.double() - old.double(), normal, slope)
+        scale[part] = new
+    return codes, replace(grid, scale=scale), change
+
+
+def _change(step: Float[Tensor, "rows k"], normal: Float[Tensor, "rows k k"], slope: Float[Tensor, "rows k"]) -> Float[Tensor, " rows"]:
+    """d A d^T + 2 b d^T of each row."""
+    return ((normal @ step[..., None]).squeeze(2) * step).sum(1) + 2 * (slope * step).sum(1)
 
 
 def _solve(normal: Float[Tensor, "rows k k"], slope: Float[Tensor, "rows k"], ridge: float) -> Float[Tensor, "rows k"]:
     """(A + ridge mean(diag A) I)^-1 slope in float64, row by row; 0 (no step) where A is not positive definite."""
     mean = normal.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    normal.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, ridge * mean, torch.ones_like(mean)))
-    lower, info = torch.linalg.cholesky_ex(normal)
+    ridged = normal.clone()
+    ridged.diagonal(dim1=1, dim2=2).add_(torch.where(mean > 0, ridge * mean, torch.ones_like(mean)))
+    lower, info = torch.linalg.cholesky_ex(ridged)
     step = torch.cholesky_solve(slope[..., None], lower).squeeze(2)
     return torch.where((info == 0)[:, None] & step.isfinite(), step, torch.zeros_like(step))
 

@@ -15,8 +15,9 @@ KINDS = {
     "nonfinite_tokens": "calibration tokens with NaN or infinite activations were left out",
     "dead_columns": "input columns that calibration never touched",
     "guarded_rows": "rows that fell behind min-max GPTQ and took another grid",
+    "memory": "memory ran out and something gave way: the same work in smaller pieces or on the CPU",
 }
-NOTES = frozenset({"dead_columns", "guarded_rows"})
+NOTES = frozenset({"dead_columns", "guarded_rows", "memory"})
 
 
 @dataclass(frozen=True)

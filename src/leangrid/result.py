@@ -8,7 +8,7 @@ from typing import Any
 @dataclass(frozen=True)
 class QuantizeResult:
     """Figures of one run. Losses are sums over layers of tr(E H E^T)/2; ``bits_per_weight`` counts codes and grids of the
-    quantized linears; ``bytes`` is the size of the published directory.
+    quantized linears; ``bytes`` is the size of the published directory; ``flops`` are needed and done by stage (work.py).
     """
 
     out: str
@@ -24,6 +24,7 @@ class QuantizeResult:
     rescued_layers: int
     notes: dict[str, int]
     seconds: dict[str, float]
+    flops: dict[str, dict[str, float]]
     peak_ram_bytes: int
     peak_gpu_bytes: int
     kernels: dict[str, str]

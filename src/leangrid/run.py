@@ -1,32 +1,42 @@
 """One run on disk: what it works on, what is already committed, and how it ends. The hallway asks, this room answers."""
 
+import gc
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from leangrid import kernels, memory
+from leangrid import kernels, memory, work
 from leangrid.clock import Clock
+from leangrid.devices import DeviceClock, accelerated, checked, release_cached, start_counting, to_host
 from leangrid.errors import Interrupted, LeangridError
 from leangrid.factor import Factor
+from leangrid.footprint import Work, choose, footprint
 from leangrid.formats import FORMATS
+from leangrid.grids import Grid
 from leangrid.hessian import Hessian
 from leangrid.linear import LinearResult
+from leangrid.models.ahead import Ahead
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import Calls, Streams, embed
+from leangrid.placement import Failed, Placement
 from leangrid.precision import products
 from leangrid.prepare import Prepared, calibration_windows, prepare
 from leangrid.progress import Event, Progress
 from leangrid.publish import publish
 from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord
+from leangrid.rescue import Rescue
 from leangrid.result import QuantizeResult
 from leangrid.storage.journal import Journal
+from leangrid.wide import on_host
 
-_TOKENS_A_BATCH = 4096  # large enough for full-speed products, small enough for the cache
+_TILE = 1 << 24  # weights dequantized at once
+_PRODUCTS = ("calibrate", "hessian")
 
 
 @dataclass
@@ -41,37 +51,72 @@ class BlockWork:
     records: list[LayerRecord] = field(default_factory=list)
 
     def weight(self, name: str) -> Tensor:
-        """The original weight of a linear, float32 [rows, cols]."""
+        """The original weight of a linear, [rows, cols] in the compute dtype."""
         weight = self.module.get_parameter(f"{name}.weight").data
-        return (weight.t() if self.run.skeleton.architecture.layer == "conv1d" else weight).float().contiguous()
+        return weight.t() if self.run.skeleton.architecture.layer == "conv1d" else weight
+
+    def rows(self, names: Sequence[str]) -> int:
+        """Output features of some linears together."""
+        return sum(self.run.skeleton.shape(f"{self.name}.{name}")[0] for name in names)
 
     def keep(self, name: str, result: LinearResult, hessian: Hessian, factor: Factor) -> Tensor:
         """Pack a solved linear for the commit, record it, and return its new weight as the module stores it."""
         run, full = self.run, f"{self.name}.{name}"
         for stage, seconds in result.seconds.items():
             run.clock.add("solve" if stage == "refine" else stage, seconds)
+        rows, cols = result.codes.shape
+        least = work.sweep(rows, cols) + work.refine(rows, cols, run.recipe.refine or 0)
+        run.clock.work.add("solve", 0.0 if run.recipe.parsed.method == "rtn" else least, result.flops["solve"] + result.flops["refine"])
+        run.clock.work.add("baseline", 0.0, result.flops["baseline"])
+        parameter = self.module.get_parameter(f"{name}.weight")
         with run.clock.stage("pack"):
-            packed = run.format.pack(result.codes, result.grid, run.skeleton.dtype, run.recipe.parsed)
-            self.tensors |= {f"{full}.{suffix}": tensor for suffix, tensor in packed.items()}
             # What a reader of the file multiplies by: rounded to the stored dtype, then computed in ours.
-            weight = result.grid.dequantize(result.codes).to(run.skeleton.dtype)
-            weight = weight.to(self.module.get_parameter(f"{name}.weight").dtype)
-        record = LayerRecord.of(full, run.recipe, result, hessian, factor)
+            weight = _dequantized(result.grid, result.codes, run.skeleton.dtype).to(parameter.device, parameter.dtype)
+            codes, grid = result.codes, result.grid
+            if run.placement.lean:  # packing needs some bytes a weight for a moment
+                codes, grid = codes.cpu(), on_host(grid)
+            packed = run.format.pack(codes, grid, run.skeleton.dtype, run.recipe.parsed)
+            self.tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+        noted = replace(result, rescues=(*result.rescues, *run.steps))
+        record = LayerRecord.of(full, run.recipe, noted, hessian, factor)
         self.records.append(record)
         run.tell("layer", self.index, layer=full, loss=record.loss)
         return weight.t().contiguous() if run.skeleton.architecture.layer == "conv1d" else weight
 
 
+def _dequantized(grid: Grid, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights in the stored dtype, a tile of rows at a time: the float32 steps of a whole layer are several times its size."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    tile = max(1, _TILE // codes.shape[1])
+    for start in range(0, len(codes), tile):
+        rows = torch.arange(start, min(start + tile, len(codes)), device=codes.device)
+        out[start : start + tile] = grid.take(rows).dequantize(codes[start : start + tile])
+    return out
+
+
 class Run:
     """An open run: holds the journal's lock until it is closed. Use ``Run.open`` in a ``with``."""
 
-    def __init__(self, prepared: Prepared, journal: Journal, windows: Tensor, device: str, clock: Clock, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        journal: Journal,
+        windows: Tensor,
+        device: str,
+        clock: Clock,
+        progress: Progress | None,
+        placement: Placement,
+    ) -> None:
         self.prepared, self.journal, self.windows, self.device, self.clock = prepared, journal, windows, device, clock
         self.skeleton: Skeleton = prepared.skeleton
         self.recipe: Recipe = prepared.recipe
         self.strength: float = prepared.recipe.correct or 0.0
         self.format = FORMATS[self.recipe.format]
         self.calls = Calls()
+        self.placement = placement
+        self.steps: list[Rescue] = []  # what gave way in the block at work
+        self.at: tuple[Failed, int] = ("forward", 0)
+        self._ahead = Ahead(prepared.skeleton, device, whole_way=not placement.lean) if accelerated(device) else None
         self._progress = progress
         self._done_at_start = journal.resume_point()
         self._began = clock.elapsed()
@@ -89,45 +134,107 @@ class Run:
         restart: bool,
         state_dir: str | Path | None,
         progress: Progress | None,
+        placement: Placement | None = None,
     ) -> Iterator["Run"]:
         """Check everything that can be checked, lock the output, get the calibration windows.
 
         Bad input raises before anything is written, or takes back what was: a fresh ``out.partial`` without a committed
         block is removed again.
         """
-        clock = Clock()
+        clock = DeviceClock(checked(device))
+        start_counting(device)
         with clock.stage("load"):
             prepared = prepare(source, out, recipe, windows, device, overwrite, restart, state_dir, progress)
         journal = prepared.journal
+        run = None
         try:
             with clock.stage("calibrate"):
                 tokens = calibration_windows(prepared, windows, progress)
-            yield cls(prepared, journal, tokens, device, clock, progress)
+            run = cls(prepared, journal, tokens, device, clock, progress, placement or _placement(prepared, tokens, device))
+            yield run
         except LeangridError as error:
             if error.exit_code == 2 and journal.is_fresh and not journal.committed():
                 journal.discard()
             raise
         finally:
+            if run is not None and run._ahead is not None:
+                run._ahead.close()
             journal.close()
 
-    def products(self) -> AbstractContextManager[None]:
-        """The arithmetic of forward passes and Hessians, for the length of a ``with``."""
-        return products(self.recipe.products)
+    @contextmanager
+    def stage(self, name: str, group: int = 0) -> Iterator[None]:
+        """Count the time of a stage, in the arithmetic of forward passes and Hessians where it is one of them."""
+        self.at = ("forward" if name == "calibrate" else "algebra", group)
+        with self.clock.stage(name), products(self.recipe.products if name in _PRODUCTS else "float32"):
+            yield
+
+    def count_forward(self, block: BlockWork, done: float) -> None:
+        """Count a walked block: each linear once a token and stream is what must be done."""
+        names = [name for group in self.skeleton.architecture.groups for name in group]
+        weights = sum(math.prod(self.skeleton.shape(f"{block.name}.{name}")) for name in names)
+        streams = 2 if self.strength > 0 else 1
+        self.clock.work.add("calibrate", streams * work.product(weights, 1, self.windows.numel()), done)
+
+    def count_group(self, hessian: Hessian, rows: int, corrected: bool) -> None:
+        """Count the sums, the factorization and the correction of a group with ``rows`` output features."""
+        counts, cols, streams = self.clock.work, len(hessian.matrix), 2 if self.strength > 0 else 1
+        blocks = kernels.outer_block(hessian.matrix.device)
+        counts.add("hessian", work.hessian(hessian.tokens, cols, streams), work.hessian(hessian.tokens, cols, streams, min(blocks, cols)))
+        moves = [work.correction(rows, cols, done) if corrected else 0.0 for done in (False, True)]
+        counts.add("factor", work.factor(cols, False) + moves[0], work.factor(cols, True) + moves[1])
+
+    def algebra_device(self, group: int) -> torch.device:
+        """Where the Hessian of ``group`` is summed, factored and solved."""
+        return torch.device("cpu" if group in self.placement.host_groups else self.device)
 
     def streams(self) -> Streams:
         """The hidden states that enter the first block that is not committed yet."""
-        batch = max(1, _TOKENS_A_BATCH // self.windows.shape[1])
-        batches: Sequence[Tensor] = self.windows.split(batch)
-        with self.clock.stage("calibrate"), self.products():
-            hidden, self.calls = embed(self.skeleton, batches, self.device)
+        batches: Sequence[Tensor] = self.windows.split(self.placement.windows)
+        keep = to_host if self.placement.host_streams else _unchanged
+        with self.stage("calibrate"):
+            hidden, self.calls = embed(self.skeleton, batches, self.device, keep)
         done = self.journal.committed()
         if done:
             self.tell("notice", done, message=f"resuming after block {done} of {len(self.skeleton.blocks)}")
             state = self.journal.load_state(done)
             if state is None:
                 raise Interrupted("the hidden states of the unfinished run were lost", self.journal.partial, "Run the same command again")
-            return Streams.from_tensors({name: x.to(self.device) for name, x in state.items()})
+            streams = Streams.from_tensors({name: x.to(self.skeleton.compute_dtype) for name, x in state.items()})
+            streams.move(self._home)
+            return streams
         return Streams(hidden, list(hidden) if self.strength > 0 else None)
+
+    def place(self, streams: Streams) -> None:
+        """Cut and move the streams, where they are, to what the placement asks for."""
+        streams.rebatch(self.placement.windows)
+        streams.move(self._home)
+        for size in {len(x) for x in streams.quantized} - self.calls.by_batch.keys():
+            with self.stage("calibrate"):
+                self.calls.by_batch |= embed(self.skeleton, [self.windows[:size]], self.device)[1].by_batch
+
+    def _home(self, hidden: Tensor) -> Tensor:
+        """A batch of hidden states where it waits for its turn."""
+        return to_host(hidden) if self.placement.host_streams else hidden.to(self.device)
+
+    def give_way(self, index: int) -> None:
+        """After block ``index`` ran out of memory: one step down the ladder, said and recorded. Interrupted at its end."""
+        gc.collect()
+        release_cached(self.device)
+        step = self.placement.thriftier(*self.at, len(self.skeleton.architecture.groups), accelerated(self.device))
+        if step is None:
+            needed = footprint(
+                Work.of(self.skeleton, self.recipe, self.windows.shape[0], self.windows.shape[1], self.device), self.placement
+            ).peak
+            raise Interrupted(
+                f"out of memory, and nothing is left to give way: a block needs about {needed / 2**30:.2f} GiB",
+                self.skeleton.block_name(index),
+                "Finished blocks are kept: free memory, or go on with more of it",
+            )
+        self.placement, words = step
+        self.steps.append(Rescue("memory", f"out of memory: {words}"))
+        if self._ahead is not None:
+            self._ahead.whole_way = not self.placement.lean and not self.placement.host_block
+        self.tell("notice", index, message=f"out of memory in {self.skeleton.block_name(index)}: {words}, from here on")
 
     def remaining_blocks(self) -> range:
         """Indices of the blocks that are not committed yet, in order."""
@@ -136,9 +243,13 @@ class Run:
     @contextmanager
     def block(self, index: int) -> Iterator[BlockWork]:
         """Block ``index`` with its weights in memory."""
-        with self.clock.stage("load"):
-            context = self.skeleton.block(index, self.device)
+        with self.stage("load"):
+            weights = None if self._ahead is None else self._ahead.take(index)
+            context = self.skeleton.block(index, "cpu" if self.placement.host_block else self.device, weights)
+            del weights
             module = context.__enter__()
+        if self._ahead is not None:
+            self._ahead.start(index + 1)
         try:
             yield BlockWork(index, self.skeleton.block_name(index), module, self)
         finally:
@@ -156,7 +267,10 @@ class Run:
                 "kernels": kernels.backend(),
                 "products": self.recipe.products,
                 "threads": torch.get_num_threads(),
+                "placement": self.placement.to_json(),
+                "memory": [f"{block.name}: {step.detail}" for step in self.steps],
             }
+            self.steps = []
             self.journal.commit_block(block.index, tensors, info)
             if block.index + 1 < len(self.skeleton.blocks):
                 self.journal.save_state(block.index + 1, streams.tensors())
@@ -177,3 +291,16 @@ class Run:
         left = seconds / done * (blocks - self._done_at_start - done) if done > 0 else -1.0
         speed = self.windows.numel() * done / seconds if done > 0 else 0.0
         self._progress(Event(stage, block, blocks, layer, loss, speed, memory.resident_bytes(), left, message))
+
+
+def _placement(prepared: Prepared, windows: Tensor, device: str) -> Placement:
+    """Where the last committed block ended; else the first that fits by the plan's sums."""
+    done = prepared.journal.resume_point()
+    kept = prepared.journal.block_info(done - 1) if done else {}
+    if kept.get("device") == device and "placement" in kept:
+        return Placement.from_json(kept["placement"])
+    return choose(prepared.skeleton, prepared.recipe, windows.shape[0], windows.shape[1], device)[0]
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden

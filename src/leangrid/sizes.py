@@ -48,9 +48,9 @@ def sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
 
 
 def state_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
-    """The hidden states of all ``tokens`` between two blocks: float32, two streams where the input's error is corrected."""
+    """The hidden states of all ``tokens`` between two blocks: two streams where the input's error is corrected."""
     hidden = skeleton.base.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    return (2 if recipe.correct else 1) * tokens * hidden * 4
+    return (2 if recipe.correct else 1) * tokens * hidden * skeleton.compute_dtype.itemsize
 
 
 def disk_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:

@@ -1,11 +1,9 @@
 """The benchmarks' own bookkeeping: where a number comes from, which line it replaces, and how it reaches the README."""
 
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,21 +11,6 @@ import pytest
 from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``bench("machine")`` -> benchmarks/machine.py, imported as the scripts import it."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    before = set(sys.modules)
-
-    def load(name: str) -> ModuleType:
-        return importlib.import_module(name)
-
-    yield load
-    for name in set(sys.modules) - before:
-        if (ROOT / "benchmarks" / f"{name}.py").is_file():
-            del sys.modules[name]
 
 
 LINES: list[dict[str, Any]] = [
@@ -87,6 +70,20 @@ def test_the_same_measurement_replaces_its_line(bench: Any, tmp_path: Path) -> N
     assert not list(path.parent.glob("*.part"))
 
 
+def test_what_a_script_prints_is_kept_and_shown(bench: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    printed = [
+        '{"benchmark": "b", "rows": 64, "s": 1}',
+        "a remark",
+        '{"benchmark": "b", "rows": 128, "s": 2}',
+        '{"benchmark": "b", "rows": 64, "s": 3}',
+    ]
+    command = [sys.executable, str(ROOT / "benchmarks" / "lines.py"), str(path)]
+    done = subprocess.run(command, input="\n".join(printed) + "\n", capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == printed
+    assert [line["s"] for line in bench("lines").read(path)] == [3, 2]
+
+
 def test_a_figure_that_is_not_finite_becomes_null(bench: Any) -> None:
     text = bench("lines").text({"kl": float("nan"), "inside": {"x": [float("inf"), 1.5]}, "name": "é"})
     assert json.loads(text) == {"kl": None, "inside": {"x": [None, 1.5]}, "name": "é"}
@@ -119,9 +116,10 @@ def test_a_table_without_lines_is_refused(bench: Any, results: Path) -> None:
         bench("table").rendered("<!-- pivot: quality.jsonl | scheme | kl_mean -->\n<!-- end -->", results)
 
 
-def test_the_readme_is_up_to_date(bench: Any) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert bench("table").rendered(text) == text, "python benchmarks/table.py"
+def test_the_pages_are_up_to_date(bench: Any) -> None:
+    for page in bench("table").PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert bench("table").rendered(text) == text, f"{page}: python benchmarks/table.py"
 
 
 def test_committed_results_are_lines_of_ours(bench: Any) -> None:

@@ -121,6 +121,99 @@ def test_widest_and_narrowest_affine_grids_match(bits: int, isa: str, generator:
         assert torch.equal(ours[1], twin[1])
 
 
+# Groups for the screen in cpu/affine_screen.h: what it must decide as the exact search does, and what it must leave to it.
+GROUPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "heavy": lambda w: w,
+    "positive": lambda w: w.abs(),
+    "negative": lambda w: -w.abs(),
+    "constant": lambda w: w[:, :1].expand_as(w),
+    "zeros": lambda w: torch.zeros_like(w),
+    "mostly_zeros": lambda w: w * (w > w.median()) * (w > 0.05),
+    "integers": lambda w: torch.round(w * 80),  # exact ties
+    "nearly_integers": lambda w: torch.round(w * 80) + 1e-6 * w,  # ties but for the last bits
+    "mirrored": lambda w: torch.cat([w[:, : w.shape[1] // 2], -w[:, : w.shape[1] // 2]], dim=1),
+    "outlier": lambda w: torch.cat([w[:, 1:], 1e6 * w[:, :1]], dim=1),
+    "many_decades": lambda w: w * 10.0 ** (-300 * w.abs()).clamp(min=-30),
+    "half_subnormal": lambda w: w * 1e-4,
+    "half_overflow": lambda w: w * 1e7,
+    "subnormal": lambda w: w * 1e-38,
+    "huge": lambda w: w / w.abs().max() * 3e38,
+}
+SHARES: dict[str, Callable[[Tensor], Tensor]] = {
+    "ones": lambda x: torch.ones_like(x),
+    "four_decades": lambda x: 10.0 ** (-4 * x),
+    "300_decades": lambda x: 10.0 ** (-300 * x),
+    "a_few": lambda x: x * (x < 0.2),
+}
+
+
+@pytest.mark.parametrize("name", sorted(GROUPS))
+def test_screened_groups_match_the_torch_twin(name: str, isa: str, generator: torch.Generator) -> None:
+    weight = GROUPS[name](heavy(generator, 6, 64)).contiguous()
+    for bits, steps, size in ((4, 512, 64), (4, 1000, 32), (3, 256, 64), (2, 300, 16), (8, 64, 64), (1, 128, 64)):
+        for kind, dtype in zip(SHARES, (None, torch.bfloat16, torch.float16, torch.bfloat16), strict=True):
+            share = SHARES[kind](torch.rand(64, generator=generator, dtype=torch.float64))
+            unit = torch.frexp(share.max()).exponent
+            for symmetric in (False, True):
+                ours = kernels.affine_search(weight, share, bits, steps, 0.2, size, symmetric, dtype)
+                twin = torch_ops.affine_search(weight, torch.ldexp(share, -unit), bits, steps, 0.2, size, symmetric, dtype)
+                case = f"{bits} bits, T {steps}, groups of {size}, {kind}, {dtype}, symmetric {symmetric}"
+                assert torch.equal(ours[0], twin[0]), case
+                assert torch.equal(ours[1], twin[1]), case
+                assert torch.equal(ours[2], torch.ldexp(twin[2], unit)), case
+
+
+def test_scales_half_way_between_two_of_bfloat16_match_the_torch_twin(isa: str, generator: torch.Generator) -> None:
+    """A range of 15 and T a power of two: many S of the paper's fall exactly where rounding to even decides."""
+    for lo in (-8.0, -7.5, -7.25, -7.0, -6.0):
+        weight = (3 * torch.randn(30, 32, generator=generator)).clamp(-5.9, 5.9)
+        weight[:, 0], weight[:, 1] = lo, 15 + lo
+        share = torch.rand(32, generator=generator, dtype=torch.float64) ** 3
+        unit = torch.frexp(share.max()).exponent
+        for bits, steps in ((4, 64), (4, 512), (2, 64), (2, 128), (2, 256)):
+            ours = kernels.affine_search(weight, share, bits, steps, 0.8 / bits, 32, False, torch.bfloat16)
+            twin = torch_ops.affine_search(weight, torch.ldexp(share, -unit), bits, steps, 0.8 / bits, 32, False, torch.bfloat16)
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours[:2], twin[:2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "size"), [(4, 64), (4, 576), (3, 128), (2, 36)])
+def test_many_groups_of_the_usual_kind_match_the_torch_twin(
+    bits: int, size: int, dtype: torch.dtype | None, isa: str, generator: torch.Generator
+) -> None:
+    weight, share = heavy(generator, 4, 1152), importance(generator, 1152)
+    unit = torch.frexp(share.max()).exponent
+    shrink = {4: 0.2, 3: 0.3, 2: 0.4}[bits]
+    ours = kernels.affine_search(weight, share, bits, 2048, shrink, size, False, dtype)
+    twin = torch_ops.affine_search(weight, torch.ldexp(share, -unit), bits, 2048, shrink, size, False, dtype)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours[:2], twin[:2], strict=True))
+
+
+@pytest.mark.parametrize("decades", [0, 4, 12])
+@pytest.mark.parametrize(("n", "levels"), [(576, 16), (1536, 16), (300, 6), (200, 32), (40, 16), (90, 64), (2500, 8)])
+def test_the_shortest_path_gives_the_levels_of_the_torch_layers(
+    n: int, levels: int, decades: int, isa: str, generator: torch.Generator
+) -> None:
+    """From 6 levels on C++ seeks a price of a cluster; the twin goes layer by layer."""
+    weight, share = heavy(generator, 6, n), 10.0 ** (-decades * torch.rand(6, n, generator=generator, dtype=torch.float64))
+    weight[1] = weight[1].abs()
+    weight[2, : n // 3] = weight[2, n // 3 : 2 * (n // 3)]  # values twice
+    weight[3, 0], weight[4, 0] = 30.0, -30.0
+    unit = torch.frexp(share.amax(1, keepdim=True)).exponent
+    ours, twin = kernels.kmeans_dp(weight, share, levels), torch_ops.kmeans_dp(weight, torch.ldexp(share, -unit), levels)
+    assert torch.equal(ours[0], twin[0])
+    assert torch.equal(ours[1], torch.ldexp(twin[1], unit[:, 0]))
+
+
+@pytest.mark.parametrize("levels", [6, 8, 16])
+def test_levels_are_optimal_where_many_partitions_tie(levels: int, isa: str, generator: torch.Generator) -> None:
+    even = torch.arange(48.0)[None].expand(3, -1)  # no price of a cluster gives every number of them
+    weight = torch.cat([even, torch.round(heavy(generator, 3, 48) * 100)]).contiguous()
+    share = torch.ones(48, dtype=torch.float64)
+    reached, twin = kernels.kmeans_dp(weight, share, levels)[1], torch_ops.kmeans_dp(weight, share, levels)[1]
+    assert torch.allclose(reached, twin, rtol=1e-12)
+
+
 @pytest.mark.parametrize(("rows", "n", "levels"), [(1, 1, 1), (3, 70, 4), (5, 700, 16), (2, 1100, 3)])
 def test_level_gram_is_the_product_with_the_one_hot_matrix(rows: int, n: int, levels: int, isa: str, generator: torch.Generator) -> None:
     h = hessian(generator, n)

@@ -8,7 +8,7 @@ import torch
 
 from leangrid import kernels
 from leangrid.errors import RecipeError, ShapeError
-from leangrid.kernels import native
+from leangrid.kernels import choice, native, torch_ops
 
 W = torch.linspace(-1, 1, 12).reshape(2, 6)
 ONES = torch.ones(6, dtype=torch.float64)
@@ -94,3 +94,49 @@ def test_without_the_extension_there_is_one_notice_and_the_torch_path(monkeypatc
     finally:
         native._extension.cache_clear()
         native._isa.cache_clear()
+
+
+CUDA = torch.device("cuda")
+
+
+def test_cuda_tensors_go_to_triton_unless_torch_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_triton", lambda interpreted=False: (choice, ""))  # stands for the module with the kernels
+    for wanted in ("", "triton", "portable"):  # the last is about CPU tensors
+        monkeypatch.setenv("LEANGRID_KERNELS", wanted)
+        assert choice._module(CUDA) is choice
+        assert kernels.backend(CUDA) == "triton"
+    monkeypatch.setenv("LEANGRID_KERNELS", "torch")
+    assert choice._module(CUDA) is torch_ops
+    assert kernels.backend("cuda") == "torch"
+
+
+def test_where_triton_cannot_run_there_is_one_notice_or_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_triton", lambda interpreted=False: (None, "RuntimeError: Failed to find C compiler"))
+    monkeypatch.delenv("LEANGRID_KERNELS", raising=False)
+    choice._notice.cache_clear()
+    with pytest.warns(UserWarning, match="without its Triton kernels .* Failed to find C compiler") as notices:
+        assert [choice._module(CUDA), choice._module(CUDA)] == [torch_ops, torch_ops]
+    assert len(notices) == 1
+    monkeypatch.setenv("LEANGRID_KERNELS", "triton")
+    with pytest.raises(RecipeError, match="Triton does not run here: RuntimeError: Failed to find C compiler"):
+        choice._module(CUDA)
+
+
+def test_triton_for_cpu_tensors_asks_for_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEANGRID_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RecipeError, match="TRITON_INTERPRET=1"):
+        kernels.kmeans_dp(W, ONES, 2)
+
+
+def test_a_missing_triton_is_the_reason_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("leangrid.kernels.triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)  # makes the import fail
+    choice._triton.cache_clear()
+    try:
+        module, why = choice._triton()
+    finally:
+        choice._triton.cache_clear()
+    assert module is None
+    assert "triton" in why

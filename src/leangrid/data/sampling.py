@@ -4,6 +4,7 @@ Both step through the model with a key/value cache whose buffers are allocated o
 itself at every token, which costs more than the model once windows are long.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from leangrid.data.calibration import affixes
 from leangrid.errors import CalibrationError
+
+NativeStep = Callable[[torch.nn.Module, list[Tensor], list[Tensor]], Callable[[int, int], Tensor] | None]
 
 _CACHE_BYTES = 2 << 30  # of keys and values at once; more windows are drawn in several batches
 
@@ -84,19 +87,24 @@ def stream(
     temperature: float = 0.0,
     seed: int = 0,
     stop: Collection[int] = (),
+    native_step: NativeStep | None = None,
 ) -> Iterator[int]:
     """The model's continuation of ``prompt``, one token at a time, until ``new_tokens`` or a token of ``stop``.
 
     Args:
         temperature: 0 takes the likeliest token.
+        native_step: makes ``step(token, position)`` -> logits from (model, keys, values) once the prompt is in the cache, or None
+            where it cannot; then, and without it, every token is a forward pass of the model.
     """
     config = _text_config(model)
     _check_length(config, len(prompt) + new_tokens)
     device, generator = _device(model), torch.Generator().manual_seed(seed)
     cache = _cache(config, len(prompt) + new_tokens)
-    ids = torch.tensor([list(prompt)], device=device)
-    for _ in range(new_tokens):
-        logits = _logits(model, ids, cache)
+    logits = _logits(model, torch.tensor([list(prompt)], device=device), cache)
+    layers: Any = cache.layers
+    buffers = [layer.key_buffer for layer in layers], [layer.value_buffer for layer in layers]
+    step = None if native_step is None else native_step(model, *buffers)
+    for position in range(len(prompt), len(prompt) + new_tokens):
         if temperature > 0:
             chosen = int(_inverse_cdf(logits / temperature, torch.rand(1, generator=generator, dtype=torch.float64).to(device)))
         else:
@@ -104,7 +112,9 @@ def stream(
         if chosen in stop:
             return
         yield chosen
-        ids = torch.tensor([[chosen]], device=device)
+        if position + 1 == len(prompt) + new_tokens:
+            return
+        logits = step(chosen, position)[None] if step else _logits(model, torch.tensor([[chosen]], device=device), cache)
 
 
 class _Start:
@@ -161,7 +171,8 @@ def _inverse_cdf(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " 
 
 
 def _logits(model: torch.nn.Module, ids: Int64[Tensor, "batch tokens"], cache: Cache) -> Float[Tensor, "batch vocab"]:
-    output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    last = {"logits_to_keep": 1} if ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
     logits = getattr(output, "logits", None)
     if logits is None:
         raise CalibrationError("an encoder has no next token to draw", type(model).__name__, "Use --calibration c4 or a .txt/.jsonl file")

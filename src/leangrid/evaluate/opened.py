@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from leangrid.kernels import backend
 from leangrid.load import load
 from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.storage.hub import locate_source
@@ -23,18 +24,21 @@ class Opened:
     causal: bool
 
 
-def open_model(name: str | Path, device: str = "cpu", dense: bool = True) -> Opened:
+def open_model(name: str | Path, device: str = "cpu", dense: bool | None = None) -> Opened:
     """Load a leangrid result, a dense checkpoint, a hub id or a .gguf file (dequantized in a temporary directory).
 
     Args:
         device: on a CPU the model becomes float32: half precision is slower there, and its rounding would be measured too.
-        dense: dequantize packed layers once instead of in every forward pass; the same numbers.
+        dense: dequantize packed layers once instead of in every forward pass; the same numbers. None: where that is faster, which
+            it is not on a CPU with native kernels.
 
     Raises:
         CheckpointError and its kin: whatever ``load`` refuses.
     """
     path = locate_source(str(name))
-    dtype = torch.float32 if torch.device(device).type == "cpu" else None
+    on_cpu = torch.device(device).type == "cpu"
+    dtype = torch.float32 if on_cpu else None
+    dense = not (on_cpu and backend() != "torch") if dense is None else dense
     if not is_gguf(path):
         model, tokenizer = load(path, device=device, dtype=dtype, dense=dense)
         return _opened(name, path, model, tokenizer)

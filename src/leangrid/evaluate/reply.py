@@ -11,6 +11,7 @@ from leangrid.data.calibration import affixes
 from leangrid.data.sampling import end_tokens, stream
 from leangrid.errors import CalibrationError, CheckpointError
 from leangrid.evaluate.opened import open_model
+from leangrid.models.decoder import native_step
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Reply:
         """The reply as it grows; a character whose bytes are not all there yet waits for them."""
         started = time.perf_counter()
         stop = end_tokens(self.model, self.tokenizer)
-        for token in stream(self.model, self.ids, new_tokens, temperature=temperature, seed=seed, stop=stop):
+        for token in stream(self.model, self.ids, new_tokens, temperature=temperature, seed=seed, stop=stop, native_step=native_step):
             self.new_ids.append(token)
             self.tokens, self.seconds = len(self.new_ids), time.perf_counter() - started
             text = str(self.tokenizer.decode(self.new_ids, skip_special_tokens=True))

@@ -47,8 +47,7 @@ class NonuniformGrid(Grid):
 
     def rounded(self, dtype: torch.dtype) -> "NonuniformGrid":
         """Levels rounded to ``dtype``, inside its finite range."""
-        info = torch.finfo(dtype)
-        return NonuniformGrid(self.levels.clamp(info.min, info.max).to(dtype).float())
+        return NonuniformGrid(round_levels(self.levels, dtype))
 
     def take(self, rows: Tensor) -> "NonuniformGrid":
         """The grid of some rows (indices or mask)."""
@@ -57,6 +56,12 @@ class NonuniformGrid(Grid):
     def put(self, rows: Tensor, other: "NonuniformGrid") -> "NonuniformGrid":
         """This grid with ``rows`` replaced by the rows of ``other``."""
         return replace(self, levels=replaced(self.levels, rows, other.levels))
+
+
+def round_levels(levels: Float[Tensor, "rows levels"], dtype: torch.dtype) -> Float[Tensor, "rows levels"]:
+    """``levels``, in any order, rounded to ``dtype`` (inside its finite range) and back to float32."""
+    info = torch.finfo(dtype)
+    return levels.clamp(info.min, info.max).to(dtype).float()
 
 
 def fit_nonuniform(

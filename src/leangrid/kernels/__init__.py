@@ -1,31 +1,27 @@
 """Kernels: the inner loops of the grid search and of the solver, on plain tensors.
 
-Every op here checks its input (ShapeError), then runs in the C++ extension ``leangrid.kernels._cpu`` (CPU tensors) or in its torch
-twin (CUDA tensors, or no extension). Rows never interact, so threads split rows and the number of threads never changes a bit.
-``LEANGRID_KERNELS=torch|portable|avx2|avx512`` overrides the choice of path.
-"""
+Every op here checks its input (ShapeError), then runs in the C++ extension ``leangrid.kernels._cpu`` (CPU tensors), in Triton (CUDA
+tensors) or in its torch twin (where those are missing). Rows never interact, so threads split rows and the number of threads never
+changes a bit. ``LEANGRID_KERNELS=torch|portable|avx2|avx512|triton`` overrides the choice of path (kernels/choice.py).
 
-from types import ModuleType
+C++ gives the bits of the twins. Triton does the same float64 operations, but sums in another order: the same (S, Z) except where two
+objectives agree within 1e-12 of sum g w^2, levels equal up to float32 rounding, objectives within 1e-10 relative.
+"""
 
 import torch
 from jaxtyping import Float32, Float64, UInt8
 from torch import Tensor
 
 from leangrid.errors import ShapeError
-from leangrid.kernels import native, torch_ops
+from leangrid.kernels import native, torch_sums
 from leangrid.kernels.checks import block, codes_below, group_index, normalised_importance, per_row, weights
+from leangrid.kernels.choice import backend
+from leangrid.kernels.choice import ops as _ops
 
-__all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "kmeans_dp", "kmeans_lloyd", "level_gram", "sweep_affine",
-           "sweep_levels"]  # fmt: skip
-
-backend = native.backend
+__all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "kmeans_dp", "kmeans_lloyd", "level_gram", "outer_block",
+           "outer_sums", "squares_are_finite", "sweep_affine", "sweep_levels"]  # fmt: skip
 
 SCALE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _ops(tensor: Tensor) -> ModuleType:
-    """The module with the functions for this tensor's device; both have the same."""
-    return native if tensor.device.type == "cpu" and native.available() else torch_ops
 
 
 def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Float32[Tensor, "rows k"], Float64[Tensor, "rows"]]:
@@ -203,3 +199,41 @@ def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Float64[Tensor, "
         raise ShapeError(f"level_gram: {levels} levels", "levels", "Ask for 1 to 256")
     codes, hessian = block("level_gram", codes, hessian, "hessian", torch.uint8)
     return _ops(hessian).level_gram(hessian, codes_below("level_gram", codes, levels, codes.shape), levels)
+
+
+def squares_are_finite(x: Tensor) -> bool:
+    """Whether the squares of all entries of ``x`` (bfloat16 or float32, any shape) surely sum to a float32; False: look closer."""
+    if x.dtype == torch.bfloat16 and _ops(x) is native and native.tiles_available():
+        return bool(native.largest_magnitude(x.detach()) * max(x.numel(), 1) ** 0.5 < 1e19)
+    return bool(torch.linalg.vector_norm(x.detach(), dtype=torch.float32).square().isfinite())
+
+
+def outer_block(device: torch.device | str = "cpu") -> int:
+    """Columns of the squares in which ``outer_sums`` goes through bfloat16 inputs there: it also fills those on the diagonal."""
+    tiled = torch.device(device).type == "cpu" and native.available() and native.tiles_available()
+    return native.TILE_COLUMNS if tiled else torch_sums.PANEL
+
+
+def outer_sums(x: Tensor, matrix: Tensor, original: Tensor | None = None, cross: Tensor | None = None) -> None:
+    """matrix += x^T x and, with two streams, cross += original^T x, in place; of ``matrix`` only the upper triangle counts.
+
+    Products of two bfloat16 numbers are exact in float32, and sums are float32: what the matrix tiles of a processor do in one pass is
+    what a float32 product does slowly.
+
+    Args:
+        x: [tokens, cols], finite; bfloat16 or float32.
+        matrix: f32 [cols, cols]. What it holds below the diagonal afterwards means nothing.
+        original: as x, the same tokens as the original model sees them.
+        cross: f32 [cols, cols], given with ``original``.
+
+    Raises:
+        ShapeError: shapes or dtypes that do not fit.
+    """
+    streams, sums = [x, *([] if original is None else [original])], [matrix, *([] if cross is None else [cross])]
+    if len(streams) != len(sums) or x.ndim != 2 or any(s.shape != x.shape or s.dtype != x.dtype or s.device != x.device for s in streams):
+        raise ShapeError(f"outer_sums: streams {[(tuple(s.shape), s.dtype) for s in streams]} for {len(sums)} sums", "outer_sums",
+                         "Give both streams of the same tokens, and a sum for each")  # fmt: skip
+    if any(s.shape != (x.shape[1],) * 2 or s.dtype != torch.float32 or s.device != x.device or not s.is_contiguous() for s in sums):
+        raise ShapeError(f"outer_sums: sums {[(tuple(s.shape), s.dtype) for s in sums]} for {x.shape[1]} columns", "outer_sums")
+    tiles = x.dtype == torch.bfloat16 and _ops(x) is native and native.tiles_available()
+    (native if tiles else torch_sums).outer_sums(x.detach(), matrix, None if original is None else original.detach(), cross)

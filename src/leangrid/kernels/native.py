@@ -7,6 +7,7 @@ import os
 import warnings
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from torch import Tensor
 from leangrid.errors import RecipeError
 from leangrid.kernels.torch_affine import SCALE_LIMITS, shrink_steps
 
-CHOICES = ("torch", "portable", "avx2", "avx512")
+TILE_COLUMNS = 32  # of a square of outer_sums
+CHOICES = ("torch", "portable", "avx2", "avx512", "triton")
 
 
 @cache
@@ -29,10 +31,8 @@ def _extension() -> ModuleType | None:
 
 @cache
 def _isa(wanted: str) -> int | None:
-    """Index into portable, avx2, avx512; None for torch."""
-    if wanted and wanted not in CHOICES:
-        raise RecipeError(f"LEANGRID_KERNELS={wanted}", "environment", f"Choose one of {', '.join(CHOICES)}")
-    if wanted == "torch" or (module := _extension()) is None:
+    """Index into portable, avx2, avx512; None for torch and triton."""
+    if wanted in ("torch", "triton") or (module := _extension()) is None:
         return None
     best = module.best_isa()
     isa = CHOICES.index(wanted) - 1 if wanted else best
@@ -41,8 +41,16 @@ def _isa(wanted: str) -> int | None:
     return isa
 
 
+def wanted() -> str:
+    """LEANGRID_KERNELS, or "" where it is not set; RecipeError where it names no path."""
+    name = os.environ.get("LEANGRID_KERNELS", "")
+    if name and name not in CHOICES:
+        raise RecipeError(f"LEANGRID_KERNELS={name}", "environment", f"Choose one of {', '.join(CHOICES)}")
+    return name
+
+
 def _chosen() -> int | None:
-    return _isa(os.environ.get("LEANGRID_KERNELS", ""))
+    return _isa(wanted())
 
 
 def available() -> bool:
@@ -51,13 +59,26 @@ def available() -> bool:
 
 
 def backend() -> str:
-    """Which path CPU tensors take: cpu-avx512, cpu-avx2, cpu-portable or torch."""
+    """Which of the paths here CPU tensors take: cpu-avx512, cpu-avx2, cpu-portable, or torch for none."""
     isa = _chosen()
     return "torch" if isa is None else f"cpu-{CHOICES[isa + 1]}"
 
 
 def _call(name: str, *args: object) -> None:
     getattr(_extension(), name)(_chosen(), torch.get_num_threads(), *args)
+
+
+call = _call  # for kernels/decode.py
+
+
+def isa() -> int | None:
+    """The chosen instruction set's index in portable, avx2, avx512."""
+    return _chosen()
+
+
+def module() -> Any:
+    """The extension itself; only where ``available()``."""
+    return _extension()
 
 
 def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -114,3 +135,22 @@ def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Tensor:
     out = torch.empty(len(codes), levels, levels, dtype=torch.float64)
     _call("level_gram", hessian, codes, out)
     return out
+
+
+def tiles_available() -> bool:
+    """Whether this processor multiplies bfloat16 matrix tiles, with the extension's widest instruction set in use."""
+    module = _extension()
+    return module is not None and _chosen() == module.best_isa() and bool(module.tiles_available())
+
+
+def largest_magnitude(x: Tensor) -> Tensor:
+    """max |x| of bfloat16 numbers (NaN counts as larger than infinity), float32: one pass at the memory's speed."""
+    bits = _extension().largest_bits(x.contiguous().view(torch.uint16).view(-1))  # pyright: ignore[reportOptionalMemberAccess]
+    return torch.tensor(bits, dtype=torch.int32).bitwise_left_shift_(16).view(torch.float32)
+
+
+def outer_sums(x: Tensor, matrix: Tensor, original: Tensor | None, cross: Tensor | None) -> None:
+    def words(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.contiguous().view(torch.uint16)
+
+    _extension().outer_sums(torch.get_num_threads(), words(x), words(original), matrix, cross)  # pyright: ignore[reportOptionalMemberAccess]

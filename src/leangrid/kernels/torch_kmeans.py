@@ -37,7 +37,7 @@ def _anchored(term: Float64[Tensor, "rows n"], middle: int) -> Float64[Tensor, "
     return out
 
 
-def _centroids(rows: SortedRows, bounds: Int64[Tensor, "rows edges"]) -> tuple[Float64[Tensor, "rows k"], Float64[Tensor, "rows k"]]:
+def centroids(rows: SortedRows, bounds: Int64[Tensor, "rows edges"]) -> tuple[Float64[Tensor, "rows k"], Float64[Tensor, "rows k"]]:
     """Weighted mean of every interval (NaN where it holds no element) and its share of importance."""
     n = rows.value.shape[1]
     left, right = bounds[:, :-1], bounds[:, 1:]
@@ -54,7 +54,7 @@ def _cost(rows: SortedRows, bounds: Int64[Tensor, "rows edges"]) -> Float64[Tens
     return (s2 - torch.where(s0 > 0, s1 * s1 / s0, 0.0)).clamp(min=0.0)
 
 
-def _filled(levels: Float64[Tensor, "rows k"]) -> Float64[Tensor, "rows k"]:
+def filled(levels: Float64[Tensor, "rows k"]) -> Float64[Tensor, "rows k"]:
     """Levels of empty intervals (NaN) become copies of the level before them, or after them at the start."""
     levels = levels.clone()
     count = levels.shape[1]
@@ -72,7 +72,7 @@ def _ranks(rows: SortedRows, levels: Float64[Tensor, "rows k"]) -> Int64[Tensor,
     return torch.cat([inner.new_zeros(len(levels), 1), inner, inner.new_full((len(levels), 1), n)], dim=1)
 
 
-def _finish(rows: SortedRows, levels: Float64[Tensor, "rows k"]) -> tuple[Tensor, Tensor]:
+def finish(rows: SortedRows, levels: Float64[Tensor, "rows k"]) -> tuple[Tensor, Tensor]:
     """Levels rounded to float32 and their objective, summed literally over the sorted row.
 
     A row with at most K distinct values gets exactly those, the smallest one repeated in front.
@@ -140,10 +140,10 @@ def _dp(rows: SortedRows, levels: int) -> tuple[Tensor, Tensor]:
     for split in reversed(splits):
         bounds.append(split.gather(1, bounds[-1]))
     bounds.append(torch.zeros_like(bounds[0]))
-    return _finish(rows, _filled(_centroids(rows, torch.cat(bounds[::-1], dim=1))[0]))
+    return finish(rows, filled(centroids(rows, torch.cat(bounds[::-1], dim=1))[0]))
 
 
-def _start(rows: SortedRows, levels: int) -> Float64[Tensor, "rows k"]:
+def start(rows: SortedRows, levels: int) -> Float64[Tensor, "rows k"]:
     """Uniform for K <= 8 (the authors' choice); else quantiles of mass^(1/3) width^(2/3), the optimal density of many levels
     (Panter and Dite 1951), over bins of equal count. The cube root is a product of square roots: the same bits everywhere."""
     n = rows.value.shape[1]
@@ -183,26 +183,31 @@ def _relocate(rows: SortedRows, bounds: Tensor, levels: Tensor, mass: Tensor) ->
 
 
 def _lloyd(rows: SortedRows, levels: int, iterations: int) -> tuple[Tensor, Tensor]:
-    current = _start(rows, levels)
+    current = start(rows, levels)
     bounds = torch.full((len(current), levels + 1), -1, dtype=torch.int64, device=current.device)
     for _ in range(iterations):
         new = _ranks(rows, current)
         if torch.equal(new, bounds):
             break
         bounds = new
-        mean, mass = _centroids(rows, bounds)
+        mean, mass = centroids(rows, bounds)
         current = torch.where(mass > 0, mean, current)
         current = _relocate(rows, bounds, current, mass)
-    return _finish(rows, current)
+    return finish(rows, current)
 
 
-def _chunked(
-    weight: Tensor, importance: Tensor, levels: int, solve: Callable[[SortedRows], tuple[Tensor, Tensor]]
+def chunked(
+    weight: Tensor,
+    importance: Tensor,
+    levels: int,
+    solve: Callable[[SortedRows], tuple[Tensor, Tensor]],
+    elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
+    """``solve`` on some rows at a time, ``elements`` weights or one row: levels f32 [rows, K] and objective f64 [rows]."""
     rows, n = weight.shape
     out = torch.empty(rows, levels, device=weight.device)
     objective = torch.empty(rows, dtype=torch.float64, device=weight.device)
-    step = max(1, CHUNK_ELEMENTS // max(1, n))
+    step = max(1, elements // max(1, n))
     for r in range(0, rows, step):
         part = slice(r, min(rows, r + step))
         out[part], objective[part] = solve(SortedRows(weight[part], importance if importance.ndim == 1 else importance[part]))
@@ -211,9 +216,9 @@ def _chunked(
 
 def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """Globally optimal levels; see ``leangrid.kernels.kmeans_dp``."""
-    return _chunked(weight, importance, levels, lambda rows: _dp(rows, levels))
+    return chunked(weight, importance, levels, lambda rows: _dp(rows, levels))
 
 
 def kmeans_lloyd(weight: Tensor, importance: Tensor, levels: int, iterations: int) -> tuple[Tensor, Tensor]:
     """Lloyd's iteration from a deterministic start; see ``leangrid.kernels.kmeans_lloyd``."""
-    return _chunked(weight, importance, levels, lambda rows: _lloyd(rows, levels, iterations))
+    return chunked(weight, importance, levels, lambda rows: _lloyd(rows, levels, iterations))

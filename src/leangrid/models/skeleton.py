@@ -7,6 +7,7 @@ memory grows with the largest block and never with the model.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -54,6 +55,7 @@ class Skeleton:
     def __init__(self, checkpoint: Weights, compute_dtype: torch.dtype = torch.float32) -> None:
         self.checkpoint = checkpoint
         self.compute_dtype = compute_dtype
+        self._reading = Lock()
         self.architecture: Architecture = architecture_of(checkpoint.config)
         self.config = _read_config(checkpoint)
         self.model = _empty_model(self.config, self.architecture)
@@ -87,8 +89,9 @@ class Skeleton:
         return (shape[1], shape[0]) if self.architecture.layer == "conv1d" else (shape[0], shape[1])
 
     def stored(self, name: str) -> Tensor:
-        """One tensor as the checkpoint stores it, under its name in the model."""
-        return self.checkpoint.read(self._sources[name])
+        """One tensor as the checkpoint stores it, under its name in the model. Any thread may ask."""
+        with self._reading:  # a checkpoint holds one open file and its position
+            return self.checkpoint.read(self._sources[name])
 
     def stored_info(self, name: str) -> TensorInfo:
         """Where the checkpoint stores that tensor."""
@@ -105,19 +108,27 @@ class Skeleton:
             full = dot + name
             if not parameter.is_meta or (skip and full.startswith(skip)) or full not in self._sources:
                 continue
-            _set_parameter(module, name, self.checkpoint.read(self._sources[full]).to(self.compute_dtype))
+            _set_parameter(module, name, self.stored(full).to(self.compute_dtype))
         for name, buffer in list(module.named_buffers()):
             full = dot + name
             if full in self._sources and not (skip and full.startswith(skip)):
-                buffer.copy_(self.checkpoint.read(self._sources[full]).to(buffer.dtype))
+                buffer.copy_(self.stored(full).to(buffer.dtype))
+
+    def block_weights(self, index: int) -> dict[str, Tensor]:
+        """The parameters of block ``index``, named from the block, in the compute dtype in host memory."""
+        prefix = f"{self.block_name(index)}."
+        names = (name for name, _ in self.blocks[index].named_parameters() if prefix + name in self._sources)
+        return {name: self.stored(prefix + name).to(self.compute_dtype) for name in names}
 
     @contextmanager
-    def block(self, index: int, device: torch.device | str = "cpu") -> Iterator[nn.Module]:
-        """Block ``index`` with its weights, for the length of the ``with``."""
+    def block(self, index: int, device: torch.device | str = "cpu", weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+        """Block ``index`` with its weights, for the length of the ``with``; ``weights`` are its ``block_weights`` if they are there."""
         block = self.blocks[index]
-        self.materialise(block, self.block_name(index))
-        block.to(device)
         try:
+            for name, weight in (weights or {}).items():
+                _set_parameter(block, name, weight)
+            self.materialise(block, self.block_name(index))
+            block.to(device, non_blocking=True)
             yield block
         finally:
             self.release(block)

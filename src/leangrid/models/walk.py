@@ -1,25 +1,31 @@
-"""The walk through the blocks: every batch's forward pass runs once and pauses at each group of linears.
+"""The walk through a block: what the linears of each group read, in both streams, in two ways that give the same bits.
 
-A block's forward is not rewritten for each architecture and not run again for each group. Each batch runs as a greenlet
-(a cooperative thread): just before the first linear of a group would multiply, it stops and hands out that linear's input.
-When all batches stand there, the group is quantized; then each pass goes on, the original stream with the original
-weights, the quantized stream with the new ones. So every linear's product is computed once per token and stream, and
-only one group's inputs are alive at a time.
+A block's forward is not rewritten for each architecture. Each batch runs as a greenlet (a cooperative thread): just before
+the first linear of a group would multiply, it stops and hands out that linear's input.
+
+* Pausing: all batches stop at a group, the group is quantized, then each pass goes on, the original stream with the
+  original weights, the quantized stream with the new ones. Every product is computed once per token and stream; what all
+  batches hold at a group is in memory together.
+* Replaying: for each group every batch runs from the block's input to that group and is dropped. About 2.6 forward passes
+  instead of one; the activations of one batch are in memory, and the replaced weights beside the original ones.
 
 Two streams (ALGORITHM section 7): ``quantized`` went through the already quantized model, ``original`` through the source.
+They may wait in host memory while the block is on another device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from leangrid.devices import to_host
 from leangrid.errors import ArchitectureError, CalibrationError
 from leangrid.models.architectures import Groups
 from leangrid.models.skeleton import Skeleton
+from leangrid.work import product
 
 
 @dataclass
@@ -43,6 +49,21 @@ class Streams:
         }
         return cls(pick["quantized"], pick["original"] or None)
 
+    def move(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every batch by ``change`` of it, one after another; batches that both streams share stay shared."""
+        for index, hidden in enumerate(self.quantized):
+            shared = self.original is not None and self.original[index] is hidden
+            self.quantized[index] = change(hidden)
+            if self.original is not None:
+                self.original[index] = self.quantized[index] if shared else change(self.original[index])
+
+    def rebatch(self, windows: int) -> None:
+        """Cut batches of more than ``windows`` windows."""
+        shared = self.original is not None and all(a is b for a, b in zip(self.quantized, self.original, strict=True))
+        self.quantized[:] = [part for x in self.quantized for part in x.split(windows)]
+        if self.original is not None:
+            self.original[:] = self.quantized if shared else [part for x in self.original for part in x.split(windows)]
+
 
 def _number(name: str) -> int:
     return int(name.rpartition(".")[2])
@@ -54,20 +75,32 @@ class Calls:
 
     by_batch: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
 
-    def of(self, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of block ``index`` for a batch like ``hidden``."""
-        return self.by_batch[hidden.shape[0]][index]
+    def of(self, index: int, windows: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of block ``index`` for a batch of ``windows`` windows, on ``device``."""
+        return _moved(self.by_batch[windows][index], device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same nest of tuples, lists and dicts with its tensors on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return type(value)(_moved(item, device) for item in value) if type(value) in (tuple, list) else value
 
 
 class _Captured(Exception):
     """The forward pass went as far as it was needed."""
 
 
-def embed(skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device | str = "cpu") -> tuple[list[Tensor], Calls]:
+def embed(
+    skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device | str = "cpu", keep: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[list[Tensor], Calls]:
     """Run everything before the first block.
 
     Args:
         batches: token ids, int64 [windows, length] each.
+        keep: is given each batch's hidden states and returns what to hold of them, such as a copy in host memory.
 
     Returns:
         the hidden states entering block 0, one tensor a batch, and the arguments of every block.
@@ -79,7 +112,7 @@ def embed(skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device | 
 
     def record(index: int, want_all: bool, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if index == 0:
-            hidden.append(states)
+            hidden.append(keep(states))
         arguments.append((args, kwargs))
         if index == last or not want_all:
             raise _Captured
@@ -116,37 +149,44 @@ class _Pass(greenlet):
 
 @dataclass
 class GroupInputs:
-    """What the linears of one group read. Lists hold one tensor [windows, length, cols] a batch."""
+    """What the linears of one group read: iterating gives (original, quantized) a batch, [windows, length, cols] each.
+
+    ``original`` is None with one stream (``paired`` False). A replayed group is computed as it is read, every time it is.
+    """
 
     names: tuple[str, ...]
-    quantized: list[Tensor]
-    original: list[Tensor] | None
+    paired: bool
+    read: Callable[[], Iterator[tuple[Tensor | None, Tensor]]]
 
-    def release(self) -> None:
-        """Let go of the tensors."""
-        self.quantized.clear()
-        self.original = None
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor]]:
+        return self.read()
 
 
 class BlockWalk:
     """Walks both streams through one block.
 
-    Iterating yields a GroupInputs for each group, in order; call ``replace`` for each of its linears before the next
-    step. Afterwards ``finished`` gives the streams that enter the next block.
+    Iterating yields a GroupInputs for each group, in order; read it before ``replace`` is called for each of its linears,
+    and both before the next step. Afterwards ``finished`` gives the streams that enter the next block, on the device (and
+    in the memory) of those that came in. With ``replay`` and ``park`` new weights wait on the host between groups.
 
     Raises:
         CalibrationError: a group saw no tokens (its linears were never called).
         ArchitectureError: the linears of a group read different inputs, or out of order: the table's row is wrong.
     """
 
-    def __init__(self, block: nn.Module, groups: Groups, calls: Calls, index: int, streams: Streams) -> None:
+    def __init__(
+        self, block: nn.Module, groups: Groups, calls: Calls, index: int, streams: Streams, replay: bool = False, park: bool = False
+    ) -> None:
         self._block, self._groups, self._calls, self._index, self._streams = block, groups, calls, index, streams
+        self._device = next(block.parameters()).device
+        self._replay, self._park = replay, replay and park
         self._replacements: dict[str, Tensor] = {}
         self._outputs: Streams | None = None
+        self.flops = 0.0  # of the groups' linears, as they were called
 
     def replace(self, name: str, weight: Tensor) -> None:
         """Let the quantized stream go on with ``weight`` [rows, cols as the module stores it] in the linear ``name``."""
-        self._replacements[name] = weight
+        self._replacements[name] = to_host(weight) if self._park else weight
 
     def finished(self) -> Streams:
         """The streams that leave the block, once every group was walked."""
@@ -156,73 +196,133 @@ class BlockWalk:
 
     def __iter__(self) -> Iterator[GroupInputs]:
         hooks = [
-            self._block.get_submodule(name).register_forward_pre_hook(_pause_at(group, name))
+            self._block.get_submodule(name).register_forward_pre_hook(self._pause_at(group, name))
             for group, names in enumerate(self._groups)
             for name in names
         ]
         try:
-            yield from self._walk()
+            yield from self._replayed() if self._replay else self._paused()
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _walk(self) -> Iterator[GroupInputs]:
+    def _paused(self) -> Iterator[GroupInputs]:
         quantized = [self._start(x) for x in self._streams.quantized]
-        original = [self._start(x) for x in self._streams.original] if self._streams.original is not None else None
-        inputs = self._resume(quantized, 0)
-        originals = self._resume(original, 0) if original is not None else None
+        original = None if self._streams.original is None else [self._start(x) for x in self._streams.original]
+        try:
+            reached = self._together(original, quantized, 0)
+            for group, names in enumerate(self._groups):
+                yield GroupInputs(names, original is not None, lambda held=reached: iter(held))
+                reached.clear()  # whoever still holds the group must not keep its inputs alive while the next one grows
+                reached = self._together(original, quantized, group + 1)
+        finally:
+            for one in [*quantized, *(original or [])]:
+                _end(one)
+        self._outputs = Streams([q for _, q in reached], None if original is None else [o for o, _ in reached if o is not None])
+
+    def _together(self, original: list[_Pass] | None, quantized: list[_Pass], group: int) -> list[tuple[Tensor | None, Tensor]]:
+        """Let the original stream run to ``group`` with the weights that are there, then the other one with the new ones."""
+        originals = [None] * len(quantized) if original is None else [self._resume(p, group) for p in original]
+        self._set(self._replacements)
+        self._replacements.clear()
+        return list(zip(originals, [self._resume(p, group) for p in quantized], strict=True))
+
+    def _replayed(self) -> Iterator[GroupInputs]:
+        paired = self._streams.original is not None
         for group, names in enumerate(self._groups):
-            held = GroupInputs(names, inputs, originals)
-            yield held
-            held.release()  # the caller's loop variable must not keep this group alive while the next one grows
-            del inputs, originals, held
-            originals = self._resume(original, group + 1) if original is not None else None
-            for name, weight in self._replacements.items():
-                self._block.get_submodule(name).weight.data = weight
-            self._replacements.clear()
-            inputs = self._resume(quantized, group + 1)
-        self._outputs = Streams(inputs, originals)
+            yield GroupInputs(names, paired, lambda group=group: self._pairs(group))
+            if not paired:  # no stream needs the original weights any more
+                self._set({name: weight.to(self._device) for name, weight in self._replacements.items()})
+                self._replacements.clear()
+        quantized: list[Tensor] = []
+        original: list[Tensor] = []
+        for theirs, ours in self._pairs(len(self._groups)):
+            quantized.append(ours)
+            original += [] if theirs is None else [theirs]
+        self._outputs = Streams(quantized, original if paired else None)
+
+    def _pairs(self, group: int) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """Run batch after batch from the block's input to ``group``."""
+        before = {name: self._block.get_submodule(name).weight.data for name in self._replacements}
+        new = {name: weight.to(self._device, non_blocking=True) for name, weight in self._replacements.items()}
+        try:
+            for index, hidden in enumerate(self._streams.quantized):
+                theirs = None if self._streams.original is None else self._once(self._streams.original[index], group, before)
+                yield theirs, self._once(hidden, group, new)
+                del theirs
+        finally:
+            self._set(before)
+
+    def _once(self, hidden: Tensor, group: int, weights: Mapping[str, Any]) -> Tensor:
+        """What a fresh pass with ``weights`` holds at ``group``; its other activations are gone when this returns."""
+        self._set(weights)
+        once = self._start(hidden)
+        try:
+            for earlier in range(group):
+                self._resume(once, earlier)
+            return self._resume(once, group)
+        finally:
+            _end(once)
+
+    def _set(self, weights: Mapping[str, Any]) -> None:
+        for name, weight in weights.items():
+            self._block.get_submodule(name).weight.data = weight
 
     def _start(self, hidden: Tensor) -> _Pass:
-        args, kwargs = self._calls.of(self._index, hidden)
+        """A pass that has not begun; ``hidden`` goes to the block's device only when it does."""
 
         def forward() -> Tensor:
-            result = self._block(hidden, *args, **kwargs)
-            return result[0] if isinstance(result, tuple) else result
+            args, kwargs = self._calls.of(self._index, hidden.shape[0], self._device)
+            result = self._block(hidden.to(self._device, non_blocking=True), *args, **kwargs)
+            return _home(result[0] if isinstance(result, tuple) else result, hidden)
 
         return _Pass(forward)
 
-    def _resume(self, passes: list[_Pass], group: int) -> list[Tensor]:
-        """Let each pass run to ``group`` (or to its end, one past the last group); return what it holds there."""
-        reached = [p.switch() for p in passes]
+    def _resume(self, one: _Pass, group: int) -> Tensor:
+        """Let a pass run to ``group`` (or to its end, one past the last group); return what it holds there."""
+        reached = one.switch()
         at_end = group == len(self._groups)
-        for p in passes:
-            if at_end and not p.dead:
-                raise ArchitectureError(
-                    f"a linear of group {p.group} was called out of order", f"block {self._index}", "Fix the architecture's row"
-                )
-            if not at_end and (p.dead or p.group != group):
-                raise CalibrationError(
-                    f"{', '.join(self._groups[group])} saw no tokens",
-                    f"block {self._index}",
-                    "The architecture's row does not fit this model",
-                )
+        if one.dead:
+            one.input = None
+        if at_end and not one.dead:
+            raise ArchitectureError(
+                f"a linear of group {one.group} was called out of order", f"block {self._index}", "Fix the architecture's row"
+            )
+        if not at_end and (one.dead or one.group != group):
+            raise CalibrationError(
+                f"{', '.join(self._groups[group])} saw no tokens",
+                f"block {self._index}",
+                "The architecture's row does not fit this model",
+            )
         return reached
 
+    def _pause_at(self, group: int, name: str) -> Any:
+        """A forward pre-hook: the first linear of ``group`` that is called stops its pass; the others must read the same input."""
 
-def _pause_at(group: int, name: str) -> Any:
-    """A forward pre-hook: the first linear of ``group`` that is called stops its pass; the others must read the same input."""
-
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        current = getcurrent()
-        if not isinstance(current, _Pass):
-            return
-        if current.group == group:
-            same = current.input is not None and args[0].data_ptr() == current.input.data_ptr() and args[0].shape == current.input.shape
-            if not same:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            current, x = getcurrent(), args[0]
+            if not isinstance(current, _Pass):
+                return
+            if current.group != group:
+                current.group, current.input = group, x
+                current.parent.switch(x)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
+            elif current.input is None or x.data_ptr() != current.input.data_ptr() or x.shape != current.input.shape:
                 raise ArchitectureError(f"{name} does not read the same input as its group", f"group {group}", "Fix the architecture's row")
-            return
-        current.group, current.input = group, args[0]
-        current.parent.switch(args[0])  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
+            weight: Any = module.weight
+            self.flops += product(weight.shape[0], weight.shape[1], x.numel() // x.shape[-1])
 
-    return hook
+        return hook
+
+
+def _end(one: _Pass) -> None:
+    """End a pass where it stands: its stack names itself, so nobody else would ever let its activations go."""
+    if not one.dead:
+        one.throw(GreenletExit)
+    one.input = None
+
+
+def _home(result: Tensor, hidden: Tensor) -> Tensor:
+    """``result`` where ``hidden`` came from: the same device, and pinned if that was."""
+    if result.device == hidden.device:
+        return result
+    return torch.empty_like(result, device=hidden.device, pin_memory=hidden.is_pinned()).copy_(result)

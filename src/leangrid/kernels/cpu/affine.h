@@ -55,22 +55,27 @@ struct Side {
     }
 };
 
+inline float round_to_half(float x) {  // to float16, from its smallest normal number up
+    const uint32_t bits = float_bits(x);
+    return bits_float((bits + 0xfffu + ((bits >> 13) & 1u)) & 0xffffe000u);
+}
+
 inline float round_to(double x, int dtype) {
     const float single = static_cast<float>(x);
-    uint32_t bits = float_bits(single);
-    if (dtype == 2) {
-        bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
-    } else if (dtype == 1) {
-        if (single < 6.103515625e-05f) return static_cast<float>(__builtin_rint(static_cast<double>(single) * 16777216.0) / 16777216.0);
-        bits = (bits + 0xfffu + ((bits >> 13) & 1u)) & 0xffffe000u;
-    }
-    float out;
-    memcpy(&out, &bits, 4);
-    return out;
+    const uint32_t bits = float_bits(single);
+    if (dtype == 2) return bits_float((bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u);
+    if (dtype == 0) return single;
+    if (single >= 6.103515625e-05f) return round_to_half(single);
+    return static_cast<float>(__builtin_rint(static_cast<double>(single) * 16777216.0) / 16777216.0);
 }
 
 struct Candidate {
     double value, scale;
+    int zero_point;
+};
+
+struct Found {  // S, negative where a symmetric grid is mirrored
+    double scale, objective;
     int zero_point;
 };
 
@@ -135,6 +140,18 @@ struct Search {
             }
         }
     }
+
+    void run(const float* weight, const double* share, double lo, double width, uint64_t* keys, uint64_t* spare, Found& found) {
+        energy = 0.0;
+        for (int64_t i = 0; i < args.n; ++i) energy += share[i] * weight[i] * weight[i];
+        right.build(weight, share, args.n, false, keys, spare);
+        left.build(weight, share, args.n, true, keys, spare);
+        best = {__builtin_inf(), 1.0, found.zero_point};
+        all(lo, width);
+        const bool mirrored = args.symmetric && best.zero_point != args.levels / 2;
+        found.scale = mirrored ? -best.scale : best.scale;
+        found.zero_point = args.symmetric ? args.levels / 2 : best.zero_point;
+    }
 };
 
 // sum g (quant(w) - w)^2, literally, in column order.
@@ -153,51 +170,6 @@ inline double literal_objective(const float* weight, const double* share, int64_
     double sum = 0.0;
     for (int64_t i = 0; i < n; ++i) sum += term[i];
     return sum;
-}
-
-bool affine_range(const AffineArgs& args, int64_t begin, int64_t end) noexcept {
-    const int64_t n = args.n;
-    const int k = args.levels;
-    Buffer<uint64_t> keys(n), spare(n);
-    Buffer<double> values(2 * n), tails(4 * (n + 1)), runs(4 * (k + 1));
-    Buffer<int64_t> spots(2 * (k + 1));
-    if (!keys || !spare || !values || !tails || !runs || !spots) return false;
-    Search search{args,
-                  {values, tails, 0, spots, runs, runs + (k + 1), 0},
-                  {values + n, tails + 2 * (n + 1), 0, spots + (k + 1), runs + 2 * (k + 1), runs + 3 * (k + 1), 0},
-                  0.0, {}, {}};
-    for (int64_t item = begin; item < end; ++item) {
-        const float* weight = args.weight + item * n;
-        const double* share = args.importance + item % args.period * n;
-        float low = 0.0f, high = 0.0f;
-        search.energy = 0.0;
-        for (int64_t i = 0; i < n; ++i) {
-            low = least(low, weight[i]);
-            high = most(high, weight[i]);
-            search.energy += share[i] * weight[i] * weight[i];
-        }
-        double lo = low, hi = high;
-        if (args.symmetric) {
-            hi = most(-lo, hi);
-            lo = -hi;
-        }
-        const double width = hi - lo;
-        double scale = 1.0;
-        int zero_point = args.symmetric ? k / 2 : 0;
-        if (width > 0.0) {
-            search.right.build(weight, share, n, false, keys, spare);
-            search.left.build(weight, share, n, true, keys, spare);
-            search.best = {__builtin_inf(), 1.0, zero_point};
-            search.all(lo, width);
-            const bool mirrored = args.symmetric && search.best.zero_point != k / 2;
-            scale = mirrored ? -search.best.scale : search.best.scale;
-            zero_point = args.symmetric ? k / 2 : search.best.zero_point;
-        }
-        args.scale[item] = static_cast<float>(scale);
-        args.zero_point[item] = static_cast<uint8_t>(zero_point);
-        args.objective[item] = literal_objective(weight, share, n, scale, zero_point, k, values);
-    }
-    return true;
 }
 
 }  // namespace

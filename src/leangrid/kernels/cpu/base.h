@@ -4,6 +4,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
 
 namespace leangrid {
 namespace {
@@ -20,6 +23,7 @@ constexpr int kDoubles = kVectorBytes / 8, kFloats = kVectorBytes / 4;
 typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 typedef double DoublesAt __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));  // unaligned load
 typedef float Floats __attribute__((vector_size(kVectorBytes), may_alias));
+typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2), may_alias));  // as many as Doubles
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes), may_alias));
 
 template <class T>
@@ -63,6 +67,36 @@ inline void radix_sort(uint64_t*& a, uint64_t*& spare, int64_t n) {
         a = spare;
         spare = swap;
     }
+}
+
+// a b + c in one rounding where the processor can: for screens with an error bound, never for results.
+inline Floats mul_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+inline double least_lane(Doubles x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_min_pd((__m512d)x);
+#elif defined(__AVX__)
+    const __m128d half = _mm_min_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1));
+    return _mm_cvtsd_f64(_mm_min_sd(half, _mm_unpackhi_pd(half, half)));
+#else
+    double out = x[0];
+    for (int lane = 1; lane < kDoubles; ++lane) out = x[lane] < out ? x[lane] : out;
+    return out;
+#endif
+}
+
+inline float bits_float(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
 }
 
 inline uint32_t float_bits(float x) {

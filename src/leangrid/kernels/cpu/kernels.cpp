@@ -1,6 +1,6 @@
 // Compiled once per instruction set; LEANGRID_TABLE names the table it exports. No fused multiply-add anywhere (-ffp-contract=off):
 // every build, and the torch twins, round alike.
-#include "affine.h"
+#include "affine_screen.h"
 #include "gram.h"
 #include "kmeans.h"
 #include "sweep.h"

@@ -4,6 +4,8 @@
 // both ends and meets in the middle (K/2 layers each), and a prefix that already costs more than Lloyd's whole result is dropped.
 #pragma once
 #include "base.h"
+#include "kmeans_path.h"
+#include "sorted_row.h"
 #include "table.h"
 
 namespace leangrid {
@@ -11,94 +13,14 @@ namespace {
 
 constexpr int kStartBins = 128;
 constexpr int kPad = 16;
-
-struct SortedRow {
-    int64_t n;
-    double* value;
-    double* share;
-    double *p0, *p1, *p2;  // anchored prefix sums, n + 1
-    double centre;
-    int64_t distinct;
-    uint64_t *keys, *spare;
-
-    void build(const float* weight, const double* importance) {
-        for (int64_t i = 0; i < n; ++i) {
-            const uint32_t bits = float_bits(weight[i] + 0.0f);
-            const uint32_t key = bits ^ (static_cast<uint32_t>(-static_cast<int32_t>(bits >> 31)) | 0x80000000u);
-            keys[i] = static_cast<uint64_t>(key) << 32 | static_cast<uint64_t>(i);
-        }
-        radix_sort(keys, spare, n);
-        distinct = 0;
-        for (int64_t r = 0; r < n; ++r) {
-            const int64_t i = static_cast<int64_t>(keys[r] & 0xffffffffu);
-            value[r] = weight[i] + 0.0f;
-            share[r] = importance[i];
-            distinct += r == 0 || value[r] != value[r - 1] ? 1 : 0;
-        }
-        const int64_t middle = n / 2;
-        centre = value[middle];
-        double s0 = 0.0, s1 = 0.0, s2 = 0.0;
-        p0[middle] = p1[middle] = p2[middle] = 0.0;
-        for (int64_t r = middle; r < n; ++r) {
-            const double x = value[r] - centre, first = share[r] * x;
-            p0[r + 1] = s0 += share[r];
-            p1[r + 1] = s1 += first;
-            p2[r + 1] = s2 += first * x;
-        }
-        s0 = s1 = s2 = 0.0;
-        for (int64_t r = middle - 1; r >= 0; --r) {
-            const double x = value[r] - centre, first = share[r] * x;
-            p0[r] = -(s0 += share[r]);
-            p1[r] = -(s1 += first);
-            p2[r] = -(s2 += first * x);
-        }
-    }
-
-    double mass(int64_t left, int64_t right) const { return p0[right] - p0[left]; }
-
-    double cost(int64_t left, int64_t right) const {
-        const double s0 = mass(left, right), s1 = p1[right] - p1[left], s2 = p2[right] - p2[left];
-        return most(0.0, s2 - (s0 > 0.0 ? s1 * s1 / s0 : 0.0));
-    }
-
-    double centroid(int64_t left, int64_t right) const {  // of a non-empty interval
-        const double s0 = mass(left, right), low = value[left], high = value[right - 1];
-        if (!(s0 > 0.0)) return 0.5 * (low + high);
-        return least(most((p1[right] - p1[left]) / s0 + centre, low), high);
-    }
-
-    // Levels rounded to float32 and what they cost, literally. Few distinct values: exactly those, the first repeated in front.
-    double finish(double* level, int k, float* out) const {
-        if (distinct <= k) {
-            int slot = k;
-            for (int64_t r = n - 1; r >= 0; --r)
-                if (r == n - 1 || value[r] != value[r + 1]) level[--slot] = value[r];
-            while (slot > 0) level[--slot] = value[0];
-        }
-        for (int i = 0; i < k; ++i) level[i] = out[i] = static_cast<float>(level[i]);
-        double sum = 0.0;
-        int64_t r = 0;
-        for (int i = 0; i < k; ++i) {
-            const int64_t stop = i + 1 < k ? rank_of(value, n, 0.5 * (level[i] + level[i + 1])) : n;
-            for (; r < stop; ++r) {
-                const double error = value[r] - level[i];
-                sum += share[r] * error * error;
-            }
-        }
-        return sum;
-    }
-};
+constexpr int kPathLevels = 6;  // from here on the path is faster than layers; measured
 
 // ------------------------------------------------------------------------------------------------ Lloyd
 
-inline void lloyd_start(const SortedRow& row, int k, double* level) {
-    const double low = row.value[0], high = row.value[row.n - 1];
-    if (k <= 8) {
-        for (int i = 0; i < k; ++i) level[i] = low + (high - low) * i / most(1, k - 1);
-        return;
-    }
+// mass^(1/3) width^(2/3) of bins of equal count: the optimal density of many levels (Panter and Dite 1951). Returns the number of bins.
+inline int level_density(const SortedRow& row, double* edge, double* density) {
     const int bins = static_cast<int>(least<int64_t>(row.n, kStartBins));
-    double density[kStartBins], upto[kStartBins], edge[kStartBins + 1], power[kStartBins];
+    double power[kStartBins];
     for (int b = 0; b <= bins; ++b) edge[b] = row.value[least(b * row.n / bins, row.n - 1)];
     for (int b = 0; b < bins; ++b) {
         const double width = edge[b + 1] - edge[b];
@@ -110,6 +32,17 @@ inline void lloyd_start(const SortedRow& row, int k, double* level) {
             power[b] = __builtin_sqrt(__builtin_sqrt(power[b]));
             density[b] = density[b] * power[b];
         }
+    return bins;
+}
+
+inline void lloyd_start(const SortedRow& row, int k, double* level) {
+    const double low = row.value[0], high = row.value[row.n - 1];
+    if (k <= 8) {
+        for (int i = 0; i < k; ++i) level[i] = low + (high - low) * i / most(1, k - 1);
+        return;
+    }
+    double density[kStartBins], edge[kStartBins + 1], upto[kStartBins];
+    const int bins = level_density(row, edge, density);
     double sum = 0.0;
     for (int b = 0; b < bins; ++b) upto[b] = sum += density[b];
     int spot = 0;
@@ -165,11 +98,6 @@ inline void lloyd(const SortedRow& row, int k, int iterations, double* level, in
 }
 
 // ------------------------------------------------------------------------------------------------ dynamic programming
-
-struct Prefix {  // sums over the distinct values 0..m, from one end
-    const double *p0, *p1, *p2;
-    int64_t m;
-};
 
 struct Best {
     double value;
@@ -308,26 +236,18 @@ struct Workspace {  // sizes for rows of n elements
     int64_t stride;
 };
 
-inline void optimal(Workspace& w, int k) {
+// Bounds by the dynamic program over layers of clusters, for any k and any ties. False: w.level holds Lloyd's result, which stands.
+inline bool layered(Workspace& w, int k) {
     SortedRow& row = w.row;
     const int64_t m = row.distinct, n = row.n;
     lloyd(row, k, 100, w.level, w.bound);
-    if (m <= k || k == 1) return;
     double limit = 0.0;
     for (int i = 0; i < k; ++i) limit += row.cost(w.bound[i], w.bound[i + 1]);
     // Slack for the rounding of the prefix sums: pruning must never reach the optimum itself.
     limit = limit * (1.0 + 1e-6) + 1e-12 * (row.p2[n] - row.p2[0]);
-    int64_t at = 0;
-    for (int64_t r = 0; r < n; ++r)
-        if (r == 0 || row.value[r] != row.value[r - 1]) w.origin[at++] = r;
-    w.origin[m] = n;
     double* s = w.sums;
     for (int64_t i = 0; i < m + 1 + kPad; ++i) {
-        const bool inside = i <= m;
-        const int64_t left = inside ? w.origin[i] : n, right = inside ? w.origin[m - i] : 0;
-        s[i] = row.p0[left];
-        s[i + w.stride] = row.p1[left];
-        s[i + 2 * w.stride] = row.p2[left];
+        const int64_t right = i <= m ? w.origin[m - i] : 0;
         s[i + 3 * w.stride] = -row.p0[right];
         s[i + 4 * w.stride] = -row.p1[right];
         s[i + 5 * w.stride] = -row.p2[right];
@@ -345,12 +265,42 @@ inline void optimal(Workspace& w, int k) {
             best = forward.done[j] + backward.done[m - j];
             meet = j;
         }
-    if (meet < 0) return;  // only rounding could prune everything; Lloyd's result then stands
+    if (meet < 0) return false;  // only rounding could prune everything
     w.bound[0] = 0;
     w.bound[k] = m;
     w.bound[ahead] = meet;
     for (int c = ahead; c >= 2; --c) w.bound[c - 1] = forward.splits[(c - 2) * (m + 1) + w.bound[c]];
     for (int c = behind; c >= 2; --c) w.bound[k - c + 1] = m - backward.splits[(c - 2) * (m + 1) + (m - w.bound[k - c])];
+    return true;
+}
+
+// What one more cluster is worth at the optimum of many levels, where it costs (sum of the density)^3 / (12 k^2).
+inline double worth_of_a_cluster(const SortedRow& row, int k) {
+    double density[kStartBins], edge[kStartBins + 1], sum = 0.0;
+    const int bins = level_density(row, edge, density);
+    for (int b = 0; b < bins; ++b) sum += density[b];
+    const double each = sum / k, worth = each * each * each / 6.0;
+    return worth > 1e-200 * (row.p2[row.n] - row.p2[0]) ? worth : 0.0;
+}
+
+inline void optimal(Workspace& w, int k) {
+    SortedRow& row = w.row;
+    const int64_t m = row.distinct, n = row.n;
+    if (m <= k || k == 1) return lloyd(row, k, 100, w.level, w.bound);
+    int64_t at = 0;
+    for (int64_t r = 0; r < n; ++r)
+        if (r == 0 || row.value[r] != row.value[r - 1]) w.origin[at++] = r;
+    w.origin[m] = n;
+    double* s = w.sums;
+    for (int64_t i = 0; i < m + 1 + kPad; ++i) {
+        const int64_t left = i <= m ? w.origin[i] : n;
+        s[i] = row.p0[left];
+        s[i + w.stride] = row.p1[left];
+        s[i + 2 * w.stride] = row.p2[left];
+    }
+    const Prefix prefix{s, s + w.stride, s + 2 * w.stride, m};
+    const bool path = k >= kPathLevels && penalised_path(prefix, k, worth_of_a_cluster(row, k), w.costs, w.splits, w.bound);
+    if (!path && !layered(w, k)) return;
     double last = 0.0;
     bool have = false;
     for (int c = 0; c < k; ++c) {
@@ -371,7 +321,7 @@ bool kmeans_range(const KmeansArgs& args, int64_t begin, int64_t end) noexcept {
     Buffer<uint64_t> keys(n), spare(n);
     Buffer<double> row(5 * stride), sums(args.iterations ? 0 : 6 * stride), costs(args.iterations ? 0 : 4 * stride), level(k);
     Buffer<int64_t> origin(n + 1), bound(k + 1);
-    Buffer<int32_t> splits(layers * (n + 1));
+    Buffer<int32_t> splits(layers * (n + 1) + kPad);
     if (!keys || !spare || !row || !sums || !costs || !level || !origin || !bound || !splits) return false;
     Workspace w{{n, row, row + stride, row + 2 * stride, row + 3 * stride, row + 4 * stride, 0.0, 0, keys, spare},
                 origin, sums, costs, splits, level, bound, stride};

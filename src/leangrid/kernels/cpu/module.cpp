@@ -2,15 +2,28 @@
 // kernels/checks.py has checked shapes and values; here only the dtypes, the layout and what memory safety needs.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+
+#ifdef LEANGRID_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
 #include <new>
+#include <optional>
 #include <system_error>
 #include <thread>
 #include <vector>
 
+#include "decode_table.h"
 #include "table.h"
+#include "tiles.h"
 
 namespace nb = nanobind;
 
@@ -50,13 +63,32 @@ const KernelTable& table(int isa) {
     return portable_table;
 }
 
+// Whether this process may use the tiles of tiles.cpp; asks the operating system for them once. (Here and not there: that file's
+// compiler flags are not for every processor.)
+bool tiles_available() {
+#ifdef LEANGRID_TILES
+    static const bool granted = [] {
+        __builtin_cpu_init();
+        uint32_t a = 7, b = 0, c = 0, d = 0;  // leaf 7 of cpuid: EDX bit 22 bfloat16 tiles, bit 24 tiles
+        __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+        const bool present = (d >> 22 & 1) && (d >> 24 & 1) && best_isa() == 2;
+        constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return present && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return granted;
+#else
+    return false;
+#endif
+}
+
 void require(bool fits) {
     if (!fits) throw nb::value_error("array shapes do not fit together");
 }
 
 // Calls work(begin, end) on pieces of `grain` rows. Rows are independent, so who computes which piece changes nothing.
+// The caller must not hold Python's lock.
 template <class Work>
-void share_rows(int64_t rows, int64_t grain, int threads, Work work) {
+void share_released(int64_t rows, int64_t grain, int threads, Work work) {
     std::atomic<int64_t> next{0};
     std::atomic<bool> good{true};
     auto loop = [&] {
@@ -64,7 +96,6 @@ void share_rows(int64_t rows, int64_t grain, int threads, Work work) {
             if (!work(begin, std::min(rows, begin + grain))) good = false;
     };
     {
-        nb::gil_scoped_release release;
         std::vector<std::thread> others;
         const int64_t pieces = (rows + grain - 1) / grain;
         for (int64_t i = 1; i < std::min<int64_t>(threads, pieces); ++i) {
@@ -78,6 +109,12 @@ void share_rows(int64_t rows, int64_t grain, int threads, Work work) {
         for (auto& thread : others) thread.join();
     }
     if (!good) throw std::bad_alloc();
+}
+
+template <class Work>
+void share_rows(int64_t rows, int64_t grain, int threads, Work work) {
+    nb::gil_scoped_release release;
+    share_released(rows, grain, threads, work);
 }
 
 void kmeans(int isa, int threads, FloatIn weight, Array<const double, 1> importance, bool per_row, int iterations, FloatOut out,
@@ -144,7 +181,58 @@ void level_gram(int isa, int threads, FloatIn hessian, BytesIn codes, Array<doub
     share_rows(rows, grain, threads, [&](int64_t begin, int64_t end) { return kernels.gram(args, begin, end); });
 }
 
+int largest_bits(Array<const uint16_t, 1> x) {
+    if (!tiles_available()) throw nb::value_error("this processor does not have bfloat16 matrix tiles");
+    nb::gil_scoped_release release;
+    return largest_magnitude(x.data(), x.shape(0));
+}
+
+// matrix += x^T x (squares on and right of the diagonal only) and, where there is a cross, cross += original^T x.
+void outer_sums(int threads, Array<const uint16_t, 2> x, std::optional<Array<const uint16_t, 2>> original, FloatOut matrix,
+                std::optional<FloatOut> cross) {
+    const int64_t tokens = x.shape(0), cols = x.shape(1);
+    require(matrix.shape(0) == x.shape(1) && matrix.shape(1) == x.shape(1) && cross.has_value() == original.has_value());
+    if (cross) require(cross->shape(0) == x.shape(1) && cross->shape(1) == x.shape(1));
+    if (original) require(original->shape(0) == x.shape(0) && original->shape(1) == x.shape(1));
+    if (!tiles_available()) throw nb::value_error("this processor does not have bfloat16 matrix tiles");
+    // Packed tiles of one stretch of tokens. Kept between calls: fresh pages cost as much as the products.
+    static std::mutex one_at_a_time;
+    static std::unique_ptr<char, void (*)(void*)> scratch(nullptr, std::free);
+    static int64_t scratch_bytes = 0;
+    nb::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    constexpr int64_t kTokens = 1024;
+    const int64_t bytes = packed_bytes(std::min(tokens, kTokens), cols), squares = (cols + 31) / 32;
+    if (scratch_bytes < 3 * bytes) {
+        scratch.reset(static_cast<char*>(std::aligned_alloc(64, 3 * bytes)));
+        scratch_bytes = scratch ? 3 * bytes : 0;
+        if (!scratch) throw std::bad_alloc();
+    }
+    char *left = scratch.get(), *right = left + bytes, *other = right + bytes;
+    for (int64_t first = 0; first < tokens; first += kTokens) {
+        const int64_t count = std::min(kTokens, tokens - first);
+        const uint16_t *now = x.data() + first * cols, *before = original ? original->data() + first * cols : nullptr;
+        share_released((count + kTileTokens - 1) / kTileTokens, 4, threads, [&](int64_t begin, int64_t end) {
+            pack_tiles(now, count, cols, begin, end, left, right);
+            if (before) pack_tiles(before, count, cols, begin, end, other, nullptr);
+            return true;
+        });
+        const OuterArgs own{left, right, count, cols, true, matrix.data()};
+        const OuterArgs mixed{other, right, count, cols, false, cross ? cross->data() : nullptr};
+        share_released(squares, 4, threads, [&](int64_t begin, int64_t end) {
+            add_outer(own, begin, end);
+            if (before) add_outer(mixed, begin, end);
+            return true;
+        });
+    }
+}
+
 }  // namespace
+}  // namespace leangrid
+
+#include "bindings_decode.h"
+
+namespace leangrid {
 
 NB_MODULE(_cpu, m) {
     m.doc() = "Row kernels of leangrid; call them through leangrid.kernels, which checks their input.";
@@ -156,6 +244,10 @@ NB_MODULE(_cpu, m) {
     m.def("sweep_affine", &block_affine<false>);
     m.def("descend_affine", &block_affine<true>);
     m.def("level_gram", &level_gram);
+    m.def("tiles_available", &tiles_available, "bfloat16 matrix tiles (AMX), granted by the operating system");
+    m.def("largest_bits", &largest_bits);
+    m.def("outer_sums", &outer_sums, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
+    bind_decode(m);
 }
 
 }  // namespace leangrid
