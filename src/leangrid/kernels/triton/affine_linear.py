@@ -1,21 +1,20 @@
 """x W^T for W[i, j] = round((code[i, j] - Z[i, g]) S[i, g]), g = j // group_size, the codes packed as they are stored."""
 
 import torch
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from leangrid.errors import ShapeError
 from leangrid.kernels.triton.packed import FLOATS, Packed, check, product
 
 
-def affine_linear(x: Float[Tensor, "m cols"], words: Int32[Tensor, "rows words"], scale: Float[Tensor, "rows groups"],
-                  zero_point: UInt8[Tensor, "rows groups"], bits: int, group_size: int, stored_dtype: torch.dtype | None = None,
-                  splits: int | None = None) -> Float[Tensor, "m rows"]:  # fmt: skip
+def affine_linear(x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int,
+                  stored_dtype: torch.dtype | None = None, splits: int | None = None) -> Float[Tensor, "m rows"]:  # fmt: skip
     """The product of an AffineLinear layer, without its bias.
 
     Args:
         x, words, bits, splits: as in ``lut_linear``.
-        scale: S, float32, float16 or bfloat16. zero_point: Z, 0 .. 2^bits - 1, unpacked.
+        scale: S [rows, groups], float32, float16 or bfloat16. zero_point: Z, u8 [rows, groups], 0 .. 2^bits - 1, unpacked.
         group_size: columns a group; divides the columns.
         stored_dtype: what W is rounded to, as readers of the file do; the dtype of ``scale`` where None.
 

@@ -61,10 +61,11 @@ def descend_levels(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor,
                    levels: Float32[Tensor, "rows k"]) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """See ``leangrid.kernels.descend_levels``; inputs checked there."""
     new, delta = torch.empty_like(codes), torch.empty_like(gradient)
+    rows, cols = codes.shape
     if codes.numel():
         with torch.cuda.device_of(codes):
-            descend_kernel[(triton.cdiv(len(codes), ROWS),)](gradient, hessian, codes, levels, levels, codes, codes, new, delta, *codes.shape, 1,
-                                                             BETTER, **level_kind(levels), **LAUNCH)  # fmt: skip
+            descend_kernel[(triton.cdiv(rows, ROWS),)](gradient, hessian, codes, levels, levels, codes, codes, new, delta, rows, cols, 1,
+                                                       BETTER, **level_kind(levels), **LAUNCH)  # fmt: skip
     return new, delta
 
 
@@ -73,8 +74,9 @@ def descend_affine(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor,
                    bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """See ``leangrid.kernels.descend_affine``; inputs checked there."""
     new, delta = torch.empty_like(codes), torch.empty_like(gradient)
+    rows, cols = codes.shape
     if codes.numel():
         with torch.cuda.device_of(codes):
-            descend_kernel[(triton.cdiv(len(codes), ROWS),)](gradient, hessian, codes, scale, scale, zero_point, group, new, delta, *codes.shape,
-                                                             scale.shape[1], BETTER, **affine_kind(bits), **LAUNCH)  # fmt: skip
+            descend_kernel[(triton.cdiv(rows, ROWS),)](gradient, hessian, codes, scale, scale, zero_point, group, new, delta, rows, cols,
+                                                       scale.shape[1], BETTER, **affine_kind(bits), **LAUNCH)  # fmt: skip
     return new, delta

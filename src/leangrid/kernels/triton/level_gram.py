@@ -7,7 +7,7 @@ A = S + S^T, S = sum_I (sum_{J<I} P_J^T H_JI + P_I^T H_II / 2) P_I, which makes 
 16 times float32's. The last product with P_I is a masked sum, in float64 over I.
 """
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -19,6 +19,7 @@ from leangrid.kernels import torch_sweep
 from leangrid.kernels.triton.packed import interpreted
 
 M, N, J = 128, 128, 64  # (row, level) pairs, columns i and columns j of a tile
+LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}  # two stages fit the 99 KiB of an L40S
 PANEL = 4096  # columns of H split at once
 MOST_LEVELS = 16  # beyond, accumulators spill
 
@@ -78,7 +79,8 @@ def level_gram(hessian: Float32[Tensor, "n n"], codes: UInt8[Tensor, "rows n"], 
     with torch.cuda.device_of(hessian):
         for begin in range(0, n, PANEL):
             panel = terms(hessian[:, begin : begin + PANEL])
-            level_gram_kernel[(triton.cdiv(rows, M // wide),)](panel, codes, out, rows, n, begin, panel.shape[2], levels, TERMS=len(panel),
-                                                               WIDE=wide, M=M, N=N, J=J, num_warps=8, num_stages=2,
-                                                               enable_fp_fusion=True)  # fmt: skip
+            sizes = rows, n, begin, panel.shape[2], levels
+            level_gram_kernel[(triton.cdiv(rows, M // wide),)](
+                panel, codes, out, *sizes, TERMS=len(panel), WIDE=wide, M=M, N=N, J=J, **LAUNCH
+            )
     return out + out.transpose(1, 2)

@@ -1,21 +1,20 @@
 """x W^T for W[i, j] = lut[i, code[i, j]], the codes packed as they are stored."""
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float
 from torch import Tensor
 
 from leangrid.errors import ShapeError
 from leangrid.kernels.triton.packed import FLOATS, Packed, check, product
 
 
-def lut_linear(x: Float[Tensor, "m cols"], words: Int32[Tensor, "rows words"], lut: Float[Tensor, "rows k"], bits: int,
-               splits: int | None = None) -> Float[Tensor, "m rows"]:  # fmt: skip
+def lut_linear(x: Tensor, words: Tensor, lut: Tensor, bits: int, splits: int | None = None) -> Float[Tensor, "m rows"]:
     """The product of a LutLinear layer, without its bias.
 
     Args:
-        x: float32, float16 or bfloat16; any strides, any m >= 0.
-        words: code i of a row in bits [i b, (i+1) b) of the row's stream, least significant first.
-        lut: the levels, 2^bits a row, float32, float16 or bfloat16.
+        x: float32, float16 or bfloat16 [m, cols]; any strides, any m >= 0.
+        words: int32 [rows, ceil(cols b / 32)], code i of a row in bits [i b, (i+1) b) of the row's stream, least significant first.
+        lut: the levels [rows, 2^bits], float32, float16 or bfloat16.
         bits: b, one of 2, 3, 4, 8.
         splits: over columns, of batches 2..64; None chooses by the number of processors.
 

@@ -73,15 +73,13 @@ def nearest(x, s, z, value, lower, levels, row, live, K: tl.constexpr, WIDTH: tl
     else:
         base = levels + row.to(tl.int64) * K
         code = tl.zeros_like(row)
-        step: tl.constexpr = WIDTH
-        for _ in tl.static_range(8):
-            step = step // 2
-            if step > 0:
-                probe = code + step
-                inside = live & (probe < K)
-                high = tl.load(base + probe, mask=inside, other=0.0)
-                low = tl.load(base + probe - 1, mask=inside, other=0.0)
-                code = tl.where(inside & (x > 0.5 * low + 0.5 * high), probe, code)
+        for halving in range(1, 9):  # not unrolled: the sixteen columns already are, and the compiler would need minutes
+            step = WIDTH >> halving
+            probe = code + step
+            inside = live & (probe < K) & (probe > code)
+            high = tl.load(base + probe, mask=inside, other=0.0)
+            low = tl.load(base + probe - 1, mask=inside, other=0.0)
+            code = tl.where(inside & (x > 0.5 * low + 0.5 * high), probe, code)
         level = tl.load(base + code, mask=live, other=0.0)
     return code, level
 

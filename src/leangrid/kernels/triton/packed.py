@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -262,10 +262,11 @@ class Packed:
         return replace(self, lut=self.lut.clone())
 
     @property
-    def fixed(self) -> dict[str, object]:
+    def fixed(self) -> dict[str, Any]:
+        """What the kernels know at compile time, and how they are launched."""
         group = self.cols // self.scale.shape[1]
         return {"BITS": self.bits, "P": PACKET[self.bits], "GROUP": group if group < self.cols else 1 << 30, "KIND": int(self.affine),
-                "STORED": FLOATS[self.stored], "enable_fp_fusion": True}  # fmt: skip
+                "STORED": FLOATS[self.stored], "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}  # fmt: skip
 
     @property
     def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -299,8 +300,8 @@ def _gemv(x: Tensor, weight: Packed) -> Tensor:
     rows, packets = len(weight.words), triton.cdiv(weight.cols, PACKET[weight.bits])
     y = x.new_empty(1, rows)
     tile = 8 if rows >= 8192 else 4 if rows >= 2048 else 2
-    step = min(4096 // PACKET[weight.bits], triton.next_power_of_2(packets))
-    gemv_kernel[(triton.cdiv(rows, tile),)](x, *weight.grid, y, *weight.sizes, **weight.fixed, R=tile, T=step, num_warps=4)
+    step = min(512, 4096 // PACKET[weight.bits], triton.next_power_of_2(packets))
+    gemv_kernel[(triton.cdiv(rows, tile),)](x, *weight.grid, y, *weight.sizes, **weight.fixed, R=tile, T=step)
     return y
 
 
@@ -321,7 +322,7 @@ def _gemm(x: Tensor, weight: Packed, splits: int | None) -> Tensor:
     splits = triton.cdiv(packets, span)
     y = torch.empty(splits, m, rows, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     gemm_kernel[(triton.cdiv(rows, tile), splits)](x, *weight.grid, y, m, *weight.sizes, span, **weight.fixed, DTYPE=FLOATS[dtype], R=tile,
-                                                   T=step, M=wide, num_warps=4, num_stages=3)  # fmt: skip
+                                                   T=step, M=wide)  # fmt: skip
     return y[0] if splits == 1 else y.sum(0).to(x.dtype)
 
 
@@ -342,7 +343,7 @@ def dequantized(weight: Packed, dtype: torch.dtype) -> Iterator[tuple[int, int, 
         part = weight.part(start, stop)
         out = torch.empty(stop - start, cols, dtype=dtype, device=weight.words.device)
         grid = triton.cdiv(stop - start, 16), triton.cdiv(cols, 256)
-        dequantize_kernel[grid](*part.grid, out, *part.sizes, **part.fixed, DTYPE=FLOATS[dtype], R=16, T=256 // lanes, num_warps=4)
+        dequantize_kernel[grid](*part.grid, out, *part.sizes, **part.fixed, DTYPE=FLOATS[dtype], R=16, T=256 // lanes)
         yield start, stop, out
 
 

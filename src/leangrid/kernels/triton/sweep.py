@@ -71,10 +71,11 @@ def sweep_levels(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"
                  levels: Float32[Tensor, "rows k"]) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """See ``leangrid.kernels.sweep_levels``; inputs checked there."""
     codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    rows, cols = codes.shape
     if codes.numel():
         with torch.cuda.device_of(codes):
-            sweep_kernel[(triton.cdiv(len(weight), ROWS),)](weight, upper, levels, levels, codes, codes, codes, errors, *weight.shape, 1,
-                                                            **level_kind(levels), **LAUNCH)  # fmt: skip
+            sweep_kernel[(triton.cdiv(rows, ROWS),)](weight, upper, levels, levels, codes, codes, codes, errors, rows, cols, 1,
+                                                     **level_kind(levels), **LAUNCH)  # fmt: skip
     return codes, errors
 
 
@@ -83,8 +84,9 @@ def sweep_affine(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"
                  bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """See ``leangrid.kernels.sweep_affine``; inputs checked there."""
     codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    rows, cols = codes.shape
     if codes.numel():
         with torch.cuda.device_of(codes):
-            sweep_kernel[(triton.cdiv(len(weight), ROWS),)](weight, upper, scale, scale, zero_point, group, codes, errors, *weight.shape,
-                                                            scale.shape[1], **affine_kind(bits), **LAUNCH)  # fmt: skip
+            sweep_kernel[(triton.cdiv(rows, ROWS),)](weight, upper, scale, scale, zero_point, group, codes, errors, rows, cols,
+                                                     scale.shape[1], **affine_kind(bits), **LAUNCH)  # fmt: skip
     return codes, errors
