@@ -23,17 +23,6 @@ SHAPES = [(1, 8, 8), (5, 48, 24), (37, 272, 16), (33, 100, 50)]  # rows, columns
 
 
 @pytest.fixture
-def device() -> str:
-    """Where the kernels can run here."""
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device or TRITON_INTERPRET=1")
-    return "cuda"
-
-
-@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
@@ -74,7 +63,7 @@ def close(ours: Tensor, x: Tensor, dense: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 3, 2, 8])
-def test_lut_is_the_dense_product(bits: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+def test_lut_is_the_dense_product(bits: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     from leangrid.kernels.triton import lut_linear
 
     for rows, cols, _ in shapes(bits, dtype):
@@ -86,7 +75,7 @@ def test_lut_is_the_dense_product(bits: int, dtype: torch.dtype, device: str, ge
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 3, 2, 8])
-def test_affine_is_the_dense_product(bits: int, dtype: torch.dtype, device: str, generator: torch.Generator) -> None:
+def test_affine_is_the_dense_product(bits: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     from leangrid.kernels.triton import affine_linear
 
     for rows, cols, size in shapes(bits, dtype):
@@ -97,22 +86,22 @@ def test_affine_is_the_dense_product(bits: int, dtype: torch.dtype, device: str,
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_the_dense_tile_is_the_weight_that_readers_compute(stored: torch.dtype, device: str, generator: torch.Generator) -> None:
+def test_the_dense_tile_is_the_weight_that_readers_compute(stored: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
     from leangrid.kernels.triton.packed import Packed, dequantized
 
     for dtype in (stored, torch.float32):
         for bits in (2, 3, 4, 8):
             words, scale, zero, dense = affine_problem(generator, 33, 96, bits, 24, dtype, stored)
-            weight = Packed(words.to(device), scale.to(device), scale.to(device), zero.to(device), 96, bits, stored, True)
+            weight = Packed(words.to(device), scale.to(device), scale.to(device), zero.to(device), 96, bits, stored, True, 24)
             ours = torch.cat([tile for _, _, tile in dequantized(weight, torch.float32)]).cpu()
-            if stored == torch.bfloat16 and device == "cpu":  # the interpreter cuts
+            if stored == torch.bfloat16 and device.type == "cpu":  # the interpreter cuts
                 torch.testing.assert_close(ours, dense.float(), rtol=2**-7, atol=0)
             else:
                 assert torch.equal(ours, dense.float())
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 50])
-def test_splitting_the_columns_changes_nothing_but_rounding(splits: int, device: str, generator: torch.Generator) -> None:
+def test_splitting_the_columns_changes_nothing_but_rounding(splits: int, device: torch.device, generator: torch.Generator) -> None:
     from leangrid.kernels.triton import lut_linear
 
     words, lut, dense = lut_problem(generator, 40, 700, 4, torch.float16)
@@ -124,7 +113,7 @@ def test_splitting_the_columns_changes_nothing_but_rounding(splits: int, device:
 
 
 @pytest.mark.parametrize("m", [0, 1, 2, 70])
-def test_views_of_any_strides_and_unaligned_tables(m: int, device: str, generator: torch.Generator) -> None:
+def test_views_of_any_strides_and_unaligned_tables(m: int, device: torch.device, generator: torch.Generator) -> None:
     from leangrid.kernels.triton import affine_linear, lut_linear
 
     words, lut, dense = lut_problem(generator, 9, 80, 3, torch.float32)
@@ -139,7 +128,7 @@ def test_views_of_any_strides_and_unaligned_tables(m: int, device: str, generato
     close(affine_linear(x.to(device), words.to(device), *moved, 3, 20), x, dense)
 
 
-def test_layers_dtypes_that_differ(device: str, generator: torch.Generator) -> None:
+def test_layers_dtypes_that_differ(device: torch.device, generator: torch.Generator) -> None:
     from leangrid.kernels.triton import affine_linear, lut_linear
 
     words, lut, dense = lut_problem(generator, 20, 64, 4, torch.float32)
@@ -152,22 +141,24 @@ def test_layers_dtypes_that_differ(device: str, generator: torch.Generator) -> N
         close(affine_linear(x.to(device), words.to(device), scale.to(device), zero.to(device), 4, 32, torch.float16), x, dense)
 
 
-def test_the_packed_layers_multiply_the_same(device: str, generator: torch.Generator) -> None:
-    from leangrid.kernels.triton import affine_linear, lut_linear
-
-    x = torch.randn(3, 48, generator=generator)
-    words, lut, _ = lut_problem(generator, 21, 48, 3, torch.float32)
-    layer = LutLinear(48, 21, 3, False, torch.float32)
-    layer.load_state_dict({"weight": words, "lut": lut})
-    torch.testing.assert_close(lut_linear(x.to(device), words.to(device), lut.to(device), 3).cpu(), layer(x), rtol=1e-5, atol=1e-5)
-    words, scale, zero, _ = affine_problem(generator, 21, 48, 4, 16, torch.float16, torch.float16)
-    affine = AffineLinear(48, 21, 4, False, torch.float16, group_size=16)
+@pytest.mark.parametrize("bits", [2, 3, 5])  # no kernel for 5: the layer's torch path
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])
+def test_packed_layers_use_the_kernels(batch: tuple[int, ...], bits: int, device: torch.device, generator: torch.Generator) -> None:
+    x = torch.randn(*batch, 48, generator=generator)
+    words, lut, dense = lut_problem(generator, 21, 48, bits, torch.float32)
+    layer = LutLinear(48, 21, bits, True, torch.float32)
+    layer.load_state_dict({"weight": words, "lut": lut, "bias": torch.arange(21.0)})
+    want = torch.nn.functional.linear(x, dense, torch.arange(21.0))
+    torch.testing.assert_close(layer.to(device)(x.to(device)).cpu(), want, rtol=1e-5, atol=1e-5)
+    words, scale, zero, dense = affine_problem(generator, 21, 48, bits, 16, torch.float32, torch.float16)
+    affine = AffineLinear(48, 21, bits, False, torch.float32, group_size=16, stored_dtype=torch.float16)
     affine.load_state_dict({"weight_packed": words, "weight_scale": scale, "weight_shape": torch.tensor([21, 48]),
-                            "weight_zero_point": pack(zero.T.contiguous(), 4).T.contiguous()})  # fmt: skip
-    close(affine_linear(x.half().to(device), words.to(device), scale.to(device), zero.to(device), 4, 16), x.half(), affine.weight_hat)
+                            "weight_zero_point": pack(zero.T.contiguous(), bits).T.contiguous()})  # fmt: skip
+    want = torch.nn.functional.linear(x, dense)
+    torch.testing.assert_close(affine.to(device)(x.to(device)).cpu(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused(device: str, generator: torch.Generator) -> None:
+def test_what_does_not_fit_is_refused(device: torch.device, generator: torch.Generator) -> None:
     from leangrid.kernels.triton import affine_linear, lut_linear
 
     x = torch.randn(2, 64, generator=generator).to(device)
@@ -183,7 +174,7 @@ def test_what_does_not_fit_is_refused(device: str, generator: torch.Generator) -
             affine_linear(*arguments)
 
 
-def test_without_a_gpu_the_error_says_so(device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_error_says_so(device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     from leangrid.kernels.triton import lut_linear
 
     words, lut, _ = lut_problem(generator, 5, 64, 4, torch.float32)
@@ -192,6 +183,7 @@ def test_without_a_gpu_the_error_says_so(device: str, generator: torch.Generator
         lut_linear(torch.randn(1, 64), words, lut, 4)
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_real_gpus() -> None:
     root = Path(__file__).resolve().parents[2]
     pytest.importorskip("triton")
@@ -206,7 +198,7 @@ def test_kernels_compile_for_real_gpus() -> None:
         assert line["spills"] <= (0 if "fp32" not in line["kernel"] else 512), line
 
 
-def test_the_benchmark_checks_itself(device: str) -> None:
+def test_the_benchmark_checks_itself(device: torch.device) -> None:
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": str(root / "src")}
     command = [

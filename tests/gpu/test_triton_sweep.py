@@ -21,17 +21,6 @@ SHAPES = [(1, 1, 2), (5, 3, 4), (9, 37, 16), (17, 32, 9), (3, 50, 1), (6, 21, 20
 
 
 @pytest.fixture
-def device() -> str:
-    """Where the kernels can run here."""
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device or TRITON_INTERPRET=1")
-    return "cuda"
-
-
-@pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(11)
 
@@ -42,7 +31,7 @@ def kernels() -> ModuleType:
     return triton
 
 
-def problem(g: torch.Generator, rows: int, b: int, levels: int, device: str) -> dict[str, tuple[object, ...]]:
+def problem(g: torch.Generator, rows: int, b: int, levels: int, device: torch.device) -> dict[str, tuple[object, ...]]:
     """The arguments of each op on one random problem; below its diagonal U holds rubbish that must not be read."""
     bits = max(1, (levels - 1).bit_length())
     weight = torch.randn(rows, b, generator=g) * 0.05
@@ -69,7 +58,7 @@ OPS = ("sweep_levels", "sweep_affine", "descend_levels", "descend_affine")
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_bits_are_those_of_the_torch_twin(op: str, shape: tuple[int, int, int], device: str, generator: torch.Generator) -> None:
+def test_bits_are_those_of_the_torch_twin(op: str, shape: tuple[int, int, int], device: torch.device, generator: torch.Generator) -> None:
     arguments = problem(generator, *shape, device)[op]
     before = arguments[0].clone()  # type: ignore[attr-defined]
     ours, twin = getattr(kernels(), op)(*arguments), getattr(torch_sweep, op)(*arguments)
@@ -79,7 +68,7 @@ def test_bits_are_those_of_the_torch_twin(op: str, shape: tuple[int, int, int], 
     assert torch.equal(arguments[0], before)  # type: ignore[call-overload]
 
 
-def test_a_whole_block(device: str, generator: torch.Generator) -> None:
+def test_a_whole_block(device: torch.device, generator: torch.Generator) -> None:
     arguments = problem(generator, 9, 128, 16, device)
     for op in ("sweep_levels", "descend_affine"):
         for mine, theirs in zip(getattr(kernels(), op)(*arguments[op]), getattr(torch_sweep, op)(*arguments[op]), strict=True):
@@ -88,7 +77,7 @@ def test_a_whole_block(device: str, generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize(("rows", "b"), [(0, 16), (4, 0), (0, 0)])
 @pytest.mark.parametrize("op", OPS)
-def test_nothing_in_nothing_out(op: str, rows: int, b: int, device: str) -> None:
+def test_nothing_in_nothing_out(op: str, rows: int, b: int, device: torch.device) -> None:
     grid = torch.zeros(rows, 2)
     zero, group, codes = torch.zeros(rows, 2, dtype=torch.uint8), torch.zeros(b, dtype=torch.int32), torch.zeros(rows, b, dtype=torch.uint8)
     rest = (grid,) if op.endswith("levels") else (grid + 1, zero, group, 4)
@@ -97,7 +86,7 @@ def test_nothing_in_nothing_out(op: str, rows: int, b: int, device: str) -> None
     assert [tuple(part.shape) for part in out] == [(rows, b), (rows, b)]
 
 
-def test_ties_go_to_the_lower_level_and_halves_to_even(device: str) -> None:
+def test_ties_go_to_the_lower_level_and_halves_to_even(device: torch.device) -> None:
     weight = torch.tensor([[0.5, 1.5, 0.50001]], device=device)
     codes, errors = kernels().sweep_levels(weight, torch.eye(3, device=device), torch.tensor([[0.0, 1.0, 2.0]], device=device))
     assert codes.tolist() == [[0, 1, 1]]
@@ -110,7 +99,7 @@ def test_ties_go_to_the_lower_level_and_halves_to_even(device: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
-def test_numbers_that_are_not_finite_stay_in_their_row(device: str, generator: torch.Generator) -> None:
+def test_numbers_that_are_not_finite_stay_in_their_row(device: torch.device, generator: torch.Generator) -> None:
     weight, upper, grid = problem(generator, 4, 20, 16, device)["sweep_levels"]
     clean = kernels().sweep_levels(weight, upper, grid)
     bad = weight.clone()  # type: ignore[attr-defined]
@@ -123,7 +112,7 @@ def test_numbers_that_are_not_finite_stay_in_their_row(device: str, generator: t
 
 @pytest.mark.parametrize(("rows", "n", "levels", "panel"), [(1, 1, 1, 4096), (9, 300, 16, 128), (35, 130, 3, 4096), (2, 40, 30, 4096)])
 def test_level_gram_is_the_product_with_the_one_hot_matrix(
-    rows: int, n: int, levels: int, panel: int, device: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    rows: int, n: int, levels: int, panel: int, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gram = kernels().level_gram
     monkeypatch.setattr(sys.modules[gram.__module__], "PANEL", panel)
@@ -136,13 +125,14 @@ def test_level_gram_is_the_product_with_the_one_hot_matrix(
     assert gram(hessian, codes[:0], levels).shape == (0, levels, levels)
 
 
-def test_the_terms_of_the_hessian_add_up_to_it(device: str, generator: torch.Generator) -> None:
+def test_the_terms_of_the_hessian_add_up_to_it(device: torch.device, generator: torch.Generator) -> None:
     from leangrid.kernels.triton.level_gram import terms
 
     panel = (torch.randn(40, 24, generator=generator) * 10.0 ** torch.randint(-9, 9, (40, 24), generator=generator)).to(device)
     assert torch.equal(terms(panel).double().sum(0), panel.double())
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_real_gpus() -> None:
     told = compiled("sweep", "90")
     assert len(told) == 4

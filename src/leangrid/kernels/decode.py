@@ -9,8 +9,8 @@ W is exactly what ``torch_decode`` says, by either way.
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from leangrid.errors import ShapeError
 from leangrid.kernels import native, torch_decode
+from leangrid.kernels.choice import backend
 
 FEW = 32  # tokens; at 64 a dense tile is as fast
 # Weights dequantized at once: 2^20 (4 MB in float32) stay in a processor's cache and in the allocator's hands; 2^24 took twice the time at
@@ -201,7 +202,7 @@ def _direct(x: Tensor) -> bool:
 
 
 def _lut_linear(x: Tensor, codes: Tensor, lut: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    if triton := _triton(x, "lut_linear"):
+    if triton := _triton("lut_linear", x, codes, bits):
         return _with_bias(triton(_flat(x), codes, lut, bits), x, bias)
     cols = x.shape[-1]
     if _few(x, codes):
@@ -211,19 +212,23 @@ def _lut_linear(x: Tensor, codes: Tensor, lut: Tensor, bias: Tensor | None, bits
 
 def _affine_linear(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, bits: int, group_size: int,
                    stored_dtype: torch.dtype) -> Tensor:  # fmt: skip
-    if triton := _triton(x, "affine_linear"):
+    once = scale.dtype in (torch.float32, stored_dtype)  # else W is rounded twice
+    if once and (triton := _triton("affine_linear", x, codes, bits)):
         return _with_bias(triton(_flat(x), codes, scale, zero_point, bits, group_size, stored_dtype), x, bias)
-    if _few(x, codes) and scale.dtype in (torch.float32, stored_dtype):
+    if _few(x, codes) and once:
         return _product(affine_matrix(codes, scale, zero_point, bias, bits, group_size, stored_dtype), x, len(scale))
     return _through_rows(x, affine_rows(codes, scale, zero_point, bits, group_size, stored_dtype), len(scale), bias)
 
 
-def _triton(x: Tensor, name: str) -> Callable[..., Tensor] | None:
-    """The device kernel of this op, where there is one."""
-    home = f"leangrid.kernels.triton.{name}"
-    if x.device.type != "cuda" or find_spec("triton") is None or find_spec("leangrid.kernels.triton") is None or find_spec(home) is None:
-        return None
-    return getattr(import_module(home), name)
+def _triton(name: str, x: Tensor, codes: Tensor, bits: int) -> Callable[..., Tensor] | None:
+    """The device kernel of this op, where there is one for such codes."""
+    return _kernel(name, bits) if codes.dtype == torch.int32 and backend(x.device) == "triton" else None
+
+
+@cache
+def _kernel(name: str, bits: int) -> Callable[..., Tensor] | None:
+    found = bits in import_module("leangrid.kernels.triton.packed").PACKET
+    return getattr(import_module(f"leangrid.kernels.triton.{name}"), name) if found else None
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -231,7 +236,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _with_bias(out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
+    return (out if bias is None else out + bias).view(*x.shape[:-1], out.shape[1])
 
 
 def _few(x: Tensor, codes: Tensor) -> bool:

@@ -32,4 +32,4 @@ def affine_linear(x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, b
     if scale.dtype not in FLOATS or stored not in FLOATS or zero_point.dtype != torch.uint8:
         raise ShapeError(f"affine_linear: scale {scale.dtype}, zero_point {zero_point.dtype}, stored as {stored}", "affine_linear")
     scale = scale.contiguous()
-    return product(x, Packed(words.contiguous(), scale, scale, zero_point.contiguous(), cols, bits, stored, True), splits)
+    return product(x, Packed(words.contiguous(), scale, scale, zero_point.contiguous(), cols, bits, stored, True, group_size), splits)

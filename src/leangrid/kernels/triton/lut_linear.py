@@ -1,6 +1,5 @@
 """x W^T for W[i, j] = lut[i, code[i, j]], the codes packed as they are stored."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,5 +26,5 @@ def lut_linear(x: Tensor, words: Tensor, lut: Tensor, bits: int, splits: int | N
     check("lut_linear", x, words, bits, lut=lut)
     if lut.shape[1] != 2**bits or lut.dtype not in FLOATS:
         raise ShapeError(f"lut_linear: lut is {lut.dtype} {tuple(lut.shape)}", "lut", f"Give {2**bits} levels a row")
-    unused = torch.empty(len(words), 1, dtype=torch.uint8, device=x.device)
-    return product(x, Packed(words.contiguous(), lut.contiguous(), unused, unused, x.shape[1], bits, lut.dtype, False), splits)
+    words, lut = words.contiguous(), lut.contiguous()
+    return product(x, Packed(words, lut, lut, words, x.shape[1], bits, lut.dtype, False), splits)

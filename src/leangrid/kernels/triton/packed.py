@@ -35,6 +35,7 @@ PACKET = {2: 16, 3: 8, 4: 8, 8: 4}  # codes a packet
 FLOATS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 GEMM_LIMIT = 64  # rows of x beyond which a dense copy of the weight pays
 TILE = 1 << 26  # weights dequantized at once
+WHOLE = 1 << 30  # columns a group, where a group is a row: more than any row has
 
 
 @triton.jit
@@ -243,7 +244,8 @@ def dequantize_kernel(words, lut, scale, zero, out, rows, cols, width, groups, B
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A packed weight [rows, cols]: the stream, and lut [rows, K] or scale and zero_point [rows, groups]; contiguous."""
+    """A packed weight [rows, cols], contiguous: the stream, and lut [rows, K] or scale and zero_point [rows, groups]; what a kind lacks
+    may be any tensor of as many rows."""
 
     words: Tensor
     lut: Tensor
@@ -253,6 +255,7 @@ class Packed:
     bits: int
     stored: torch.dtype
     affine: bool
+    group: int = WHOLE
 
     def aligned(self) -> "Packed":
         """Tables that start at a multiple of their size, as every fresh allocation does."""
@@ -264,9 +267,9 @@ class Packed:
     @property
     def fixed(self) -> dict[str, Any]:
         """What the kernels know at compile time, and how they are launched."""
-        group = self.cols // self.scale.shape[1]
-        return {"BITS": self.bits, "P": PACKET[self.bits], "GROUP": group if group < self.cols else 1 << 30, "KIND": int(self.affine),
-                "STORED": FLOATS[self.stored], "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}  # fmt: skip
+        group = WHOLE if self.group == self.cols else self.group
+        return {"BITS": self.bits, "P": PACKET[self.bits], "GROUP": group, "KIND": int(self.affine), "STORED": FLOATS[self.stored],
+                "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}  # fmt: skip
 
     @property
     def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
