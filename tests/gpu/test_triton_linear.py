@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from leangrid.errors import ShapeError
+from leangrid.kernels import decode
 from leangrid.layers import AffineLinear, LutLinear
 from leangrid.packing import pack
 
@@ -143,7 +144,12 @@ def test_layers_dtypes_that_differ(device: torch.device, generator: torch.Genera
 
 @pytest.mark.parametrize("bits", [2, 3, 5])  # no kernel for 5: the layer's torch path
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])
-def test_packed_layers_use_the_kernels(batch: tuple[int, ...], bits: int, device: torch.device, generator: torch.Generator) -> None:
+def test_packed_layers_use_the_kernels(
+    batch: tuple[int, ...], bits: int, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    kernel = decode._kernel
+    monkeypatch.setattr(decode, "_kernel", lambda name, bits: kernel(name, bits) if not asked.append(name) else None)
     x = torch.randn(*batch, 48, generator=generator)
     words, lut, dense = lut_problem(generator, 21, 48, bits, torch.float32)
     layer = LutLinear(48, 21, bits, True, torch.float32)
@@ -154,8 +160,9 @@ def test_packed_layers_use_the_kernels(batch: tuple[int, ...], bits: int, device
     affine = AffineLinear(48, 21, bits, False, torch.float32, group_size=16, stored_dtype=torch.float16)
     affine.load_state_dict({"weight_packed": words, "weight_scale": scale, "weight_shape": torch.tensor([21, 48]),
                             "weight_zero_point": pack(zero.T.contiguous(), bits).T.contiguous()})  # fmt: skip
-    want = torch.nn.functional.linear(x, dense)
+    want = torch.nn.functional.linear(x, dense.float())
     torch.testing.assert_close(affine.to(device)(x.to(device)).cpu(), want, rtol=1e-5, atol=1e-5)
+    assert asked == ["lut_linear", "affine_linear"] and (kernel(asked[0], bits) is None) == (bits == 5)
 
 
 def test_what_does_not_fit_is_refused(device: torch.device, generator: torch.Generator) -> None:
