@@ -18,7 +18,7 @@ from leangrid.recipe import Recipe
 from leangrid.wide import PANEL, TILE_BYTES
 
 _F32 = 4
-TOKENS_A_BATCH = {"cpu": 4096, "cuda": 16384}  # full-speed products; on the CPU small enough for the cache
+TOKENS_A_BATCH = {"cpu": 1024, "cuda": 16384}  # full-speed products; on the CPU small enough for the cache
 # Matrices of the Hessian's size at once. Plain: finish copies H; factorize holds two permuted, damped, flipped, L, I, U.
 _FINISH, _FACTOR, _SOLVE = 4, 8, 3
 _LEAN_FACTOR, _LEAN_PANELS, _LEAN_SOLVE = 2, 3, 3

@@ -19,7 +19,6 @@ from leangrid.hessian import HessianSum
 from leangrid.linear import LinearResult, solve_linear
 from leangrid.models.walk import BlockWalk, GroupInputs, Streams
 from leangrid.placement import Placement
-from leangrid.precision import operand
 from leangrid.progress import Event
 from leangrid.publish import finished_result
 from leangrid.recipe import Recipe
@@ -155,6 +154,6 @@ def _summed(run: Run, group: GroupInputs, number: int, kind: type[_Sum]) -> _Sum
             return total
         with run.stage("hessian", number):
             if original is None:
-                total.add(operand(quantized))
+                total.add(quantized)
             else:
-                total.add_pair(operand(original), operand(quantized))
+                total.add_pair(original, quantized)

@@ -1,14 +1,12 @@
 """Which arithmetic the forward passes and the Hessian products use; everything that is solved stays in float32.
 
-With ``bfloat16`` linears and attention round their operands and results to bfloat16 and accumulate in float32, as the model
-does when it is served in bfloat16; processors with bfloat16 tiles or dot products do that several times faster. Norms,
-activations' sums and the residual stream stay in float32 (torch's autocast): rounding the residual at every layer would put
-noise into the inputs that the correction then takes for an error of quantization. A Hessian of rounded inputs is still
-exactly positive semidefinite, because both operands are the same rounded numbers.
+With ``bfloat16`` a bfloat16 model computes its forward passes in its own dtype, as it is served; processors with bfloat16
+tiles or dot products do that several times faster. The Hessians take those activations as they are: a product of two bfloat16
+numbers is exact in float32, sums are float32, and a Hessian of rounded inputs is still exactly positive semidefinite.
 
-On a CUDA device ``bfloat16`` computes the forward passes of a 16-bit model in its own dtype, as it is served, and the
-Hessians from those activations on TensorFloat-32 units: a bfloat16 or float16 number is one of TF32 exactly, and the sums are
-float32, so those products lose nothing. ``tfloat32`` is for float32 models: weights and states in float32, products in TF32.
+On a CUDA device ``bfloat16`` means any 16-bit model's own dtype, and Hessians on TensorFloat-32 units: a bfloat16 or float16
+number is one of TF32 exactly, so those products lose nothing either. ``tfloat32`` is for float32 models: weights and states in
+float32, products in TF32.
 """
 
 from collections.abc import Iterator
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _FLAGS = ("amx_bf16", "avx512_bf16")
 
@@ -35,8 +32,9 @@ def best_products(dtype: torch.dtype, device: str) -> str:
 
 
 def compute_dtype(kind: str, dtype: torch.dtype, device: str) -> torch.dtype:
-    """Of weights and hidden states: a 16-bit model's own on CUDA unless ``kind`` is float32, float32 everywhere else."""
-    return dtype if torch.device(device).type == "cuda" and kind == "bfloat16" and dtype.itemsize == 2 else torch.float32
+    """Of weights and hidden states: a 16-bit model's own where ``kind`` is bfloat16 (on a CPU a bfloat16 model's), else float32."""
+    own = dtype.itemsize == 2 if torch.device(device).type == "cuda" else dtype == torch.bfloat16
+    return dtype if kind == "bfloat16" and own else torch.float32
 
 
 @contextmanager
@@ -49,17 +47,10 @@ def products(kind: str) -> Iterator[None]:
     for setting, value in settings:
         setting.fp32_precision = value
     try:
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bfloat16" and switch is not None):
-            yield
+        yield
     finally:
         for (setting, _), value in zip(settings, before, strict=True):
             setting.fp32_precision = value
-
-
-def operand(x: Tensor) -> Tensor:
-    """``x`` as the products around it see it: rounded to bfloat16 inside ``products("bfloat16")``, itself otherwise."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.is_floating_point() else x
 
 
 def _switch() -> Any:

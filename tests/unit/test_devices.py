@@ -46,7 +46,8 @@ def test_arithmetic_on_a_device() -> None:
         "tfloat32",
     ]
     assert compute_dtype("bfloat16", torch.bfloat16, "cuda:0") == torch.bfloat16
-    assert compute_dtype("float32", torch.bfloat16, "cuda") == compute_dtype("bfloat16", torch.bfloat16, "cpu") == torch.float32
+    assert compute_dtype("bfloat16", torch.bfloat16, "cpu") == torch.bfloat16
+    assert compute_dtype("float32", torch.bfloat16, "cuda") == compute_dtype("bfloat16", torch.float16, "cpu") == torch.float32
     assert compute_dtype("tfloat32", torch.float32, "cuda") == torch.float32
 
 
