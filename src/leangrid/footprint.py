@@ -10,6 +10,7 @@ R rows in all, r rows of its tallest.
 
 from dataclasses import dataclass, field, replace
 
+from leangrid import kernels
 from leangrid.devices import accelerated, available_bytes
 from leangrid.models.skeleton import Skeleton
 from leangrid.placement import Placement
@@ -78,7 +79,7 @@ class Work:
     refined: bool = True
     group_size: int = 0  # columns of an affine grid; 0: whole rows
     levels: int = 0  # of a non-uniform grid
-    rounded: bool = False  # linears give out bfloat16 among float32 states (products "bfloat16" on the CPU)
+    tiled: bool = False  # Hessians take 16-bit inputs as they are: no copy in float32
 
     @classmethod
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Work":
@@ -93,16 +94,11 @@ class Work:
         return cls(tuple(groups), hidden, vocabulary, samples, length, 2 if recipe.correct else 1, itemsize, skeleton.dtype.itemsize,
                    weights * (recipe.parsed.bits + 1) // 8, accelerated(device), bool(recipe.refine),
                    recipe.parsed.group_size or 0, recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0,
-                   recipe.products == "bfloat16" and not accelerated(device))  # fmt: skip
+                   kernels.outer_takes_bfloat16(device))  # fmt: skip
 
     @property
     def tokens(self) -> int:
         return self.samples * self.length
-
-    @property
-    def made(self) -> int:
-        """Bytes a number that linears and attention give out."""
-        return 2 if self.rounded else self.itemsize
 
     @property
     def weights(self) -> int:
@@ -127,16 +123,16 @@ class Work:
             return self.itemsize * group.cols
         before = self.groups[number - 1]
         if number == 1:  # turned by the rotary tables, queries and keys have the states' dtype again
-            return self.itemsize * (before.cols + before.rows) + self.made * group.cols
+            return self.itemsize * (before.cols + before.rows) + self.itemsize * group.cols
         through = self.itemsize * (self.hidden + (group.cols if number == 2 else before.cols))
-        return through if number == 2 else through + self.made * group.cols
+        return through if number == 2 else through + self.itemsize * group.cols
 
     def transient(self, number: int, tokens: int) -> int:
         """Bytes that one batch of ``tokens`` needs for a moment on the way to group ``number``, beyond what it holds there."""
         norm = _NORM * self.hidden * _F32 if self.itemsize < _F32 else self.hidden * self.itemsize
         if number == 0:
             return tokens * norm
-        made = self.groups[number - 1].rows * self.made
+        made = self.groups[number - 1].rows * self.itemsize
         return tokens * max(norm, made)
 
 
@@ -162,7 +158,7 @@ def footprint(work: Work, placement: Placement) -> Footprint:
         if number in placement.host_groups and work.accelerated:
             continue
         square, both = _F32 * group.cols**2, work.streams
-        converted = tokens * group.cols * _F32 * both if work.itemsize < _F32 else 0
+        converted = tokens * group.cols * _F32 * both if work.itemsize < _F32 and not work.tiled else 0
         held = moving if placement.replay else waiting
         result.phases[f"hessian {number}"] = held | {"H and G": both * square, "batch in float32": converted}
         for phase, parts in _algebra(work, placement, group).items():

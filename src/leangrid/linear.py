@@ -222,6 +222,13 @@ class _Layer:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
+        self._wait()
         start = perf_counter()
         yield
+        self._wait()
         self.seconds[stage] += perf_counter() - start
+
+    def _wait(self) -> None:
+        """A device works on while Python goes ahead: a stage's time ends when its work does."""
+        if self.target.is_cuda:
+            torch.cuda.synchronize(self.target.device)

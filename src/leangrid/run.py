@@ -264,7 +264,7 @@ class Run:
             info = {
                 "records": [record.to_json() for record in block.records],
                 "device": self.device,
-                "kernels": kernels.backend(),
+                "kernels": kernels.backend(self.device),
                 "products": self.recipe.products,
                 "threads": torch.get_num_threads(),
                 "placement": self.placement.to_json(),

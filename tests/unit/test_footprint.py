@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny_models
-from leangrid.footprint import Group, Work, choose, footprint
+from leangrid.footprint import TOKENS_A_BATCH, Group, Work, choose, footprint
 from leangrid.pipeline import quantize
 from leangrid.placement import Placement
 from leangrid.prepare import open_model
@@ -95,7 +95,7 @@ def test_every_step_down_needs_no_more() -> None:
 def test_the_first_that_fits_is_chosen(tmp_path: Path) -> None:
     _, skeleton, settled = open_model(tiny_models.save("llama2", tmp_path), Recipe(scheme="NU4"))
     rich, _ = choose(skeleton, settled, 64, 128, "cpu", budget=GIB)
-    assert rich == Placement(32)
+    assert rich == Placement(TOKENS_A_BATCH["cpu"] // 128)
     paused = footprint(Work.of(skeleton, settled, 64, 128, "cpu"), rich).peak
     tight, needed = choose(skeleton, settled, 64, 128, "cpu", budget=paused - 1)
     assert tight.replay and needed.peak < paused

@@ -42,8 +42,8 @@ def check_weight(weight: Tensor) -> Float[Tensor, "rows cols"]:
     if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise ShapeError(f"a weight is a floating-point matrix, not {tuple(weight.shape)} of {weight.dtype}", "grid")
     weight = weight.detach().float().contiguous()
-    finite = weight.isfinite()
-    if not bool(finite.all()):
+    finite = weight.sum().isfinite()  # one cheap pass, and no weight looked at twice unless something is wrong
+    if not bool(finite) and not bool((finite := weight.isfinite()).all()):
         raise ShapeError(
             f"{int((~finite).sum())} of {weight.numel()} weights are NaN or infinite",
             "grid",

@@ -19,7 +19,7 @@ from leangrid.kernels.choice import backend
 from leangrid.kernels.choice import ops as _ops
 
 __all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "kmeans_dp", "kmeans_lloyd", "level_gram", "outer_block",
-           "outer_sums", "squares_are_finite", "sweep_affine", "sweep_levels"]  # fmt: skip
+           "outer_sums", "outer_takes_bfloat16", "squares_are_finite", "sweep_affine", "sweep_levels"]  # fmt: skip
 
 SCALE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
@@ -210,8 +210,12 @@ def squares_are_finite(x: Tensor) -> bool:
 
 def outer_block(device: torch.device | str = "cpu") -> int:
     """Columns of the squares in which ``outer_sums`` goes through bfloat16 inputs there: it also fills those on the diagonal."""
-    tiled = torch.device(device).type == "cpu" and native.available() and native.tiles_available()
-    return native.TILE_COLUMNS if tiled else torch_sums.PANEL
+    return native.TILE_COLUMNS if outer_takes_bfloat16(device) else torch_sums.PANEL
+
+
+def outer_takes_bfloat16(device: torch.device | str = "cpu") -> bool:
+    """Whether ``outer_sums`` reads bfloat16 inputs there as they are; elsewhere it makes a float32 copy of each batch."""
+    return torch.device(device).type == "cpu" and native.available() and native.tiles_available()
 
 
 def outer_sums(x: Tensor, matrix: Tensor, original: Tensor | None = None, cross: Tensor | None = None) -> None:
@@ -235,5 +239,5 @@ def outer_sums(x: Tensor, matrix: Tensor, original: Tensor | None = None, cross:
                          "Give both streams of the same tokens, and a sum for each")  # fmt: skip
     if any(s.shape != (x.shape[1],) * 2 or s.dtype != torch.float32 or s.device != x.device or not s.is_contiguous() for s in sums):
         raise ShapeError(f"outer_sums: sums {[(tuple(s.shape), s.dtype) for s in sums]} for {x.shape[1]} columns", "outer_sums")
-    tiles = x.dtype == torch.bfloat16 and _ops(x) is native and native.tiles_available()
+    tiles = x.dtype == torch.bfloat16 and _ops(x) is native and outer_takes_bfloat16(x.device)
     (native if tiles else torch_sums).outer_sums(x.detach(), matrix, None if original is None else original.detach(), cross)
