@@ -280,6 +280,7 @@ class Run:
     def publish(self, max_rescued: float) -> QuantizeResult:
         """Write the finished directory, the manifest last, and give it its final name."""
         self.tell("save", len(self.skeleton.blocks) - 1)
+        memory.return_free()  # what the blocks left: writing the result needs pieces of other sizes
         return publish(self.prepared, self.windows, self.clock, self.device, max_rescued)
 
     def tell(self, stage: str, block: int, layer: str = "", loss: float = 0.0, message: str = "") -> None:
