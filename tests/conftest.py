@@ -4,6 +4,7 @@ import importlib
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -93,6 +94,23 @@ def smollm2_gguf() -> Path:
 def minilm() -> Path:
     """all-MiniLM-L6-v2, a sentence encoder with real float32 weights: a checkpoint directory."""
     return _fetched("minilm", "config.json").parent
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Sends CPU tensors to one instruction set; skips what this processor (or an installation without a compiler) lacks."""
+    from leangrid.errors import RecipeError
+    from leangrid.kernels import native
+
+    monkeypatch.setenv("LEANGRID_KERNELS", request.param)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not native.available():
+                pytest.skip("the extension is not built")
+    except RecipeError:
+        pytest.skip(f"no {request.param} here")
+    return request.param
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Work:
+class Demand:
     """What decides the sums: shapes, tokens, bytes a number."""
 
     groups: tuple[Group, ...]
@@ -82,7 +82,7 @@ class Work:
     tiled: bool = False  # Hessians take 16-bit inputs as they are: no copy in float32
 
     @classmethod
-    def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Work":
+    def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Demand":
         """From a skeleton and a settled recipe."""
         groups = []
         for names in skeleton.architecture.groups:
@@ -136,7 +136,7 @@ class Work:
         return tokens * max(norm, made)
 
 
-def footprint(work: Work, placement: Placement) -> Footprint:
+def footprint(work: Demand, placement: Placement) -> Footprint:
     """The sums for one placement."""
     result = Footprint(host=_host(work, placement) if work.accelerated else {})
     tokens = min(placement.windows, work.samples) * work.length
@@ -167,7 +167,7 @@ def footprint(work: Work, placement: Placement) -> Footprint:
     return result
 
 
-def _waiting(work: Work, placement: Placement, number: int) -> dict[str, int]:
+def _waiting(work: Demand, placement: Placement, number: int) -> dict[str, int]:
     """What is held while group ``number`` is solved: all passes at that group, or the replaced weights beside the original ones."""
     if not placement.replay:
         return {"activations": work.streams * work.tokens * work.held(number)}
@@ -176,12 +176,12 @@ def _waiting(work: Work, placement: Placement, number: int) -> dict[str, int]:
     return {"new weights": _new_weights(work, number)}
 
 
-def _new_weights(work: Work, number: int) -> int:
+def _new_weights(work: Demand, number: int) -> int:
     """Replayed with two streams, the new weights of the groups before ``number`` stand beside the original ones."""
     return work.itemsize * sum(g.rows * g.cols for g in work.groups[:number]) * (work.streams - 1)
 
 
-def _moving(work: Work, placement: Placement, number: int, tokens: int) -> dict[str, int]:
+def _moving(work: Demand, placement: Placement, number: int, tokens: int) -> dict[str, int]:
     """What is held while passes are on their way to group ``number`` (to the block's end where there is none)."""
     out = number == len(work.groups)
     if placement.replay:  # one pass from the block's input on, and the other stream's input of the same batch
@@ -196,7 +196,7 @@ def _moving(work: Work, placement: Placement, number: int, tokens: int) -> dict[
     return {"activations": activations, "batch": work.transient(number, tokens), "new weights": work.itemsize * before.rows * before.cols}
 
 
-def _algebra(work: Work, placement: Placement, group: Group) -> dict[str, dict[str, int]]:
+def _algebra(work: Demand, placement: Placement, group: Group) -> dict[str, dict[str, int]]:
     """The phases of one group's algebra after its sums."""
     square, layer = _F32 * group.cols**2, _F32 * group.tallest * group.cols
     cross = work.streams - 1
@@ -218,7 +218,7 @@ def _algebra(work: Work, placement: Placement, group: Group) -> dict[str, dict[s
     }
 
 
-def _refit(work: Work, cols: int, rows: int) -> dict[str, int]:
+def _refit(work: Demand, cols: int, rows: int) -> dict[str, int]:
     """The normal equations of the grids of ``rows`` rows that are solved together."""
     if not work.refined:
         return {}
@@ -228,7 +228,7 @@ def _refit(work: Work, cols: int, rows: int) -> dict[str, int]:
     return {"normal equations": _NORMAL * (equations if work.levels else min(equations, _NORMAL_CHUNK)) + gram}
 
 
-def _host(work: Work, placement: Placement) -> dict[str, int]:
+def _host(work: Demand, placement: Placement) -> dict[str, int]:
     """What waits in host memory beside a device."""
     parts = {"next block": work.weights, "packed block": work.packed, "table": work.vocabulary * work.hidden * work.stored_itemsize}
     if placement.host_streams:
@@ -246,7 +246,7 @@ def choose(
     skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str, budget: int | None = None
 ) -> tuple[Placement, Footprint]:
     """The first placement whose peak fits ``budget`` bytes (what is free on the device, where None), else the thriftiest."""
-    work = Work.of(skeleton, recipe, samples, length, device)
+    work = Demand.of(skeleton, recipe, samples, length, device)
     budget = available_bytes(device) if budget is None else budget
     first = Placement(max(1, min(samples, TOKENS_A_BATCH["cuda" if work.accelerated else "cpu"] // length)))
     found = (first, footprint(work, first))

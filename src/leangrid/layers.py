@@ -4,6 +4,7 @@ Buffers are named as the containers name their tensors, so a stored layer is the
 ``prepare`` lays the codes out anew, in place of the stored ones (nothing is held twice); the state dict stays the stored layout.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from leangrid.kernels import decode
 from leangrid.packing import packed_width, unpack
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(nn.Module, ABC):
     """y = x W^T + bias, W [out_features, in_features] kept as ``bits``-bit codes.
 
     Args:
@@ -82,17 +83,17 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.prepare()
 
+    @abstractmethod
     def rows(self, start: int, stop: int) -> Float[Tensor, "tile cols"]:
         """Rows ``start`` to ``stop`` of W, dequantized."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x W^T + bias by the kernels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def matrix(self) -> Any:
         """The C++ extension's view of W and the bias (kernels/decode.py); only for a layer with tiles."""
-        raise NotImplementedError
 
     @property
     def weight_hat(self) -> Float[Tensor, "rows cols"]:
@@ -114,9 +115,9 @@ class PackedLinear(nn.Module):
         return self.product(x)
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of the grid, the input and the output."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, bias={self.bias is not None}"

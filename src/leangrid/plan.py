@@ -100,7 +100,7 @@ def plan(
         peak_gpu_bytes=memory.peak if accelerated(device) else 0,
         disk_bytes=int(disk_bytes(skeleton, settled, tokens) * _MARGIN),
         seconds=seconds,
-        kernels={"grid": kernels.backend(), "solve": kernels.backend()},
+        kernels=dict.fromkeys(("grid", "solve"), kernels.backend(device)),
         bound="memory" if ram > available else "compute" if seconds["total"] > 2 * seconds["save"] else "disk",
         placement=placement.to_json(),
         memory={"peak_phase": memory.peak_phase, "phases": memory.phases, "host": memory.host},

@@ -15,7 +15,7 @@ from leangrid.clock import Clock
 from leangrid.devices import DeviceClock, accelerated, checked, release_cached, start_counting, to_host
 from leangrid.errors import Interrupted, LeangridError
 from leangrid.factor import Factor
-from leangrid.footprint import Work, choose, footprint
+from leangrid.footprint import Demand, choose, footprint
 from leangrid.formats import FORMATS
 from leangrid.grids import Grid
 from leangrid.hessian import Hessian
@@ -223,7 +223,7 @@ class Run:
         step = self.placement.thriftier(*self.at, len(self.skeleton.architecture.groups), accelerated(self.device))
         if step is None:
             needed = footprint(
-                Work.of(self.skeleton, self.recipe, self.windows.shape[0], self.windows.shape[1], self.device), self.placement
+                Demand.of(self.skeleton, self.recipe, self.windows.shape[0], self.windows.shape[1], self.device), self.placement
             ).peak
             raise Interrupted(
                 f"out of memory, and nothing is left to give way: a block needs about {needed / 2**30:.2f} GiB",

@@ -1,14 +1,13 @@
 """Products with packed weights: every native path against the torch twins, for shapes that do not tile and every width of code."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from leangrid.errors import RecipeError, ShapeError
+from leangrid.errors import ShapeError
 from leangrid.kernels import decode, native, torch_decode
 from leangrid.layers import AffineLinear, LutLinear
 from math_problems import generator
@@ -16,20 +15,6 @@ from math_problems import generator
 SHAPES = [(1, 1), (3, 5), (4, 16), (7, 33), (9, 160), (6, 575), (5, 608)]
 BITS = range(1, 9)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Sends CPU tensors to one instruction set; skips what this processor (or an installation without a compiler) lacks."""
-    monkeypatch.setenv("LEANGRID_KERNELS", request.param)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not native.available():
-                pytest.skip("the extension is not built")
-    except RecipeError:
-        pytest.skip(f"no {request.param} here")
-    return request.param
 
 
 def codes_of(rows: int, cols: int, bits: int) -> Tensor:

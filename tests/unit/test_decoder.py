@@ -1,6 +1,5 @@
 """One native call a token gives the logits and the cache of the model's own forward pass."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,26 +11,10 @@ from torch import Tensor
 import leangrid
 import tiny_models
 from leangrid.data.sampling import _cache, stream
-from leangrid.errors import RecipeError
-from leangrid.kernels import native
 from leangrid.models.decoder import native_step
 from quantized_checkpoints import write
 
 PLAIN = ["llama1", "llama2", "llama3", "llama3_tied", "qwen2", "qwen3"]
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Sends CPU tensors to one instruction set; skips what this processor (or an installation without a compiler) lacks."""
-    monkeypatch.setenv("LEANGRID_KERNELS", request.param)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not native.available():
-                pytest.skip("the extension is not built")
-    except RecipeError:
-        pytest.skip(f"no {request.param} here")
-    return request.param
 
 
 def prompted(model: torch.nn.Module, tokens: Tensor, capacity: int) -> tuple[list[Tensor], list[Tensor]]:

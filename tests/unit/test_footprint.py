@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny_models
-from leangrid.footprint import TOKENS_A_BATCH, Group, Work, choose, footprint
+from leangrid.footprint import TOKENS_A_BATCH, Demand, Group, choose, footprint
 from leangrid.pipeline import quantize
 from leangrid.placement import Placement
 from leangrid.prepare import open_model
@@ -18,12 +18,12 @@ GIB = 2**30
 REPLAY = Placement(2, replay=True)
 
 
-def llama(hidden: int, intermediate: int, kv: int) -> Work:
+def llama(hidden: int, intermediate: int, kv: int) -> Demand:
     """A Llama block in bfloat16 on a CUDA device, 128 windows of 2048 tokens, two streams."""
     groups = Group(hidden, hidden + 2 * kv, hidden), Group(hidden, hidden, hidden), Group(hidden, 2 * intermediate, intermediate)
     down = Group(intermediate, hidden, hidden)
     packed = sum(g.rows * g.cols for g in (*groups, down)) * 5 // 8
-    return Work((*groups, down), hidden, 128256, 128, 2048, 2, 2, 2, packed, accelerated=True)
+    return Demand((*groups, down), hidden, 128256, 128, 2048, 2, 2, 2, packed, accelerated=True)
 
 
 LLAMA_8B, LLAMA_70B, LLAMA_405B = llama(4096, 14336, 1024), llama(8192, 28672, 1024), llama(16384, 53248, 1024)
@@ -37,7 +37,7 @@ def test_the_sum_with_rounded_products(placement: Placement, tmp_path: Path) -> 
     with LiveBytes() as alive:
         quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(32, 256), placement=placement)
     _, skeleton, settled = open_model(source, recipe)
-    planned = footprint(Work.of(skeleton, settled, 32, 256, "cpu"), placement)
+    planned = footprint(Demand.of(skeleton, settled, 32, 256, "cpu"), placement)
     assert planned.peak == pytest.approx(alive.peak, rel=0.15), planned.phases[planned.peak_phase]
 
 
@@ -63,11 +63,11 @@ def test_the_sum_is_the_peak_of_live_tensors(
     with LiveBytes() as alive:
         quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(samples, length), placement=placement)
     _, skeleton, settled = open_model(source, recipe)
-    planned = footprint(Work.of(skeleton, settled, samples, length, "cpu"), placement)
+    planned = footprint(Demand.of(skeleton, settled, samples, length, "cpu"), placement)
     assert planned.peak == pytest.approx(alive.peak, rel=0.15), planned.phases[planned.peak_phase]
 
 
-def _thriftiest(work: Work) -> tuple[Placement, int]:
+def _thriftiest(work: Demand) -> tuple[Placement, int]:
     return min(((option, footprint(work, option).peak) for option in Placement(8).options()), key=lambda pair: pair[1])
 
 
@@ -96,7 +96,7 @@ def test_the_first_that_fits_is_chosen(tmp_path: Path) -> None:
     _, skeleton, settled = open_model(tiny_models.save("llama2", tmp_path), Recipe(scheme="NU4"))
     rich, _ = choose(skeleton, settled, 64, 128, "cpu", budget=GIB)
     assert rich == Placement(TOKENS_A_BATCH["cpu"] // 128)
-    paused = footprint(Work.of(skeleton, settled, 64, 128, "cpu"), rich).peak
+    paused = footprint(Demand.of(skeleton, settled, 64, 128, "cpu"), rich).peak
     tight, needed = choose(skeleton, settled, 64, 128, "cpu", budget=paused - 1)
     assert tight.replay and needed.peak < paused
     assert choose(skeleton, settled, 64, 128, "cpu", budget=0)[0] == Placement(1, replay=True, host_streams=True, lean=True)

@@ -1,6 +1,5 @@
 """Every C++ kernel, on every instruction set of this processor and any number of threads, gives the bits of its torch twin."""
 
-import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 from torch import Tensor
 
 from leangrid import kernels
-from leangrid.errors import RecipeError
-from leangrid.kernels import native, torch_ops
+from leangrid.kernels import torch_ops
 
 ISAS = ("portable", "avx2", "avx512")
 
@@ -17,20 +15,6 @@ ISAS = ("portable", "avx2", "avx512")
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Sends CPU tensors to one instruction set; skips what this processor (or an installation without a compiler) lacks."""
-    monkeypatch.setenv("LEANGRID_KERNELS", request.param)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not native.available():
-                pytest.skip("the extension is not built")
-    except RecipeError:
-        pytest.skip(f"no {request.param} here")
-    return request.param
 
 
 @pytest.fixture
