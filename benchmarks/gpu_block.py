@@ -27,7 +27,7 @@ import transformers
 from machine import provenance
 
 import leangrid
-from leangrid.footprint import Footprint, Work, choose, footprint
+from leangrid.footprint import Demand, Footprint, choose, footprint
 from leangrid.placement import Placement
 from leangrid.prepare import open_model
 from leangrid.progress import Event
@@ -89,7 +89,7 @@ def planned(source: Path, recipe: Recipe, windows: torch.Tensor, device: str, ca
     if card is None:
         return *choose(skeleton, settled, *windows.shape, device), settled
     placement, _ = choose(skeleton, settled, *windows.shape, device, budget=int(0.94 * card * 2**30))
-    return placement, footprint(Work.of(skeleton, settled, *windows.shape, device), placement), settled
+    return placement, footprint(Demand.of(skeleton, settled, *windows.shape, device), placement), settled
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
