@@ -32,7 +32,8 @@ import once
 import torch
 import variants
 from machine import provenance
-from peer import Peer, threads_environment
+from environment import threads_environment
+from peer import Peer
 from workload import Workload, default_source
 
 import leangrid

@@ -23,6 +23,7 @@ ONLY_IN = {
     "transformers": ("models/", "data/", "load.py", "hf_quantizer.py"),
     "tokenizers": ("models/", "data/", "load.py", "hf_quantizer.py"),
     "matplotlib": ("report/",),
+    "vllm": ("vllm_plugin.py", "vllm_linear.py"),
     "pickle": (),
     "marshal": (),
     "shelve": (),
