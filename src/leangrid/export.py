@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leangrid import onnx_export
 from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from leangrid.finished import Finished
@@ -32,7 +33,7 @@ RECORDS = "records.jsonl"
 # A writer of one whole file: it refuses (LeangridError) what it cannot hold before it writes, puts its files into the staged directory
 # through storage/files.py, and returns the stored bits per quantized weight, or None where that has no meaning.
 WholeFile = Callable[[Finished, Path, Path | None], float | None]
-WHOLE: dict[str, WholeFile] = {}
+WHOLE: dict[str, WholeFile] = {"onnx": onnx_export.write}
 TAKES_LIKE: frozenset[str] = frozenset({"gguf"})  # whole-file targets that can take their metadata from an existing file
 
 
