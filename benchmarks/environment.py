@@ -1,7 +1,8 @@
 """Another project's environment: built once from its pinned list, and one process of its own for each job.
 
 Two comments in a list are read: ``# without: NAME ...`` is uninstalled afterwards (what the list's packages ask for and a CPU cannot
-load), ``# with: leangrid`` installs this project without its dependencies (the list names those that are needed), and again when it changed.
+load), ``# with: leangrid`` installs this project without its dependencies (the list names those that are needed), and again when it
+changed.
 """
 
 import hashlib

@@ -16,7 +16,6 @@ Exit 1 where a case differs or fails.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ class Engine:
     cases: tuple[tuple[str, str, str], ...]
     kl: float
     why: str  # what its arithmetic does to the figures
+    rounds: bool = True  # its weights are rounded to the model's dtype; else they are S (q - Z) in float32
 
 
 TINY, REAL = "tiny-llama", "SmolLM2-135M-Instruct"
@@ -66,12 +66,25 @@ KNOWN: dict[str, Engine] = {
             ("W4A16_G64", "compressed-tensors", REAL),
             ("W4A16", "compressed-tensors", TINY),
             ("W4A16_G64_SYM", "compressed-tensors", TINY),
+            ("W4A16_G64", "awq", REAL),
             ("NU4", "lut", REAL),
             ("NU3", "lut", TINY),
             ("NU2", "lut", TINY),
         ),
         5e-3,
-        "bfloat16 products",
+        "bfloat16 products; ours in float32",
+    ),
+    "onnx": Engine(
+        (
+            ("W4A16_G64", "onnx", REAL),
+            ("W4A16", "onnx", TINY),
+            ("W4A16_G64_SYM", "onnx", TINY),
+            ("W8A16", "onnx", TINY),
+            ("W2A16_G32", "onnx", TINY),
+        ),
+        1e-6,
+        "float32 products in another order",
+        rounds=False,
     ),
 }
 
@@ -119,8 +132,10 @@ def run_case(name: str, case: tuple[str, str, str], models: Models, settings: ar
         return about | {"state": f"failed: {str(error).strip().splitlines()[-1][:300]}", "log": str(error)}
     dtype = getattr(torch, theirs.get("dtype", "float32"))
     logits = load_file(folder / "logits.safetensors")["logits"] if (folder / "logits.safetensors").is_file() else None
-    found = compared(Ours.of(directory, models.prompt(model), NEW, dtype), theirs, logits)
-    return about | {"dtype": str(dtype).removeprefix("torch."), **found, "state": verdict(found, KNOWN[name]), "version": theirs["versions"]["engine"], "engine_versions": theirs["versions"]}
+    found = compared(Ours.of(directory, models.prompt(model), NEW, dtype, KNOWN[name].rounds), theirs, logits)
+    notes = {"note": theirs["note"]} if "note" in theirs else {}
+    return about | {"dtype": str(dtype).removeprefix("torch."), **found, "state": verdict(found, KNOWN[name]), **notes,
+                    "version": theirs["versions"]["engine"], "engine_versions": theirs["versions"]}  # fmt: skip
 
 
 def installed(name: str, settings: argparse.Namespace) -> str | None:

@@ -12,6 +12,7 @@ from workload import default_source
 
 import leangrid
 from leangrid.data.sampling import sample
+from leangrid.layers import AffineLinear
 from leangrid.models.gguf import dequantize
 from leangrid.storage import safetensors
 
@@ -31,9 +32,15 @@ class Ours:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, directory: Path, prompt: list[int], new: int, dtype: torch.dtype) -> Self:
-        """Open ``directory`` dequantized in ``dtype`` and decode; what the model itself would stop at is not a stop here."""
-        model = leangrid.load(directory, dtype=dtype, dense=True)[0]
+    def of(cls, directory: Path, prompt: list[int], new: int, dtype: torch.dtype, rounds: bool) -> Self:
+        """Open ``directory`` in ``dtype`` and decode; what the model itself would stop at is not a stop here.
+
+        ``rounds`` False: affine weights are S (q - Z) in float32, not rounded to the model's own dtype.
+        """
+        model = leangrid.load(directory, dtype=dtype, dense=rounds)[0]
+        for module in model.modules():
+            if not rounds and isinstance(module, AffineLinear):
+                module.stored_dtype = torch.float32
         out = model(input_ids=torch.tensor([prompt]), use_cache=True)
         logits, rows = out.logits[0].float(), [out.logits[0, -1].float()]
         tokens = [int(rows[-1].argmax())]

@@ -31,8 +31,8 @@ import lines
 import once
 import torch
 import variants
-from machine import provenance
 from environment import threads_environment
+from machine import provenance
 from peer import Peer
 from workload import Workload, default_source
 

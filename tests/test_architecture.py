@@ -24,6 +24,7 @@ ONLY_IN = {
     "tokenizers": ("models/", "data/", "load.py", "hf_quantizer.py"),
     "matplotlib": ("report/",),
     "vllm": ("vllm_plugin.py", "vllm_linear.py"),
+    "onnx": ("onnx_export.py",),
     "pickle": (),
     "marshal": (),
     "shelve": (),

@@ -1,8 +1,8 @@
 """A finished result -> one ONNX model for ONNX Runtime (and onnxruntime-genai): its linears are MatMulNBits, everything else float32.
 
-onnxruntime-genai's own builder writes the decoder's graph from the dequantized checkpoint. Then every MatMul whose weight is, bit for bit, that
-of one of our layers (or of several, row under row, as q, k and v) becomes a MatMulNBits of the layer's codes. A layer that is not found
-so is an error: nothing is approximated.
+onnxruntime-genai's own builder writes the decoder's graph from the dequantized checkpoint. Then every MatMul whose weight is, bit for bit,
+that of one of our layers (or of several, row under row, as q, k and v) becomes a MatMulNBits of the layer's codes. A layer that is not
+found so is an error: nothing is approximated.
 
 The operator computes S (q - Z) in float32, without the rounding to the model's dtype that 16-bit readers do.
 """
@@ -156,7 +156,9 @@ class _Swap:
                 del initializers[stored.name]
                 self._replace(node, names)
         if layers.left:
-            raise FormatError("the graph that onnxruntime-genai builds holds its weight otherwise", layers.left[0], "Use compressed-tensors")
+            raise FormatError(
+                "the graph that onnxruntime-genai builds holds its weight otherwise", layers.left[0], "Use compressed-tensors"
+            )
         for tensor in initializers.values():
             self.kept.append((tensor, *self._source(tensor)))
         del graph.initializer[:]
@@ -189,7 +191,9 @@ class _Swap:
     def _values(self, tensor: Any) -> Tensor:
         """A float32 initializer; FormatError for another dtype."""
         if tensor.data_type != self.onnx.TensorProto.FLOAT:
-            raise FormatError(f"the builder's graph holds {tensor.name} in another dtype than float32", "--to onnx", "Use compressed-tensors")
+            raise FormatError(
+                f"the builder's graph holds {tensor.name} in another dtype than float32", "--to onnx", "Use compressed-tensors"
+            )
         data = b"".join(bytes(piece) for piece in self._source(tensor)[1]())
         return torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(tuple(tensor.dims))
 

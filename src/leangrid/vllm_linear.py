@@ -1,7 +1,7 @@
 """Non-uniform results in vLLM: linear layers with packed codes and one table a row, on the kernels of kernels/decode.py.
 
-vLLM joins q, k, v and gate, up into one layer by their rows. Tables belong to rows, so the joined layer is as exact as its parts. Imported by
-``vllm_plugin.register`` alone.
+vLLM joins q, k, v and gate, up into one layer by their rows. Tables belong to rows, so the joined layer is as exact as its parts.
+Imported by ``vllm_plugin.register`` alone.
 """
 
 from collections.abc import Callable

@@ -58,14 +58,16 @@ def pack(codes: UInt8[Tensor, "rows cols"], grid: Grid, scheme: Scheme) -> dict[
     rows, cols = codes.shape
     block = block_size(scheme, cols)
     if not isinstance(grid, AffineGrid) or grid.bits != scheme.bits or block is None or scheme.bits not in BITS:
-        raise FormatError(f"MatMulNBits does not hold {type(grid).__name__} of {scheme.bits} bits here", None, "Use format compressed-tensors")
-    repeat = cols // block // grid.scale.shape[1]  # whole rows: every block has the row's
+        raise FormatError(
+            f"MatMulNBits does not hold {type(grid).__name__} of {scheme.bits} bits here", None, "Use format compressed-tensors"
+        )
+    grid = grid.regrouped(cols, block)  # whole rows: every block has the row's
     tensors = {
         "B": _bytes(codes.reshape(rows * (cols // block), block), scheme.bits).reshape(rows, cols // block, -1),
-        "scales": grid.scale.repeat_interleave(repeat, dim=1).contiguous(),
+        "scales": grid.scale.contiguous(),
     }
     if not scheme.symmetric:
-        tensors["zero_points"] = _bytes(grid.zero_point.repeat_interleave(repeat, dim=1), scheme.bits)
+        tensors["zero_points"] = _bytes(grid.zero_point, scheme.bits)
     return tensors
 
 

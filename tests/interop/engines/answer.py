@@ -16,11 +16,14 @@ def job() -> dict[str, Any]:
     return read
 
 
-def finish(read: dict[str, Any], tokens: list[int], logits: torch.Tensor | None, engine: str, dtype: str, *packages: str) -> None:
-    """Write the answer; ``engine`` is the package whose version is the engine's, ``dtype`` what it computes in."""
+def finish(read: dict[str, Any], tokens: list[int], logits: torch.Tensor | None, engine: str, dtype: str, *packages: str,
+           note: str | None = None) -> None:  # fmt: skip
+    """Write the answer; ``engine`` is the package whose version is the engine's, ``dtype`` what it computes in, ``note`` what a reader
+    of the figures must know."""
     if logits is not None:
         from safetensors.torch import save_file
 
         save_file({"logits": logits.float().contiguous()}, read["logits"])
     versions = {"engine": version(engine), **{name: version(name) for name in (engine, *packages)}}
-    Path(read["result"]).write_text(json.dumps({"tokens": tokens, "dtype": dtype, "versions": versions}), encoding="utf-8")
+    answer = {"tokens": tokens, "dtype": dtype, "versions": versions} | ({"note": note} if note else {})
+    Path(read["result"]).write_text(json.dumps(answer), encoding="utf-8")

@@ -1,4 +1,5 @@
 """A non-uniform result in transformers, after ``import leangrid``. On a job of benchmarks/interop.py."""
 
-import leangrid  # noqa: F401 - registers the format
 import run_transformers  # noqa: F401 - the same in every other respect
+
+import leangrid  # noqa: F401 - registers the format
