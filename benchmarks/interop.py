@@ -44,6 +44,7 @@ class Engine:
     cases: tuple[tuple[str, str, str], ...]
     kl: float
     why: str  # what its arithmetic does to the figures
+    environment: str = ""  # another engine's, where they share one
     rounds: bool = True  # its weights are rounded to the model's dtype; else they are S (q - Z) in float32
 
 
@@ -73,6 +74,21 @@ KNOWN: dict[str, Engine] = {
         ),
         5e-3,
         "bfloat16 products; ours in float32",
+    ),
+    "gptqmodel": Engine(
+        (
+            ("W4A16_G64", "gptq", REAL),
+            ("W3A16_G64", "gptq", REAL),
+            ("W4A16_G64", "awq", REAL),
+            ("W8A16", "gptq", TINY),
+            ("W2A16_G32", "gptq", TINY),
+            ("W4A16_G64_SYM", "gptq_v1", TINY),
+        ),
+        5e-3,
+        "bfloat16 products",
+    ),
+    "transformers_gptqmodel": Engine(
+        (("W4A16_G64", "gptq", REAL), ("W4A16_G64", "awq", REAL)), 5e-3, "bfloat16 products", environment="gptqmodel"
     ),
     "onnx": Engine(
         (
@@ -119,7 +135,7 @@ def run_case(name: str, case: tuple[str, str, str], models: Models, settings: ar
     """One line without its provenance."""
     scheme, container, model = case
     about = models.about(scheme, container, model)
-    environment = Environment(name, settings.environments.absolute(), ENGINES)
+    environment = environment_of(name, settings)
     try:
         directory, exported = models.result(scheme, model), models.exported(scheme, container, model)
         job = {"model": str(exported), "tokens": models.prompt(model), "new": NEW, "logits": str(folder / "logits.safetensors"),
@@ -135,18 +151,23 @@ def run_case(name: str, case: tuple[str, str, str], models: Models, settings: ar
     found = compared(Ours.of(directory, models.prompt(model), NEW, dtype, KNOWN[name].rounds), theirs, logits)
     notes = {"note": theirs["note"]} if "note" in theirs else {}
     return about | {"dtype": str(dtype).removeprefix("torch."), **found, "state": verdict(found, KNOWN[name]), **notes,
-                    "version": theirs["versions"]["engine"], "engine_versions": theirs["versions"]}  # fmt: skip
+                    "version": next(iter(theirs["versions"].values())), "engine_versions": theirs["versions"]}  # fmt: skip
+
+
+def environment_of(name: str, settings: argparse.Namespace) -> Environment:
+    """Where an engine lives, and its runner."""
+    return Environment(KNOWN[name].environment or name, settings.environments.absolute(), ENGINES, runner=name)
 
 
 def installed(name: str, settings: argparse.Namespace) -> str | None:
     """Why an engine's environment is not there; None where it is."""
-    environment = Environment(name, settings.environments.absolute(), ENGINES)
+    environment = environment_of(name, settings)
     try:
         if not settings.no_build:
             environment.build()
     except EnvironmentFailed as error:
         return f"not installed: {str(error).strip().splitlines()[-1][:300]}"
-    return None if environment.python.exists() else f"not installed: no folder {name} among the environments"
+    return None if environment.python.exists() else f"not installed: no folder {environment.name} among the environments"
 
 
 def run(names: list[str], settings: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

@@ -146,17 +146,14 @@ class LeangridQuantizer(HfQuantizer):
         """Values, before anything runs: finite grids in order, padding bits zero. Then the layout that the kernels read."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, StoredLinear):
-                layer = self._packed(name, layer, kwargs.get("dtype") or model.dtype)
-                model.set_submodule(name, layer)
-            if isinstance(layer, PackedLinear):
-                tensors = dict(layer.named_buffers())
-                own = self.format if self.format in _OF_LAYERS else FORMATS["compressed-tensors"]
-                own.check(tensors, self.scheme, (layer.out_features, layer.in_features), name)
+                model.set_submodule(name, self._packed(name, layer, kwargs.get("dtype") or model.dtype))
+            elif isinstance(layer, PackedLinear):
+                self.format.check(dict(layer.named_buffers()), self.scheme, (layer.out_features, layer.in_features), name)
                 layer.prepare()
         return model
 
     def _packed(self, name: str, stored: StoredLinear, dtype: torch.dtype) -> AffineLinear:
-        """A linear of another container as our own layer, that computes in ``dtype``."""
+        """A linear of another container as our own layer, checked, that computes in ``dtype``."""
         rows, cols = stored.shape
         codes, grid = self.format.unpack(dict(stored.named_buffers()), self.scheme, stored.shape, name)
         if not isinstance(grid, AffineGrid):
