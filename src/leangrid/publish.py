@@ -38,6 +38,7 @@ def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_
         "recipe": recipe.model_dump(),
         "recipe_fingerprint": recipe.fingerprint(),
         "source": prepared.checkpoint.fingerprint,
+        "source_name": prepared.source,
         "versions": {"leangrid": __version__, "torch": torch.__version__, "transformers": installed("transformers")},
         "devices": sorted({info["device"] for info in infos}),
         "products": sorted({info["products"] for info in infos}),
