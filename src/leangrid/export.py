@@ -139,13 +139,14 @@ class _Work:
 
     @property
     def scheme(self) -> Scheme:
-        """How the target stores the layers."""
-        return self.finished.scheme
+        """What the target's files will say."""
+        columns = {cols for _, cols in self.finished.layers.values()}
+        return self.finished.scheme if self.target is None else self.target.stored(self.finished.scheme, columns)
 
     def refuse(self) -> None:
         """FormatError for the first layer that the container cannot hold; whole files refuse as they begin."""
         for name, (rows, cols) in self.finished.layers.items() if self.target is not None else ():
-            reason = self.target.refuse(self.scheme, name, rows, cols, self.finished.architecture.layer)
+            reason = self.target.refuse(self.finished.scheme, name, rows, cols, self.finished.architecture.layer)
             if reason:
                 raise FormatError(reason)
 

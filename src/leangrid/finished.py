@@ -63,7 +63,8 @@ class Finished:
             raise FormatError("the model is not quantized", directory, "Give a result of leangrid quantize")
         container, architecture = format_of(stored), architecture_of(checkpoint.config)
         scheme, linears = container.scheme_of(stored), linear_shapes(checkpoint.config)
-        layers = {name: shape for name, (shape, _) in linears.items() if _is_stored(container, stored, name, checkpoint)}
+        layers = {name: shape for name, (shape, _) in linears.items()
+                  if container.covers(stored, name) and _holds(checkpoint, name, container.layout(scheme, shape, torch.float32))}  # fmt: skip
         if not layers:
             what = "none of the model's linears is stored quantized"
             raise CheckpointError(what, directory, "The config does not belong to these weights")
@@ -79,27 +80,27 @@ class Finished:
     def layer(self, name: str) -> tuple[UInt8[Tensor, "rows cols"], Grid]:
         """Codes and grid of a quantized linear, checked by its container; CheckpointError where they are damaged."""
         shape = self.layers[name]
-        suffixes = self.format.layout(self.scheme, shape, self.dtype)
-        tensors = {suffix: self.checkpoint.read(f"{name}.{suffix}", check=False) for suffix in suffixes}
+        tensors = {suffix: self.checkpoint.read(f"{name}.{suffix}", check=False) for suffix in self._suffixes(name)}
         return self.format.unpack(tensors, self.scheme, shape, name)
 
     def dense(self, name: str) -> Float[Tensor, "rows cols"]:
-        """The weight of a quantized linear that every reader must arrive at: computed in float32, rounded once to D."""
+        """The weight of a quantized linear that every reader in D must arrive at: computed in float32, rounded once."""
         codes, grid = self.layer(name)
-        return grid.dequantize(codes).to(self.dtype)
+        return grid.dequantize(codes).to(self.format.precision(self.dtype).dtype).to(self.dtype)
+
+    def _suffixes(self, name: str) -> list[str]:
+        return list(self.format.layout(self.scheme, self.layers[name], self.dtype))
 
     def others(self) -> dict[str, TensorInfo]:
         """Every tensor that is no part of a quantized weight (embeddings, norms, biases, the head), by name."""
-        packed = {
-            f"{name}.{suffix}" for name, shape in self.layers.items() for suffix in self.format.layout(self.scheme, shape, self.dtype)
-        }
+        packed = {f"{name}.{suffix}" for name in self.layers for suffix in self._suffixes(name)}
         return {name: info for name, info in self.checkpoint.tensors.items() if name not in packed}
 
 
-def _is_stored(container: Format, stored: dict[str, Any], name: str, checkpoint: Checkpoint) -> bool:
-    """Covered by the config, and no dense weight: some containers say "every Linear but these"."""
-    weight = checkpoint.tensors.get(f"{name}.weight")
-    return container.covers(stored, name) and (weight is None or weight.dtype == "I32")
+def _holds(checkpoint: Checkpoint, name: str, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bool:
+    """Whether the file has the layer's codes: some containers say "every Linear but these"."""
+    stored = ((checkpoint.tensors.get(f"{name}.{suffix}"), dtype) for suffix, (dtype, _) in layout.items())
+    return any(info is not None and dtype == info.torch_dtype == torch.int32 for info, dtype in stored)
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

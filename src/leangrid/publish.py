@@ -20,7 +20,7 @@ from leangrid.prepare import Prepared
 from leangrid.report.card import model_card
 from leangrid.report.records import LayerRecord, to_lines, totals
 from leangrid.result import QuantizeResult
-from leangrid.sizes import sizes
+from leangrid.sizes import sizes, stored_scheme
 from leangrid.storage import writer
 from leangrid.storage.safetensors import TensorInfo
 from leangrid.work import Work
@@ -113,7 +113,7 @@ def output_config(prepared: Prepared) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])  # some readers know only the older place
-    config["quantization_config"] = FORMATS[recipe.format].config(recipe.parsed, quantized, ignore, skeleton.dtype)
+    config["quantization_config"] = FORMATS[recipe.format].config(stored_scheme(skeleton, recipe), quantized, ignore, skeleton.dtype)
     return json.loads(json.dumps(config, default=str))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats.stored import check_layout, check_padding, exactly
-from leangrid.grids import AffineGrid, Grid
+from leangrid.grids import AffineGrid, Grid, Precision
 from leangrid.packing import pack as pack_bits
 from leangrid.packing import packed_width
 from leangrid.packing import unpack as unpack_bits
@@ -36,6 +36,16 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
 
 def _groups(scheme: Scheme, cols: int) -> int:
     return cols // scheme.group_size if scheme.group_size else 1
+
+
+def stored(scheme: Scheme, columns: set[int]) -> Scheme:
+    """The same."""
+    return scheme
+
+
+def precision(dtype: torch.dtype) -> Precision:
+    """``dtype``: everything is stored in the model's."""
+    return Precision(dtype)
 
 
 def layout(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
