@@ -27,15 +27,18 @@ def test_the_same_answer_has_no_distance(interop: Any) -> None:
     padded = torch.cat([LOGITS, torch.full((2, 3), 99.0)], dim=1)  # engines pad the vocabulary
     found = interop.compared(ours(interop, [3, 1]), {"tokens": [3, 1]}, padded)
     assert found == {"max_logit_difference": 0.0, "kl": 0.0, "greedy_equal": True, "greedy_tokens": 2}
-    assert interop.verdict(found, interop.KNOWN["onnx"]) == "ok"
+    assert interop.verdict(found | {"dtype": "float32"}, interop.KNOWN["onnx"]) == "ok"
 
 
 def test_another_token_is_shown_with_its_margin(interop: Any) -> None:
     found = interop.compared(ours(interop, [3, 1, 2]), {"tokens": [3, 0, 2]}, None)
     assert found["greedy_equal"] is False and found["first_difference"] == 1 and found["margin"] == 1.0
+    found["dtype"] = "float32"
     assert interop.verdict(found, interop.KNOWN["onnx"]) == "differs"
-    assert interop.verdict(found | {"margin": 0.01, "kl": 0.0}, interop.KNOWN["onnx"]) == "ok"
-    assert interop.verdict({"greedy_equal": True, "kl": 0.1}, interop.KNOWN["onnx"]) == "differs"
+    assert interop.verdict(found | {"margin": 0.001, "kl": 0.0}, interop.KNOWN["onnx"]) == "ok"
+    same = {"greedy_equal": True, "kl": 1e-4}
+    assert interop.verdict(same | {"dtype": "float32"}, interop.KNOWN["onnx"]) == "differs"
+    assert interop.verdict(same | {"dtype": "bfloat16"}, interop.KNOWN["onnx"]) == "ok"
 
 
 def test_what_follows_the_end_of_a_text_does_not_count(interop: Any) -> None:
@@ -43,7 +46,8 @@ def test_what_follows_the_end_of_a_text_does_not_count(interop: Any) -> None:
     found = interop.compared(ours(interop, [3, 2, 1], ends=(2,)), {"tokens": [3]}, None)
     assert found["greedy_equal"] and found["greedy_tokens"] == 1
     short = interop.compared(ours(interop, [3, 2, 1]), {"tokens": [3]}, None)
-    assert not short["greedy_equal"] and "margin" not in short and interop.verdict(short, interop.KNOWN["vllm"]) == "differs"
+    assert not short["greedy_equal"] and "margin" not in short
+    assert interop.verdict(short | {"dtype": "float32"}, interop.KNOWN["vllm"]) == "differs"
 
 
 def test_every_engine_has_its_packages_and_its_runner(interop: Any) -> None:

