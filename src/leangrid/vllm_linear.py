@@ -89,7 +89,7 @@ class LeangridLinearMethod(LinearMethodBase):
     def __init__(self, scheme: Scheme) -> None:
         self.scheme, self.bits = scheme, scheme.bits
 
-    def create_weights(self, layer: nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+    def create_weights(self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
                        output_size: int, params_dtype: torch.dtype, **extra_weight_attrs: Any) -> None:  # fmt: skip
         """``weight`` int32 [rows, words] and ``lut`` [rows, 2^bits] of this rank's rows and columns."""
         rows, bits, self.cols = sum(output_partition_sizes), self.bits, input_size_per_partition
@@ -101,14 +101,14 @@ class LeangridLinearMethod(LinearMethodBase):
             layer.register_parameter(name, parameter)
             set_weight_attrs(parameter, {"output_dim": 0, "weight_loader": load, **extra, **extra_weight_attrs})
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """The values, as ``leangrid.load`` checks them; then the layout that the kernels read, in place of the stored one."""
         stored, cols = {"weight": layer.weight.data, "lut": layer.lut.data}, self.cols
         lut.check(stored, self.scheme, (len(stored["lut"]), cols), getattr(layer, "prefix", "a layer"))
         if decode.can_tile(stored["weight"]):
             layer.weight = nn.Parameter(decode.tile(stored["weight"], self.bits, cols), requires_grad=False)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return decode.lut_linear(x, layer.weight, layer.lut, bias, self.bits)
 
 
