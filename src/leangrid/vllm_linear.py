@@ -103,6 +103,8 @@ class LeangridLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """The values, as ``leangrid.load`` checks them; then the layout that the kernels read, in place of the stored one."""
+        if layer.weight.dtype != torch.int32:  # laid out before
+            return
         stored, cols = {"weight": layer.weight.data, "lut": layer.lut.data}, self.cols
         lut.check(stored, self.scheme, (len(stored["lut"]), cols), getattr(layer, "prefix", "a layer"))
         if decode.can_tile(stored["weight"]):
