@@ -27,6 +27,7 @@ _OURS = 'python\nimport leangrid\nmodel, tokenizer = leangrid.load("DIR")'
 USE: dict[str, str] = {
     "compressed-tensors": _PLAIN,
     "dense": _PLAIN,
+    "gguf": "bash\nllama-server -m DIR/model.gguf",
     "lut": _PLAIN.replace("\n", "\nimport leangrid  # registers the format\n", 1),
 }
 
