@@ -24,6 +24,7 @@ from torch import Tensor
 from leangrid.errors import FormatError
 from leangrid.finished import Finished
 from leangrid.formats import onnx as nbits
+from leangrid.progress import Event, Progress
 from leangrid.storage import files, safetensors
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
@@ -32,8 +33,10 @@ _ALIGNED = 4096  # bytes: ONNX Runtime maps a tensor that begins on a page
 _TAIL = 400  # characters of the builder's complaint that are shown
 
 
-def write(finished: Finished, staged: Path, like: Path | None = None) -> float:
+def write(finished: Finished, staged: Path, like: Path | None = None, progress: Progress | None = None) -> float:
     """Put model.onnx, model.onnx.data, genai_config.json and the tokenizer into ``staged``; return the bits per quantized weight.
+
+    ``progress`` is called as each layer goes to the builder; its graph is written after that.
 
     Raises:
         FormatError: a layer that MatMulNBits cannot hold, a package that is missing, or an architecture that the builder does not know.
@@ -44,7 +47,7 @@ def write(finished: Finished, staged: Path, like: Path | None = None) -> float:
     # Twice in float32 at most (the checkpoint in its own dtype, the builder's graph, ours), and the codes.
     files.require_space(staged, 4 * (2 * size + 3 * others))
     plain, graph = staged / "plain", staged / "graph"
-    _write_plain(finished, plain)
+    _write_plain(finished, plain, progress)
     _build(plain, graph)
     files.remove_tree(plain)
     _Swap(finished, graph).write(staged)
@@ -71,7 +74,7 @@ def refuse(finished: Finished) -> None:
         raise FormatError(what, "--to onnx", "pip install 'leangrid[onnx]'")
 
 
-def _write_plain(finished: Finished, directory: Path) -> None:
+def _write_plain(finished: Finished, directory: Path, progress: Progress | None) -> None:
     """The dequantized checkpoint, one file a layer, for the builder."""
     files.make_dir(directory)
     others, weight_map = finished.others(), {}
@@ -81,6 +84,8 @@ def _write_plain(finished: Finished, directory: Path) -> None:
         file = f"layer-{number:05d}.safetensors"
         safetensors.save(directory / file, {f"{name}.weight": finished.dense(name)}, {"format": "pt"})
         weight_map[f"{name}.weight"] = file
+        if progress is not None:
+            progress(Event("layer", number, len(finished.layers), layer=name))
     files.write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     for name, path in finished.checkpoint.side_files().items():
         files.atomic_write(directory / name, files.read_chunks(path))

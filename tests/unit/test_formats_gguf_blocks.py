@@ -126,7 +126,7 @@ def _changed(parts: Parts, name: str, value: float) -> Parts:
 )  # fmt: skip
 def test_what_a_field_cannot_hold_is_refused(name: str, field: str, value: float) -> None:
     kind = BLOCK_TYPES[name]
-    with pytest.raises(FormatError, match="float16|holds"):
+    with pytest.raises(FormatError, match=r"float16|holds"):
         pack(kind, _changed(parts_for(kind), field, value))
 
 

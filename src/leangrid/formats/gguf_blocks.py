@@ -142,8 +142,15 @@ def _check_parts(kind: BlockType, parts: Parts, blocks: tuple[int, int], groups:
         if found != shape:
             raise ShapeError(f"{kind.name} of {tuple(parts.codes.shape)} needs {name} of shape {shape}, not {found}")
     for name, value, limits in (("code", parts.codes, (0, 2**kind.bits - 1)), ("sc", parts.sc, kind.sc), ("m", parts.m, kind.m)):
-        if value is not None and limits is not None and value.numel() and not limits[0] <= int(value.min()) <= int(value.max()) <= limits[1]:
-            raise FormatError(f"{kind.name} holds {name} of {limits[0]}..{limits[1]}, not {int(value.min())}..{int(value.max())}", None, _WAY_OUT)
+        if (
+            value is not None
+            and limits is not None
+            and value.numel()
+            and not limits[0] <= int(value.min()) <= int(value.max()) <= limits[1]
+        ):
+            raise FormatError(
+                f"{kind.name} holds {name} of {limits[0]}..{limits[1]}, not {int(value.min())}..{int(value.max())}", None, _WAY_OUT
+            )
 
 
 def _half(values: Float[Tensor, "rows blocks"], name: str) -> UInt8[Tensor, "rows blocks 2"]:
@@ -274,7 +281,8 @@ _LAYOUTS: dict[str, _Layout] = {
     ),
     "Q6_K": _Layout(
         [128, 64, 16, 2],
-        lambda f: [_interleave(f["codes"] & 15, 4, 64), _interleave(f["codes"] >> 4, 2, 32), f["sc"].to(torch.int8).view(torch.uint8), f["d"]],
+        lambda f: [_interleave(f["codes"] & 15, 4, 64), _interleave(f["codes"] >> 4, 2, 32),
+                   f["sc"].to(torch.int8).view(torch.uint8), f["d"]],
         lambda ql, qh, scales, d: {"d": _float(d), "codes": _deinterleave(ql, 4, 64) | (_deinterleave(qh, 2, 32) << 4),
                                    "sc": scales.contiguous().view(torch.int8).to(torch.int16)},
     ),
