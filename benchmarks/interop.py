@@ -88,6 +88,19 @@ KNOWN: dict[str, Engine] = {
     "transformers_gptqmodel": Engine(
         (("W4A16_G64", "gptq", REAL), ("W4A16_G64", "awq", REAL)), "bfloat16 products", environment="gptqmodel"
     ),
+    "llama": Engine(
+        (
+            ("W4A16_G64", "gguf", REAL),
+            ("W4A16_G32_SYM", "gguf", TINY),
+            ("W4A16", "gguf", TINY),
+            ("W3A16_G64_SYM", "gguf", TINY),
+            ("W2A16", "gguf", TINY),
+            ("W8A16_SYM", "gguf", TINY),
+        ),
+        "8-bit activations",
+        bounds=(0.02, 0.5),
+        rounds=False,
+    ),
     "onnx": Engine(
         (
             ("W4A16_G64", "onnx", REAL),

@@ -15,4 +15,5 @@ def main() -> None:
     finish(read, out[0, prompt.shape[1] :].tolist(), logits, "transformers", "float32", "torch", "compressed-tensors")
 
 
-main()
+if __name__ == "__main__":
+    main()
