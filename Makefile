@@ -15,6 +15,8 @@ NATIVE := CMakeLists.txt $(wildcard src/leangrid/kernels/cpu/*)
 # What `make bench` and `make race` measure on; your own, such as c4.jsonl and wiki.test.raw: make bench CALIBRATION=... TEXT=...
 CALIBRATION ?= self
 TEXT ?= embedded
+SAMPLES ?= 8
+LENGTH ?= 512
 RESULTS := benchmarks/results
 KEEP := $(BIN)/python benchmarks/lines.py $(RESULTS)
 
@@ -61,9 +63,9 @@ bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a 
 	$(BIN)/python benchmarks/grid_search.py | $(KEEP)/grid_search.jsonl
 	$(BIN)/python benchmarks/decode_cpu.py layers | $(KEEP)/decode_cpu.jsonl
 	$(BIN)/python benchmarks/scaling.py --small --repeats 2 --out $(RESULTS)/scaling.jsonl
-	$(BIN)/python benchmarks/quantize_time.py --rounds 1 --out $(RESULTS)/quantize_time.jsonl
-	$(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION) --text $(TEXT) --windows 12 --schemes W4A16_G64,NU4 \
-		--out $(RESULTS)/quality.jsonl
+	$(BIN)/python benchmarks/quantize_time.py --samples $(SAMPLES) --length $(LENGTH) --rounds 1 --out $(RESULTS)/quantize_time.jsonl
+	$(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION) --text $(TEXT) --samples $(SAMPLES) --length $(LENGTH) --windows 12 \
+		--schemes W4A16_G64,NU4 --out $(RESULTS)/quality.jsonl
 	$(BIN)/python benchmarks/table.py
 race: $(SETUP) $(MODELS)  ## against GPTQModel and llm-compressor, side by side; installs them in .peers (3 GB, needs a network)
 	$(BIN)/python benchmarks/race.py --calibration $(CALIBRATION) --text $(TEXT) --out $(RESULTS)/race.jsonl
