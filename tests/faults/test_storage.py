@@ -445,7 +445,14 @@ def test_blocks_after_a_damaged_one_are_dropped(source: Path, fast: Path, monkey
 @pytest.mark.parametrize("field", sorted(Recipe.model_fields))
 def test_another_recipe_is_another_run(fast: Path, field: str) -> None:
     """One field at a time, over all fields of Recipe, so that a new one cannot be forgotten."""
-    other: dict[str, Any] = {"scheme": "NU3", "format": "lut", "calibration": "self", "search": "lloyd", "products": "float32"}
+    other: dict[str, Any] = {
+        "scheme": "NU3",
+        "format": "lut",
+        "calibration": "self",
+        "search": "lloyd",
+        "products": "float32",
+        "layers": {"fc1": "W8A16"},
+    }
     recipe = Recipe.build()
     value = getattr(recipe, field)
     changed = other[field] if field in other else not value if isinstance(value, bool) else (value or 0) + 1
