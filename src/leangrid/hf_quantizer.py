@@ -16,14 +16,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from leangrid.errors import CheckpointError
-from leangrid.formats import FORMATS, Format, format_of
-from leangrid.layers import AffineLinear, LutLinear, PackedLinear
+from leangrid.errors import CheckpointError, FormatError
+from leangrid.formats import FORMATS, Format, format_of, mlx
+from leangrid.layers import AffineLinear, LutLinear, OffsetLinear, PackedLinear
 from leangrid.recipe import Scheme
 from leangrid.storage.safetensors import TensorInfo, read_header
 
 METHOD = FORMATS["lut"].QUANT_METHOD
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64,
+           "U32": torch.uint32}  # fmt: skip
 
 
 def register() -> None:
@@ -74,17 +75,22 @@ class LeangridQuantizer(HfQuantizer):
             scale = headers.get(f"{stored}.weight_scale")
             in_file = dtype if scale is None else _DTYPES[scale.dtype]
             model.set_submodule(name, self._make(rows, cols, layer.bias is not None, dtype, in_file))
-        self._check_complete(model)
+        self._check_complete(model, headers)
 
     def _is_quantized(self, name: str, headers: dict[str, TensorInfo]) -> bool:
         if not self.format.covers(self.stored, name):
             return False
-        # compressed-tensors says "every Linear but these", so the spelling that the file uses decides.
-        return "layers" in self.stored or f"{name}.weight_packed" in headers or not headers
+        # compressed-tensors says "every Linear but these" and MLX nothing, so the spelling that the file uses decides.
+        if "layers" in self.stored or not headers:
+            return True
+        integers = headers[f"{name}.weight"].dtype == "U32" if f"{name}.weight" in headers else False
+        return integers or any(f"{name}.{mark}" in headers for mark in ("weight_packed", "scales"))
 
     def _make(self, rows: int, cols: int, bias: bool, dtype: torch.dtype, in_file: torch.dtype) -> PackedLinear:
         if self.scheme.grid == "nonuniform":
             return LutLinear(cols, rows, self.scheme.bits, bias, dtype, "meta")
+        if self.format is FORMATS["mlx"]:
+            return OffsetLinear(cols, rows, self.scheme.bits, bias, dtype, "meta", mlx.group_size(self.scheme, cols))
         grouping = (self.scheme.group_size, self.scheme.symmetric)
         return AffineLinear(cols, rows, self.scheme.bits, bias, dtype, "meta", *grouping, stored_dtype=in_file)
 
@@ -105,13 +111,16 @@ class LeangridQuantizer(HfQuantizer):
         if beside:
             raise CheckpointError("does not belong to this format", min(beside), way_out)
 
-    def _check_complete(self, model: Any) -> None:
-        """Every layer that the config lists exists in the model."""
+    def _check_complete(self, model: Any, headers: dict[str, TensorInfo]) -> None:
+        """Every layer that the config lists exists in the model, and every one that MLX's files hold quantized is a linear."""
         made = {s for n, m in model.named_modules() if isinstance(m, PackedLinear) for s in _spellings(n, model.base_model_prefix)}
         lost = [name for name in self.stored.get("layers", []) if name not in made]
         if lost or not made:
             what = f"the model has no linear '{lost[0]}'" if lost else "none of the model's linears is stored quantized"
             raise CheckpointError(what, "config.json: quantization_config", "The config does not belong to these weights")
+        scaled = {n.removesuffix(".scales") for n in headers if n.endswith(".scales")} if self.format is FORMATS["mlx"] else set[str]()
+        if others := sorted(scaled - made):
+            raise FormatError("leangrid reads quantized linears only, and this is another layer", others[0], "Load it with mlx-lm")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Values, before anything runs: finite grids in order, padding bits zero. Then the layout that the kernels read."""

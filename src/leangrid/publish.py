@@ -13,7 +13,7 @@ from leangrid import devices
 from leangrid._version import __version__
 from leangrid.clock import Clock
 from leangrid.data.calibration import windows_hash
-from leangrid.formats import FORMATS
+from leangrid.formats import FORMATS, config_entries
 from leangrid.memory import peak_bytes
 from leangrid.models.skeleton import Skeleton
 from leangrid.prepare import Prepared
@@ -22,6 +22,7 @@ from leangrid.report.records import LayerRecord, to_lines, totals
 from leangrid.result import QuantizeResult
 from leangrid.sizes import sizes
 from leangrid.storage import writer
+from leangrid.storage.config import with_older_ropes
 from leangrid.storage.safetensors import TensorInfo
 from leangrid.work import Work
 
@@ -103,16 +104,15 @@ def _result(
 def output_config(prepared: Prepared) -> dict[str, Any]:
     """The source's config.json with ``quantization_config``; code of the checkpoint's own is not handed on."""
     skeleton, recipe = prepared.skeleton, prepared.recipe
-    quantized = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+    quantized = {name: skeleton.shape(name) for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)}
     linears = (n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear))
-    ignore = sorted(set(linears) - set(quantized))
+    ignore = sorted(set(linears) - quantized.keys())
     config = {key: value for key, value in prepared.checkpoint.config.items() if key not in _NOT_COPIED}
     config["architectures"] = [type(skeleton.model).__name__]
     config["dtype"] = str(skeleton.dtype).removeprefix("torch.")
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])  # some readers know only the older place
-    config["quantization_config"] = FORMATS[recipe.format].config(recipe.parsed, quantized, ignore, skeleton.dtype)
+    config.setdefault("tie_word_embeddings", bool(getattr(skeleton.config, "tie_word_embeddings", False)))  # mlx-lm's default is tied
+    config = with_older_ropes(config)
+    config |= config_entries(recipe.format, FORMATS[recipe.format].config(recipe.parsed, quantized, ignore, skeleton.dtype))
     return json.loads(json.dumps(config, default=str))
 
 

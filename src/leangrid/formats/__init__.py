@@ -3,13 +3,14 @@
 To add one, add its file with the functions of ``Format`` and its row in ``FORMATS``.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from leangrid.errors import FormatError
-from leangrid.formats import compressed_tensors, lut
+from leangrid.formats import compressed_tensors, lut, mlx
 from leangrid.grids import Grid
 from leangrid.recipe import Scheme
 
@@ -46,8 +47,8 @@ class Format(Protocol):
         """The weight [rows, cols] that every reader must arrive at, in the stored dtype."""
         ...
 
-    def config(self, scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
-        """config.json's ``quantization_config``."""
+    def config(self, scheme: Scheme, layers: Mapping[str, tuple[int, int]], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+        """config.json's ``quantization_config``. ``layers``: the quantized ones with their (rows, cols); ``ignore``: the other linears."""
         ...
 
     def scheme_of(self, config: dict[str, Any]) -> Scheme:
@@ -59,14 +60,19 @@ class Format(Protocol):
         ...
 
 
-FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "lut": lut}
+FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "lut": lut, "mlx": mlx}
 
 
 def format_of(config: dict[str, Any]) -> Format:
     """The container that wrote a ``quantization_config``; FormatError names an unknown one."""
-    method = config.get("quant_method")
+    method = mlx.QUANT_METHOD if mlx.is_config(config) else config.get("quant_method")
     by_method = {known.QUANT_METHOD: known for known in FORMATS.values()}
     if method in by_method:
         return by_method[method]
     known = ", ".join(by_method)
     raise FormatError(f"quant_method {method!r} is not one that leangrid reads", "config.json: quantization_config", f"Known: {known}")
+
+
+def config_entries(name: str, stored: dict[str, Any]) -> dict[str, Any]:
+    """What config.json gets of ``FORMATS[name].config``: mlx-lm looks under a key of its own first."""
+    return {"quantization": stored, "quantization_config": stored} if name == "mlx" else {"quantization_config": stored}

@@ -4,6 +4,7 @@ Source: compressed-tensors 0.20, compressors/pack_quantized (docs/formats.md has
 """
 
 import re
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def dense(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], na
     return grid.dequantize(codes).to(tensors["weight_scale"].dtype)
 
 
-def config(scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+def config(scheme: Scheme, layers: Collection[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
     """``quantization_config`` from the library's own classes. Every nn.Linear that is not in ``layers`` must be in ``ignore``.
 
     ``dequantize`` is there because transformers 5.23 cannot load packed zero points any other way (5.17 can; vLLM does not read the key).

@@ -4,6 +4,7 @@ The packed codes are called ``weight`` on purpose: a reader that does not know t
 meets an int32 [rows, ceil(cols*b/32)], and stops, instead of leaving the layer at random values.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def dense(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], na
     return grid.dequantize(codes).to(tensors["lut"].dtype)
 
 
-def config(scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+def config(scheme: Scheme, layers: Collection[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
     """``quantization_config``: the quantized layers are listed by name, so a lost one is noticed. ``ignore`` is not needed."""
     return {"quant_method": QUANT_METHOD, "format": "lut", "version": VERSION, "bits": scheme.bits, "layers": list(layers)}
 
