@@ -52,23 +52,23 @@ def write(source: Path, out: Path, scheme_name: str, format_name: str = "auto") 
     architecture, tensors = architecture_of(config), load_file(source / "model.safetensors")
     blocks, dense = f"{architecture.blocks}.", {}
     ends = tuple(f".{name}" for group in architecture.groups for name in group)
-    for name in [key.removesuffix(".weight") for key in tensors if key.endswith(".weight") and blocks in key]:
-        if not name.endswith(ends):
-            continue
+    names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight") and blocks in key]
+    names = [name for name in names if name.endswith(ends)]
+    stored = fmt.stored(scheme, {tensors[f"{name}.weight"].shape[0 if architecture.layer == "conv1d" else 1] for name in names})
+    for name in names:
         weight = tensors.pop(f"{name}.weight")
         weight = (weight.T if architecture.layer == "conv1d" else weight).contiguous()
         refusal = fmt.refuse(scheme, name, *weight.shape, architecture.layer)
         assert refusal is None, refusal
         grid = (offset_grid_for if format_name == "mlx" and not scheme.symmetric else grid_for)(weight, scheme, weight.dtype)
-        packed = fmt.pack(grid.nearest(weight.float()), grid, weight.dtype, scheme)
+        packed = fmt.pack(grid.nearest(weight.float()), grid, weight.dtype, stored)
         dense[name] = grid.dequantize(grid.nearest(weight.float())).to(weight.dtype)
         tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
     ignore = [name for name, module in _skeleton(config).named_modules() if isinstance(module, torch.nn.Linear) and name not in dense]
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in dense.items()}
-    config = with_older_ropes(config)
-    config |= config_entries(format_name, fmt.config(scheme, shapes, ignore, next(iter(dense.values())).dtype))
+    entry = fmt.config(stored, list(dense), ignore, next(iter(dense.values())).dtype)
+    config = with_older_ropes(config) | config_entries(format_name, entry)
     (out / "config.json").write_text(json.dumps(config))
     return dense
 

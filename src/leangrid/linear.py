@@ -17,7 +17,7 @@ from leangrid import work
 from leangrid.errors import ShapeError
 from leangrid.exact import exact_sweep
 from leangrid.factor import Factor, factorize, relative_power
-from leangrid.grids import AffineGrid, Grid, NonuniformGrid, fit_affine, fit_minmax, fit_nonuniform
+from leangrid.grids import AffineGrid, Grid, NonuniformGrid, Precision, fit_affine, fit_minmax, fit_nonuniform
 from leangrid.grids.protocol import check_weight
 from leangrid.recipe import Recipe
 from leangrid.refine import refine
@@ -63,7 +63,7 @@ def solve_linear(
     factor: Factor,
     matrix: Float[Tensor, "cols cols"],
     recipe: Recipe,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Precision = torch.float32,
 ) -> LinearResult:
     """Quantize ``target`` by a resolved recipe.
 
@@ -72,12 +72,12 @@ def solve_linear(
         factor: of ``matrix``; its damped matrix guides the refinement.
         matrix: H undamped, float32, original column order.
         recipe: with every default written out (Recipe.resolved).
-        dtype: of the checkpoint; scales and levels are rounded to it before any error is propagated.
+        dtype: what the container keeps; scales and levels are rounded to it before any error is propagated.
 
     Raises:
         ShapeError: NaN or infinite weights, or a group size that does not divide the columns.
     """
-    return _Layer(check_weight(target), factor, matrix, recipe, dtype).solve()
+    return _Layer(check_weight(target), factor, matrix, recipe, Precision.of(dtype)).solve()
 
 
 def quantize_linear(
@@ -109,8 +109,9 @@ def quantize_linear(
 class _Layer:
     """The arguments of one solve, so that its steps read as steps."""
 
-    def __init__(self, target: Tensor, factor: Factor, matrix: Tensor, recipe: Recipe, dtype: torch.dtype) -> None:
-        self.target, self.factor, self.matrix, self.recipe, self.dtype = target, factor, matrix, recipe, dtype
+    def __init__(self, target: Tensor, factor: Factor, matrix: Tensor, recipe: Recipe, precision: Precision) -> None:
+        self.target, self.factor, self.matrix, self.recipe = target, factor, matrix, recipe
+        self.precision, self.dtype = precision, precision.dtype
         self.scheme = recipe.parsed
         self.rescues: list[Rescue] = []
         self.seconds: dict[str, float] = {"grid": 0.0, "solve": 0.0, "refine": 0.0, "baseline": 0.0}
@@ -183,11 +184,13 @@ class _Layer:
             if self.scheme.grid == "nonuniform":
                 return fit_nonuniform(weight, weights, self.scheme.levels, self.recipe.search).rounded(self.dtype)
             bits, group_size, symmetric = self.scheme.bits, self.scheme.group_size, self.scheme.symmetric
-            return fit_affine(weight, weights, bits, self.recipe.steps, group_size, symmetric, self.dtype)
+            found = fit_affine(weight, weights, bits, self.recipe.steps, group_size, symmetric, self.dtype)
+            return found.clamped(self.precision)
 
     def minmax(self) -> AffineGrid:
         with self.timed("baseline"):
-            return fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
+            found = fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
+            return found.clamped(self.precision)
 
     def as_kind(self, minmax: AffineGrid) -> Grid:
         """A min-max grid in the scheme's own format (whole rows, where that is non-uniform)."""
@@ -206,7 +209,7 @@ class _Layer:
             if not self.recipe.refine:
                 return swept.codes, grid, self.undamped(swept.loss, swept.codes, grid)
             self.flops["refine"] += work.refine(self.target.shape[0], self.target.shape[1], self.recipe.refine)
-            result = refine(self.target, swept.codes, grid, self.factor.damped, self.recipe.refine, self.dtype)
+            result = refine(self.target, swept.codes, grid, self.factor.damped, self.recipe.refine, self.precision)
             return result.codes, result.grid, self.undamped(result.loss, result.codes, result.grid)
 
     def undamped(self, damped: Tensor, codes: Tensor, grid: Grid) -> float:

@@ -15,7 +15,7 @@ from leangrid.data.calibration import decoded_start, windows_hash
 from leangrid.data.calibration import windows as corpus_windows
 from leangrid.devices import checked
 from leangrid.errors import CalibrationError, FormatError, ShapeError
-from leangrid.formats import FORMATS, mlx
+from leangrid.formats import EXPORT_ONLY, FORMATS, mlx
 from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
@@ -116,8 +116,10 @@ def settle(recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> Recipe:
 def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:
     """ShapeError for a group that does not divide, FormatError for what the container cannot hold: names the layer."""
     scheme = recipe.parsed
-    if recipe.format not in FORMATS:
-        raise FormatError(f"'{recipe.format}' is no format that quantize writes", "--format", f"Choose one of: auto, {', '.join(FORMATS)}")
+    if recipe.format not in FORMATS or recipe.format in EXPORT_ONLY:
+        known = ", ".join(name for name in FORMATS if name not in EXPORT_ONLY)
+        then = f"; {recipe.format} by leangrid export, afterwards" if recipe.format in EXPORT_ONLY else ""
+        raise FormatError(f"'{recipe.format}' is no format that quantize writes", "--format", f"Choose one of: auto, {known}{then}")
     for index in range(len(skeleton.blocks)):
         for name in skeleton.linear_names(index):
             rows, cols = skeleton.shape(name)

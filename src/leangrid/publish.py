@@ -20,7 +20,7 @@ from leangrid.prepare import Prepared
 from leangrid.report.card import model_card
 from leangrid.report.records import LayerRecord, to_lines, totals
 from leangrid.result import QuantizeResult
-from leangrid.sizes import sizes
+from leangrid.sizes import sizes, stored_scheme
 from leangrid.storage import writer
 from leangrid.storage.config import with_older_ropes
 from leangrid.storage.safetensors import TensorInfo
@@ -39,6 +39,7 @@ def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_
         "recipe": recipe.model_dump(),
         "recipe_fingerprint": recipe.fingerprint(),
         "source": prepared.checkpoint.fingerprint,
+        "source_name": prepared.source,
         "versions": {"leangrid": __version__, "torch": torch.__version__, "transformers": installed("transformers")},
         "devices": sorted({info["device"] for info in infos}),
         "products": sorted({info["products"] for info in infos}),
@@ -104,15 +105,15 @@ def _result(
 def output_config(prepared: Prepared) -> dict[str, Any]:
     """The source's config.json with ``quantization_config``; code of the checkpoint's own is not handed on."""
     skeleton, recipe = prepared.skeleton, prepared.recipe
-    quantized = {name: skeleton.shape(name) for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)}
+    quantized = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
     linears = (n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear))
-    ignore = sorted(set(linears) - quantized.keys())
+    ignore = sorted(set(linears) - set(quantized))
     config = {key: value for key, value in prepared.checkpoint.config.items() if key not in _NOT_COPIED}
     config["architectures"] = [type(skeleton.model).__name__]
     config["dtype"] = str(skeleton.dtype).removeprefix("torch.")
     config.setdefault("tie_word_embeddings", bool(getattr(skeleton.config, "tie_word_embeddings", False)))  # mlx-lm's default is tied
-    config = with_older_ropes(config)
-    config |= config_entries(recipe.format, FORMATS[recipe.format].config(recipe.parsed, quantized, ignore, skeleton.dtype))
+    stored = FORMATS[recipe.format].config(stored_scheme(skeleton, recipe), quantized, ignore, skeleton.dtype)
+    config = with_older_ropes(config) | config_entries(recipe.format, stored)
     return json.loads(json.dumps(config, default=str))
 
 

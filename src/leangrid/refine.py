@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leangrid import kernels
-from leangrid.grids import AffineGrid, Grid, NonuniformGrid
+from leangrid.grids import AffineGrid, Grid, NonuniformGrid, Precision
 from leangrid.grids.affine import round_scale
 from leangrid.grids.nonuniform import round_levels
 
@@ -38,7 +38,7 @@ def refine(
     grid: Grid,
     matrix: Float[Tensor, "cols cols"],
     rounds: int,
-    scale_dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype | Precision = torch.float32,
 ) -> Refined:
     """``rounds`` times refit and descend, then a last refit; the loss of no row rises.
 
@@ -46,13 +46,13 @@ def refine(
         target: the weights that the codes approximate, float32.
         matrix: the damped H, original column order.
         rounds: at least 1.
-        scale_dtype: dtype that scales or levels are stored in.
+        scale_dtype: what scales or levels are stored in.
     """
-    state = _State.of(target, codes, grid, matrix)
+    state, stored = _State.of(target, codes, grid, matrix), Precision.of(scale_dtype)
     for _ in range(rounds):
-        refitted = _refit(state, matrix, scale_dtype)
+        refitted = _refit(state, matrix, stored)
         state = _descend(_State.of(target, refitted.codes, refitted.grid, matrix), matrix)
-    return _refit(state, matrix, scale_dtype)
+    return _refit(state, matrix, stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,16 +86,16 @@ class _State:
         )
 
 
-def _refit(state: _State, matrix: Tensor, dtype: torch.dtype) -> Refined:
+def _refit(state: _State, matrix: Tensor, stored: Precision) -> Refined:
     """The least-squares grid given the codes, rounded as it is stored; levels may change places with their codes.
 
     A step d changes twice the loss by d A d^T + 2 b d^T, with A and b of the normal equations: that decides for each row
     whether the rounded step is taken, and no product with H is needed to judge it.
     """
     if isinstance(state.grid, AffineGrid):
-        codes, grid, change = _refit_scales(state, state.grid, matrix, dtype)
+        codes, grid, change = _refit_scales(state, state.grid, matrix, stored)
     else:
-        codes, grid, change = _refit_levels(state, matrix, dtype)
+        codes, grid, change = _refit_levels(state, matrix, stored.dtype)
     worse = (~(change < 0)).nonzero().squeeze(1)
     if len(worse):
         grid = grid.put(worse, state.grid.take(worse))
@@ -116,7 +116,7 @@ def _refit_levels(state: _State, matrix: Tensor, dtype: torch.dtype) -> tuple[Te
     return rank.gather(1, index).to(torch.uint8), NonuniformGrid(levels), change
 
 
-def _refit_scales(state: _State, grid: AffineGrid, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid, Tensor]:
+def _refit_scales(state: _State, grid: AffineGrid, matrix: Tensor, stored: Precision) -> tuple[Tensor, Grid, Tensor]:
     """Least-squares scales of all groups of a row together; a scale that would vanish or change its sign stays."""
     codes = state.codes
     rows, groups = grid.scale.shape
@@ -135,7 +135,7 @@ def _refit_scales(state: _State, grid: AffineGrid, matrix: Tensor, dtype: torch.
         slope = (unit * state.gradient[part].reshape(unit.shape)).sum(2).double()
         old = scale[part]
         solved = (old.double() - _solve(normal, slope, _RIDGE["affine"])).float()
-        new = round_scale(torch.where(solved.isfinite() & (solved * old.sign() > 0), solved, old), dtype)
+        new = stored.clamped(round_scale(torch.where(solved.isfinite() & (solved * old.sign() > 0), solved, old), stored.dtype))
         change[part] = _change(new.double() - old.double(), normal, slope)
         scale[part] = new
     return codes, replace(grid, scale=scale), change

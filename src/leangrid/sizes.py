@@ -6,7 +6,7 @@ import torch
 
 from leangrid.formats import FORMATS
 from leangrid.models.skeleton import Skeleton
-from leangrid.recipe import Recipe
+from leangrid.recipe import Recipe, Scheme
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,19 @@ class Sizes:
         return 8 * sum(layer.bytes_after for layer in self.layers) / sum(layer.rows * layer.cols for layer in self.layers)
 
 
+def stored_scheme(skeleton: Skeleton, recipe: Recipe) -> Scheme:
+    """The scheme that the files of a settled ``recipe`` will say."""
+    columns = {skeleton.shape(name)[1] for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)}
+    return FORMATS[recipe.format].stored(recipe.parsed, columns)
+
+
 def sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
     """The sizes that quantizing ``skeleton`` by a settled ``recipe`` gives."""
-    layers = []
+    layers, scheme = [], stored_scheme(skeleton, recipe)
     for index in range(len(skeleton.blocks)):
         for name in skeleton.linear_names(index):
             rows, cols = skeleton.shape(name)
-            stored = FORMATS[recipe.format].layout(recipe.parsed, (rows, cols), skeleton.dtype).values()
+            stored = FORMATS[recipe.format].layout(scheme, (rows, cols), skeleton.dtype).values()
             after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in stored)
             layers.append(LayerSize(name, rows, cols, rows * cols * skeleton.dtype.itemsize, after))
     before = sum(tensor.nbytes for tensor in skeleton.checkpoint.tensors.values())

@@ -21,7 +21,7 @@ from torch import Tensor
 from leangrid.correction import solved
 from leangrid.errors import ShapeError
 from leangrid.factor import TOLERANCE, Factor, factorize
-from leangrid.grids import AffineGrid, Grid, NonuniformGrid
+from leangrid.grids import AffineGrid, Grid, NonuniformGrid, Precision
 from leangrid.hessian import Hessian, HessianSum, mirror_
 from leangrid.linear import LinearResult, solve_linear
 from leangrid.recipe import Recipe
@@ -80,7 +80,7 @@ class WideGroup:
                 cross[start : start + panel] = solved(self.factor, cross[start : start + panel])
             self._moves = cross
 
-    def solve(self, name: str, dtype: torch.dtype = torch.float32, tile: int | None = None) -> LinearResult:
+    def solve(self, name: str, dtype: torch.dtype | Precision = torch.float32, tile: int | None = None) -> LinearResult:
         """``solve_linear`` of one linear on the device of H, ``tile`` rows at a time; losses are sums over the tiles.
 
         What the plain path decides for a whole layer (rounding instead of a result worse than it) is decided for a tile.

@@ -60,6 +60,7 @@ def test_what_is_packed_comes_back(rows: int, groups: int, bits: int, size: int 
     scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=size)
     cols = groups * (size or 96)
     codes, grid = layer(rows, cols, scheme, dtype, seed)
+    scheme = mlx.stored(scheme, {cols})
     tensors = mlx.pack(codes, grid, dtype, scheme)
     assert {suffix: (t.dtype, tuple(t.shape)) for suffix, t in tensors.items()} == mlx.layout(scheme, (rows, cols), dtype)
     assert tensors["weight"].tolist() == loop_words(codes, bits)
@@ -73,14 +74,18 @@ def test_what_is_packed_comes_back(rows: int, groups: int, bits: int, size: int 
         assert torch.equal(mlx.dense(tensors, scheme, (rows, cols)), exact.float().to(dtype))
 
 
-@pytest.mark.parametrize("cols", [96, 64, 384])
-def test_whole_rows_repeat_their_grid_for_the_widest_group(cols: int) -> None:
-    scheme = Scheme.parse("W3A16")
-    codes, grid = layer(4, cols, scheme, torch.bfloat16)
-    tensors = mlx.pack(codes, grid, torch.bfloat16, scheme)
-    groups = cols // {96: 32, 64: 64, 384: 128}[cols]
-    assert tensors["scales"].shape == (4, groups) and bool((tensors["scales"].float() == grid.scale).all())
-    assert bool((tensors["biases"].float() == grid.offset).all())
+@pytest.mark.parametrize(
+    ("scheme", "columns", "size"), [("W3A16", {96, 192}, 32), ("W4A16", {64, 128}, 64), ("W2A16", {384}, 128), ("W4A16_G256", {512}, 128)]
+)
+def test_whole_rows_and_long_groups_repeat_their_grid(scheme: str, columns: set[int], size: int) -> None:
+    stored = mlx.stored(Scheme.parse(scheme), columns)
+    assert stored.group_size == size
+    for cols in columns:
+        codes, grid = layer(4, cols, Scheme.parse(scheme), torch.bfloat16)
+        tensors, repeat = mlx.pack(codes, grid, torch.bfloat16, stored), cols // size // grid.scale.shape[1]
+        assert torch.equal(tensors["scales"].float(), grid.scale.repeat_interleave(repeat, dim=1))
+        assert torch.equal(tensors["biases"].float(), grid.offset.repeat_interleave(repeat, dim=1))
+        assert torch.equal(mlx.dense(tensors, stored, (4, cols)), grid.dequantize(codes).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -125,9 +130,9 @@ def test_a_grid_that_does_not_fit_is_never_approximated() -> None:
     [
         ("NU3", 128, "linear", ["format lut", "W3A16_G64"]),
         ("W4A16_G64", 128, "conv1d", ["Conv1D", "NU4"]),
-        ("W4A16_G16", 128, "linear", ["not 16", "W4A16_G32"]),
-        ("W4A16_G16", 48, "linear", ["not 16", "compressed-tensors"]),
-        ("W4A16_G128", 192, "linear", ["128 do not divide its 192", "W4A16_G64"]),
+        ("W4A16_G16", 128, "linear", ["groups of 16", "W4A16_G128"]),
+        ("W4A16_G16", 48, "linear", ["groups of 16", "compressed-tensors"]),
+        ("W4A16_G128", 192, "linear", ["128 do not divide its 192"]),
         ("W4A16", 80, "linear", ["80 columns", "compressed-tensors"]),
     ],
 )
@@ -142,14 +147,10 @@ def test_what_fits_is_not_refused(scheme: str) -> None:
 
 
 def test_config_is_mlx_lms_and_comes_back() -> None:
-    shapes = {"a.q": (64, 256), "a.o": (64, 256), "b.q": (64, 96)}
-    config = mlx.config(Scheme.parse("W4A16_G32"), shapes, ["lm_head"], torch.bfloat16)
+    config = mlx.config(Scheme.parse("W4A16_G32"), ["a.q"], ["lm_head"], torch.bfloat16)
     assert config == {"group_size": 32, "bits": 4, "mode": "affine"}
     assert format_of(config) is FORMATS["mlx"] and mlx.scheme_of(config) == Scheme.parse("W4A16_G32")
-    rows = mlx.config(Scheme.parse("W3A16"), shapes, [], torch.bfloat16)
-    assert rows == {"group_size": 128, "bits": 3, "mode": "affine", "b.q": {"group_size": 32, "bits": 3, "mode": "affine"}}
-    assert mlx.scheme_of(rows) == Scheme.parse("W3A16")
-    assert config_entries("mlx", rows) == {"quantization": rows, "quantization_config": rows}
+    assert config_entries("mlx", config) == {"quantization": config, "quantization_config": config}
 
 
 @pytest.mark.parametrize(

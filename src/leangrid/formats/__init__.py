@@ -3,15 +3,14 @@
 To add one, add its file with the functions of ``Format`` and its row in ``FORMATS``.
 """
 
-from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from leangrid.errors import FormatError
-from leangrid.formats import compressed_tensors, lut, mlx
-from leangrid.grids import Grid
+from leangrid.formats import awq, compressed_tensors, gptq, lut, mlx
+from leangrid.grids import Grid, Precision
 from leangrid.recipe import Scheme
 
 LayerKind = Literal["linear", "conv1d"]
@@ -25,6 +24,15 @@ class Format(Protocol):
 
     def refuse(self, scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear") -> str | None:
         """Why the container cannot hold this layer exactly, and the way out; None if it can."""
+        ...
+
+    def stored(self, scheme: Scheme, columns: set[int]) -> Scheme:
+        """The scheme that the files will say for a result of ``scheme`` whose layers have these numbers of columns: the same levels,
+        perhaps in shorter groups."""
+        ...
+
+    def precision(self, dtype: torch.dtype) -> Precision:
+        """How a grid's parameters are kept for a model of ``dtype``: the search rounds them so before it propagates an error."""
         ...
 
     def layout(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -47,8 +55,8 @@ class Format(Protocol):
         """The weight [rows, cols] that every reader must arrive at, in the stored dtype."""
         ...
 
-    def config(self, scheme: Scheme, layers: Mapping[str, tuple[int, int]], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
-        """config.json's ``quantization_config``. ``layers``: the quantized ones with their (rows, cols); ``ignore``: the other linears."""
+    def config(self, scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+        """config.json's ``quantization_config``."""
         ...
 
     def scheme_of(self, config: dict[str, Any]) -> Scheme:
@@ -60,12 +68,23 @@ class Format(Protocol):
         ...
 
 
-FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "lut": lut, "mlx": mlx}
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": compressed_tensors,
+    "lut": lut,
+    "gptq": gptq.V2,
+    "gptq_v1": gptq.V1,
+    "awq": awq,
+    "mlx": mlx,
+}
+EXPORT_ONLY = frozenset({"gptq_v1"})  # a search may choose what they cannot say (Z = 0): a finished result shows whether it did
+CONFIG_KEYS = ("quantization_config", "quantization")  # of config.json: transformers' and mlx-lm's
 
 
 def format_of(config: dict[str, Any]) -> Format:
     """The container that wrote a ``quantization_config``; FormatError names an unknown one."""
     method = mlx.QUANT_METHOD if mlx.is_config(config) else config.get("quant_method")
+    if method == gptq.QUANT_METHOD:
+        return gptq.version_of(config)
     by_method = {known.QUANT_METHOD: known for known in FORMATS.values()}
     if method in by_method:
         return by_method[method]

@@ -4,7 +4,6 @@ Source: compressed-tensors 0.20, compressors/pack_quantized (docs/formats.md has
 """
 
 import re
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats.stored import check_layout, check_padding, exactly
-from leangrid.grids import AffineGrid, Grid
+from leangrid.grids import AffineGrid, Grid, Precision
 from leangrid.packing import pack as pack_bits
 from leangrid.packing import packed_width
 from leangrid.packing import unpack as unpack_bits
@@ -37,6 +36,16 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
 
 def _groups(scheme: Scheme, cols: int) -> int:
     return cols // scheme.group_size if scheme.group_size else 1
+
+
+def stored(scheme: Scheme, columns: set[int]) -> Scheme:
+    """The same."""
+    return scheme
+
+
+def precision(dtype: torch.dtype) -> Precision:
+    """``dtype``: everything is stored in the model's."""
+    return Precision(dtype)
 
 
 def layout(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -108,7 +117,7 @@ def dense(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], na
     return grid.dequantize(codes).to(tensors["weight_scale"].dtype)
 
 
-def config(scheme: Scheme, layers: Collection[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+def config(scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
     """``quantization_config`` from the library's own classes. Every nn.Linear that is not in ``layers`` must be in ``ignore``.
 
     ``dequantize`` is there because transformers 5.23 cannot load packed zero points any other way (5.17 can; vLLM does not read the key).

@@ -4,7 +4,6 @@ The packed codes are called ``weight`` on purpose: a reader that does not know t
 meets an int32 [rows, ceil(cols*b/32)], and stops, instead of leaving the layer at random values.
 """
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats.stored import check_layout, check_padding, exactly
-from leangrid.grids import Grid, NonuniformGrid
+from leangrid.grids import Grid, NonuniformGrid, Precision
 from leangrid.packing import pack as pack_bits
 from leangrid.packing import packed_width
 from leangrid.packing import unpack as unpack_bits
@@ -28,6 +27,16 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
     if scheme.grid != "nonuniform":
         return f"{name}: format lut holds non-uniform grids, not an affine one. Use NU{min(scheme.bits, 4)}, or format compressed-tensors"
     return None
+
+
+def stored(scheme: Scheme, columns: set[int]) -> Scheme:
+    """The same."""
+    return scheme
+
+
+def precision(dtype: torch.dtype) -> Precision:
+    """``dtype``: everything is stored in the model's."""
+    return Precision(dtype)
 
 
 def layout(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -69,7 +78,7 @@ def dense(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], na
     return grid.dequantize(codes).to(tensors["lut"].dtype)
 
 
-def config(scheme: Scheme, layers: Collection[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+def config(scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
     """``quantization_config``: the quantized layers are listed by name, so a lost one is noticed. ``ignore`` is not needed."""
     return {"quant_method": QUANT_METHOD, "format": "lut", "version": VERSION, "bits": scheme.bits, "layers": list(layers)}
 

@@ -1,11 +1,10 @@
 """MLX's affine container: w = s q + b per group of columns, read by mlx-lm.
 
 Source: mlx 0.32, ``mx.quantize`` and ``mx.dequantize`` (ops.cpp, backend/*/quantized*), and mlx-lm 0.32, ``load_model``. mlx-lm takes a
-layer for quantized where the weights hold ``NAME.scales``; config.json says the bits and the group size once for all, and again by name
-for the layers that differ. docs/formats.md has the layout and what each of its kernels rounds.
+layer for quantized where the weights hold ``NAME.scales``; config.json says the bits and the group size once for all.
+docs/formats.md has the layout and what each of its kernels rounds.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats.stored import check_layout, exactly
-from leangrid.grids import AffineGrid, Grid, OffsetGrid
+from leangrid.grids import AffineGrid, Grid, OffsetGrid, Precision
+from leangrid.grids.protocol import group_columns
 from leangrid.packing import pack as pack_bits
 from leangrid.packing import packed_width
 from leangrid.packing import unpack as unpack_bits
@@ -24,36 +24,39 @@ QUANT_METHOD: str = "mlx"  # not written: MLX's config has no quant_method, and 
 GROUPS = (128, 64, 32)  # what mlx's kernels are built for
 BITS = (2, 3, 4, 8)
 _WHERE = "config.json: quantization"
-_DAMAGED = "The config is damaged: quantize or copy it again"
-
-
-def group_size(scheme: Scheme, cols: int) -> int:
-    """Columns that share a stored scale and bias. Whole rows repeat theirs for the widest group that divides them; 0 if none does."""
-    return scheme.group_size or next((size for size in GROUPS if cols % size == 0), 0)
 
 
 def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear") -> str | None:
-    """Non-uniform grids, GPT-2's Conv1D (mlx-lm transposes it after reading) and groups that mlx has no kernel for."""
-    if scheme.grid != "affine":
-        return f"{name}: MLX holds affine grids only. Use format lut for NU{scheme.bits}, or scheme W{scheme.bits}A16_G64"
+    """Non-uniform grids, GPT-2's Conv1D (mlx-lm transposes it after reading) and groups that no group of 128, 64 or 32 divides."""
+    bits, size = scheme.bits, scheme.group_size
+    if scheme.grid == "nonuniform":
+        return f"{name}: MLX holds affine grids only. Use format lut for NU{bits}, or scheme W{bits}A16_G64"
     if kind == "conv1d":
-        return f"{name} is a Conv1D, which mlx-lm transposes after reading. Use scheme NU{min(scheme.bits, 4)} (format lut)"
-    if scheme.group_size and scheme.group_size not in GROUPS:
-        fits = next((size for size in reversed(GROUPS) if cols % size == 0), None)
-        other = f"W{scheme.bits}A16_G{fits}" if fits else "format compressed-tensors"
-        return f"{name}: MLX has groups of 32, 64 and 128 columns, not {scheme.group_size}. Use {other}"
-    size = group_size(scheme, cols)
-    if not size or cols % size:
-        fits = next((size for size in GROUPS if cols % size == 0), None)
-        other = f"W{scheme.bits}A16_G{fits}" if fits else "format compressed-tensors with whole rows (no _G)"
-        return f"{name}: MLX's groups of {size or '32, 64 or 128'} do not divide its {cols} columns. Use {other}"
+        return f"{name} is a Conv1D, which mlx-lm transposes after reading. Use scheme NU{min(bits, 4)} (format lut)"
+    if cols % (size or cols):
+        return f"{name}: groups of {size} do not divide its {cols} columns. Use a group that does, or whole rows (no _G)"
+    if (size or cols) % GROUPS[-1]:
+        fits = next((f"scheme W{bits}A16_G{group}" for group in GROUPS if cols % group == 0), "format compressed-tensors")
+        return f"{name}: {f'groups of {size}' if size else f'its {cols} columns'} are no multiple of 32, the least group of MLX. Use {fits}"
     return None
+
+
+def stored(scheme: Scheme, columns: set[int]) -> Scheme:
+    """In groups of 128, 64 or 32, the largest that divides the scheme's own: whole rows and longer groups are repeated."""
+    widths = {scheme.group_size or cols for cols in columns}
+    size = next((group for group in GROUPS if all(width % group == 0 for width in widths)), GROUPS[-1])
+    return scheme.model_copy(update={"group_size": size})
+
+
+def precision(dtype: torch.dtype) -> Precision:
+    """Scales and offsets are stored as the model is; s q + b is rounded to it, if at all."""
+    return Precision(dtype)
 
 
 def layout(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """weight uint32 [rows, cols * bits / 32]; scales and biases ``dtype`` [rows, groups]."""
     rows, cols = shape
-    groups = cols // (group_size(scheme, cols) or cols)
+    groups = cols // (scheme.group_size or cols)
     return {
         "weight": (torch.uint32, (rows, packed_width(cols, scheme.bits))),
         "scales": (dtype, (rows, groups)),
@@ -62,30 +65,30 @@ def layout(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[s
 
 
 def pack(codes: UInt8[Tensor, "rows cols"], grid: Grid, dtype: torch.dtype, scheme: Scheme) -> dict[str, Tensor]:
-    """codes and an offset grid, or an affine one whose -S Z ``dtype`` holds, -> the layer's tensors.
+    """codes and an offset grid, or an affine one whose -S Z ``dtype`` holds, -> the layer's tensors, in the groups of ``scheme``.
 
     Raises:
         FormatError: a non-uniform grid, or a scale or an offset that ``dtype`` would round.
     """
-    rows, cols = codes.shape
-    offset_grid = _as_offset(grid, dtype, scheme)
-    repeat = cols // group_size(scheme, cols) // offset_grid.scale.shape[1]
+    if not isinstance(grid, AffineGrid | OffsetGrid) or grid.bits != scheme.bits:
+        what = f"MLX holds affine grids of {scheme.bits} bits here, not {type(grid).__name__} of {grid.bits} bits"
+        raise FormatError(what, None, "Use format lut for non-uniform grids")
+    scale = exactly(grid.scale, dtype, "scales")
+    offset = exactly(grid.offset, dtype, "offsets") if isinstance(grid, OffsetGrid) else _exact_offset(grid, dtype)
+    own, size = group_columns(codes.shape[1], grid.group_size), scheme.group_size or codes.shape[1]
+    if own % size:
+        raise FormatError(f"groups of {size} do not divide groups of {own} columns", None, "Use a group size that does")
     tensors = {
         "weight": pack_bits(codes, scheme.bits).view(torch.uint32),
-        "scales": exactly(offset_grid.scale, dtype, "scales").repeat_interleave(repeat, dim=1),
-        "biases": exactly(offset_grid.offset, dtype, "offsets").repeat_interleave(repeat, dim=1),
+        "scales": scale.repeat_interleave(own // size, dim=1),
+        "biases": offset.repeat_interleave(own // size, dim=1),
     }
-    check(tensors, scheme, (rows, cols), "the packed layer")
+    check(tensors, scheme, (codes.shape[0], codes.shape[1]), "the packed layer")
     return tensors
 
 
-def _as_offset(grid: Grid, dtype: torch.dtype, scheme: Scheme) -> OffsetGrid:
-    """The grid as S q + B. -S Z is a product of two short numbers: float64 holds it, and ``dtype`` must."""
-    if not isinstance(grid, (AffineGrid, OffsetGrid)) or grid.bits != scheme.bits or grid.group_size != scheme.group_size:
-        what = f"MLX holds affine grids of {scheme.bits} bits here, not {type(grid).__name__} of {grid.bits} bits"
-        raise FormatError(what, None, "Use format lut for non-uniform grids")
-    if isinstance(grid, OffsetGrid):
-        return grid
+def _exact_offset(grid: AffineGrid, dtype: torch.dtype) -> Tensor:
+    """-S Z in ``dtype``. The product of two short numbers is exact in float64; FormatError where it is not in ``dtype``."""
     exact = -grid.scale.double() * grid.zero_point.double()
     offset = exact.to(dtype)
     rounded = int((offset.double() != exact).sum())
@@ -93,7 +96,7 @@ def _as_offset(grid: Grid, dtype: torch.dtype, scheme: Scheme) -> OffsetGrid:
         kind = str(dtype).removeprefix("torch.")
         what = f"MLX stores the offset -S Z in {kind}, which rounds {rounded} of {exact.numel()} of them"
         raise FormatError(what, None, "Quantize with --format mlx, which learns offsets that fit, or with a _SYM scheme")
-    return OffsetGrid(grid.scale, offset.float(), grid.bits, grid.group_size)
+    return offset
 
 
 def check(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str) -> None:
@@ -111,7 +114,7 @@ def unpack(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], n
     """The layer's tensors -> (codes uint8 [rows, cols], grid in the stored groups); checked first."""
     check(tensors, scheme, shape, name)
     codes = unpack_bits(tensors["weight"].view(torch.int32), scheme.bits, shape[1])
-    return codes, OffsetGrid(tensors["scales"].float(), tensors["biases"].float(), scheme.bits, group_size(scheme, shape[1]))
+    return codes, OffsetGrid(tensors["scales"].float(), tensors["biases"].float(), scheme.bits, scheme.group_size)
 
 
 def dense(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer") -> Tensor:
@@ -120,15 +123,9 @@ def dense(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], na
     return grid.dequantize(codes).to(tensors["scales"].dtype)
 
 
-def config(scheme: Scheme, layers: Mapping[str, tuple[int, int]], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json holds as ``quantization`` and once more as ``quantization_config``.
-
-    Whole rows of unequal length have unequal groups: the commonest is the default, the other layers are listed by name.
-    """
-    sizes = {name: group_size(scheme, cols) for name, (_, cols) in layers.items()}
-    common = max(GROUPS, key=lambda size: list(sizes.values()).count(size))
-    default = {"group_size": scheme.group_size or common, "bits": scheme.bits, "mode": "affine"}
-    return default | {name: {**default, "group_size": size} for name, size in sizes.items() if size != default["group_size"]}
+def config(scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    """What config.json holds as ``quantization`` and once more as ``quantization_config``; which layers it is about, the file says."""
+    return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": "affine"}
 
 
 def is_config(config: dict[str, Any]) -> bool:
@@ -137,21 +134,15 @@ def is_config(config: dict[str, Any]) -> bool:
 
 
 def scheme_of(config: dict[str, Any]) -> Scheme:
-    """The scheme of a ``quantization`` with one number of bits for all layers, ours or mlx-lm's."""
+    """The scheme of a ``quantization`` that is the same for all layers, ours or mlx-lm's."""
     bits, size, mode = config.get("bits"), config.get("group_size"), config.get("mode", "affine")
-    if mode != "affine" or bits not in BITS or isinstance(bits, bool):
-        what = f"leangrid reads MLX's mode affine at 2, 3, 4 and 8 bits, not {mode!r} at {bits!r}"
+    other = next((name for name, value in config.items() if isinstance(value, dict)), None)
+    if mode != "affine" or bits not in BITS or isinstance(bits, bool) or other:
+        what = f"leangrid reads MLX's mode affine at 2, 3, 4 and 8 bits, the same for all layers, not {other or f'{mode!r} at {bits!r}'}"
         raise FormatError(what, _WHERE, "Load it with mlx-lm")
     if size not in GROUPS:
-        raise FormatError(f"group_size must be 32, 64 or 128, not {size!r}", _WHERE, _DAMAGED)
-    scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=size)
-    others = {name: value for name, value in config.items() if isinstance(value, dict)}
-    if not others:
-        return scheme
-    if any(value.get("bits") != bits or value.get("mode", "affine") != "affine" or value.get("group_size") not in GROUPS
-           for value in others.values()):  # fmt: skip
-        raise FormatError("leangrid reads MLX with one number of bits for all layers", _WHERE, "Load it with mlx-lm")
-    return scheme.model_copy(update={"group_size": None})  # whole rows: each layer has the widest group that divides it
+        raise FormatError(f"group_size must be 32, 64 or 128, not {size!r}", _WHERE, "The config is damaged: quantize or copy it again")
+    return Scheme(grid="affine", method="leanquant", bits=bits, group_size=size)
 
 
 def covers(config: dict[str, Any], name: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leangrid import kernels
 from leangrid.errors import ShapeError
-from leangrid.grids.protocol import Grid, check_weight, group_columns, replaced
+from leangrid.grids.protocol import Grid, Precision, check_weight, group_columns, replaced
 
 SHRINK = {2: 0.4, 3: 0.3}  # t / T, the paper's share of the range that may be cut at either end; 0.2 for 4 bits and more
 
@@ -72,6 +72,18 @@ class AffineGrid(Grid):
     def put(self, rows: Tensor, other: "AffineGrid") -> "AffineGrid":
         """This grid with ``rows`` replaced by the rows of ``other``."""
         return replace(self, scale=replaced(self.scale, rows, other.scale), zero_point=replaced(self.zero_point, rows, other.zero_point))
+
+    def clamped(self, precision: Precision) -> "AffineGrid":
+        """Scales within the range of ``precision``: a group of weights near zero gets a wider grid than it asks for."""
+        return replace(self, scale=precision.clamped(self.scale))
+
+    def regrouped(self, cols: int, group_size: int | None) -> "AffineGrid":
+        """The same levels in shorter groups, each pair repeated; ShapeError where they do not divide the groups it has."""
+        size, own = group_columns(cols, group_size), group_columns(cols, self.group_size)
+        if own % size:
+            raise ShapeError(f"groups of {size} do not divide groups of {own} columns", "affine grid", "Use a group size that does")
+        scale, zero_point = (tensor.repeat_interleave(own // size, dim=1) for tensor in (self.scale, self.zero_point))
+        return replace(self, scale=scale, zero_point=zero_point, group_size=group_size)
 
     def _grouped(self, matrix: Tensor) -> Tensor:
         self.group_of(matrix.shape[1])

@@ -1,6 +1,8 @@
 """What every grid offers, and the checks at the door of every fit."""
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +37,24 @@ class Grid(ABC):
     @abstractmethod
     def put(self, rows: Tensor, other: Any) -> Any:
         """This grid with ``rows`` (indices or mask) replaced by the rows of ``other``, in order."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a container keeps a grid's parameters: ``dtype`` rounds them, and W; scales also stay within ``smallest`` and ``largest``."""
+
+    dtype: torch.dtype
+    smallest: float = 0.0
+    largest: float = math.inf
+
+    @classmethod
+    def of(cls, dtype: "torch.dtype | Precision") -> "Precision":
+        """A plain dtype as a Precision without limits."""
+        return cls(dtype) if isinstance(dtype, torch.dtype) else dtype
+
+    def clamped(self, scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """``scale`` with magnitudes inside the range, signs kept."""
+        return torch.copysign(scale.abs().clamp(self.smallest, self.largest), scale)
 
 
 def check_weight(weight: Tensor) -> Float[Tensor, "rows cols"]:
