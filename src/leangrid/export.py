@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from leangrid.finished import Finished
-from leangrid.formats import CONFIG_KEYS, FORMATS, Format, config_entries
+from leangrid.formats import CONFIG_KEYS, FORMATS, Format, config_entries, config_of, stored_as
 from leangrid.progress import Event, Progress
 from leangrid.recipe import Recipe, Scheme
 from leangrid.report.card import model_card
@@ -138,18 +139,22 @@ class _Work:
         before = self.finished.manifest
         return {"from": self.finished.directory.name, "format": before["result"]["format"], "seal": before["seal"], "to": self.to}
 
-    @property
-    def scheme(self) -> Scheme:
-        """What the target's files will say."""
-        columns = {cols for _, cols in self.finished.layers.values()}
-        return self.finished.scheme if self.target is None else self.target.stored(self.finished.scheme, columns)
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """Layer -> what the target's files will say."""
+        layers = {name: (self.finished.schemes[name], cols) for name, (_, cols) in self.finished.layers.items()}
+        return self.finished.schemes if self.target is None else stored_as(self.target, layers)
 
     def refuse(self) -> None:
         """FormatError for the first layer that the container cannot hold; whole files refuse as they begin."""
-        for name, (rows, cols) in self.finished.layers.items() if self.target is not None else ():
-            reason = self.target.refuse(self.finished.scheme, name, rows, cols, self.finished.architecture.layer)
+        target = self.target
+        if target is None:
+            return
+        for name, (rows, cols) in self.finished.layers.items():
+            reason = target.refuse(self.finished.schemes[name], name, rows, cols, self.finished.architecture.layer)
             if reason:
                 raise FormatError(reason)
+        config_of(target, self.schemes, self.finished.ignore, self.finished.dtype)
 
     def written(self, out: Path, overwrite: bool) -> dict[str, Any]:
         """Write everything beside ``out``, give it its name, and return the manifest. Whatever goes wrong, nothing is left."""
@@ -181,7 +186,7 @@ class _Work:
             for suffix, tensor in self._layer(name).items():
                 yield f"{name}.{suffix}", tensor
             if self.progress is not None:
-                self.progress(Event("layer", done, blocks, layer=name))
+                self.progress(Event("export", done, blocks, layer=name))
 
     def _layer(self, name: str) -> dict[str, Tensor]:
         if self.target is None:
@@ -189,7 +194,7 @@ class _Work:
             return {"weight": weight.T.contiguous() if self.finished.architecture.layer == "conv1d" else weight}
         codes, grid = self.finished.layer(name)
         try:
-            return self.target.pack(codes, grid, self.finished.dtype, self.scheme)
+            return self.target.pack(codes, grid, self.finished.dtype, self.schemes[name])
         except FormatError as error:
             raise FormatError(error.what, name, error.way_out) from error
 
@@ -197,13 +202,13 @@ class _Work:
         config = {key: value for key, value in self.finished.checkpoint.config.items() if key not in CONFIG_KEYS}
         if self.target is None:
             return config
-        stored = self.target.config(self.scheme, list(self.finished.layers), self.finished.ignore, self.finished.dtype)
+        stored = config_of(self.target, self.schemes, self.finished.ignore, self.finished.dtype)
         return with_older_ropes(config) | config_entries(self.to, stored)
 
     def _layer_bytes(self) -> int:
         if self.target is None:
             return sum(rows * cols for rows, cols in self.finished.layers.values()) * self.finished.dtype.itemsize
-        layouts = (self.target.layout(self.scheme, shape, self.finished.dtype) for shape in self.finished.layers.values())
+        layouts = (self.target.layout(self.schemes[name], shape, self.finished.dtype) for name, shape in self.finished.layers.items())
         return sum(math.prod(shape) * dtype.itemsize for layout in layouts for dtype, shape in layout.values())
 
     def _bytes(self) -> int:

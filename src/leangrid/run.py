@@ -32,7 +32,7 @@ from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord
 from leangrid.rescue import Rescue
 from leangrid.result import QuantizeResult
-from leangrid.sizes import stored_scheme
+from leangrid.sizes import stored_schemes
 from leangrid.storage.journal import Journal
 from leangrid.wide import on_host
 
@@ -76,10 +76,10 @@ class BlockWork:
             codes, grid = result.codes, result.grid
             if run.placement.lean:  # packing needs some bytes a weight for a moment
                 codes, grid = codes.cpu(), on_host(grid)
-            packed = run.format.pack(codes, grid, run.skeleton.dtype, run.stored_scheme)
+            packed = run.format.pack(codes, grid, run.skeleton.dtype, run.stored_schemes[full])
             self.tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
         noted = replace(result, rescues=(*result.rescues, *run.steps))
-        record = LayerRecord.of(full, run.recipe, noted, hessian, factor)
+        record = LayerRecord.of(full, run.recipe.for_layer(full), noted, hessian, factor)
         self.records.append(record)
         run.tell("layer", self.index, layer=full, loss=record.loss)
         return weight.t().contiguous() if run.skeleton.architecture.layer == "conv1d" else weight
@@ -114,7 +114,7 @@ class Run:
         self.strength: float = prepared.recipe.correct or 0.0
         self.format = FORMATS[self.recipe.format]
         self.precision = self.format.precision(prepared.skeleton.dtype)
-        self.stored_scheme = stored_scheme(prepared.skeleton, self.recipe)
+        self.stored_schemes = stored_schemes(prepared.skeleton, self.recipe)
         self.calls = Calls()
         self.placement = placement
         self.steps: list[Rescue] = []  # what gave way in the block at work

@@ -64,7 +64,9 @@ def test_its_product_is_the_dense_one(bits: int) -> None:
     tensors = mlx.pack(codes, grid, torch.bfloat16, scheme)
     x = torch.randn(3, COLS, generator=torch.Generator().manual_seed(0))
     words, scales, biases = (to_mlx(tensors[name]) for name in ("weight", "scales", "biases"))
-    y = mx.quantized_matmul(to_mlx(x), words, scales.astype(mx.float32), biases.astype(mx.float32), transpose=True, group_size=64, bits=bits)
+    y = mx.quantized_matmul(
+        to_mlx(x), words, scales.astype(mx.float32), biases.astype(mx.float32), transpose=True, group_size=64, bits=bits
+    )
     torch.testing.assert_close(to_torch(y), x @ grid.dequantize(codes).T, rtol=1e-5, atol=1e-4)
 
 

@@ -3,6 +3,7 @@
 To add one, add its file with the functions of ``Format`` and its row in ``FORMATS``.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -78,6 +79,39 @@ FORMATS: dict[str, Format] = {
 }
 EXPORT_ONLY = frozenset({"gptq_v1"})  # a search may choose what they cannot say (Z = 0): a finished result shows whether it did
 CONFIG_KEYS = ("quantization_config", "quantization")  # of config.json: transformers' and mlx-lm's
+
+
+def stored_as(container: Format, layers: Mapping[str, tuple[Scheme, int]]) -> dict[str, Scheme]:
+    """Layer -> the scheme that ``container`` will say for it; ``layers`` has each one's own scheme and number of columns."""
+    columns: dict[Scheme, set[int]] = {}
+    for scheme, cols in layers.values():
+        columns.setdefault(scheme, set()).add(cols)
+    said = {scheme: container.stored(scheme, found) for scheme, found in columns.items()}
+    return {name: said[scheme] for name, (scheme, _) in layers.items()}
+
+
+def config_of(container: Format, schemes: Mapping[str, Scheme], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+    """``quantization_config`` for layers of one scheme or several; FormatError where a container holds one only."""
+    several = list(dict.fromkeys(schemes.values()))
+    if len(several) == 1:
+        return container.config(several[0], list(schemes), ignore, dtype)
+    if container is mlx:
+        return mlx.mixed_config(schemes)
+    if container is not compressed_tensors:
+        name = next(name for name, known in FORMATS.items() if known is container)
+        raise FormatError(f"{name} holds one scheme for all layers, not {len(several)}", "layers", "Use format compressed-tensors or mlx")
+    return compressed_tensors.mixed_config(schemes, ignore)
+
+
+def schemes_of(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """Layer -> scheme for those of ``names`` that a ``quantization_config`` covers; FormatError if it is none of ours."""
+    container = format_of(config)
+    covered = [name for name in names if container.covers(config, name)]
+    if container is compressed_tensors and len(config.get("config_groups") or {}) > 1:
+        return compressed_tensors.mixed_schemes(config, covered)
+    if container is mlx:
+        return mlx.schemes(config, covered)
+    return dict.fromkeys(covered, container.scheme_of(config))
 
 
 def format_of(config: dict[str, Any]) -> Format:

@@ -108,6 +108,7 @@ def _made(facts: _Facts) -> str:
     words = {"self": "text sampled from the model itself", "embedded": "Python's documentation (a smoke test, not a quality recipe)"}
     calibration = words.get(recipe.calibration, recipe.calibration.replace("\\", "/").rsplit("/", 1)[-1])
     rows = [("source", _plain(facts.source)), ("weights", f"{scheme.bits} bits, one {kind} for {over}; {learned[scheme.method]}"),
+            *([("other schemes", "; ".join(f"`{_plain(key)}` {value}" for key, value in recipe.layers.items()))] if recipe.layers else []),
             ("container", facts.container + (f", exported from {_plain(facts.exported_from)}" if facts.exported_from else "")),
             *([("bits per weight", f"{bits:.3f} with grids")] if bits is not None else []),
             ("calibration", f"{recipe.samples} x {recipe.length} tokens: {_plain(calibration)}, seed {recipe.seed}"),
