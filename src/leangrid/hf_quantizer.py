@@ -61,10 +61,10 @@ class StoredLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, scheme: Scheme, rows: int, cols: int, bias: bool, dtype: torch.dtype, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+        self, rows: int, cols: int, bias: bool, dtype: torch.dtype, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     ) -> None:
         super().__init__()
-        self.scheme, self.shape = scheme, (rows, cols)
+        self.shape = (rows, cols)
         self.register_parameter("bias", nn.Parameter(torch.empty(rows, dtype=dtype, device="meta"), requires_grad=False) if bias else None)
         for suffix, (stored, shape) in layout.items():
             self.register_buffer(suffix, torch.empty(shape, dtype=stored, device="meta"))
@@ -80,6 +80,7 @@ class LeangridQuantizer(HfQuantizer):
         self.stored = quantization_config.stored
         self.format: Format = format_of(self.stored)
         schemes_of(self.stored, ())  # refused here, by name
+        self.schemes: dict[str, Scheme] = {}  # of the layers made, by module
         known = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
         self.model_dtype: torch.dtype | None = known.get(str(quantization_config.model_dtype))
 
@@ -98,6 +99,7 @@ class LeangridQuantizer(HfQuantizer):
                 self._check_headers(headers, stored, schemes[stored], (rows, cols))
             scale = headers.get(f"{stored}.weight_scale")
             in_file = dtype if scale is None else _DTYPES[scale.dtype]
+            self.schemes[name] = schemes[stored]
             model.set_submodule(name, self._make(schemes[stored], rows, cols, layer.bias is not None, dtype, in_file))
         self._check_complete(model, headers)
 
@@ -112,7 +114,7 @@ class LeangridQuantizer(HfQuantizer):
         self, scheme: Scheme, rows: int, cols: int, bias: bool, dtype: torch.dtype, in_file: torch.dtype
     ) -> PackedLinear | StoredLinear:
         if self.format not in _OF_LAYERS:
-            return StoredLinear(scheme, rows, cols, bias, dtype, self.format.layout(scheme, (rows, cols), dtype))
+            return StoredLinear(rows, cols, bias, dtype, self.format.layout(scheme, (rows, cols), dtype))
         if scheme.grid == "nonuniform":
             return LutLinear(cols, rows, scheme.bits, bias, dtype, "meta")
         if self.format is FORMATS["mlx"]:
@@ -158,23 +160,23 @@ class LeangridQuantizer(HfQuantizer):
             if isinstance(layer, StoredLinear):
                 model.set_submodule(name, self._packed(name, layer, kwargs.get("dtype") or model.dtype))
             elif isinstance(layer, PackedLinear):
-                self.format.check(dict(layer.named_buffers()), _scheme(layer), (layer.out_features, layer.in_features), name)
+                self.format.check(dict(layer.named_buffers()), self.schemes[name], (layer.out_features, layer.in_features), name)
                 layer.prepare()
         return model
 
     def _packed(self, name: str, stored: StoredLinear, dtype: torch.dtype) -> AffineLinear:
         """A linear of another container as our own layer, checked, that computes in ``dtype``."""
-        rows, cols = stored.shape
-        codes, grid = self.format.unpack(dict(stored.named_buffers()), stored.scheme, stored.shape, name)
+        (rows, cols), scheme = stored.shape, self.schemes[name]
+        codes, grid = self.format.unpack(dict(stored.named_buffers()), scheme, stored.shape, name)
         if not isinstance(grid, AffineGrid):
             raise FormatError(f"leangrid has no layer for {type(grid).__name__}", name, "Load it with its own engine")
         try:
-            tensors = compressed_tensors.pack(codes, grid, dtype, stored.scheme)
+            tensors = compressed_tensors.pack(codes, grid, dtype, scheme)
         except FormatError as error:
             raise FormatError(error.what, name, "Load it with dtype float16 or float32") from error
-        grouping = (stored.scheme.group_size, stored.scheme.symmetric)
+        grouping = (scheme.group_size, scheme.symmetric)
         in_file = self.format.precision(self.model_dtype or dtype).dtype
-        layer = AffineLinear(cols, rows, stored.scheme.bits, False, dtype, "meta", *grouping, stored_dtype=in_file)
+        layer = AffineLinear(cols, rows, scheme.bits, False, dtype, "meta", *grouping, stored_dtype=in_file)
         layer.load_state_dict(tensors, assign=True)
         layer.register_parameter("bias", stored.bias)
         return layer
@@ -186,14 +188,6 @@ class LeangridQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _scheme(layer: PackedLinear) -> Scheme:
-    """What a layer was made for."""
-    if not isinstance(layer, AffineLinear):
-        return Scheme(grid="nonuniform", method="leanquant", bits=layer.bits, group_size=None)
-    size = None if layer.group_size == layer.in_features else layer.group_size
-    return Scheme(grid="affine", method="leanquant", bits=layer.bits, group_size=size, symmetric=layer.symmetric)
 
 
 def _headers(files: list[str]) -> dict[str, TensorInfo]:
