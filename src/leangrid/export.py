@@ -20,7 +20,7 @@ from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeErr
 from leangrid.finished import Finished
 from leangrid.formats import CONFIG_KEYS, FORMATS, Format, config_entries, config_of, stored_as
 from leangrid.progress import Event, Progress
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import OFFSET_FORMATS, Recipe, Scheme
 from leangrid.report.card import model_card
 from leangrid.report.records import read_records
 from leangrid.storage import files, writer
@@ -151,6 +151,9 @@ class _Work:
         if target is None:
             return
         for name, (rows, cols) in self.finished.layers.items():
+            if self.finished.schemes[name].grid == "offset" and self.to not in OFFSET_FORMATS:
+                what = f"{self.to} has no place for the offsets of {self.finished.manifest['result']['format']}"
+                raise FormatError(what, name, f"Use format dense, or quantize again with --format {self.to}")
             reason = target.refuse(self.finished.schemes[name], name, rows, cols, self.finished.architecture.layer)
             if reason:
                 raise FormatError(reason)

@@ -150,7 +150,7 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
         raise FormatError(what, _WHERE, "Load it with mlx-lm")
     if size not in GROUPS:
         raise FormatError(f"group_size must be 32, 64 or 128, not {size!r}", _WHERE, "The config is damaged: quantize or copy it again")
-    return Scheme(grid="affine", method="leanquant", bits=bits, group_size=size)
+    return Scheme(grid="offset", method="leanquant", bits=bits, group_size=size)
 
 
 def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
