@@ -24,7 +24,7 @@ app = typer.Typer(
 Source = Annotated[str, typer.Argument(help="checkpoint directory, hub id org/name[@revision], or .gguf file", show_default=False)]
 Scheme = Annotated[str | None, typer.Option(help="W4A16_G64 in groups, W4A16 whole rows, NU4 NU3 NU2 non-uniform, _SYM, _EXACT [auto]")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE.toml", help="settings from a file; options win over it")]
-FormatName = Annotated[str | None, typer.Option("--format", help="compressed-tensors, lut, gptq or awq [by scheme]")]
+FormatName = Annotated[str | None, typer.Option("--format", help="compressed-tensors, lut, gptq, awq or mlx [by scheme]")]
 Calibration = Annotated[str | None, typer.Option(help="c4, wikitext2, self, embedded, or a .txt/.jsonl file [c4]")]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="calibration windows [128]")]
 Length = Annotated[int | None, typer.Option(metavar="N", help="tokens a window [2048]")]

@@ -19,13 +19,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS, Format, compressed_tensors, format_of, schemes_of
 from leangrid.grids import AffineGrid
-from leangrid.layers import AffineLinear, LutLinear, PackedLinear
+from leangrid.layers import AffineLinear, LutLinear, OffsetLinear, PackedLinear
 from leangrid.recipe import Scheme
 from leangrid.storage.safetensors import TensorInfo, read_header
 
 METHOD = FORMATS["lut"].QUANT_METHOD
-_OF_LAYERS = (FORMATS["lut"], FORMATS["compressed-tensors"])  # stored as the layers' own buffers
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64}
+_OF_LAYERS = (FORMATS["lut"], FORMATS["compressed-tensors"], FORMATS["mlx"])  # stored as the layers' own buffers
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64,
+           "U32": torch.uint32}  # fmt: skip
 
 
 def register() -> None:
@@ -100,12 +101,14 @@ class LeangridQuantizer(HfQuantizer):
             in_file = dtype if scale is None else _DTYPES[scale.dtype]
             self.schemes[name] = schemes[stored]
             model.set_submodule(name, self._make(schemes[stored], rows, cols, layer.bias is not None, dtype, in_file))
-        self._check_complete(model)
+        self._check_complete(model, headers)
 
     def _is_quantized(self, name: str, headers: dict[str, TensorInfo], scheme: Scheme, shape: tuple[int, int]) -> bool:
-        # Most containers say "every Linear but these", so the spelling that the file uses decides.
-        codes = [suffix for suffix, (dtype, _) in self.format.layout(scheme, shape, torch.float32).items() if dtype == torch.int32]
-        return "layers" in self.stored or not headers or any(f"{name}.{suffix}" in headers for suffix in codes)
+        # Most containers say "every Linear but these", so the spelling that the file uses decides; a dense weight is called weight too.
+        layout = self.format.layout(scheme, shape, torch.float32)
+        codes = [f"{name}.{suffix}" for suffix, (dtype, _) in layout.items() if dtype in (torch.int32, torch.uint32)]
+        found = [key for key in codes if key in headers and (not key.endswith(".weight") or headers[key].dtype in ("I32", "U32"))]
+        return "layers" in self.stored or not headers or bool(found)
 
     def _make(
         self, scheme: Scheme, rows: int, cols: int, bias: bool, dtype: torch.dtype, in_file: torch.dtype
@@ -114,6 +117,8 @@ class LeangridQuantizer(HfQuantizer):
             return StoredLinear(rows, cols, bias, dtype, self.format.layout(scheme, (rows, cols), dtype))
         if scheme.grid == "nonuniform":
             return LutLinear(cols, rows, scheme.bits, bias, dtype, "meta")
+        if self.format is FORMATS["mlx"]:
+            return OffsetLinear(cols, rows, scheme.bits, bias, dtype, "meta", scheme.group_size or cols)
         return AffineLinear(cols, rows, scheme.bits, bias, dtype, "meta", scheme.group_size, scheme.symmetric, stored_dtype=in_file)
 
     def _check_headers(self, headers: dict[str, TensorInfo], name: str, scheme: Scheme, shape: tuple[int, int]) -> None:
@@ -133,8 +138,8 @@ class LeangridQuantizer(HfQuantizer):
         if beside:
             raise CheckpointError("does not belong to this format", min(beside), way_out)
 
-    def _check_complete(self, model: Any) -> None:
-        """Every layer that the config lists exists in the model."""
+    def _check_complete(self, model: Any, headers: dict[str, TensorInfo]) -> None:
+        """Every layer that the config lists exists in the model, and every one that MLX's files hold quantized is a linear."""
         made = {
             s
             for n, m in model.named_modules()
@@ -145,6 +150,9 @@ class LeangridQuantizer(HfQuantizer):
         if lost or not made:
             what = f"the model has no linear '{lost[0]}'" if lost else "none of the model's linears is stored quantized"
             raise CheckpointError(what, "config.json: quantization_config", "The config does not belong to these weights")
+        scaled = {n.removesuffix(".scales") for n in headers if n.endswith(".scales")} if self.format is FORMATS["mlx"] else set[str]()
+        if others := sorted(scaled - made):
+            raise FormatError("leangrid reads quantized linears only, and this is another layer", others[0], "Load it with mlx-lm")
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Values, before anything runs: finite grids in order, padding bits zero. Then the layout that the kernels read."""

@@ -15,7 +15,7 @@ from leangrid.data.calibration import decoded_start, windows_hash
 from leangrid.data.calibration import windows as corpus_windows
 from leangrid.devices import checked
 from leangrid.errors import CalibrationError, FormatError, RecipeError, ShapeError
-from leangrid.formats import EXPORT_ONLY, FORMATS, config_of
+from leangrid.formats import EXPORT_ONLY, FORMATS, config_of, mlx
 from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
@@ -102,10 +102,12 @@ def open_model(directory: Path, recipe: Recipe, device: str = "cpu") -> tuple[Ch
 
 
 def settle(recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> Recipe:
-    """Write out every default; ``auto`` becomes W4A16_G128 where all columns divide by 128, else W4A16."""
+    """Write out every default; ``auto`` becomes W4A16_G128 where all columns divide by 128, else W4A16 (in MLX W4A16_G64 or _G32)."""
     columns = {skeleton.shape(name)[1] for name in skeleton.linear_names(0)}
-    groups_fit = all(cols % _DEFAULT_GROUP == 0 for cols in columns)
-    settled = recipe.resolved(f"W4A16_G{_DEFAULT_GROUP}" if groups_fit else "W4A16")
+    fits = [size for size in (_DEFAULT_GROUP, *mlx.GROUPS[1:]) if all(cols % size == 0 for cols in columns)]
+    # MLX stores whole rows in groups too, so that narrower ones cost it nothing.
+    grouped = bool(fits) and (fits[0] == _DEFAULT_GROUP or recipe.format == "mlx")
+    settled = recipe.resolved(f"W4A16_G{fits[0]}" if grouped else "W4A16")
     if settled.products != "auto":
         return settled
     return settled.model_copy(update={"products": best_products(skeleton.dtype, device)})

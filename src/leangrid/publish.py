@@ -13,7 +13,7 @@ from leangrid import devices
 from leangrid._version import __version__
 from leangrid.clock import Clock
 from leangrid.data.calibration import windows_hash
-from leangrid.formats import FORMATS, config_of
+from leangrid.formats import FORMATS, config_entries, config_of
 from leangrid.memory import peak_bytes
 from leangrid.models.skeleton import Skeleton
 from leangrid.prepare import Prepared
@@ -22,6 +22,7 @@ from leangrid.report.records import LayerRecord, to_lines, totals
 from leangrid.result import QuantizeResult
 from leangrid.sizes import sizes, stored_schemes
 from leangrid.storage import writer
+from leangrid.storage.config import with_older_ropes
 from leangrid.storage.safetensors import TensorInfo
 from leangrid.work import Work
 
@@ -110,10 +111,9 @@ def output_config(prepared: Prepared) -> dict[str, Any]:
     config = {key: value for key, value in prepared.checkpoint.config.items() if key not in _NOT_COPIED}
     config["architectures"] = [type(skeleton.model).__name__]
     config["dtype"] = str(skeleton.dtype).removeprefix("torch.")
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])  # some readers know only the older place
-    config["quantization_config"] = config_of(FORMATS[recipe.format], quantized, ignore, skeleton.dtype)
+    config.setdefault("tie_word_embeddings", bool(getattr(skeleton.config, "tie_word_embeddings", False)))  # mlx-lm's default is tied
+    stored = config_of(FORMATS[recipe.format], quantized, ignore, skeleton.dtype)
+    config = with_older_ropes(config) | config_entries(recipe.format, stored)
     return json.loads(json.dumps(config, default=str))
 
 

@@ -34,7 +34,6 @@ from leangrid.rescue import Rescue
 from leangrid.result import QuantizeResult
 from leangrid.sizes import stored_schemes
 from leangrid.storage.journal import Journal
-from leangrid.wide import on_host
 
 _TILE = 1 << 24  # weights dequantized at once
 _PRODUCTS = ("calibrate", "hessian")
@@ -75,7 +74,7 @@ class BlockWork:
             weight = _dequantized(result.grid, result.codes, run.precision.dtype).to(parameter.device, parameter.dtype)
             codes, grid = result.codes, result.grid
             if run.placement.lean:  # packing needs some bytes a weight for a moment
-                codes, grid = codes.cpu(), on_host(grid)
+                codes, grid = codes.cpu(), grid.to("cpu")
             packed = run.format.pack(codes, grid, run.skeleton.dtype, run.stored_schemes[full])
             self.tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
         noted = replace(result, rescues=(*result.rescues, *run.steps))
