@@ -24,7 +24,7 @@ app = typer.Typer(
 Source = Annotated[str, typer.Argument(help="checkpoint directory, hub id org/name[@revision], or .gguf file", show_default=False)]
 Scheme = Annotated[str | None, typer.Option(help="W4A16_G64 in groups, W4A16 whole rows, NU4 NU3 NU2 non-uniform, _SYM, _EXACT [auto]")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE.toml", help="settings from a file; options win over it")]
-FormatName = Annotated[str | None, typer.Option("--format", help="compressed-tensors or lut [by scheme]")]
+FormatName = Annotated[str | None, typer.Option("--format", help="compressed-tensors, lut, gptq or awq [by scheme]")]
 Calibration = Annotated[str | None, typer.Option(help="c4, wikitext2, self, embedded, or a .txt/.jsonl file [c4]")]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="calibration windows [128]")]
 Length = Annotated[int | None, typer.Option(metavar="N", help="tokens a window [2048]")]
@@ -179,7 +179,7 @@ def evaluate_(
 def export(
     model: Annotated[str, typer.Argument(help="a finished result of quantize or export", show_default=False)],
     out: Annotated[Path, typer.Argument(help="directory to make", show_default=False)],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="the container to write", show_default=False)],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="compressed-tensors gptq gptq_v1 awq lut dense", show_default=False)],
     like: Annotated[Path | None, typer.Option(metavar="FILE.gguf", help="take the metadata of this file (gguf)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it is a result of ours")] = False,
     as_json: AsJson = False,
@@ -188,7 +188,8 @@ def export(
     """The same codes in another engine's container: exact, or refused by name before anything is written.
 
     \b
-    leangrid export out out-dense --to dense
+    leangrid export out out-gptq --to gptq
+    leangrid export out out-dense --to dense     a plain checkpoint
     """
     with outcome(quiet, debug=_debug):
         from leangrid.export import export as run

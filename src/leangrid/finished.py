@@ -63,8 +63,10 @@ class Finished:
             raise FormatError("the model is not quantized", directory, "Give a result of leangrid quantize")
         container, architecture = format_of(stored), architecture_of(checkpoint.config)
         scheme, linears = container.scheme_of(stored), linear_shapes(checkpoint.config)
-        layers = {name: shape for name, (shape, _) in linears.items()
-                  if container.covers(stored, name) and _holds(checkpoint, name, container.layout(scheme, shape, torch.float32))}  # fmt: skip
+        layers = {}
+        for name, (shape, _) in linears.items():
+            if container.covers(stored, name) and _holds(checkpoint, name, container.layout(scheme, shape, torch.float32)):
+                layers[name] = shape
         if not layers:
             what = "none of the model's linears is stored quantized"
             raise CheckpointError(what, directory, "The config does not belong to these weights")

@@ -46,7 +46,7 @@ def load(
     if quantization is not None:
         format_of(quantization).scheme_of(quantization)  # refused here, by name, before transformers sees it
         hf_quantizer.register()
-        config.quantization_config = hf_quantizer.through_leangrid(quantization)
+        config.quantization_config = hf_quantizer.through_leangrid(quantization, stored.get("dtype") or stored.get("torch_dtype"))
     model = _from_pretrained(model_class, directory, config, dtype)
     if dense:
         _to_dense(model)

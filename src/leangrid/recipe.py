@@ -79,7 +79,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     scheme: str = Field(default="auto", description="scheme string, or auto: W4A16_G128 where the shapes allow, else W4A16")
-    format: str = Field(default="auto", description="container: auto, compressed-tensors, lut")
+    format: str = Field(default="auto", description="container: auto, compressed-tensors, lut, gptq, awq")
     calibration: str = Field(default="c4", description="c4, wikitext2, self, embedded, or a .txt/.jsonl file")
     samples: int = Field(default=128, ge=1, le=1_000_000, description="calibration windows")
     length: int = Field(default=2048, ge=8, le=1_000_000, description="tokens a window")

@@ -18,7 +18,7 @@ from leangrid.errors import Interrupted, RecipeError
 from leangrid.progress import Event
 
 Tiny = Callable[..., Path]
-COMMANDS = ("quantize", "plan", "eval", "generate", "verify")
+COMMANDS = ("quantize", "plan", "eval", "export", "generate", "verify")
 pytestmark = pytest.mark.filterwarnings("ignore:leangrid runs without its C")
 
 

@@ -24,8 +24,12 @@ _FIGURES = (
 # How each container is opened, as a fenced block less its fences: language, then lines.
 _PLAIN = 'python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
 _OURS = 'python\nimport leangrid\nmodel, tokenizer = leangrid.load("DIR")'
+_GPTQ = 'python\nfrom gptqmodel import GPTQModel\nmodel = GPTQModel.load("DIR")'
 USE: dict[str, str] = {
     "compressed-tensors": _PLAIN,
+    "gptq": _GPTQ,
+    "gptq_v1": _GPTQ,
+    "awq": _PLAIN.replace("\n", "\n# transformers reads awq with the help of: pip install gptqmodel\n", 1),
     "dense": _PLAIN,
     "gguf": "bash\nllama-server -m DIR/model.gguf",
     "lut": _PLAIN.replace("\n", "\nimport leangrid  # registers the format\n", 1),
