@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leangrid import gguf_file
+from leangrid import gguf_file, onnx_export
 from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from leangrid.finished import Finished
@@ -35,7 +35,7 @@ RECORDS = "records.jsonl"
 # A writer of one whole file: it refuses (LeangridError) what it cannot hold before it writes, puts its files into the staged directory
 # through storage/files.py, and returns the stored bits per quantized weight, or None where that has no meaning.
 WholeFile = Callable[[Finished, Path, Path | None, Progress | None], float | None]
-WHOLE: dict[str, WholeFile] = {"gguf": gguf_file.write}
+WHOLE: dict[str, WholeFile] = {"gguf": gguf_file.write, "onnx": onnx_export.write}
 TAKES_LIKE: frozenset[str] = frozenset({"gguf"})  # whole-file targets that can take their metadata from an existing file
 
 
