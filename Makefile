@@ -54,8 +54,10 @@ format: $(SETUP)  ## let ruff write the format
 test: $(SETUP) $(MODELS)  ## the fast suite, and the GPU kernels in Triton's interpreter
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "gpu and not slow" tests/gpu
-test-slow: $(SETUP) $(MODELS)  ## the slow tests: whole runs on real models
+test-slow: $(SETUP) $(MODELS)  ## the slow tests: real models, every power cut, protections taken away, kernels under sanitizers
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python scripts/mutants.py
+	$(BIN)/python scripts/sanitize.py
 test-gpu: $(SETUP)  ## the GPU kernels: on the GPU, or anywhere with TRITON_INTERPRET=1
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
 interop: $(SETUP) $(MODELS)  ## every format in its engine, beside our own model; installs the engines in .peers (8 GB, needs a network)
@@ -74,5 +76,6 @@ race: $(SETUP) $(MODELS)  ## against GPTQModel and llm-compressor, side by side;
 docs: $(SETUP)  ## rewrite the generated tables of README.md and docs, and the figures, from benchmarks/results
 	$(BIN)/python benchmarks/table.py
 	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python scripts/reliability.py
 clean:  ## what make made, except .venv and .models
 	rm -rf build demo .pytest_cache .ruff_cache .hypothesis

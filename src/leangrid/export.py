@@ -19,12 +19,13 @@ from leangrid import gguf_file, onnx_export
 from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from leangrid.finished import Finished
-from leangrid.formats import FORMATS, Format, config_of, stored_as
+from leangrid.formats import CONFIG_KEYS, FORMATS, Format, config_entries, config_of, stored_as
 from leangrid.progress import Event, Progress
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import OFFSET_FORMATS, Recipe, Scheme
 from leangrid.report.card import model_card
 from leangrid.report.records import read_records
 from leangrid.storage import files, writer
+from leangrid.storage.config import with_older_ropes
 from leangrid.storage.journal import Journal
 from leangrid.storage.safetensors import TensorInfo
 
@@ -151,6 +152,9 @@ class _Work:
         if target is None:
             return
         for name, (rows, cols) in self.finished.layers.items():
+            if self.finished.schemes[name].grid == "offset" and self.to not in OFFSET_FORMATS:
+                what = f"{self.to} has no place for the offsets of {self.finished.manifest['result']['format']}"
+                raise FormatError(what, name, f"Use format dense, or quantize again with --format {self.to}")
             reason = target.refuse(self.finished.schemes[name], name, rows, cols, self.finished.architecture.layer)
             if reason:
                 raise FormatError(reason)
@@ -199,10 +203,11 @@ class _Work:
             raise FormatError(error.what, name, error.way_out) from error
 
     def _config(self) -> dict[str, Any]:
-        config = {key: value for key, value in self.finished.checkpoint.config.items() if key != "quantization_config"}
-        if self.target is not None:
-            config["quantization_config"] = config_of(self.target, self.schemes, self.finished.ignore, self.finished.dtype)
-        return config
+        config = {key: value for key, value in self.finished.checkpoint.config.items() if key not in CONFIG_KEYS}
+        if self.target is None:
+            return config
+        stored = config_of(self.target, self.schemes, self.finished.ignore, self.finished.dtype)
+        return with_older_ropes(config) | config_entries(self.to, stored)
 
     def _layer_bytes(self) -> int:
         if self.target is None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from leangrid.block_types import BlockType
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.finished import Finished
 from leangrid.formats import gguf_repack
-from leangrid.formats.gguf_blocks import BlockType
 from leangrid.grids import AffineGrid
 from leangrid.models import gguf as existing
 from leangrid.models import gguf_names
@@ -70,8 +70,9 @@ def _types(finished: Finished) -> dict[str, BlockType]:
         if reason:
             raise FormatError(reason)
         kinds[name] = gguf_repack.block_type(finished.scheme, cols)
-    for name in finished.layers:
-        gguf_repack.check_scale(finished.checkpoint.read(f"{name}.weight_scale", check=False), name)
+    for stored in [f"{name}.weight_scale" for name in finished.layers]:
+        if stored in finished.checkpoint.tensors:  # other containers hold scales in float16 already
+            gguf_repack.check_scale(finished.checkpoint.read(stored, check=False), stored)
     return kinds
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from leangrid import memory
 from leangrid._version import __version__
-from leangrid.data.calibration import decoded_start, windows_hash
+from leangrid.data.calibration import decoded_start, doubts, windows_hash
 from leangrid.data.calibration import windows as corpus_windows
 from leangrid.devices import checked
 from leangrid.errors import CalibrationError, FormatError, RecipeError, ShapeError
-from leangrid.formats import EXPORT_ONLY, FORMATS, config_of
+from leangrid.formats import EXPORT_ONLY, FORMATS, config_of, mlx
 from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
@@ -79,7 +79,8 @@ def prepare(
             raise
     else:
         checkpoint, skeleton, settled = open_model(path, recipe, device)
-        journal = _open_journal(final, recipe, checkpoint.identity, windows, restart, state_dir)
+        side = {name: _file_hash(file) for name, file in checkpoint.side_files().items()}  # another tokenizer is another run
+        journal = _open_journal(final, recipe, checkpoint.identity | {"side_files": side}, windows, restart, state_dir)
     tokens = recipe.samples * recipe.length if windows is None else windows.numel()
     _require_disk(journal, skeleton, settled, tokens)
     notices += [*checkpoint.notices, *journal.notices]
@@ -96,16 +97,18 @@ def open_model(directory: Path, recipe: Recipe, device: str = "cpu") -> tuple[Ch
     checkpoint = open_source(directory)
     skeleton = Skeleton(checkpoint)
     settled = settle(recipe, skeleton, device)
-    skeleton.compute_dtype = compute_dtype(settled.products, skeleton.dtype, device)
+    skeleton.compute_dtype = compute_dtype(settled.products, skeleton.dtype)
     refuse_impossible(settled, skeleton)
     return checkpoint, skeleton, settled
 
 
 def settle(recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> Recipe:
-    """Write out every default; ``auto`` becomes W4A16_G128 where all columns divide by 128, else W4A16."""
+    """Write out every default; ``auto`` becomes W4A16_G128 where all columns divide by 128, else W4A16 (in MLX W4A16_G64 or _G32)."""
     columns = {skeleton.shape(name)[1] for name in skeleton.linear_names(0)}
-    groups_fit = all(cols % _DEFAULT_GROUP == 0 for cols in columns)
-    settled = recipe.resolved(f"W4A16_G{_DEFAULT_GROUP}" if groups_fit else "W4A16")
+    fits = [size for size in (_DEFAULT_GROUP, *mlx.GROUPS[1:]) if all(cols % size == 0 for cols in columns)]
+    # MLX stores whole rows in groups too, so that narrower ones cost it nothing.
+    grouped = bool(fits) and (fits[0] == _DEFAULT_GROUP or recipe.format == "mlx")
+    settled = recipe.resolved(f"W4A16_G{fits[0]}" if grouped else "W4A16")
     if settled.products != "auto":
         return settled
     return settled.model_copy(update={"products": best_products(skeleton.dtype, device)})
@@ -163,6 +166,9 @@ def calibration_windows(prepared: Prepared, given: Tensor | None, progress: Prog
     else:
         tokens = corpus_windows(recipe, tokenizer, _sampler(prepared, progress), vocab_rows=rows, max_positions=positions)
     journal.save_named("windows", {"windows": tokens})
+    if tokenizer is not None and progress is not None:
+        for doubt in doubts(tokenizer, prepared.checkpoint.config, rows):
+            progress(Event("notice", message=doubt))
     if tokenizer is not None and progress is not None:
         shown = decoded_start(tokenizer, tokens)
         progress(Event("notice", message=f"calibration: {tokens.shape[0]} x {tokens.shape[1]} tokens, first: {shown}"))

@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from leangrid.errors import RecipeError
 
-GridKind = Literal["affine", "nonuniform"]
+GridKind = Literal["affine", "offset", "nonuniform"]
 Method = Literal["leanquant", "gptq", "rtn"]
+
+OFFSET_FORMATS = frozenset({"mlx"})  # containers whose readers compute S q + B: B is a stored number, Z need not be an integer
 
 _SCHEME = re.compile(r"^(?:W(?P<w>\d+)A16|NU(?P<nu>\d+)|GPTQ(?P<gptq>\d+)|RTN(?P<rtn>\d+))"
                      r"(?:_G(?P<group>\d+))?(?P<sym>_SYM)?(?P<exact>_EXACT)?$")  # fmt: skip
@@ -79,7 +81,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     scheme: str = Field(default="auto", description="scheme string, or auto: W4A16_G128 where the shapes allow, else W4A16")
-    format: str = Field(default="auto", description="container: auto, compressed-tensors, lut, gptq, awq")
+    format: str = Field(default="auto", description="container: auto, compressed-tensors, lut, gptq, awq, mlx")
     calibration: str = Field(default="c4", description="c4, wikitext2, self, embedded, or a .txt/.jsonl file")
     samples: int = Field(default=128, ge=1, le=1_000_000, description="calibration windows")
     length: int = Field(default=2048, ge=8, le=1_000_000, description="tokens a window")
@@ -119,8 +121,10 @@ class Recipe(BaseModel):
 
     @property
     def parsed(self) -> Scheme:
-        """The parsed scheme; RecipeError while it is still ``auto``."""
-        return Scheme.parse(self.scheme)
+        """The parsed scheme on the grid that the format stores; RecipeError while it is still ``auto``."""
+        scheme = Scheme.parse(self.scheme)
+        stored = scheme.grid == "affine" and not scheme.symmetric and self.format in OFFSET_FORMATS
+        return scheme.model_copy(update={"grid": "offset"}) if stored else scheme
 
     def key_of(self, layer: str) -> str | None:
         """The first entry of ``layers`` that names this layer: the end of its name, at a dot, or a pattern that matches all of it."""

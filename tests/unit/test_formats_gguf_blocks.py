@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import FormatError, ShapeError
-from leangrid.formats.gguf_blocks import BLOCK_TYPES, BlockType, Parts, dequantize, pack, unpack
+from leangrid.formats.gguf_blocks import Parts, dequantize, pack, unpack
 
 ROWS, BLOCKS = 5, 3
 

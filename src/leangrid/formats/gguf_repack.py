@@ -10,8 +10,9 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import FormatError
-from leangrid.formats.gguf_blocks import BLOCK_TYPES, BlockType, Parts, pack
+from leangrid.formats.gguf_blocks import Parts, pack
 from leangrid.grids import AffineGrid
 from leangrid.recipe import Scheme
 

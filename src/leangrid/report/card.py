@@ -104,7 +104,8 @@ def _header(source: str, license_name: str | None) -> str:
 def _made(facts: _Facts) -> str:
     recipe, bits = facts.recipe, facts.bits_per_weight
     scheme = recipe.parsed
-    kind = "affine grid (scale and zero point)" if scheme.grid == "affine" else f"non-uniform grid of {scheme.levels} levels"
+    kinds = {"affine": "affine grid (scale and zero point)", "offset": "affine grid (scale and offset)"}
+    kind = kinds.get(scheme.grid, f"non-uniform grid of {scheme.levels} levels")
     over = f"each group of {scheme.group_size} weights" if scheme.group_size else "each row"
     learned = {"leanquant": "learned on the inverse Hessian (LeanQuant)", "gptq": "min-max, GPTQ sweep", "rtn": "min-max, rounded"}
     words = {"self": "text sampled from the model itself", "embedded": "Python's documentation (a smoke test, not a quality recipe)"}
