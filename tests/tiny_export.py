@@ -1,7 +1,8 @@
-"""``python tiny_export.py MODEL WORK``: exports that are killed at one failpoint each, and the same export again.
+"""``python tiny_export.py MODEL WORK SPREAD LAST``: exports that are killed at one failpoint each, and the same export again.
 
-After a kill the output must be absent or complete, and the second export must give the bytes of an undisturbed one. Every failpoint of
-the end is tried, and a spread over those before. Forked children: importing torch for each would take minutes. Prints one JSON line.
+After a kill the output must be absent or complete, and the second export must give the bytes of an undisturbed one. SPREAD
+failpoints over the whole of it are tried, and each of the LAST. Forked children: importing torch for each would take minutes. Prints one
+JSON line.
 """
 
 import json
@@ -18,8 +19,6 @@ from leangrid.storage import failpoints
 from leangrid.storage.journal import partial_of
 from leangrid.storage.writer import verify
 from tiny_run import digest
-
-SPREAD, LAST = 20, 24
 
 
 def child(model: Path, out: Path, failpoint: str | None) -> int:
@@ -45,13 +44,15 @@ def passages(model: Path, out: Path) -> int:
     os.environ["LEANGRID_FAILPOINT"] = "*:1000000000"
     export(model, out, "gptq")
     del os.environ["LEANGRID_FAILPOINT"]
-    return failpoints._passages
+    count = failpoints._passages
+    failpoints.reset()
+    return count
 
 
-def main(model: Path, work: Path) -> None:
+def main(model: Path, work: Path, spread: int, last: int) -> None:
     total = passages(model, work / "expected")
     expected, problems, killed, published = digest(work / "expected"), [], 0, 0
-    for n in sorted({*range(1, total + 1, max(1, total // SPREAD)), *range(total - LAST + 1, total + 1)}):
+    for n in sorted({*range(1, total + 1, max(1, total // spread)), *range(total - last + 1, total + 1)}):
         out = work / f"out{n}"
         killed += child(model, out, f"*:{n}") == -9
         if out.exists():
@@ -68,4 +69,4 @@ def main(model: Path, work: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -8,22 +8,24 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leangrid import gguf_file
+from leangrid import gguf_file, onnx_export
 from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from leangrid.finished import Finished
-from leangrid.formats import FORMATS, Format
+from leangrid.formats import CONFIG_KEYS, FORMATS, Format, config_entries, config_of, stored_as
 from leangrid.progress import Event, Progress
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import OFFSET_FORMATS, Recipe, Scheme
 from leangrid.report.card import model_card
 from leangrid.report.records import read_records
 from leangrid.storage import files, writer
+from leangrid.storage.config import with_older_ropes
 from leangrid.storage.journal import Journal
 from leangrid.storage.safetensors import TensorInfo
 
@@ -33,7 +35,7 @@ RECORDS = "records.jsonl"
 # A writer of one whole file: it refuses (LeangridError) what it cannot hold before it writes, puts its files into the staged directory
 # through storage/files.py, and returns the stored bits per quantized weight, or None where that has no meaning.
 WholeFile = Callable[[Finished, Path, Path | None, Progress | None], float | None]
-WHOLE: dict[str, WholeFile] = {"gguf": gguf_file.write}
+WHOLE: dict[str, WholeFile] = {"gguf": gguf_file.write, "onnx": onnx_export.write}
 TAKES_LIKE: frozenset[str] = frozenset({"gguf"})  # whole-file targets that can take their metadata from an existing file
 
 
@@ -138,18 +140,25 @@ class _Work:
         before = self.finished.manifest
         return {"from": self.finished.directory.name, "format": before["result"]["format"], "seal": before["seal"], "to": self.to}
 
-    @property
-    def scheme(self) -> Scheme:
-        """What the target's files will say."""
-        columns = {cols for _, cols in self.finished.layers.values()}
-        return self.finished.scheme if self.target is None else self.target.stored(self.finished.scheme, columns)
+    @cached_property
+    def schemes(self) -> dict[str, Scheme]:
+        """Layer -> what the target's files will say."""
+        layers = {name: (self.finished.schemes[name], cols) for name, (_, cols) in self.finished.layers.items()}
+        return self.finished.schemes if self.target is None else stored_as(self.target, layers)
 
     def refuse(self) -> None:
         """FormatError for the first layer that the container cannot hold; whole files refuse as they begin."""
-        for name, (rows, cols) in self.finished.layers.items() if self.target is not None else ():
-            reason = self.target.refuse(self.finished.scheme, name, rows, cols, self.finished.architecture.layer)
+        target = self.target
+        if target is None:
+            return
+        for name, (rows, cols) in self.finished.layers.items():
+            if self.finished.schemes[name].grid == "offset" and self.to not in OFFSET_FORMATS:
+                what = f"{self.to} has no place for the offsets of {self.finished.manifest['result']['format']}"
+                raise FormatError(what, name, f"Use format dense, or quantize again with --format {self.to}")
+            reason = target.refuse(self.finished.schemes[name], name, rows, cols, self.finished.architecture.layer)
             if reason:
                 raise FormatError(reason)
+        config_of(target, self.schemes, self.finished.ignore, self.finished.dtype)
 
     def written(self, out: Path, overwrite: bool) -> dict[str, Any]:
         """Write everything beside ``out``, give it its name, and return the manifest. Whatever goes wrong, nothing is left."""
@@ -181,7 +190,7 @@ class _Work:
             for suffix, tensor in self._layer(name).items():
                 yield f"{name}.{suffix}", tensor
             if self.progress is not None:
-                self.progress(Event("layer", done, blocks, layer=name))
+                self.progress(Event("export", done, blocks, layer=name))
 
     def _layer(self, name: str) -> dict[str, Tensor]:
         if self.target is None:
@@ -189,21 +198,21 @@ class _Work:
             return {"weight": weight.T.contiguous() if self.finished.architecture.layer == "conv1d" else weight}
         codes, grid = self.finished.layer(name)
         try:
-            return self.target.pack(codes, grid, self.finished.dtype, self.scheme)
+            return self.target.pack(codes, grid, self.finished.dtype, self.schemes[name])
         except FormatError as error:
             raise FormatError(error.what, name, error.way_out) from error
 
     def _config(self) -> dict[str, Any]:
-        config = {key: value for key, value in self.finished.checkpoint.config.items() if key != "quantization_config"}
-        if self.target is not None:
-            names = list(self.finished.layers)
-            config["quantization_config"] = self.target.config(self.scheme, names, self.finished.ignore, self.finished.dtype)
-        return config
+        config = {key: value for key, value in self.finished.checkpoint.config.items() if key not in CONFIG_KEYS}
+        if self.target is None:
+            return config
+        stored = config_of(self.target, self.schemes, self.finished.ignore, self.finished.dtype)
+        return with_older_ropes(config) | config_entries(self.to, stored)
 
     def _layer_bytes(self) -> int:
         if self.target is None:
             return sum(rows * cols for rows, cols in self.finished.layers.values()) * self.finished.dtype.itemsize
-        layouts = (self.target.layout(self.scheme, shape, self.finished.dtype) for shape in self.finished.layers.values())
+        layouts = (self.target.layout(self.schemes[name], shape, self.finished.dtype) for name, shape in self.finished.layers.items())
         return sum(math.prod(shape) * dtype.itemsize for layout in layouts for dtype, shape in layout.values())
 
     def _bytes(self) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError, VerifyError
-from leangrid.formats import Format, format_of
+from leangrid.formats import Format, format_of, schemes_of
 from leangrid.grids import Grid
 from leangrid.models.architectures import Architecture, architecture_of
 from leangrid.models.skeleton import linear_shapes
@@ -29,7 +29,7 @@ class Finished:
     Attributes:
         checkpoint: its tensors and side files. manifest: as written, verified.
         architecture: where the blocks are, and how linears are stored. dtype: D, of everything that is not quantized.
-        format, scheme: how the layers are stored.
+        format, schemes: how the layers are stored, layer by layer.
         layers: name -> (rows, cols) = (out_features, in_features) of every quantized linear, in the model's order.
         ignore: names of the nn.Linear that are not quantized.
     """
@@ -39,7 +39,7 @@ class Finished:
     architecture: Architecture
     dtype: torch.dtype
     format: Format
-    scheme: Scheme
+    schemes: dict[str, Scheme]
     layers: dict[str, tuple[int, int]]
     ignore: list[str]
 
@@ -62,28 +62,39 @@ class Finished:
         if not isinstance(stored, dict):
             raise FormatError("the model is not quantized", directory, "Give a result of leangrid quantize")
         container, architecture = format_of(stored), architecture_of(checkpoint.config)
-        scheme, linears = container.scheme_of(stored), linear_shapes(checkpoint.config)
-        layers = {}
-        for name, (shape, _) in linears.items():
-            if container.covers(stored, name) and _holds(checkpoint, name, container.layout(scheme, shape, torch.float32)):
-                layers[name] = shape
+        linears, layers = linear_shapes(checkpoint.config), {}
+        schemes = schemes_of(stored, linears)
+        for name, scheme in list(schemes.items()):
+            if _holds(checkpoint, name, container.layout(scheme, linears[name][0], torch.float32)):
+                layers[name] = linears[name][0]
+            else:
+                del schemes[name]
         if not layers:
             what = "none of the model's linears is stored quantized"
             raise CheckpointError(what, directory, "The config does not belong to these weights")
         ignore = sorted(name for name, (_, kind) in linears.items() if kind == "linear" and name not in layers)
         manifest = json.loads((directory / MANIFEST).read_bytes())
-        return cls(checkpoint, manifest, architecture, _dtype(checkpoint), container, scheme, layers, ignore)
+        return cls(checkpoint, manifest, architecture, _dtype(checkpoint), container, schemes, layers, ignore)
 
     @property
     def directory(self) -> Path:
         """Where it lies."""
         return self.checkpoint.directory
 
+    @property
+    def scheme(self) -> Scheme:
+        """The one scheme of all layers; FormatError where they have several."""
+        several = list(dict.fromkeys(self.schemes.values()))
+        if len(several) > 1:
+            what = f"the layers have {len(several)} schemes, and this container holds one"
+            raise FormatError(what, self.directory, "Use format compressed-tensors or dense")
+        return several[0]
+
     def layer(self, name: str) -> tuple[UInt8[Tensor, "rows cols"], Grid]:
         """Codes and grid of a quantized linear, checked by its container; CheckpointError where they are damaged."""
         shape = self.layers[name]
         tensors = {suffix: self.checkpoint.read(f"{name}.{suffix}", check=False) for suffix in self._suffixes(name)}
-        return self.format.unpack(tensors, self.scheme, shape, name)
+        return self.format.unpack(tensors, self.schemes[name], shape, name)
 
     def dense(self, name: str) -> Float[Tensor, "rows cols"]:
         """The weight of a quantized linear that every reader in D must arrive at: computed in float32, rounded once."""
@@ -91,7 +102,7 @@ class Finished:
         return grid.dequantize(codes).to(self.format.precision(self.dtype).dtype).to(self.dtype)
 
     def _suffixes(self, name: str) -> list[str]:
-        return list(self.format.layout(self.scheme, self.layers[name], self.dtype))
+        return list(self.format.layout(self.schemes[name], self.layers[name], self.dtype))
 
     def others(self) -> dict[str, TensorInfo]:
         """Every tensor that is no part of a quantized weight (embeddings, norms, biases, the head), by name."""
@@ -102,7 +113,7 @@ class Finished:
 def _holds(checkpoint: Checkpoint, name: str, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bool:
     """Whether the file has the layer's codes: some containers say "every Linear but these"."""
     stored = ((checkpoint.tensors.get(f"{name}.{suffix}"), dtype) for suffix, (dtype, _) in layout.items())
-    return any(info is not None and dtype == info.torch_dtype == torch.int32 for info, dtype in stored)
+    return any(info is not None and dtype == info.torch_dtype and dtype in (torch.int32, torch.uint32) for info, dtype in stored)
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

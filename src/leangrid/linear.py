@@ -17,7 +17,7 @@ from leangrid import work
 from leangrid.errors import ShapeError
 from leangrid.exact import exact_sweep
 from leangrid.factor import Factor, factorize, relative_power
-from leangrid.grids import AffineGrid, Grid, NonuniformGrid, Precision, fit_affine, fit_minmax, fit_nonuniform
+from leangrid.grids import Grid, GroupedGrid, NonuniformGrid, Precision, as_offset, fit_affine, fit_minmax, fit_nonuniform, fit_offset
 from leangrid.grids.protocol import check_weight
 from leangrid.recipe import Recipe
 from leangrid.refine import refine
@@ -135,7 +135,7 @@ class _Layer:
             codes, grid, value = self.rounding_instead(codes, grid, value, rounding, minmax, loss_rounding)
         return LinearResult(codes, grid, value, loss_minmax, loss_rounding, tuple(self.rescues), self.seconds, self.flops)
 
-    def learned(self, baseline: Swept, minmax: AffineGrid) -> tuple[Swept, Grid]:
+    def learned(self, baseline: Swept, minmax: GroupedGrid) -> tuple[Swept, Grid]:
         """The loss-error-aware grid and the sweep onto it; rows that fell behind min-max GPTQ may take a lower p or the min-max grid."""
         power = self.recipe.p if self.recipe.p is not None else 4.0
         grid = self.fitted(self.target, power)
@@ -161,11 +161,11 @@ class _Layer:
         return Swept(codes, loss_now), grid
 
     def rounding_instead(
-        self, codes: Tensor, grid: Grid, value: float, rounding: Tensor, minmax: AffineGrid, loss_rounding: float
+        self, codes: Tensor, grid: Grid, value: float, rounding: Tensor, minmax: GroupedGrid, loss_rounding: float
     ) -> tuple[Tensor, Grid, float]:
         """The best result without error propagation, in the same format, and the record of it."""
         self.rescues.append(Rescue("worse_than_rounding", f"loss {value:.6g} against {loss_rounding:.6g} for rounding"))
-        if isinstance(grid, AffineGrid):
+        if self.scheme.grid != "nonuniform":
             return rounding, minmax, loss_rounding
         for candidate in (self.as_kind(minmax), self.fitted(self.target, 0.0)):
             nearest = candidate.nearest(self.target)
@@ -184,17 +184,22 @@ class _Layer:
             if self.scheme.grid == "nonuniform":
                 return fit_nonuniform(weight, weights, self.scheme.levels, self.recipe.search).rounded(self.dtype)
             bits, group_size, symmetric = self.scheme.bits, self.scheme.group_size, self.scheme.symmetric
+            if self.scheme.grid == "offset":
+                return fit_offset(weight, weights, bits, self.recipe.steps, group_size, self.dtype).clamped(self.precision)
             found = fit_affine(weight, weights, bits, self.recipe.steps, group_size, symmetric, self.dtype)
             return found.clamped(self.precision)
 
-    def minmax(self) -> AffineGrid:
+    def minmax(self) -> GroupedGrid:
+        """The baselines' grid, as the scheme stores one; for a non-uniform scheme the affine one of whole rows."""
         with self.timed("baseline"):
-            found = fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
-            return found.clamped(self.precision)
+            grid = fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
+            return (as_offset(grid, self.dtype) if self.scheme.grid == "offset" else grid).clamped(self.precision)
 
-    def as_kind(self, minmax: AffineGrid) -> Grid:
+    def as_kind(self, minmax: GroupedGrid) -> Grid:
         """A min-max grid in the scheme's own format (whole rows, where that is non-uniform)."""
-        return minmax if self.scheme.grid == "affine" else NonuniformGrid(minmax.levels[:, 0].contiguous()).rounded(self.dtype)
+        if self.scheme.grid != "nonuniform":
+            return minmax
+        return NonuniformGrid(minmax.levels[:, 0].contiguous()).rounded(self.dtype)
 
     def swept(self, grid: Grid, stage: str, weight: Tensor | None = None) -> Swept:
         solver = exact_sweep if self.scheme.exact and stage == "solve" else sweep

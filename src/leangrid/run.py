@@ -32,9 +32,8 @@ from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord
 from leangrid.rescue import Rescue
 from leangrid.result import QuantizeResult
-from leangrid.sizes import stored_scheme
+from leangrid.sizes import stored_schemes
 from leangrid.storage.journal import Journal
-from leangrid.wide import on_host
 
 _TILE = 1 << 24  # weights dequantized at once
 _PRODUCTS = ("calibrate", "hessian")
@@ -75,11 +74,11 @@ class BlockWork:
             weight = _dequantized(result.grid, result.codes, run.precision.dtype).to(parameter.device, parameter.dtype)
             codes, grid = result.codes, result.grid
             if run.placement.lean:  # packing needs some bytes a weight for a moment
-                codes, grid = codes.cpu(), on_host(grid)
-            packed = run.format.pack(codes, grid, run.skeleton.dtype, run.stored_scheme)
+                codes, grid = codes.cpu(), grid.to("cpu")
+            packed = run.format.pack(codes, grid, run.skeleton.dtype, run.stored_schemes[full])
             self.tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
         noted = replace(result, rescues=(*result.rescues, *run.steps))
-        record = LayerRecord.of(full, run.recipe, noted, hessian, factor)
+        record = LayerRecord.of(full, run.recipe.for_layer(full), noted, hessian, factor)
         self.records.append(record)
         run.tell("layer", self.index, layer=full, loss=record.loss)
         return weight.t().contiguous() if run.skeleton.architecture.layer == "conv1d" else weight
@@ -114,7 +113,7 @@ class Run:
         self.strength: float = prepared.recipe.correct or 0.0
         self.format = FORMATS[self.recipe.format]
         self.precision = self.format.precision(prepared.skeleton.dtype)
-        self.stored_scheme = stored_scheme(prepared.skeleton, self.recipe)
+        self.stored_schemes = stored_schemes(prepared.skeleton, self.recipe)
         self.calls = Calls()
         self.placement = placement
         self.steps: list[Rescue] = []  # what gave way in the block at work
@@ -280,11 +279,12 @@ class Run:
         self.tell("block", block.index, loss=sum(record.loss for record in block.records))
         return streams
 
-    def publish(self, max_rescued: float) -> QuantizeResult:
-        """Write the finished directory, the manifest last, and give it its final name."""
+    def publish(self, max_rescued: float, max_kl: float | None = None) -> QuantizeResult:
+        """Write the finished directory, hold it against the original, write the manifest, and give it its final name."""
         self.tell("save", len(self.skeleton.blocks) - 1)
         memory.return_free()  # what the blocks left: writing the result needs pieces of other sizes
-        return publish(self.prepared, self.windows, self.clock, self.device, max_rescued)
+        judged_on = "cpu" if self.placement.host_block else self.device
+        return publish(self.prepared, self.windows, self.clock, self.device, max_rescued, max_kl, judged_on)
 
     def tell(self, stage: str, block: int, layer: str = "", loss: float = 0.0, message: str = "") -> None:
         """Send an Event to whoever watches."""

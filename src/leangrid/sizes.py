@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from leangrid.formats import FORMATS
+from leangrid.formats import FORMATS, stored_as
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe, Scheme
 
@@ -34,19 +34,19 @@ class Sizes:
         return 8 * sum(layer.bytes_after for layer in self.layers) / sum(layer.rows * layer.cols for layer in self.layers)
 
 
-def stored_scheme(skeleton: Skeleton, recipe: Recipe) -> Scheme:
-    """The scheme that the files of a settled ``recipe`` will say."""
-    columns = {skeleton.shape(name)[1] for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)}
-    return FORMATS[recipe.format].stored(recipe.parsed, columns)
+def stored_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
+    """Layer -> the scheme that the files of a settled ``recipe`` will say, in the model's order."""
+    names = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+    return stored_as(FORMATS[recipe.format], {name: (recipe.for_layer(name).parsed, skeleton.shape(name)[1]) for name in names})
 
 
 def sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
     """The sizes that quantizing ``skeleton`` by a settled ``recipe`` gives."""
-    layers, scheme = [], stored_scheme(skeleton, recipe)
+    layers, schemes = [], stored_schemes(skeleton, recipe)
     for index in range(len(skeleton.blocks)):
         for name in skeleton.linear_names(index):
             rows, cols = skeleton.shape(name)
-            stored = FORMATS[recipe.format].layout(scheme, (rows, cols), skeleton.dtype).values()
+            stored = FORMATS[recipe.format].layout(schemes[name], (rows, cols), skeleton.dtype).values()
             after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in stored)
             layers.append(LayerSize(name, rows, cols, rows * cols * skeleton.dtype.itemsize, after))
     before = sum(tensor.nbytes for tensor in skeleton.checkpoint.tensors.values())

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,12 +60,11 @@ def same_weights(before: Path, after: Path) -> None:
     [
         ("W4A16_G32", "gptq"),
         ("W3A16", "gptq"),
-        ("W8A16_SYM", "gptq"),
         ("W8A16_SYM", "gptq_v1"),
-        ("W4A16_G32", "awq"),
         ("W4A16", "awq"),
         ("W4A16", "compressed-tensors"),
         ("NU3", "lut"),
+        ("W3A16_SYM", "mlx"),
     ],
 )
 def test_the_same_codes_in_another_container(result: Results, scheme: str, to: str, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_dense_is_a_plain_checkpoint_of_the_same_weights(result: Results, scheme
 
 
 @pytest.mark.parametrize(("scheme", "to"), [("W3A16", "gptq"), ("W8A16_SYM", "gptq_v1"), ("W4A16", "awq")])
-@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [None, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_leangrid_opens_what_it_exported(result: Results, scheme: str, to: str, dtype: torch.dtype | None, tmp_path: Path) -> None:
     source, out = result(scheme), tmp_path / "out"
     leangrid.export(source, out, to=to)
@@ -152,6 +152,24 @@ def test_zero_points_that_version_1_cannot_say(result: Results, tmp_path: Path) 
 
 
 @pytest.mark.fault("O6")
+def test_mlx_and_its_way_back(result: Results, tmp_path: Path) -> None:
+    """Asymmetric zero points are refused by layer, symmetric ones go; from there only a dense checkpoint leads on."""
+    with pytest.raises(FormatError, match=r"self_attn.*--format mlx"):
+        leangrid.export(result("W4A16_G32"), tmp_path / "no", to="mlx")
+    assert not (tmp_path / "no").exists() and not partial_of(tmp_path / "no").exists()
+    out = tmp_path / "mlx"
+    leangrid.export(result("W4A16_G32_SYM"), out, to="mlx")
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+    with pytest.raises(FormatError, match=r"offsets of mlx.*--format awq"):
+        leangrid.export(out, tmp_path / "no", to="awq")
+    leangrid.export(out, tmp_path / "dense", to="dense")
+    assert not {"quantization", "quantization_config"} & json.loads((tmp_path / "dense" / "config.json").read_text()).keys()
+    leangrid.export(result("W4A16_G32_SYM"), tmp_path / "dense2", to="dense")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "dense2"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_source_that_is_not_what_its_manifest_says(result: Results, tiny: Callable[..., Path], tmp_path: Path) -> None:
     copy = shutil.copytree(result("W4A16"), tmp_path / "copy")
     with (copy / "model.safetensors").open("r+b") as file:
@@ -224,7 +242,7 @@ def faint(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.fault("O2")
-@pytest.mark.parametrize("to", ["gptq", "awq"])
+@pytest.mark.parametrize("to", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_scales_that_float16_cannot_hold(faint: Path, to: str, tmp_path: Path) -> None:
     """Refused by name in a finished result; never made by a search that knows its container, whose result is exact everywhere."""
     recipe = {"scheme": "W4A16_G32", "steps": 64, "refine": 1}
@@ -237,8 +255,16 @@ def test_scales_that_float16_cannot_hold(faint: Path, to: str, tmp_path: Path) -
     same_weights(tmp_path / to, tmp_path / "back")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("to", "scheme"), [("gptq", "W3A16_G32"), ("awq", "W4A16"), ("awq", "W4A16_SYM"), ("gptq", "GPTQ4_G32")])
+@pytest.mark.parametrize(
+    ("to", "scheme", "dtype"),
+    [
+        ("gptq", "W3A16_G32", torch.float32),
+        ("awq", "W4A16", torch.bfloat16),
+        pytest.param("awq", "W4A16_SYM", torch.float16, marks=pytest.mark.slow),
+        pytest.param("gptq", "GPTQ4_G32", torch.float16, marks=pytest.mark.slow),
+        pytest.param("gptq", "W8A16_SYM", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_quantize_writes_it_directly(tiny: Callable[..., Path], to: str, scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     recipe = leangrid.Recipe(scheme=scheme, steps=64, format=to)
     done = leangrid.quantize(tiny("llama2", dtype), tmp_path / "out", recipe, windows=tiny_models.tokens(2, 16))
@@ -260,10 +286,15 @@ def test_quantize_sends_version_1_to_export(tiny: Callable[..., Path], tmp_path:
 
 
 @pytest.mark.fault("O7")
-def test_a_kill_at_any_moment_leaves_no_model_and_the_same_command_finishes(result: Results, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("spread", "last"), [(1, 6), pytest.param(40, 60, marks=pytest.mark.slow)])
+def test_a_kill_at_any_moment_leaves_no_model_and_the_same_command_finishes(
+    result: Results, spread: int, last: int, tmp_path: Path
+) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(TESTS / "tiny_export.py"), str(result("W4A16_G32")), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    memory = Path("/dev/shm")  # noqa: S108 - thousands of files are synced here, and nothing cuts the power
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as work:
+        command = [sys.executable, str(TESTS / "tiny_export.py"), str(result("W4A16_G32")), work, str(spread), str(last)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert seen["problems"] == [] and seen["killed"] >= 30 and seen["published_then_killed"] >= 2
+    assert seen["problems"] == [] and seen["killed"] >= spread + last - 2 and seen["published_then_killed"] >= 2, seen

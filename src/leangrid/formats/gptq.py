@@ -5,7 +5,7 @@ Source: GPTQModel 7.6, nn_modules/qlinear (docs/formats.md has the layout and th
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import UInt8
@@ -26,12 +26,12 @@ _WHERE = "config.json: quantization_config"
 _DAMAGED = "The file is damaged: quantize or copy it again"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Gptq:
     """One version of the container: 2, or 1."""
 
     version: int
-    QUANT_METHOD: ClassVar[str] = QUANT_METHOD
+    QUANT_METHOD: str = QUANT_METHOD
 
     @property
     def name(self) -> str:

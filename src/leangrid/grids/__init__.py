@@ -3,9 +3,10 @@
 from leangrid.grids.affine import AffineGrid, fit_affine
 from leangrid.grids.minmax import fit_minmax
 from leangrid.grids.nonuniform import NonuniformGrid, fit_nonuniform
-from leangrid.grids.offset import OffsetGrid
-from leangrid.grids.protocol import Grid, Precision
+from leangrid.grids.offset import OffsetGrid, as_offset, fit_offset
+from leangrid.grids.protocol import Grid, GroupedGrid, Precision
 
 GRIDS: dict[str, type[Grid]] = {"affine": AffineGrid, "nonuniform": NonuniformGrid, "offset": OffsetGrid}
 
-__all__ = ["GRIDS", "AffineGrid", "Grid", "NonuniformGrid", "OffsetGrid", "Precision", "fit_affine", "fit_minmax", "fit_nonuniform"]
+__all__ = ["GRIDS", "AffineGrid", "Grid", "GroupedGrid", "NonuniformGrid", "OffsetGrid", "Precision", "as_offset", "fit_affine",
+           "fit_minmax", "fit_nonuniform", "fit_offset"]  # fmt: skip

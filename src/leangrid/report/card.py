@@ -31,6 +31,7 @@ USE: dict[str, str] = {
     "gptq_v1": _GPTQ,
     "awq": _PLAIN.replace("\n", "\n# transformers reads awq with the help of: pip install gptqmodel\n", 1),
     "dense": _PLAIN,
+    "onnx": 'python\nimport onnxruntime_genai as og\nmodel = og.Model("DIR")',
     "gguf": "bash\nllama-server -m DIR/model.gguf",
     "lut": _PLAIN.replace("\n", "\nimport leangrid  # registers the format\n", 1),
 }
@@ -103,12 +104,14 @@ def _header(source: str, license_name: str | None) -> str:
 def _made(facts: _Facts) -> str:
     recipe, bits = facts.recipe, facts.bits_per_weight
     scheme = recipe.parsed
-    kind = "affine grid (scale and zero point)" if scheme.grid == "affine" else f"non-uniform grid of {scheme.levels} levels"
+    kinds = {"affine": "affine grid (scale and zero point)", "offset": "affine grid (scale and offset)"}
+    kind = kinds.get(scheme.grid, f"non-uniform grid of {scheme.levels} levels")
     over = f"each group of {scheme.group_size} weights" if scheme.group_size else "each row"
     learned = {"leanquant": "learned on the inverse Hessian (LeanQuant)", "gptq": "min-max, GPTQ sweep", "rtn": "min-max, rounded"}
     words = {"self": "text sampled from the model itself", "embedded": "Python's documentation (a smoke test, not a quality recipe)"}
     calibration = words.get(recipe.calibration, recipe.calibration.replace("\\", "/").rsplit("/", 1)[-1])
     rows = [("source", _plain(facts.source)), ("weights", f"{scheme.bits} bits, one {kind} for {over}; {learned[scheme.method]}"),
+            *([("other schemes", "; ".join(f"`{_plain(key)}` {value}" for key, value in recipe.layers.items()))] if recipe.layers else []),
             ("container", facts.container + (f", exported from {_plain(facts.exported_from)}" if facts.exported_from else "")),
             *([("bits per weight", f"{bits:.3f} with grids")] if bits is not None else []),
             ("calibration", f"{recipe.samples} x {recipe.length} tokens: {_plain(calibration)}, seed {recipe.seed}"),
