@@ -36,6 +36,8 @@ USE: dict[str, str] = {
     "awq": _PLAIN.replace("\n", "\n# transformers reads awq with the help of: pip install gptqmodel\n", 1),
     "mlx": _MLX,
     "dense": _PLAIN,
+    "onnx": 'python\nimport onnxruntime_genai as og\nmodel = og.Model("DIR")',
+    "gguf": "bash\nllama-server -m DIR/model.gguf",
     "lut": _PLAIN.replace("\n", "\nimport leangrid  # registers the format\n", 1),
 }
 
