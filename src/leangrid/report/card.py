@@ -25,11 +25,16 @@ _FIGURES = (
 _PLAIN = 'python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
 _OURS = 'python\nimport leangrid\nmodel, tokenizer = leangrid.load("DIR")'
 _GPTQ = 'python\nfrom gptqmodel import GPTQModel\nmodel = GPTQModel.load("DIR")'
+_MLX = """python
+from mlx_lm import generate, load  # pip install mlx-lm
+model, tokenizer = load("DIR")
+print(generate(model, tokenizer, prompt="Once upon a time"))"""
 USE: dict[str, str] = {
     "compressed-tensors": _PLAIN,
     "gptq": _GPTQ,
     "gptq_v1": _GPTQ,
     "awq": _PLAIN.replace("\n", "\n# transformers reads awq with the help of: pip install gptqmodel\n", 1),
+    "mlx": _MLX,
     "dense": _PLAIN,
     "onnx": 'python\nimport onnxruntime_genai as og\nmodel = og.Model("DIR")',
     "gguf": "bash\nllama-server -m DIR/model.gguf",
@@ -83,7 +88,7 @@ def model_card(
 
 def _card(facts: _Facts) -> str:
     name = facts.source.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] or "model"
-    parts = [_header(facts.source, facts.license_name), f"# {_plain(name)}, {facts.recipe.scheme}"]
+    parts = [_header(facts.source, facts.license_name, facts.container), f"# {_plain(name)}, {facts.recipe.scheme}"]
     parts += [_made(facts), _use(facts.container), _losses(facts.records)]
     if facts.evaluation is not None:
         parts.append(_measured(facts.evaluation))
@@ -91,9 +96,9 @@ def _card(facts: _Facts) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _header(source: str, license_name: str | None) -> str:
+def _header(source: str, license_name: str | None, container: str) -> str:
     # JSON strings are YAML strings: a name with a colon or quote cannot break the header.
-    lines = ["---", "library_name: transformers", "tags: [leangrid, quantized]"]
+    lines = ["---", f"library_name: {'mlx' if container == 'mlx' else 'transformers'}", "tags: [leangrid, quantized]"]
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         lines.append(f"base_model: {json.dumps(source.split('@')[0])}")
     if license_name:
