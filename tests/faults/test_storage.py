@@ -471,7 +471,10 @@ def test_another_recipe_is_another_run(fast: Path, field: str) -> None:
         Journal(fast / "out.partial").open(identity({}, recipe=now.model_dump()))
     message = str(caught.value)
     assert f"recipe.{field}" in message and "--restart" in message
-    assert json.dumps(recipe.model_dump()[field]) in message and json.dumps(now.model_dump()[field]) in message
+    then, asked = recipe.model_dump()[field], now.model_dump()[field]
+    if isinstance(asked, dict):  # the first entry that differs is named
+        then, asked = "absent", asked["fc1"]
+    assert json.dumps(then) in message and json.dumps(asked) in message
     Journal(fast / "out.partial").open(identity({}, recipe=now.model_dump()), restart=True).close()
 
 
