@@ -116,6 +116,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 reused = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+heavy = settings(reused, max_examples=max(8, settings().max_examples // 3))  # each builds a model
 
 
 @pytest.mark.fault("S1")
@@ -149,8 +150,10 @@ def test_indexes(folder: Path, data: st.DataObject) -> None:
 
 @pytest.mark.fault("S7")
 @pytest.mark.fault("S8")
-@pytest.mark.parametrize("name", ["llama3_tied", "gemma3", "gpt2", "bert", "opt"])
-@reused
+@pytest.mark.parametrize(
+    "name", ["llama3_tied", "gpt2", "bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3", "opt", "phi3"))]
+)
+@heavy
 @given(data=st.data())
 def test_configs(name: str, tiny: Tiny, folder: Path, data: st.DataObject) -> None:
     source = folder / name
@@ -179,7 +182,7 @@ def test_tables_that_a_config_only_claims_are_not_made(name: str, field: str, va
 
 @pytest.mark.fault("O5")
 @pytest.mark.parametrize("part", ["header", "config", "data"])
-@reused
+@heavy
 @given(data=st.data())
 def test_results(part: str, finished: Path, folder: Path, data: st.DataObject) -> None:
     """A damaged result of ours (look-up tables) is refused, or is whole: no other exception, nothing that runs on bad codes."""
