@@ -14,10 +14,22 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leangrid import work
+from leangrid.block_types import BLOCK_TYPES
 from leangrid.errors import ShapeError
 from leangrid.exact import exact_sweep
 from leangrid.factor import Factor, factorize, relative_power
-from leangrid.grids import Grid, GroupedGrid, NonuniformGrid, as_offset, fit_affine, fit_minmax, fit_nonuniform, fit_offset
+from leangrid.grids import (
+    Grid,
+    GroupedGrid,
+    NonuniformGrid,
+    as_offset,
+    fit_affine,
+    fit_minmax,
+    fit_nonuniform,
+    fit_offset,
+    fit_superblock,
+    minmax_superblock,
+)
 from leangrid.grids.protocol import check_weight
 from leangrid.recipe import Recipe
 from leangrid.refine import refine
@@ -110,8 +122,9 @@ class _Layer:
     """The arguments of one solve, so that its steps read as steps."""
 
     def __init__(self, target: Tensor, factor: Factor, matrix: Tensor, recipe: Recipe, dtype: torch.dtype) -> None:
-        self.target, self.factor, self.matrix, self.recipe, self.dtype = target, factor, matrix, recipe, dtype
-        self.scheme = recipe.parsed
+        self.target, self.factor, self.matrix, self.recipe = target, factor, matrix, recipe
+        self.scheme = recipe.scheme_for(target.shape[1])
+        self.dtype = torch.float16 if self.scheme.block else dtype
         self.rescues: list[Rescue] = []
         self.seconds: dict[str, float] = {"grid": 0.0, "solve": 0.0, "refine": 0.0, "baseline": 0.0}
         self.flops: dict[str, float] = {"solve": 0.0, "refine": 0.0, "baseline": 0.0}
@@ -183,6 +196,8 @@ class _Layer:
             if self.scheme.grid == "nonuniform":
                 return fit_nonuniform(weight, weights, self.scheme.levels, self.recipe.search).rounded(self.dtype)
             bits, group_size, symmetric = self.scheme.bits, self.scheme.group_size, self.scheme.symmetric
+            if self.scheme.grid == "superblock":
+                return fit_superblock(weight, weights, BLOCK_TYPES[self.scheme.block or ""], self.recipe.steps)
             if self.scheme.grid == "offset":
                 return fit_offset(weight, weights, bits, self.recipe.steps, group_size, self.dtype)
             return fit_affine(weight, weights, bits, self.recipe.steps, group_size, symmetric, self.dtype)
@@ -190,6 +205,8 @@ class _Layer:
     def minmax(self) -> GroupedGrid:
         """The baselines' grid, as the scheme stores one; for a non-uniform scheme the affine one of whole rows."""
         with self.timed("baseline"):
+            if self.scheme.grid == "superblock":
+                return minmax_superblock(self.target, BLOCK_TYPES[self.scheme.block or ""])
             grid = fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
             return as_offset(grid, self.dtype) if self.scheme.grid == "offset" else grid
 

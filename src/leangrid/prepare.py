@@ -83,6 +83,7 @@ def prepare(
     tokens = recipe.samples * recipe.length if windows is None else windows.numel()
     _require_disk(journal, skeleton, settled, tokens)
     notices += [*checkpoint.notices, *journal.notices]
+    notices += narrowed(settled, skeleton)
     if recipe.scheme == "auto":
         notices.append(f"scheme: {settled.scheme}")
     for notice in notices:
@@ -119,13 +120,25 @@ def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:
     for index in range(len(skeleton.blocks)):
         for name in skeleton.linear_names(index):
             rows, cols = skeleton.shape(name)
-            if scheme.group_size and cols % scheme.group_size:
+            if scheme.block and cols % 32:
+                raise ShapeError(f"llama.cpp's blocks of 32 do not divide {cols} columns", name, f"Use W{min(scheme.bits, 4)}A16")
+            if scheme.group_size and cols % scheme.group_size and not scheme.block:
                 fits = [g for g in (128, 64, 32) if cols % g == 0]
                 instead = f"W{scheme.bits}A16_G{fits[0]} or W{scheme.bits}A16" if fits else f"W{scheme.bits}A16"
                 raise ShapeError(f"groups of {scheme.group_size} do not divide {cols} columns", name, f"Use {instead}")
-            reason = FORMATS[recipe.format].refuse(scheme, name, rows, cols, skeleton.architecture.layer)
+            reason = FORMATS[recipe.format].refuse(scheme.fitting(cols), name, rows, cols, skeleton.architecture.layer)
             if reason:
                 raise FormatError(reason)
+
+
+def narrowed(recipe: Recipe, skeleton: Skeleton) -> list[str]:
+    """One sentence for each width whose layers take another block type than the scheme's, because 256 does not divide it."""
+    widths = [skeleton.shape(name)[1] for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+    return [
+        f"{recipe.scheme}: {widths.count(cols)} layers of {cols} columns take {recipe.scheme_name(cols)}, 256 does not divide them"
+        for cols in sorted(set(widths))
+        if recipe.scheme_name(cols) != recipe.scheme
+    ]
 
 
 def calibration_windows(prepared: Prepared, given: Tensor | None, progress: Progress | None) -> Tensor:

@@ -74,7 +74,7 @@ class BlockWork:
             codes, grid = result.codes, result.grid
             if run.placement.lean:  # packing needs some bytes a weight for a moment
                 codes, grid = codes.cpu(), grid.to("cpu")
-            packed = run.format.pack(codes, grid, run.skeleton.dtype, run.recipe.parsed)
+            packed = run.format.pack(codes, grid, run.skeleton.dtype, run.recipe.scheme_for(cols))
             self.tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
         noted = replace(result, rescues=(*result.rescues, *run.steps))
         record = LayerRecord.of(full, run.recipe, noted, hessian, factor)

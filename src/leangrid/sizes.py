@@ -11,13 +11,14 @@ from leangrid.recipe import Recipe
 
 @dataclass(frozen=True)
 class LayerSize:
-    """One linear: [rows, cols], and its bytes before and after (codes and grid)."""
+    """One linear: [rows, cols], its bytes before and after (codes and grid), and the scheme it gets."""
 
     name: str
     rows: int
     cols: int
     bytes_before: int
     bytes_after: int
+    scheme: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ def sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
     for index in range(len(skeleton.blocks)):
         for name in skeleton.linear_names(index):
             rows, cols = skeleton.shape(name)
-            stored = FORMATS[recipe.format].layout(recipe.parsed, (rows, cols), skeleton.dtype).values()
+            stored = FORMATS[recipe.format].layout(recipe.scheme_for(cols), (rows, cols), skeleton.dtype).values()
             after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in stored)
-            layers.append(LayerSize(name, rows, cols, rows * cols * skeleton.dtype.itemsize, after))
+            layers.append(LayerSize(name, rows, cols, rows * cols * skeleton.dtype.itemsize, after, recipe.scheme_name(cols)))
     before = sum(tensor.nbytes for tensor in skeleton.checkpoint.tensors.values())
     return Sizes(layers, before, before + sum(layer.bytes_after - layer.bytes_before for layer in layers))
 

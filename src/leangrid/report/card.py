@@ -80,7 +80,8 @@ def _header(source: str, license_name: str | None) -> str:
 
 def _made(source: str, recipe: Recipe, bits_per_weight: float, version: str) -> str:
     scheme = recipe.parsed
-    kinds = {"affine": "affine grid (scale and zero point)", "offset": "affine grid (scale and offset)"}
+    kinds = {"affine": "affine grid (scale and zero point)", "offset": "affine grid (scale and offset)",
+             "superblock": f"{scheme.block} grid (integer scales in blocks of 256)"}  # fmt: skip
     kind = kinds.get(scheme.grid, f"non-uniform grid of {scheme.levels} levels")
     over = f"each group of {scheme.group_size} weights" if scheme.group_size else "each row"
     learned = {"leanquant": "learned on the inverse Hessian (LeanQuant)", "gptq": "min-max, GPTQ sweep", "rtn": "min-max, rounded"}
