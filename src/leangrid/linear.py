@@ -22,6 +22,7 @@ from leangrid.grids import (
     Grid,
     GroupedGrid,
     NonuniformGrid,
+    Precision,
     as_offset,
     fit_affine,
     fit_minmax,
@@ -37,6 +38,7 @@ from leangrid.rescue import Rescue
 from leangrid.solver import Swept, sweep
 
 GUARD_POWERS = (2.0, 0.0)  # what a collapsed row tries, where the recipe's p is higher
+HALF = Precision(torch.float16)  # in which every block type of llama.cpp keeps its scales
 GUARD_GAIN = 0.75  # an alternative must be this far below the learned grid: the lowest loss as a rule made models worse
 
 
@@ -75,7 +77,7 @@ def solve_linear(
     factor: Factor,
     matrix: Float[Tensor, "cols cols"],
     recipe: Recipe,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Precision = torch.float32,
 ) -> LinearResult:
     """Quantize ``target`` by a resolved recipe.
 
@@ -84,12 +86,12 @@ def solve_linear(
         factor: of ``matrix``; its damped matrix guides the refinement.
         matrix: H undamped, float32, original column order.
         recipe: with every default written out (Recipe.resolved).
-        dtype: of the checkpoint; scales and levels are rounded to it before any error is propagated.
+        dtype: what the container keeps; scales and levels are rounded to it before any error is propagated.
 
     Raises:
         ShapeError: NaN or infinite weights, or a group size that does not divide the columns.
     """
-    return _Layer(check_weight(target), factor, matrix, recipe, dtype).solve()
+    return _Layer(check_weight(target), factor, matrix, recipe, Precision.of(dtype)).solve()
 
 
 def quantize_linear(
@@ -121,10 +123,11 @@ def quantize_linear(
 class _Layer:
     """The arguments of one solve, so that its steps read as steps."""
 
-    def __init__(self, target: Tensor, factor: Factor, matrix: Tensor, recipe: Recipe, dtype: torch.dtype) -> None:
+    def __init__(self, target: Tensor, factor: Factor, matrix: Tensor, recipe: Recipe, precision: Precision) -> None:
         self.target, self.factor, self.matrix, self.recipe = target, factor, matrix, recipe
         self.scheme = recipe.scheme_for(target.shape[1])
-        self.dtype = torch.float16 if self.scheme.block else dtype
+        self.precision = HALF if self.scheme.block else precision
+        self.dtype = self.precision.dtype
         self.rescues: list[Rescue] = []
         self.seconds: dict[str, float] = {"grid": 0.0, "solve": 0.0, "refine": 0.0, "baseline": 0.0}
         self.flops: dict[str, float] = {"solve": 0.0, "refine": 0.0, "baseline": 0.0}
@@ -199,8 +202,9 @@ class _Layer:
             if self.scheme.grid == "superblock":
                 return fit_superblock(weight, weights, BLOCK_TYPES[self.scheme.block or ""], self.recipe.steps)
             if self.scheme.grid == "offset":
-                return fit_offset(weight, weights, bits, self.recipe.steps, group_size, self.dtype)
-            return fit_affine(weight, weights, bits, self.recipe.steps, group_size, symmetric, self.dtype)
+                return fit_offset(weight, weights, bits, self.recipe.steps, group_size, self.dtype).clamped(self.precision)
+            found = fit_affine(weight, weights, bits, self.recipe.steps, group_size, symmetric, self.dtype)
+            return found.clamped(self.precision)
 
     def minmax(self) -> GroupedGrid:
         """The baselines' grid, as the scheme stores one; for a non-uniform scheme the affine one of whole rows."""
@@ -208,7 +212,7 @@ class _Layer:
             if self.scheme.grid == "superblock":
                 return minmax_superblock(self.target, BLOCK_TYPES[self.scheme.block or ""])
             grid = fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
-            return as_offset(grid, self.dtype) if self.scheme.grid == "offset" else grid
+            return (as_offset(grid, self.dtype) if self.scheme.grid == "offset" else grid).clamped(self.precision)
 
     def as_kind(self, minmax: GroupedGrid) -> Grid:
         """A min-max grid in the scheme's own format (whole rows, where that is non-uniform)."""
@@ -229,7 +233,7 @@ class _Layer:
             if not self.recipe.refine:
                 return swept.codes, grid, self.undamped(swept.loss, swept.codes, grid)
             self.flops["refine"] += work.refine(self.target.shape[0], self.target.shape[1], self.recipe.refine)
-            result = refine(self.target, swept.codes, grid, self.factor.damped, self.recipe.refine, self.dtype)
+            result = refine(self.target, swept.codes, grid, self.factor.damped, self.recipe.refine, self.precision)
             return result.codes, result.grid, self.undamped(result.loss, result.codes, result.grid)
 
     def undamped(self, damped: Tensor, codes: Tensor, grid: Grid) -> float:

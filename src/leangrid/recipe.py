@@ -106,7 +106,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     scheme: str = Field(default="auto", description="scheme string, or auto: W4A16_G128 where the shapes allow, else W4A16")
-    format: str = Field(default="auto", description="container: auto, compressed-tensors, lut, gguf")
+    format: str = Field(default="auto", description="container: auto, compressed-tensors, lut, gptq, awq, mlx, gguf")
     calibration: str = Field(default="c4", description="c4, wikitext2, self, embedded, or a .txt/.jsonl file")
     samples: int = Field(default=128, ge=1, le=1_000_000, description="calibration windows")
     length: int = Field(default=2048, ge=8, le=1_000_000, description="tokens a window")
@@ -119,6 +119,7 @@ class Recipe(BaseModel):
     guard: bool = Field(default=True, description="rows worse than min-max GPTQ try lower p")
     damping: float = Field(default=0.01, gt=0, le=10, description="lambda, in units of mean(diag H)")
     act_order: bool = Field(default=True, description="eliminate columns by descending diag H")
+    layers: dict[str, str] = Field(default={}, description="other schemes for some layers: the end of a name, or re:pattern -> scheme")
     products: Literal["auto", "float32", "bfloat16", "tfloat32"] = Field(
         default="auto", description="operands of forward and Hessian products; auto: bfloat16 where model and processor have it"
     )
@@ -131,12 +132,37 @@ class Recipe(BaseModel):
             return value.upper()
         return value
 
+    @field_validator("layers")
+    @classmethod
+    def _layers(cls, value: dict[str, str]) -> dict[str, str]:
+        for key, scheme in value.items():
+            Scheme.parse(scheme)
+            try:
+                re.compile(key.removeprefix("re:") if key.startswith("re:") else "")
+            except re.error as error:
+                way_out = 'Write such as "mlp.down_proj" or "re:.*down_proj"'
+                raise RecipeError(f"'{key}' is no pattern: {error}", "layers", way_out) from None
+        return {key: scheme.upper() for key, scheme in value.items()}
+
     @property
     def parsed(self) -> Scheme:
         """The parsed scheme on the grid that the format stores; RecipeError while it is still ``auto``."""
         scheme = Scheme.parse(self.scheme)
         stored = scheme.grid == "affine" and not scheme.symmetric and self.format in OFFSET_FORMATS
         return scheme.model_copy(update={"grid": "offset"}) if stored else scheme
+
+    def key_of(self, layer: str) -> str | None:
+        """The first entry of ``layers`` that names this layer: the end of its name, at a dot, or a pattern that matches all of it."""
+        for key in self.layers:
+            found = re.fullmatch(key[3:], layer) is not None if key.startswith("re:") else f".{layer}".endswith(f".{key}")
+            if found:
+                return key
+        return None
+
+    def for_layer(self, layer: str) -> "Recipe":
+        """This recipe for one layer alone: with the scheme that ``layers`` has for it, else its own."""
+        key = self.key_of(layer)
+        return self if not self.layers else self.model_copy(update={"scheme": self.layers[key] if key else self.scheme, "layers": {}})
 
     def scheme_for(self, cols: int) -> Scheme:
         """The scheme of a layer with ``cols`` columns."""
@@ -152,6 +178,10 @@ class Recipe(BaseModel):
         name = scheme if scheme and self.scheme == "auto" else self.scheme
         parsed = Scheme.parse(name)
         learned = parsed.method == "leanquant"
+        for key, other in ((key, Scheme.parse(value)) for key, value in self.layers.items()):
+            if parsed.grid != "affine" or (other.grid, other.method, other.exact) != (parsed.grid, parsed.method, parsed.exact):
+                what = f"layers mix schemes of one kind only, but '{key}' asks for {self.layers[key]} beside {name}"
+                raise RecipeError(what, "layers", "Use affine schemes of one method, such as W4A16_G64 with W8A16")
         return self.model_copy(update={
             "scheme": name,
             "format": _container(parsed) if self.format == "auto" else self.format,

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leangrid import kernels
-from leangrid.grids import Grid, GroupedGrid, NonuniformGrid
+from leangrid.grids import Grid, GroupedGrid, NonuniformGrid, Precision
 from leangrid.grids.nonuniform import round_levels
 
 _BLOCK = 128
@@ -38,7 +38,7 @@ def refine(
     grid: Grid,
     matrix: Float[Tensor, "cols cols"],
     rounds: int,
-    scale_dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype | Precision = torch.float32,
 ) -> Refined:
     """``rounds`` times refit and descend, then a last refit; the loss of no row rises.
 
@@ -46,13 +46,13 @@ def refine(
         target: the weights that the codes approximate, float32.
         matrix: the damped H, original column order.
         rounds: at least 1.
-        scale_dtype: dtype that scales or levels are stored in.
+        scale_dtype: what scales or levels are stored in.
     """
-    state = _State.of(target, codes, grid, matrix)
+    state, stored = _State.of(target, codes, grid, matrix), Precision.of(scale_dtype)
     for _ in range(rounds):
-        refitted = _refit(state, matrix, scale_dtype)
+        refitted = _refit(state, matrix, stored)
         state = _descend(_State.of(target, refitted.codes, refitted.grid, matrix), matrix)
-    return _refit(state, matrix, scale_dtype)
+    return _refit(state, matrix, stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,16 +86,16 @@ class _State:
         )
 
 
-def _refit(state: _State, matrix: Tensor, dtype: torch.dtype) -> Refined:
+def _refit(state: _State, matrix: Tensor, stored: Precision) -> Refined:
     """The least-squares grid given the codes, rounded as it is stored; levels may change places with their codes.
 
     A step d changes twice the loss by d A d^T + 2 b d^T, with A and b of the normal equations: that decides for each row
     whether the rounded step is taken, and no product with H is needed to judge it.
     """
     if isinstance(state.grid, GroupedGrid):
-        codes, grid, change = _refit_units(state, state.grid, matrix, dtype)
+        codes, grid, change = _refit_units(state, state.grid, matrix, stored)
     else:
-        codes, grid, change = _refit_levels(state, matrix, dtype)
+        codes, grid, change = _refit_levels(state, matrix, stored.dtype)
     worse = (~(change < 0)).nonzero().squeeze(1)
     if len(worse):
         grid = grid.put(worse, state.grid.take(worse))
@@ -116,7 +116,7 @@ def _refit_levels(state: _State, matrix: Tensor, dtype: torch.dtype) -> tuple[Te
     return rank.gather(1, index).to(torch.uint8), NonuniformGrid(levels), change
 
 
-def _refit_units(state: _State, grid: GroupedGrid, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid, Tensor]:
+def _refit_units(state: _State, grid: GroupedGrid, matrix: Tensor, stored: Precision) -> tuple[Tensor, Grid, Tensor]:
     """Least-squares parameters of all spans of a row together, rounded as they are stored."""
     rows, spans, kinds = grid.free.shape
     count, cols = spans * kinds, state.codes.shape[1]
@@ -137,7 +137,7 @@ def _refit_units(state: _State, grid: GroupedGrid, matrix: Tensor, dtype: torch.
             normal[:, g * kinds :, mine] = normal[:, mine, g * kinds :].transpose(1, 2)
         slope = (unit * state.gradient[index, None]).reshape(len(index), kinds, spans, size).sum(3).transpose(1, 2).flatten(1).double()
         old = here.free.flatten(1).double()
-        new = here.refitted((old - _solve(normal, slope, _RIDGE["affine"])).float().reshape(here.free.shape), dtype)
+        new = here.refitted((old - _solve(normal, slope, _RIDGE["affine"])).float().reshape(here.free.shape), stored.dtype).clamped(stored)
         change[index] = _change(new.free.flatten(1).double() - old, normal, slope)
         parts.append(new)
     return state.codes, parts[0].stacked(parts[1:]), change

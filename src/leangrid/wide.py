@@ -21,6 +21,7 @@ from torch import Tensor
 from leangrid.correction import solved
 from leangrid.errors import ShapeError
 from leangrid.factor import TOLERANCE, Factor, factorize
+from leangrid.grids import Precision
 from leangrid.hessian import Hessian, HessianSum, mirror_
 from leangrid.linear import LinearResult, solve_linear
 from leangrid.recipe import Recipe
@@ -79,17 +80,20 @@ class WideGroup:
                 cross[start : start + panel] = solved(self.factor, cross[start : start + panel])
             self._moves = cross
 
-    def solve(self, name: str, dtype: torch.dtype = torch.float32, tile: int | None = None) -> LinearResult:
+    def solve(
+        self, name: str, dtype: torch.dtype | Precision = torch.float32, tile: int | None = None, recipe: Recipe | None = None
+    ) -> LinearResult:
         """``solve_linear`` of one linear on the device of H, ``tile`` rows at a time; losses are sums over the tiles.
 
-        What the plain path decides for a whole layer (rounding instead of a result worse than it) is decided for a tile.
+        ``recipe``: where it is not the group's. What the plain path decides for a whole layer (rounding instead of a result worse
+        than it) is decided for a tile.
         """
         rows, cols = self._weights[name].shape
         tile = tile or max(1, TILE_BYTES // (4 * cols))
         parts = []
         for start in range(0, rows, tile):
             target = self._target(name, start, min(start + tile, rows))
-            parts.append(solve_linear(target, self.factor, self.hessian.matrix, self.recipe, dtype))
+            parts.append(solve_linear(target, self.factor, self.hessian.matrix, recipe or self.recipe, dtype))
         return joined(parts)
 
     def _fold(self, weight: Tensor, difference: Tensor) -> Tensor:

@@ -78,6 +78,14 @@ class AffineGrid(GroupedGrid):
     def descend_block(self, gradient: Tensor, hessian: Tensor, codes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.descend_affine(gradient, hessian, codes, self.scale, self.zero_point, group, self.bits)
 
+    def regrouped(self, cols: int, group_size: int | None) -> "AffineGrid":
+        """The same levels in shorter groups, each pair repeated; ShapeError where they do not divide the groups it has."""
+        size, own = group_columns(cols, group_size), group_columns(cols, self.group_size)
+        if own % size:
+            raise ShapeError(f"groups of {size} do not divide groups of {own} columns", "affine grid", "Use a group size that does")
+        scale, zero_point = (tensor.repeat_interleave(own // size, dim=1) for tensor in (self.scale, self.zero_point))
+        return replace(self, scale=scale, zero_point=zero_point, group_size=group_size)
+
 
 def same_sign(new: Float[Tensor, "*shape"], old: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """``new``, but ``old`` wherever a scale would vanish, change its sign, or stop being finite."""

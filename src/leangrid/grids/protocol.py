@@ -1,8 +1,9 @@
 """What every grid offers, and the checks at the door of every fit."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -99,6 +100,10 @@ class GroupedGrid(Grid):
     def refitted(self, free: Float[Tensor, "rows spans kinds"], dtype: torch.dtype) -> Any:
         """This grid with other parameters, rounded to the dtype they are stored in. One that no file should hold stays as it is."""
 
+    def clamped(self, precision: "Precision") -> Any:
+        """Scales within the range of ``precision``: a group of weights near zero gets a wider grid than it asks for."""
+        return replace(cast(Any, self), scale=precision.clamped(self.scale))
+
     def group_of(self, cols: int) -> Int[Tensor, " cols"]:
         size = group_columns(cols, self.group_size)
         if cols // size != self.scale.shape[1]:
@@ -108,6 +113,24 @@ class GroupedGrid(Grid):
     def _grouped(self, matrix: Tensor) -> Tensor:
         self.group_of(matrix.shape[1])
         return matrix.reshape(matrix.shape[0], self.scale.shape[1], -1)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a container keeps a grid's parameters: ``dtype`` rounds them, and W; scales also stay within ``smallest`` and ``largest``."""
+
+    dtype: torch.dtype
+    smallest: float = 0.0
+    largest: float = math.inf
+
+    @classmethod
+    def of(cls, dtype: "torch.dtype | Precision") -> "Precision":
+        """A plain dtype as a Precision without limits."""
+        return cls(dtype) if isinstance(dtype, torch.dtype) else dtype
+
+    def clamped(self, scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """``scale`` with magnitudes inside the range, signs kept."""
+        return torch.copysign(scale.abs().clamp(self.smallest, self.largest), scale)
 
 
 def check_weight(weight: Tensor) -> Float[Tensor, "rows cols"]:

@@ -23,7 +23,7 @@ from leangrid.errors import ShapeError
 from leangrid.grids.affine import fit_affine, same_sign
 from leangrid.grids.minmax import fit_minmax
 from leangrid.grids.offset import OffsetGrid, fit_offset
-from leangrid.grids.protocol import check_weight, group_columns
+from leangrid.grids.protocol import Precision, check_weight, group_columns
 
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # of float16, subnormals included
 _STEPS = 64
@@ -62,6 +62,10 @@ class SuperblockGrid(OffsetGrid):
 
     def rounded(self, dtype: torch.dtype) -> "SuperblockGrid":
         """Itself: what is stored is float16 and integers whatever the checkpoint's dtype."""
+        return self
+
+    def clamped(self, precision: Precision) -> "SuperblockGrid":
+        """Itself, likewise."""
         return self
 
     @property

@@ -21,16 +21,31 @@ _FIGURES = (
     ("embedding_cosine_mean", "1 - cosine of embeddings"),
 )
 
+# How each container is opened, as a fenced block less its fences: language, then lines.
+_PLAIN = 'python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
+_OURS = 'python\nimport leangrid\nmodel, tokenizer = leangrid.load("DIR")'
+_GPTQ = 'python\nfrom gptqmodel import GPTQModel\nmodel = GPTQModel.load("DIR")'
+USE: dict[str, str] = {
+    "compressed-tensors": _PLAIN,
+    "gptq": _GPTQ,
+    "gptq_v1": _GPTQ,
+    "awq": _PLAIN.replace("\n", "\n# transformers reads awq with the help of: pip install gptqmodel\n", 1),
+    "dense": _PLAIN,
+    "lut": _PLAIN.replace("\n", "\nimport leangrid  # registers the format\n", 1),
+}
+
 
 @dataclass(frozen=True)
 class _Facts:
     source: str
     recipe: Recipe
     records: Sequence[LayerRecord]
-    bits_per_weight: float
+    bits_per_weight: float | None
     license_name: str | None
     evaluation: dict[str, Any] | None
     version: str
+    container: str
+    exported_from: str | None
 
 
 def model_card(
@@ -38,19 +53,25 @@ def model_card(
     recipe: Recipe,
     records: Sequence[LayerRecord],
     *,
-    bits_per_weight: float,
+    bits_per_weight: float | None,
     license_name: str | None = None,
     evaluation: dict[str, Any] | None = None,
     version: str = "",
+    container: str | None = None,
+    exported_from: str | None = None,
 ) -> str:
     """The card as Markdown with the hub's YAML header. It never fails a run: where it cannot be written it says so.
 
     Args:
         recipe: the settled recipe.
+        bits_per_weight: of the quantized linears; None where the container has no such figure.
         license_name: the source's license id where its card names one.
         evaluation: a dict of ``evaluate``; its figures get a table of their own.
+        container: the format of the files; None: the recipe's.
+        exported_from: the result, and its format, whose codes these are.
     """
-    facts = _Facts(source, recipe, records, bits_per_weight, license_name, evaluation, version)
+    container = container or recipe.format
+    facts = _Facts(source, recipe, records, bits_per_weight, license_name, evaluation, version, container, exported_from)
     try:
         return _card(facts)
     except Exception as error:  # hours of work do not end at a line of prose
@@ -61,7 +82,7 @@ def model_card(
 def _card(facts: _Facts) -> str:
     name = facts.source.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] or "model"
     parts = [_header(facts.source, facts.license_name), f"# {_plain(name)}, {facts.recipe.scheme}"]
-    parts += [_made(facts.source, facts.recipe, facts.bits_per_weight, facts.version), _use(facts.recipe), _losses(facts.records)]
+    parts += [_made(facts), _use(facts.container), _losses(facts.records)]
     if facts.evaluation is not None:
         parts.append(_measured(facts.evaluation))
     parts.append(_rescues(facts.records))
@@ -78,7 +99,8 @@ def _header(source: str, license_name: str | None) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _made(source: str, recipe: Recipe, bits_per_weight: float, version: str) -> str:
+def _made(facts: _Facts) -> str:
+    recipe, bits = facts.recipe, facts.bits_per_weight
     scheme = recipe.parsed
     kinds = {"affine": "affine grid (scale and zero point)", "offset": "affine grid (scale and offset)",
              "superblock": f"{scheme.block} grid (integer scales in blocks of 256)"}  # fmt: skip
@@ -87,17 +109,18 @@ def _made(source: str, recipe: Recipe, bits_per_weight: float, version: str) -> 
     learned = {"leanquant": "learned on the inverse Hessian (LeanQuant)", "gptq": "min-max, GPTQ sweep", "rtn": "min-max, rounded"}
     words = {"self": "text sampled from the model itself", "embedded": "Python's documentation (a smoke test, not a quality recipe)"}
     calibration = words.get(recipe.calibration, recipe.calibration.replace("\\", "/").rsplit("/", 1)[-1])
-    rows = [("source", _plain(source)), ("weights", f"{scheme.bits} bits, one {kind} for {over}; {learned[scheme.method]}"),
-            ("bits per weight", f"{bits_per_weight:.3f} with grids"),
+    rows = [("source", _plain(facts.source)), ("weights", f"{scheme.bits} bits, one {kind} for {over}; {learned[scheme.method]}"),
+            *([("other schemes", "; ".join(f"`{_plain(key)}` {value}" for key, value in recipe.layers.items()))] if recipe.layers else []),
+            ("container", facts.container + (f", exported from {_plain(facts.exported_from)}" if facts.exported_from else "")),
+            *([("bits per weight", f"{bits:.3f} with grids")] if bits is not None else []),
             ("calibration", f"{recipe.samples} x {recipe.length} tokens: {_plain(calibration)}, seed {recipe.seed}"),
             ("settings", f"p {recipe.p}, correct {recipe.correct}, refine {recipe.refine}, damping {recipe.damping}"),
-            ("made with", f"leangrid {version}".strip())]  # fmt: skip
+            ("made with", f"leangrid {facts.version}".strip())]  # fmt: skip
     return _table(("", ""), rows)
 
 
-def _use(recipe: Recipe) -> str:
-    own = "import leangrid  # registers the format\n" if recipe.parsed.grid == "nonuniform" else ""
-    return f'```python\n{own}from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")\n```'
+def _use(container: str) -> str:
+    return f"```{USE.get(container, _OURS)}\n```"
 
 
 def _losses(records: Sequence[LayerRecord]) -> str:
