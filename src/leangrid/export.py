@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leangrid import gguf_file
 from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from leangrid.finished import Finished
@@ -33,8 +34,8 @@ RECORDS = "records.jsonl"
 
 # A writer of one whole file: it refuses (LeangridError) what it cannot hold before it writes, puts its files into the staged directory
 # through storage/files.py, and returns the stored bits per quantized weight, or None where that has no meaning.
-WholeFile = Callable[[Finished, Path, Path | None], float | None]
-WHOLE: dict[str, WholeFile] = {}
+WholeFile = Callable[[Finished, Path, Path | None, Progress | None], float | None]
+WHOLE: dict[str, WholeFile] = {"gguf": gguf_file.write}
 TAKES_LIKE: frozenset[str] = frozenset({"gguf"})  # whole-file targets that can take their metadata from an existing file
 
 
@@ -166,7 +167,7 @@ class _Work:
             raise OutputError("an unfinished run of another command is in the way", journal.partial, way_out) from error
         try:
             if self.to in WHOLE:
-                bits = WHOLE[self.to](self.finished, writer.stage(journal), self.like)
+                bits = WHOLE[self.to](self.finished, writer.stage(journal), self.like, self.progress)
                 return writer.publish_staged(journal, out, self._texts(bits), self._manifest(bits), overwrite=overwrite)
             files.require_space(journal.partial, 2 * self._bytes())
             bits, side = self._bits_per_weight(), self.finished.checkpoint.side_files()

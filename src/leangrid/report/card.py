@@ -31,6 +31,7 @@ USE: dict[str, str] = {
     "gptq_v1": _GPTQ,
     "awq": _PLAIN.replace("\n", "\n# transformers reads awq with the help of: pip install gptqmodel\n", 1),
     "dense": _PLAIN,
+    "gguf": "bash\nllama-server -m DIR/model.gguf",
     "lut": _PLAIN.replace("\n", "\nimport leangrid  # registers the format\n", 1),
 }
 
