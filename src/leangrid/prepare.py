@@ -124,13 +124,11 @@ def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:
         for name in skeleton.linear_names(index):
             rows, cols = skeleton.shape(name)
             scheme = recipe.for_layer(name).parsed
-            if scheme.block and cols % 32:
-                raise ShapeError(f"llama.cpp's blocks of 32 do not divide {cols} columns", name, f"Use W{min(scheme.bits, 4)}A16")
             if scheme.group_size and cols % scheme.group_size and not scheme.block:
                 fits = [g for g in (128, 64, 32) if cols % g == 0]
                 instead = f"W{scheme.bits}A16_G{fits[0]} or W{scheme.bits}A16" if fits else f"W{scheme.bits}A16"
                 raise ShapeError(f"groups of {scheme.group_size} do not divide {cols} columns", name, f"Use {instead}")
-            reason = FORMATS[recipe.format].refuse(scheme.fitting(cols), name, rows, cols, skeleton.architecture.layer)
+            reason = FORMATS[recipe.format].refuse(scheme, name, rows, cols, skeleton.architecture.layer)
             if reason:
                 raise FormatError(reason)
     if recipe.layers:

@@ -30,7 +30,7 @@ _STEPS = 64
 _REACH = torch.linspace(0.7, 1.15, 19)  # the largest sub-scale, in units of the largest integer, that a candidate d gives
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SuperblockGrid(OffsetGrid):
     """``d``, ``dmin`` float32 [rows, cols / 256], exact in float16; ``sub_scale``, ``sub_min`` int16 [rows, groups], sub_scale never 0.
 
@@ -265,8 +265,8 @@ def _blocks(values: Tensor, kind: BlockType) -> Tensor:
 
 
 def _grid(kind: BlockType, d: Tensor, dmin: Tensor, sub_scale: Tensor, sub_min: Tensor) -> SuperblockGrid:
-    integers = (values.flatten(1).to(torch.int16) for values in (sub_scale, sub_min))
-    return SuperblockGrid(kind, d, dmin, *integers)
+    scales, minima = (values.flatten(1).to(torch.int16) for values in (sub_scale, sub_min))
+    return SuperblockGrid(kind=kind, d=d, dmin=dmin, sub_scale=scales, sub_min=minima)
 
 
 def _where(better: Tensor, grid: SuperblockGrid, other: SuperblockGrid) -> SuperblockGrid:
