@@ -15,10 +15,12 @@ NATIVE := CMakeLists.txt $(wildcard src/leangrid/kernels/cpu/*)
 # What `make bench` and `make race` measure on; your own, such as c4.jsonl and wiki.test.raw: make bench CALIBRATION=... TEXT=...
 CALIBRATION ?= self
 TEXT ?= embedded
+SAMPLES ?= 8
+LENGTH ?= 512
 RESULTS := benchmarks/results
 KEEP := $(BIN)/python benchmarks/lines.py $(RESULTS)
 
-.PHONY: help setup models demo check format test test-slow test-gpu bench race docs clean
+.PHONY: help setup models demo check format test test-slow test-gpu interop bench race docs clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
 
@@ -52,23 +54,28 @@ format: $(SETUP)  ## let ruff write the format
 test: $(SETUP) $(MODELS)  ## the fast suite, and the GPU kernels in Triton's interpreter
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "gpu and not slow" tests/gpu
-test-slow: $(SETUP) $(MODELS)  ## the slow tests: whole runs on real models
+test-slow: $(SETUP) $(MODELS)  ## the slow tests: real models, every power cut, protections taken away, kernels under sanitizers
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python scripts/mutants.py
+	$(BIN)/python scripts/sanitize.py
 test-gpu: $(SETUP)  ## the GPU kernels: on the GPU, or anywhere with TRITON_INTERPRET=1
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
+interop: $(SETUP) $(MODELS)  ## every format in its engine, beside our own model; installs the engines in .peers (8 GB, needs a network)
+	$(BIN)/python benchmarks/interop.py --out $(RESULTS)/interop.jsonl
 bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a quarter of an hour; then the tables (benchmarks/README.md)
 	$(BIN)/python benchmarks/kernels_cpu.py --repeats 3 | $(KEEP)/kernels_cpu.jsonl
 	$(BIN)/python benchmarks/grid_search.py | $(KEEP)/grid_search.jsonl
 	$(BIN)/python benchmarks/decode_cpu.py layers | $(KEEP)/decode_cpu.jsonl
 	$(BIN)/python benchmarks/scaling.py --small --repeats 2 --out $(RESULTS)/scaling.jsonl
-	$(BIN)/python benchmarks/quantize_time.py --rounds 1 --out $(RESULTS)/quantize_time.jsonl
-	$(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION) --text $(TEXT) --windows 12 --schemes W4A16_G64,NU4 \
-		--out $(RESULTS)/quality.jsonl
+	$(BIN)/python benchmarks/quantize_time.py --samples $(SAMPLES) --length $(LENGTH) --rounds 1 --out $(RESULTS)/quantize_time.jsonl
+	$(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION) --text $(TEXT) --samples $(SAMPLES) --length $(LENGTH) --windows 12 \
+		--schemes W4A16_G64,NU4 --out $(RESULTS)/quality.jsonl
 	$(BIN)/python benchmarks/table.py
 race: $(SETUP) $(MODELS)  ## against GPTQModel and llm-compressor, side by side; installs them in .peers (3 GB, needs a network)
 	$(BIN)/python benchmarks/race.py --calibration $(CALIBRATION) --text $(TEXT) --out $(RESULTS)/race.jsonl
 docs: $(SETUP)  ## rewrite the generated tables of README.md and docs, and the figures, from benchmarks/results
 	$(BIN)/python benchmarks/table.py
 	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python scripts/reliability.py
 clean:  ## what make made, except .venv and .models
 	rm -rf build demo .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ import importlib
 import os
 import socket
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return checkpoint
+
+
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """An empty directory in memory where there is such a file system: for tests that sync thousands of files."""
+    memory = "/dev/shm"  # noqa: S108
+    if not os.access(memory, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as directory:
+        yield Path(directory)
 
 
 def _fetched(folder: str, pattern: str) -> Path:

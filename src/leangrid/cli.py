@@ -86,6 +86,9 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it is a result of ours")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="throw an unfinished run away")] = False,
     max_rescued: Annotated[str, typer.Option(metavar="SHARE", help="more rescued layers than this: exit 4")] = "1%",
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="X", help="KL from the original above it: exit 4; encoders: 1 - cosine [by bits]")
+    ] = None,
     state_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="for the states between blocks [OUT.partial]")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -101,15 +104,20 @@ def quantize(
         settings = _recipe(recipe, scheme=scheme, format=format_, calibration=calibration, samples=samples, length=length, seed=seed, p=p,
                            steps=steps, correct=correct, refine=refine, damping=damping)  # fmt: skip
         limit = share(max_rescued)
+        distance = positive(max_kl)
+        from leangrid.gate import verdict
         from leangrid.pipeline import quantize as run
 
         with Terminal(quiet=quiet) as terminal:
             result = run(source, out, settings, device=device, threads=threads, overwrite=overwrite, restart=restart, max_rescued=limit,
-                         state_dir=state_dir, progress=terminal)  # fmt: skip
+                         max_kl=distance, state_dir=state_dir, progress=terminal)  # fmt: skip
         values = result.to_json()
         emit_json(values) if as_json else emit(quantize_summary(values))
         if result.exit_code:
-            say(f"finished, but more than {max_rescued} of the layers needed a rescue: see {out / 'records.jsonl'}")
+            if result.too_many_rescues:
+                say(f"finished, but more than {max_rescued} of the layers needed a rescue: see {out / 'records.jsonl'}")
+            if not result.quality["passed"]:
+                say(f"finished, but {verdict(result.quality)}")
             raise typer.Exit(result.exit_code)
 
 
@@ -262,6 +270,13 @@ def share(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise RecipeError(f"'{text}' is no share", "--max-rescued", "Use 1% or 0.01")
+    return value
+
+
+def positive(value: float | None) -> float | None:
+    """A limit that is 0 or more; RecipeError otherwise."""
+    if value is not None and not value >= 0:
+        raise RecipeError(f"{value} is no limit", "--max-kl", "Use a number such as 0.5, or inf for none")
     return value
 
 

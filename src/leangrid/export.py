@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leangrid import gguf_file
+from leangrid import gguf_file, onnx_export
 from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from leangrid.finished import Finished
 from leangrid.formats import CONFIG_KEYS, FORMATS, Format, config_entries, config_of, stored_as
 from leangrid.progress import Event, Progress
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import OFFSET_FORMATS, Recipe, Scheme
 from leangrid.report.card import model_card
 from leangrid.report.records import read_records
 from leangrid.storage import files, writer
@@ -35,7 +35,7 @@ RECORDS = "records.jsonl"
 # A writer of one whole file: it refuses (LeangridError) what it cannot hold before it writes, puts its files into the staged directory
 # through storage/files.py, and returns the stored bits per quantized weight, or None where that has no meaning.
 WholeFile = Callable[[Finished, Path, Path | None, Progress | None], float | None]
-WHOLE: dict[str, WholeFile] = {"gguf": gguf_file.write}
+WHOLE: dict[str, WholeFile] = {"gguf": gguf_file.write, "onnx": onnx_export.write}
 TAKES_LIKE: frozenset[str] = frozenset({"gguf"})  # whole-file targets that can take their metadata from an existing file
 
 
@@ -152,6 +152,9 @@ class _Work:
         if target is None:
             return
         for name, (rows, cols) in self.finished.layers.items():
+            if self.finished.schemes[name].grid == "offset" and self.to not in OFFSET_FORMATS:
+                what = f"{self.to} has no place for the offsets of {self.finished.manifest['result']['format']}"
+                raise FormatError(what, name, f"Use format dense, or quantize again with --format {self.to}")
             reason = target.refuse(self.finished.schemes[name], name, rows, cols, self.finished.architecture.layer)
             if reason:
                 raise FormatError(reason)

@@ -90,7 +90,7 @@ class Demand:
             groups.append(Group(shapes[0][1], sum(rows for rows, _ in shapes), max(rows for rows, _ in shapes)))
         vocabulary, hidden = skeleton.base.get_input_embeddings().weight.shape  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         weights = sum(g.rows * g.cols for g in groups)
-        itemsize = compute_dtype(recipe.products, skeleton.dtype, device).itemsize
+        itemsize = compute_dtype(recipe.products, skeleton.dtype).itemsize
         return cls(tuple(groups), hidden, vocabulary, samples, length, 2 if recipe.correct else 1, itemsize, skeleton.dtype.itemsize,
                    weights * (recipe.parsed.bits + 1) // 8, accelerated(device), bool(recipe.refine),
                    recipe.parsed.group_size or 0, recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0,

@@ -40,6 +40,7 @@ def quantize(
     overwrite: bool = False,
     restart: bool = False,
     max_rescued: float = 0.01,
+    max_kl: float | None = None,
     state_dir: str | Path | None = None,
     progress: Callable[[Event], None] | None = None,
     placement: Placement | None = None,
@@ -57,6 +58,7 @@ def quantize(
         overwrite: replace ``out`` if it is one of our results.
         restart: throw away an unfinished run that does not match.
         max_rescued: share of layers that may need a rescue before the exit code becomes 4.
+        max_kl: mean KL from the original (1 - cosine for an encoder) above which the exit code becomes 4; by bits where None (gate.py).
         state_dir: where the hidden states between blocks are kept; beside the result where None.
         progress: is called with an Event after every layer and block.
         placement: how the device's memory is used; chosen by the plan's sums where None.
@@ -67,7 +69,7 @@ def quantize(
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = recipe or Recipe.build()
-    complete = finished_result(Path(out), None if state_dir is None else Path(state_dir), max_rescued)
+    complete = finished_result(Path(out), None if state_dir is None else Path(state_dir), max_rescued, max_kl)
     if complete is not None:
         return complete
     opened = Run.open(source, out, recipe, windows, device, overwrite, restart, state_dir, progress, placement)
@@ -75,7 +77,7 @@ def quantize(
         streams = run.streams()
         for index in run.remaining_blocks():
             streams = quantize_block(run, index, streams)
-        return run.publish(max_rescued)
+        return run.publish(max_rescued, max_kl)
 
 
 def quantize_block(run: Run, index: int, streams: Streams) -> Streams:

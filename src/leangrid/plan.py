@@ -81,7 +81,7 @@ def plan(
     path = locate_source(str(source))
     skeleton = Skeleton(describe(path) if is_gguf(path) else open_source(path))
     settled = settle(recipe or Recipe.build(), skeleton, device)
-    skeleton.compute_dtype = compute_dtype(settled.products, skeleton.dtype, device)
+    skeleton.compute_dtype = compute_dtype(settled.products, skeleton.dtype)
     refuse_impossible(settled, skeleton)
     sized, tokens = sizes(skeleton, settled), settled.samples * settled.length
     placement, memory = choose(skeleton, settled, settled.samples, settled.length, device)

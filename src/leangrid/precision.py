@@ -27,14 +27,16 @@ def bfloat16_pays(dtype: torch.dtype, device: str) -> bool:
 def best_products(dtype: torch.dtype, device: str) -> str:
     """What ``auto`` means for a model stored in ``dtype`` on ``device``."""
     if torch.device(device).type == "cuda":
-        return "tfloat32" if dtype == torch.float32 else "bfloat16"
+        return "bfloat16" if dtype == torch.bfloat16 else "tfloat32"
     return "bfloat16" if bfloat16_pays(dtype, device) else "float32"
 
 
-def compute_dtype(kind: str, dtype: torch.dtype, device: str) -> torch.dtype:
-    """Of weights and hidden states: a 16-bit model's own where ``kind`` is bfloat16 (on a CPU a bfloat16 model's), else float32."""
-    own = dtype.itemsize == 2 if torch.device(device).type == "cuda" else dtype == torch.bfloat16
-    return dtype if kind == "bfloat16" and own else torch.float32
+def compute_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """Of weights and hidden states: a bfloat16 model's own where ``kind`` is bfloat16, else float32.
+
+    Never float16: activations of late blocks pass its largest number, and the infinities would be found a block too late.
+    """
+    return dtype if kind == "bfloat16" and dtype == torch.bfloat16 else torch.float32
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leangrid import memory
 from leangrid._version import __version__
-from leangrid.data.calibration import decoded_start, windows_hash
+from leangrid.data.calibration import decoded_start, doubts, windows_hash
 from leangrid.data.calibration import windows as corpus_windows
 from leangrid.devices import checked
 from leangrid.errors import CalibrationError, FormatError, RecipeError, ShapeError
@@ -79,7 +79,8 @@ def prepare(
             raise
     else:
         checkpoint, skeleton, settled = open_model(path, recipe, device)
-        journal = _open_journal(final, recipe, checkpoint.identity, windows, restart, state_dir)
+        side = {name: _file_hash(file) for name, file in checkpoint.side_files().items()}  # another tokenizer is another run
+        journal = _open_journal(final, recipe, checkpoint.identity | {"side_files": side}, windows, restart, state_dir)
     tokens = recipe.samples * recipe.length if windows is None else windows.numel()
     _require_disk(journal, skeleton, settled, tokens)
     notices += [*checkpoint.notices, *journal.notices]
@@ -97,7 +98,7 @@ def open_model(directory: Path, recipe: Recipe, device: str = "cpu") -> tuple[Ch
     checkpoint = open_source(directory)
     skeleton = Skeleton(checkpoint)
     settled = settle(recipe, skeleton, device)
-    skeleton.compute_dtype = compute_dtype(settled.products, skeleton.dtype, device)
+    skeleton.compute_dtype = compute_dtype(settled.products, skeleton.dtype)
     refuse_impossible(settled, skeleton)
     return checkpoint, skeleton, settled
 
@@ -176,6 +177,9 @@ def calibration_windows(prepared: Prepared, given: Tensor | None, progress: Prog
     else:
         tokens = corpus_windows(recipe, tokenizer, _sampler(prepared, progress), vocab_rows=rows, max_positions=positions)
     journal.save_named("windows", {"windows": tokens})
+    if tokenizer is not None and progress is not None:
+        for doubt in doubts(tokenizer, prepared.checkpoint.config, rows):
+            progress(Event("notice", message=doubt))
     if tokenizer is not None and progress is not None:
         shown = decoded_start(tokenizer, tokens)
         progress(Event("notice", message=f"calibration: {tokens.shape[0]} x {tokens.shape[1]} tokens, first: {shown}"))

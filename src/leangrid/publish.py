@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leangrid import devices
+from leangrid import devices, gate
 from leangrid._version import __version__
 from leangrid.clock import Clock
 from leangrid.data.calibration import windows_hash
 from leangrid.formats import FORMATS, config_entries, config_of
 from leangrid.memory import peak_bytes
 from leangrid.models.skeleton import Skeleton
+from leangrid.precision import products
 from leangrid.prepare import Prepared
 from leangrid.report.card import model_card
 from leangrid.report.records import LayerRecord, to_lines, totals
@@ -29,7 +30,9 @@ from leangrid.work import Work
 _NOT_COPIED = ("auto_map", "transformers_version")
 
 
-def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_rescued: float) -> QuantizeResult:
+def publish(
+    prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_rescued: float, max_kl: float | None = None, judged_on: str = "cpu"
+) -> QuantizeResult:
     """Write everything that is not a block, the manifest last, rename, and say what the run did."""
     skeleton, recipe, journal = prepared.skeleton, prepared.recipe, prepared.journal
     infos = [journal.block_info(index) for index in range(len(skeleton.blocks))]
@@ -45,9 +48,20 @@ def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_
         "products": sorted({info["products"] for info in infos}),
         "threads": sorted({info["threads"] for info in infos}),
         "memory": [step for info in infos for step in info.get("memory", [])],
+        "determinism": _determinism(infos),
         "result": figures,
     }
     card = model_card(prepared.source, recipe, records, bits_per_weight=figures["bits_per_weight"], version=__version__)
+
+    def judged(staged: Path) -> dict[str, Any]:
+        begin = clock.elapsed()
+        with products(recipe.products):
+            found = gate.judge(skeleton, staged, windows, recipe.parsed.bits, judged_on)
+        spent = clock.elapsed() - begin
+        clock.add("check", spent)
+        clock.add("save", -spent)  # the stage in which this happens
+        return {"quality": found}
+
     with clock.stage("save"):
         written = writer.publish(
             journal,
@@ -58,14 +72,26 @@ def publish(prepared: Prepared, windows: Tensor, clock: Clock, device: str, max_
             {"records.jsonl": to_lines(records), "README.md": card},
             manifest,
             overwrite=prepared.overwrite,
+            judge=judged,
         )
-    return _result(prepared.out, written, clock.report(), clock.work.report(), device, max_rescued)
+    return _result(prepared.out, written, clock.report(), clock.work.report(), device, max_rescued, max_kl)
 
 
-def finished_result(out: Path, state_dir: Path | None, max_rescued: float) -> QuantizeResult | None:
+def finished_result(out: Path, state_dir: Path | None, max_rescued: float, max_kl: float | None = None) -> QuantizeResult | None:
     """The result of a run that was killed after its directory got its final name and before its journal was gone; else None."""
     manifest = writer.settle(out, state_dir)
-    return None if manifest is None else _result(out, manifest, {"total": 0.0}, Work().report(), "cpu", max_rescued)
+    return None if manifest is None else _result(out, manifest, {"total": 0.0}, Work().report(), "cpu", max_rescued, max_kl)
+
+
+def _determinism(infos: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the same recipe gives again: the same bytes where every block was made alike, else the same up to rounding.
+
+    ``scope`` is what has to be the same for that; ``except`` the files that hold seconds.
+    """
+    scope: dict[str, Any] = {name: sorted({str(info[name]) for info in infos}) for name in ("device", "threads", "kernels", "products")}
+    alike = all(len(values) == 1 for values in scope.values()) and len({json.dumps(i.get("placement"), sort_keys=True) for i in infos}) == 1
+    scope |= {"processor": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "leangrid": __version__}
+    return {"claim": "same bytes" if alike else "tolerance", "scope": scope, "except": ["manifest.json", "records.jsonl"]}
 
 
 def _figures(prepared: Prepared, records: list[LayerRecord], windows: Tensor, paths: list[str]) -> dict[str, Any]:
@@ -88,8 +114,17 @@ def _figures(prepared: Prepared, records: list[LayerRecord], windows: Tensor, pa
 
 
 def _result(
-    out: Path, manifest: dict[str, Any], seconds: dict[str, float], flops: dict[str, dict[str, float]], device: str, max_rescued: float
+    out: Path,
+    manifest: dict[str, Any],
+    seconds: dict[str, float],
+    flops: dict[str, dict[str, float]],
+    device: str,
+    max_rescued: float,
+    max_kl: float | None,
 ) -> QuantizeResult:
+    quality = dict(manifest.get("quality", {}))
+    if max_kl is not None and "limit" in quality:
+        quality["limit"] = max_kl
     return QuantizeResult(
         out=str(out),
         bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
@@ -98,6 +133,7 @@ def _result(
         peak_ram_bytes=peak_bytes(),
         peak_gpu_bytes=devices.peak_bytes(device),
         max_rescued=max_rescued,
+        quality=quality | {"passed": gate.passed(quality)},
         **manifest["result"],
     )
 

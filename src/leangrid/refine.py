@@ -121,7 +121,7 @@ def _refit_units(state: _State, grid: GroupedGrid, matrix: Tensor, stored: Preci
     rows, spans, kinds = grid.free.shape
     count, cols = spans * kinds, state.codes.shape[1]
     size, parts, change = cols // spans, [], torch.zeros(rows, dtype=torch.float64, device=matrix.device)
-    chunk = max(1, _CHUNK_BYTES // (8 * count * count))
+    chunk = max(1, _CHUNK_BYTES // max(8 * count * count, 4 * cols * kinds * kinds))
     for start in range(0, rows, chunk):
         index = torch.arange(start, min(start + chunk, rows), device=matrix.device)
         here = grid.take(index)

@@ -8,7 +8,8 @@ from typing import Any
 @dataclass(frozen=True)
 class QuantizeResult:
     """Figures of one run. Losses are sums over layers of tr(E H E^T)/2; ``bits_per_weight`` counts codes and grids of the
-    quantized linears; ``bytes`` is the size of the published directory; ``flops`` are needed and done by stage (work.py).
+    quantized linears; ``bytes`` is the size of the published directory; ``flops`` are needed and done by stage (work.py);
+    ``quality`` is what the gate found (gate.py): measure, value, limit, passed, top1_agreement, worst_layers, or error.
     """
 
     out: str
@@ -31,6 +32,7 @@ class QuantizeResult:
     windows_sha256: str
     max_rescued: float = 0.01
     rescue_lines: list[str] = field(default_factory=list)
+    quality: dict[str, Any] = field(default_factory=lambda: {"passed": True})
 
     @property
     def directory(self) -> Path:
@@ -39,8 +41,13 @@ class QuantizeResult:
 
     @property
     def exit_code(self) -> int:
-        """0, or 4 where more than ``max_rescued`` of the layers needed a rescue."""
-        return 4 if self.rescued_layers > self.max_rescued * self.layers else 0
+        """0, or 4 where more than ``max_rescued`` of the layers needed a rescue, or the result is too far from the original."""
+        return 4 if self.too_many_rescues or not self.quality["passed"] else 0
+
+    @property
+    def too_many_rescues(self) -> bool:
+        """Whether more than ``max_rescued`` of the layers needed a rescue."""
+        return self.rescued_layers > self.max_rescued * self.layers
 
     def to_json(self) -> dict[str, Any]:
         """The promised keys, and some more."""

@@ -279,11 +279,12 @@ class Run:
         self.tell("block", block.index, loss=sum(record.loss for record in block.records))
         return streams
 
-    def publish(self, max_rescued: float) -> QuantizeResult:
-        """Write the finished directory, the manifest last, and give it its final name."""
+    def publish(self, max_rescued: float, max_kl: float | None = None) -> QuantizeResult:
+        """Write the finished directory, hold it against the original, write the manifest, and give it its final name."""
         self.tell("save", len(self.skeleton.blocks) - 1)
         memory.return_free()  # what the blocks left: writing the result needs pieces of other sizes
-        return publish(self.prepared, self.windows, self.clock, self.device, max_rescued)
+        judged_on = "cpu" if self.placement.host_block else self.device
+        return publish(self.prepared, self.windows, self.clock, self.device, max_rescued, max_kl, judged_on)
 
     def tell(self, stage: str, block: int, layer: str = "", loss: float = 0.0, message: str = "") -> None:
         """Send an Event to whoever watches."""

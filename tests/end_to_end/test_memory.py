@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import tiny_models
 
 _RUN = """
@@ -32,6 +34,7 @@ def _run(directory: Path, blocks: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.fault("R6")
 def test_peak_is_flat_in_the_number_of_blocks(tmp_path: Path) -> None:
     few, many = _run(tmp_path, 8), _run(tmp_path, 24)
     block_bytes = 4 * (3 * 512 * 512 + 3 * 3 * 512 * 512)  # float32: 12.6 MB, so 16 more blocks hold 200 MB

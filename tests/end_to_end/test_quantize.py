@@ -88,6 +88,7 @@ def _stop_after(block: int) -> object:
     return progress
 
 
+@pytest.mark.fault("C4")
 @pytest.mark.parametrize("scheme", ["NU3", "W4A16_G32"])
 def test_a_stopped_run_resumes_to_the_same_bytes(scheme: str, tmp_path: Path) -> None:
     source, recipe = tiny_models.save("qwen3", tmp_path / "source"), Recipe(scheme=scheme)
@@ -102,6 +103,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(scheme: str, tmp_path: Path) ->
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.fault("C12")
 def test_an_unfinished_run_of_another_recipe_is_refused_until_restart(tmp_path: Path) -> None:
     source = tiny_models.save("llama2", tmp_path / "source")
     with pytest.raises(KeyboardInterrupt):
@@ -126,6 +128,7 @@ def test_an_output_that_exists_is_refused_and_overwrite_replaces_only_ours(tmp_p
     assert json.loads((tmp_path / "ours" / "manifest.json").read_text())["recipe"]["scheme"] == "NU3"
 
 
+@pytest.mark.fault("S14")
 def test_what_cannot_be_done_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = tiny_models.save("llama2", tmp_path / "source")
     with pytest.raises(ShapeError, match=r"groups of 48 do not divide 64 columns \(model\.layers\.0\.self_attn\.q_proj\).*W4A16_G64"):

@@ -16,7 +16,7 @@ import torch
 
 import tiny_models
 from leangrid.data.calibration import windows, windows_hash
-from leangrid.errors import CalibrationError
+from leangrid.errors import CalibrationError, ResumeError
 from leangrid.pipeline import quantize
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
@@ -97,6 +97,47 @@ def test_a_token_beyond_the_embedding_is_another_models_tokenizer(tiny: Tiny, tm
     with pytest.raises(CalibrationError, match=r"token 99999 has no row in an embedding of 512.*another model"):
         quantize(source, tmp_path / "out", recipe(written(tmp_path, text)))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.fault("S12")
+def test_a_tokenizer_that_may_be_another_models_is_doubted_aloud(tiny: Tiny, tmp_path: Path) -> None:
+    file = written(tmp_path, "words of a corpus " * 100)
+    heard: dict[str, list[str]] = {}
+    for name in ("own", "other"):
+        source = tmp_path / name
+        shutil.copytree(tiny("llama3"), source)
+        if name == "other":
+            config = json.loads((source / "config.json").read_text())
+            (source / "config.json").write_text(json.dumps({**config, "eos_token_id": [7, 9]}))
+            swapped = json.loads((source / "tokenizer.json").read_text())
+            swapped["model"]["vocab"]["neverseen"] = 512
+            (source / "tokenizer.json").write_text(json.dumps(swapped))
+        events: list[Event] = []
+        quantize(source, tmp_path / f"{name}-out", recipe(file), progress=events.append)
+        heard[name] = [event.message for event in events if "another model" in event.message]
+    assert heard["own"] == []
+    assert ["513 tokens" in heard["other"][0], "eos" in heard["other"][1], len(heard["other"])] == [True, True, 2]
+
+
+@pytest.mark.fault("S12")
+@pytest.mark.fault("C12")
+def test_a_tokenizer_swapped_between_two_runs_is_another_run(tiny: Tiny, tmp_path: Path) -> None:
+    source, file = tmp_path / "source", written(tmp_path, "words of a corpus " * 100)
+    shutil.copytree(tiny("llama3"), source)
+
+    def stop(event: Event) -> None:
+        if event.stage == "block":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", recipe(file), progress=stop)
+    text = (source / "tokenizer_config.json").read_text()
+    (source / "tokenizer_config.json").write_text(text + " ")
+    with pytest.raises(ResumeError, match=r"another source\.side_files\.tokenizer_config\.json"):
+        quantize(source, tmp_path / "out", recipe(file))
+    (source / "tokenizer_config.json").write_text(text)
+    quantize(source, tmp_path / "out", recipe(file))
+    assert verify(tmp_path / "out") == []
 
 
 @pytest.mark.fault("S12")

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,9 @@ FAILPOINTS = sorted({name for path in STORAGE.glob("*.py") for name in re.findal
 
 
 @pytest.fixture
-def fast(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory where there is one: these tests sync thousands of files, and none of them cuts the power."""
-    memory = "/dev/shm"  # noqa: S108
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(directory)
+def fast(in_memory: Path) -> Path:
+    """These tests sync thousands of files, and none of them cuts the power."""
+    return in_memory
 
 
 @pytest.fixture
@@ -102,6 +96,21 @@ def test_killed_at_every_failpoint(source: Path, fast: Path, options: list[str])
     assert report["problems"] == []
     assert report["failpoints"] > 150
     assert report["published_then_killed"] > 5  # the kills between the last rename and the end were among them
+
+
+@pytest.mark.fault("C2")
+@pytest.mark.fault("R2")
+@pytest.mark.parametrize(
+    ("kind", "kills", "seed"), [("storage", 30, 0), pytest.param("storage", 500, 1, marks=pytest.mark.slow),
+                                pytest.param("quantize", 500, 2, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_killed_at_random_times(fast: Path, kind: str, kills: int, seed: int) -> None:
+    command = [sys.executable, str(ROOT / "tests" / "random_kills.py"), kind, str(fast), str(kills), str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=3600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    assert report["problems"] == []
+    assert report["kills"] >= kills and report["before_anything"] < report["kills"] / 2
 
 
 @pytest.mark.fault("C1")
@@ -445,7 +454,14 @@ def test_blocks_after_a_damaged_one_are_dropped(source: Path, fast: Path, monkey
 @pytest.mark.parametrize("field", sorted(Recipe.model_fields))
 def test_another_recipe_is_another_run(fast: Path, field: str) -> None:
     """One field at a time, over all fields of Recipe, so that a new one cannot be forgotten."""
-    other: dict[str, Any] = {"scheme": "NU3", "format": "lut", "calibration": "self", "search": "lloyd", "products": "float32"}
+    other: dict[str, Any] = {
+        "scheme": "NU3",
+        "format": "lut",
+        "calibration": "self",
+        "search": "lloyd",
+        "products": "float32",
+        "layers": {"fc1": "W8A16"},
+    }
     recipe = Recipe.build()
     value = getattr(recipe, field)
     changed = other[field] if field in other else not value if isinstance(value, bool) else (value or 0) + 1

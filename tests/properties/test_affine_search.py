@@ -124,6 +124,7 @@ ODD = {
 }
 
 
+@pytest.mark.fault("N11")
 @pytest.mark.parametrize("path", ["native", "torch"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted(ODD))

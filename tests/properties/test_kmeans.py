@@ -43,6 +43,7 @@ values = st.one_of(st.floats(-4, 4, width=32), st.sampled_from([-1.0, 0.0, -0.0,
 weights = st.one_of(st.floats(1e-3, 10), st.sampled_from([0.0, 1.0]))
 
 
+@pytest.mark.fault("N8")
 @both
 @given(pairs=st.lists(st.tuples(values, weights), min_size=1, max_size=6), k=st.integers(1, 4))
 def test_the_dynamic_program_equals_brute_force(path: str, pairs: list[tuple[float, float]], k: int) -> None:
@@ -136,6 +137,7 @@ ODD = {
 }
 
 
+@pytest.mark.fault("N8")
 @pytest.mark.parametrize("path", ["native", "torch"])
 @pytest.mark.parametrize("name", sorted(ODD))
 @pytest.mark.parametrize("k", [1, 4, 16])

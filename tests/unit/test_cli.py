@@ -72,7 +72,7 @@ def test_options_reach_the_recipe_and_win_over_its_file(recorded: list, tmp_path
     file.write_text('scheme = "NU3"\nsamples = 7\np = 1.5\n')
     done = run("quantize", "src", "out", "--recipe", file, "--samples", 9, "--steps", 64, "--correct", 0, "--refine", 2, "--damping", 0.1,
                "--length", 99, "--seed", 5, "--format", "lut", "--calibration", "self", "--device", "cuda:1", "--threads", 3, "--overwrite",
-               "--restart", "--max-rescued", "5%", "--state-dir", "states")  # fmt: skip
+               "--restart", "--max-rescued", "5%", "--max-kl", 0.5, "--state-dir", "states")  # fmt: skip
     assert done.exit_code == 0, done.output
     ((source, out, recipe), options) = recorded[0]
     assert (source, out) == ("src", Path("out"))
@@ -87,6 +87,7 @@ def test_options_reach_the_recipe_and_win_over_its_file(recorded: list, tmp_path
         "overwrite": True,
         "restart": True,
         "max_rescued": 0.05,
+        "max_kl": 0.5,
         "state_dir": Path("states"),
     }
 
@@ -108,6 +109,7 @@ def test_json_is_one_strict_object_on_stdout(recorded: list) -> None:
         (("quantize", "src", "out", "--samples", "many"), "--samples"),
         (("quantize", "src", "out", "--samples", "0"), "samples"),
         (("quantize", "src", "out", "--max-rescued", "200%"), "no share"),
+        (("quantize", "src", "out", "--max-kl", "-1"), "no limit"),
         (("quantize", "src", "out", "--recipe", "absent.toml"), "no such recipe"),
         (("quantize", "absent/", "out"), "absent"),
         (("plan", "absent/"), "absent"),

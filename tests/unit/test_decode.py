@@ -98,6 +98,7 @@ def test_rounding_at_the_edges_of_a_format(isa: str, stored: torch.dtype) -> Non
     assert torch.equal(found, torch_decode.affine_weight(codes, scale[:, None], zero_point, 16, stored))
 
 
+@pytest.mark.fault("N14")
 def test_a_token_does_not_depend_on_its_neighbours_nor_on_threads(isa: str) -> None:
     rows, cols, bits = 4099, 160, 4  # enough work for a second thread
     tiles, lut = decode.tile(decode.pack(codes_of(rows, cols, bits), bits), bits, cols), lut_of(rows, bits)
@@ -139,6 +140,7 @@ def test_codes_are_held_once_and_stored_as_they_were(isa: str) -> None:
         assert copy.deepcopy(layer).to("meta").codes.dtype == torch.int32
 
 
+@pytest.mark.fault("O7")
 def test_layers_without_the_extension_answer_alike(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for layer in layers():
         x = torch.randn(3, 48)
@@ -152,6 +154,7 @@ def test_layers_without_the_extension_answer_alike(isa: str, monkeypatch: pytest
         monkeypatch.setenv("LEANGRID_KERNELS", isa)
 
 
+@pytest.mark.fault("O6")
 def test_strides_and_gradients_of_the_input(isa: str) -> None:
     for layer in layers():
         wide = torch.randn(3, 96)

@@ -42,13 +42,17 @@ def test_missing_memory_is_told_from_other_errors() -> None:
 def test_arithmetic_on_a_device() -> None:
     assert [best_products(dtype, "cuda") for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
         "bfloat16",
-        "bfloat16",
+        "tfloat32",
         "tfloat32",
     ]
-    assert compute_dtype("bfloat16", torch.bfloat16, "cuda:0") == torch.bfloat16
-    assert compute_dtype("bfloat16", torch.bfloat16, "cpu") == torch.bfloat16
-    assert compute_dtype("float32", torch.bfloat16, "cuda") == compute_dtype("bfloat16", torch.float16, "cpu") == torch.float32
-    assert compute_dtype("tfloat32", torch.float32, "cuda") == torch.float32
+    assert compute_dtype("bfloat16", torch.bfloat16) == torch.bfloat16
+    assert compute_dtype("float32", torch.bfloat16) == compute_dtype("tfloat32", torch.float32) == torch.float32
+
+
+@pytest.mark.fault("N7")
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "tfloat32"])
+def test_blocks_are_never_computed_in_float16(kind: str) -> None:
+    assert compute_dtype(kind, torch.float16) == torch.float32
 
 
 def test_products_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,7 @@ def same_weights(before: Path, after: Path) -> None:
         ("W4A16", "awq"),
         ("W4A16", "compressed-tensors"),
         ("NU3", "lut"),
+        ("W3A16_SYM", "mlx"),
     ],
 )
 def test_the_same_codes_in_another_container(result: Results, scheme: str, to: str, tmp_path: Path) -> None:
@@ -151,6 +152,24 @@ def test_zero_points_that_version_1_cannot_say(result: Results, tmp_path: Path) 
 
 
 @pytest.mark.fault("O6")
+def test_mlx_and_its_way_back(result: Results, tmp_path: Path) -> None:
+    """Asymmetric zero points are refused by layer, symmetric ones go; from there only a dense checkpoint leads on."""
+    with pytest.raises(FormatError, match=r"self_attn.*--format mlx"):
+        leangrid.export(result("W4A16_G32"), tmp_path / "no", to="mlx")
+    assert not (tmp_path / "no").exists() and not partial_of(tmp_path / "no").exists()
+    out = tmp_path / "mlx"
+    leangrid.export(result("W4A16_G32_SYM"), out, to="mlx")
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+    with pytest.raises(FormatError, match=r"offsets of mlx.*--format awq"):
+        leangrid.export(out, tmp_path / "no", to="awq")
+    leangrid.export(out, tmp_path / "dense", to="dense")
+    assert not {"quantization", "quantization_config"} & json.loads((tmp_path / "dense" / "config.json").read_text()).keys()
+    leangrid.export(result("W4A16_G32_SYM"), tmp_path / "dense2", to="dense")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("dense", "dense2"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_source_that_is_not_what_its_manifest_says(result: Results, tiny: Callable[..., Path], tmp_path: Path) -> None:
     copy = shutil.copytree(result("W4A16"), tmp_path / "copy")
     with (copy / "model.safetensors").open("r+b") as file:

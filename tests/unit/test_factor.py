@@ -39,6 +39,7 @@ def test_any_spectrum_factors_without_a_rescue_at_sane_damping(cols: int, expone
     assert identity_error(matrix, damping) < 1e-2
 
 
+@pytest.mark.fault("N5")
 @given(exponent=st.floats(0, 16), damping=st.floats(1e-12, 1e-4), seed=st.integers(0, 999))
 def test_any_spectrum_gives_a_checked_factor_or_a_record(exponent: float, damping: float, seed: int) -> None:
     matrix = spd(16, 10**exponent, seed)
@@ -52,11 +53,13 @@ def test_any_spectrum_gives_a_checked_factor_or_a_record(exponent: float, dampin
         assert float(error.norm()) / 4 < 0.1 * max(1.0, float(torch.linalg.cond(exact)) * 1e-6)
 
 
+@pytest.mark.fault("N5")
 def test_fewer_tokens_than_columns() -> None:
     x = inputs(5, 60)
     assert identity_error(2 / 5 * x.T @ x, 0.01) < 1e-2
 
 
+@pytest.mark.fault("N5")
 @pytest.mark.parametrize(("smallest", "kind"), [(-0.05, "damping"), (-0.5, "damping"), (-5.0, "diagonal")])
 def test_an_indefinite_hessian_climbs_the_ladder_and_says_so(smallest: float, kind: str) -> None:
     basis = torch.linalg.qr(torch.randn(20, 20, generator=generator(0))).Q
@@ -73,6 +76,7 @@ def test_an_indefinite_hessian_climbs_the_ladder_and_says_so(smallest: float, ki
         assert torch.equal(factor.damped, torch.diag(factor.damped.diagonal()))
 
 
+@pytest.mark.fault("N5")
 def test_float64_is_recorded_when_float32_is_not_enough() -> None:
     lower = torch.eye(12, dtype=torch.float64) - torch.ones(12, 12, dtype=torch.float64).tril(-1)
     matrix = lower @ lower.T  # integers, exact in float32; its condition is about 2^24
@@ -81,6 +85,7 @@ def test_float64_is_recorded_when_float32_is_not_enough() -> None:
     torch.testing.assert_close(factor.inverse(), torch.linalg.inv(matrix), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.fault("N4")
 def test_dead_columns_are_noted_go_last_and_weigh_least() -> None:
     x = inputs(100, 20)
     x[:, [3, 11]] = 0

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 import leangrid
 import tiny_models
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats import FORMATS, config_entries, format_of, mlx
+from leangrid.formats import FORMATS, config_entries, format_of, mlx, schemes_of
 from leangrid.grids import AffineGrid, NonuniformGrid, OffsetGrid
 from leangrid.layers import OffsetLinear
 from leangrid.recipe import Recipe, Scheme
+from leangrid.storage.config import with_older_ropes
 from quantized_checkpoints import answer, reference, write
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -149,13 +150,24 @@ def test_what_fits_is_not_refused(scheme: str) -> None:
 def test_config_is_mlx_lms_and_comes_back() -> None:
     config = mlx.config(Scheme.parse("W4A16_G32"), ["a.q"], ["lm_head"], torch.bfloat16)
     assert config == {"group_size": 32, "bits": 4, "mode": "affine"}
-    assert format_of(config) is FORMATS["mlx"] and mlx.scheme_of(config) == Scheme.parse("W4A16_G32")
+    assert format_of(config) is FORMATS["mlx"]
+    assert mlx.scheme_of(config) == Scheme.parse("W4A16_G32").model_copy(update={"grid": "offset"})
     assert config_entries("mlx", config) == {"quantization": config, "quantization_config": config}
+
+
+def test_several_schemes_are_named_by_layer() -> None:
+    four, eight = (Scheme.parse(f"W{bits}A16_G64").model_copy(update={"grid": "offset"}) for bits in (4, 8))
+    schemes = {"a.q": four, "a.o": four, "a.down": eight}
+    config = mlx.mixed_config(schemes)
+    assert config == {"group_size": 64, "bits": 4, "mode": "affine", "a.down": {"group_size": 64, "bits": 8, "mode": "affine"}}
+    assert schemes_of(config, list(schemes)) == schemes
+    with pytest.raises(FormatError, match="mxfp4"):
+        schemes_of(config | {"a.q": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, ["a.q"])
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"bits": 5}, {"bits": True}, {"mode": "mxfp4"}, {"group_size": 16}, {"model.q": {"bits": 8, "group_size": 64}}, {"model.q": {}}],
+    [{"bits": 5}, {"bits": True}, {"mode": "mxfp4"}, {"group_size": 16}],
 )
 def test_a_config_that_we_do_not_read_is_refused(change: dict) -> None:
     with pytest.raises(FormatError, match=r"config\.json"):
@@ -257,3 +269,31 @@ def test_auto_scheme_takes_the_widest_group_that_fits(tiny: Callable[..., Path])
     skeleton = Skeleton(open_source(tiny("llama2")))  # 64 and 128 columns
     assert settle(Recipe(format="mlx"), skeleton).scheme == "W4A16_G64"
     assert settle(Recipe(), skeleton).scheme == "W4A16"
+
+
+@pytest.mark.parametrize("scheme", ["W4A16_G32", "W3A16_SYM", "GPTQ4_G64", "W2A16"])
+def test_quantize_for_mlx_end_to_end(tiny: Callable[..., Path], scheme: str, tmp_path: Path) -> None:
+    """Rounded in the search: what the run computed with is what the file says, and no later step rounds it."""
+    out = tmp_path / "out"
+    result = leangrid.quantize(
+        tiny("llama3", torch.bfloat16), out, Recipe(scheme=scheme, format="mlx", steps=64), windows=tiny_models.tokens(4, 32)
+    )
+    assert result.layers == 14 and leangrid.verify(out) == []
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] and config["quantization"]["bits"] == Scheme.parse(scheme).bits
+    assert config["rope_theta"] == 500000.0 and config["rope_scaling"]["rope_type"] == "llama3" and config["tie_word_embeddings"] is False
+    model, _ = leangrid.load(out)
+    assert sum(isinstance(module, OffsetLinear) for module in model.modules()) == 14
+    assert bool(answer(model, tiny_models.tokens()).isfinite().all())
+    assert result.loss < result.loss_minmax or scheme.startswith("GPTQ")
+
+
+def test_older_places_of_the_rotary_embedding() -> None:
+    llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
+    assert with_older_ropes({"rope_parameters": llama3}) == {"rope_parameters": llama3, "rope_theta": 5e5, "rope_scaling": llama3}
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 7.0, "rope_scaling": None}
+    assert with_older_ropes(plain) == plain  # what is there stays
+    kinds = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    older = with_older_ropes({"rope_parameters": kinds})
+    assert (older["rope_theta"], older["rope_local_base_freq"], older["rope_scaling"]) == (1e6, 1e4, kinds["full_attention"])
+    assert with_older_ropes({"model_type": "bert"}) == {"model_type": "bert"}

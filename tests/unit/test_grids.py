@@ -129,6 +129,7 @@ def test_one_level_a_group_needs_no_more_than_the_offset() -> None:
     torch.testing.assert_close(found.dequantize(found.nearest(w)), w, rtol=1e-3, atol=0)
 
 
+@pytest.mark.fault("N8")
 @given(levels=st.sampled_from([2, 4]), cols=st.integers(1, 9), distinct=st.integers(1, 9), seed=st.integers(0, 99))
 def test_the_nonuniform_fit_reaches_the_brute_force_optimum(levels: int, cols: int, distinct: int, seed: int) -> None:
     random = generator(seed)
@@ -139,6 +140,7 @@ def test_the_nonuniform_fit_reaches_the_brute_force_optimum(levels: int, cols: i
     assert objective == pytest.approx(reference_kmeans(w[0], g, levels)[1], rel=1e-4, abs=1e-10)
 
 
+@pytest.mark.fault("N8")
 @pytest.mark.parametrize("search", ["optimal", "lloyd"])
 def test_learned_levels_are_no_worse_than_minmax_on_their_objective(search: str) -> None:
     w, g = weight(20, 32), torch.rand(32, generator=generator(0)).double()
@@ -159,6 +161,8 @@ DEGENERATE = {
 }
 
 
+@pytest.mark.fault("S10")
+@pytest.mark.fault("N8")
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_degenerate_rows_give_finite_grids_and_a_sensible_reconstruction(name: str, bits: int) -> None:
@@ -187,6 +191,7 @@ def test_weights_that_are_not_finite_are_refused_with_their_number(bad: float) -
         fit_nonuniform(w, ONES)
 
 
+@pytest.mark.fault("S14")
 @pytest.mark.parametrize("group_size", [5, 64, 0])
 def test_a_group_that_does_not_divide_is_refused_with_both_numbers(group_size: int) -> None:
     for fit in (lambda: fit_minmax(weight(2, 32), 4, group_size), lambda: fit_affine(weight(2, 32), ONES, 4, 64, group_size)):
@@ -194,6 +199,7 @@ def test_a_group_that_does_not_divide_is_refused_with_both_numbers(group_size: i
             fit()
 
 
+@pytest.mark.fault("N11")
 def test_grids_refuse_values_that_no_file_should_hold() -> None:
     one, zero = torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8)
     assert set(GRIDS) == {"affine", "offset", "nonuniform"}

@@ -16,6 +16,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-6 * b.abs().max())
 
 
+@pytest.mark.fault("N3")
 @pytest.mark.parametrize("shape", [(60, 7), (3, 20, 7), (2, 3, 10, 7), (1, 60, 7)])
 def test_any_leading_shape_counts_every_token(shape: tuple[int, ...]) -> None:
     x = inputs(60, 7)
@@ -27,6 +28,7 @@ def test_any_leading_shape_counts_every_token(shape: tuple[int, ...]) -> None:
     assert close(found.matrix, explicit(x, x))
 
 
+@pytest.mark.fault("N12")
 @pytest.mark.parametrize("cols", [1, 33, 700])  # 700: more than one panel of columns
 def test_splitting_permuting_and_merging_batches_changes_nothing(cols: int) -> None:
     x, y = inputs(90, cols), inputs(90, cols, seed=5)
@@ -49,6 +51,7 @@ def test_splitting_permuting_and_merging_batches_changes_nothing(cols: int) -> N
     assert torch.equal(one.matrix, one.matrix.T)
 
 
+@pytest.mark.fault("N3")
 def test_one_token_of_bfloat16() -> None:
     x = inputs(1, 9).bfloat16()
     total = HessianSum(9)
@@ -64,6 +67,7 @@ def test_equal_streams_have_equal_matrix_and_cross() -> None:
     assert close(found.cross, found.matrix)
 
 
+@pytest.mark.fault("N6")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])  # 1e30: its square is no float32
 def test_a_bad_token_leaves_both_streams_and_is_recorded(bad: float) -> None:
     x, y = inputs(40, 6), inputs(40, 6, seed=1)
@@ -82,6 +86,8 @@ def test_a_bad_token_leaves_both_streams_and_is_recorded(bad: float) -> None:
     assert [(r.kind, r.count) for r in found.rescues] == [("nonfinite_tokens", 2)]
 
 
+@pytest.mark.fault("N1")
+@pytest.mark.fault("N6")
 def test_too_many_bad_tokens_and_none_at_all_are_errors() -> None:
     x = inputs(20, 4)
     x[:3] = float("nan")

@@ -88,6 +88,7 @@ def test_native_gives_the_bits_of_its_torch_twin(
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.fault("N14")
 @pytest.mark.parametrize("op", OPS)
 def test_threads_change_nothing(op: str, generator: torch.Generator, two_threads: None) -> None:
     call = cases(generator, 150, 64, 16)[op]
@@ -269,6 +270,7 @@ def test_descent_lowers_the_true_loss_and_reports_its_change(isa: str, generator
     assert not none.any()
 
 
+@pytest.mark.fault("O6")
 def test_views_that_are_not_contiguous_give_the_same(isa: str, generator: torch.Generator) -> None:
     weight, share = heavy(generator, 40, 12), importance(generator, 40, 12)
     for op in (lambda w, s: kernels.kmeans_dp(w, s, 4), lambda w, s: kernels.affine_search(w, s, 3, 64, 0.3, 40)):
@@ -280,6 +282,7 @@ def test_views_that_are_not_contiguous_give_the_same(isa: str, generator: torch.
                        kernels.sweep_levels(wide[:, 3:15].contiguous(), u, grid)[0])  # fmt: skip
 
 
+@pytest.mark.fault("O6")
 def test_no_rows_give_no_rows(isa: str) -> None:
     none, share = torch.empty(0, 8), torch.ones(8, dtype=torch.float64)
     assert [tuple(x.shape) for x in kernels.kmeans_dp(none, share, 4)] == [(0, 4), (0,)]
@@ -289,6 +292,7 @@ def test_no_rows_give_no_rows(isa: str) -> None:
     assert kernels.level_gram(torch.eye(8), torch.empty(0, 8, dtype=torch.uint8), 4).shape == (0, 4, 4)
 
 
+@pytest.mark.fault("O6")
 def test_no_columns_give_no_codes(isa: str) -> None:
     codes, errors = kernels.sweep_levels(torch.empty(3, 0), torch.empty(0, 0), torch.zeros(3, 4))
     assert codes.shape == errors.shape == (3, 0)

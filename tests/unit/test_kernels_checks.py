@@ -61,6 +61,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.fault("O6")
 @pytest.mark.parametrize("case", sorted(REFUSED))
 def test_bad_input_is_one_shape_error(case: str) -> None:
     call, message = REFUSED[case]
@@ -80,6 +81,7 @@ def test_the_torch_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernels.kmeans_dp(W, ONES, 2)[0].shape == (2, 2)
 
 
+@pytest.mark.fault("O7")
 def test_without_the_extension_there_is_one_notice_and_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LEANGRID_KERNELS", raising=False)
     monkeypatch.delattr(kernels, "_cpu", raising=False)
@@ -129,6 +131,7 @@ def test_triton_for_cpu_tensors_asks_for_its_interpreter(monkeypatch: pytest.Mon
         kernels.kmeans_dp(W, ONES, 2)
 
 
+@pytest.mark.fault("O7")
 def test_a_missing_triton_is_the_reason_given(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("leangrid.kernels.triton")]:
         monkeypatch.delitem(sys.modules, name)

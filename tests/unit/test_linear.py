@@ -88,6 +88,7 @@ def adversarial(seed: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, cols, generator=random), (matrix + matrix.T) / 2
 
 
+@pytest.mark.fault("N9")
 @pytest.mark.parametrize("scheme", ["GPTQ2", "W2A16", "NU2"])
 def test_a_layer_worse_than_rounding_keeps_the_better_and_records_it(scheme: str) -> None:
     worse = 0
@@ -124,6 +125,7 @@ def test_rows_never_interact(scheme: str) -> None:
     assert torch.equal(straight.codes[order], permuted.codes)
 
 
+@pytest.mark.fault("N4")
 @pytest.mark.parametrize("scheme", ["NU4", "W4A16_G16", "NU3_EXACT"])
 def test_dead_columns_and_a_layer_without_input_keep_their_weights_near(scheme: str) -> None:
     w, matrix, _ = layer(6, 32)
@@ -137,6 +139,7 @@ def test_dead_columns_and_a_layer_without_input_keep_their_weights_near(scheme: 
         assert bool(again.any(1).all())
 
 
+@pytest.mark.fault("S10")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("scheme", ["NU3", "RTN4"])
 def test_weights_that_are_not_finite_are_refused(scheme: str, bad: float) -> None:

@@ -17,6 +17,7 @@ def loop_pack(codes: list[int], bits: int) -> list[int]:
     return [word - 2**32 if word >= 2**31 else word for word in words]
 
 
+@pytest.mark.fault("O1")
 @given(bits=st.integers(1, 8), rows=st.integers(1, 4), cols=st.integers(1, 100), seed=st.integers(0, 999))
 def test_round_trip_and_loop_packer(bits: int, rows: int, cols: int, seed: int) -> None:
     codes = torch.randint(2**bits, (rows, cols), generator=generator(seed), dtype=torch.uint8)
@@ -41,6 +42,7 @@ def test_the_layout_is_that_of_compressed_tensors(bits: int) -> None:
     assert torch.equal(pack(codes, bits), helpers.pack_to_int32(signed, bits))
 
 
+@pytest.mark.fault("N11")
 def test_codes_that_do_not_fit_and_wrong_widths_are_refused() -> None:
     codes = torch.tensor([[0, 8]], dtype=torch.uint8)
     with pytest.raises(ShapeError, match="8 does not fit in 3 bits"):

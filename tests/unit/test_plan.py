@@ -43,6 +43,7 @@ def test_nothing_is_written_and_nothing_impossible_is_planned(tmp_path: Path) ->
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.fault("R3")
 def test_too_little_memory_is_refused_with_what_would_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_models.save("llama2", tmp_path / "source")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))

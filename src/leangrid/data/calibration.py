@@ -90,6 +90,19 @@ def decoded_start(tokenizer: PreTrainedTokenizerBase, tokens: Int64[Tensor, "sam
     return " ".join(str(text).split())[:characters]
 
 
+def doubts(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], vocab_rows: int | None) -> list[str]:
+    """Where the tokenizer and config.json disagree, one sentence each: no proof, but the first sign of another model's tokenizer."""
+    found = []
+    if vocab_rows is not None and len(tokenizer) > vocab_rows:
+        found.append(f"the tokenizer knows {len(tokenizer):,} tokens, the embedding has {vocab_rows:,} rows")
+    for role in ("bos", "eos"):
+        stated, own = config.get(f"{role}_token_id"), getattr(tokenizer, f"{role}_token_id", None)
+        allowed = stated if isinstance(stated, list) else [stated]
+        if stated is not None and own is not None and own not in allowed:
+            found.append(f"config.json calls token {stated} its {role}, the tokenizer token {own}")
+    return [f"{what}: it may belong to another model" for what in found]
+
+
 def check_vocabulary(tokens: Tensor, vocab_rows: int | None) -> None:
     """CalibrationError where a token has no row in the embedding: the kernel would read another row or crash."""
     highest = int(tokens.max())

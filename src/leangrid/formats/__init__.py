@@ -96,9 +96,11 @@ def config_of(container: Format, schemes: Mapping[str, Scheme], ignore: list[str
     several = list(dict.fromkeys(schemes.values()))
     if len(several) == 1:
         return container.config(several[0], list(schemes), ignore, dtype)
+    if container is mlx:
+        return mlx.mixed_config(schemes)
     if container is not compressed_tensors:
         name = next(name for name, known in FORMATS.items() if known is container)
-        raise FormatError(f"{name} holds one scheme for all layers, not {len(several)}", "layers", "Use format compressed-tensors")
+        raise FormatError(f"{name} holds one scheme for all layers, not {len(several)}", "layers", "Use format compressed-tensors or mlx")
     return compressed_tensors.mixed_config(schemes, ignore)
 
 
@@ -108,6 +110,8 @@ def schemes_of(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme
     covered = [name for name in names if container.covers(config, name)]
     if container is compressed_tensors and len(config.get("config_groups") or {}) > 1:
         return compressed_tensors.mixed_schemes(config, covered)
+    if container is mlx:
+        return mlx.schemes(config, covered)
     return dict.fromkeys(covered, container.scheme_of(config))
 
 

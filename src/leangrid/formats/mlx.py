@@ -1,10 +1,12 @@
 """MLX's affine container: w = s q + b per group of columns, read by mlx-lm.
 
 Source: mlx 0.32, ``mx.quantize`` and ``mx.dequantize`` (ops.cpp, backend/*/quantized*), and mlx-lm 0.32, ``load_model``. mlx-lm takes a
-layer for quantized where the weights hold ``NAME.scales``; config.json says the bits and the group size once for all.
-docs/formats.md has the layout and what each of its kernels rounds.
+layer for quantized where the weights hold ``NAME.scales``; config.json says the bits and the group size once for all,
+and by name for the layers that differ. docs/formats.md has the layout and what each of its kernels rounds.
 """
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -128,21 +130,33 @@ def config(scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dt
     return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": "affine"}
 
 
+def mixed_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """As ``config`` for layers of several schemes: the commonest for all, the others by their layers' names."""
+    common = Counter(schemes.values()).most_common(1)[0][0]
+    others = {name: config(scheme, [name], [], torch.float32) for name, scheme in schemes.items() if scheme != common}
+    return config(common, [], [], torch.float32) | others
+
+
 def is_config(config: dict[str, Any]) -> bool:
     """Whether a ``quantization_config`` is MLX's: the only one without a method."""
     return "quant_method" not in config and "group_size" in config and "bits" in config
 
 
 def scheme_of(config: dict[str, Any]) -> Scheme:
-    """The scheme of a ``quantization`` that is the same for all layers, ours or mlx-lm's."""
+    """The scheme of the layers that a ``quantization``, ours or mlx-lm's, does not name."""
     bits, size, mode = config.get("bits"), config.get("group_size"), config.get("mode", "affine")
-    other = next((name for name, value in config.items() if isinstance(value, dict)), None)
-    if mode != "affine" or bits not in BITS or isinstance(bits, bool) or other:
-        what = f"leangrid reads MLX's mode affine at 2, 3, 4 and 8 bits, the same for all layers, not {other or f'{mode!r} at {bits!r}'}"
+    if mode != "affine" or bits not in BITS or isinstance(bits, bool):
+        what = f"leangrid reads MLX's mode affine at 2, 3, 4 and 8 bits, not {mode!r} at {bits!r}"
         raise FormatError(what, _WHERE, "Load it with mlx-lm")
     if size not in GROUPS:
         raise FormatError(f"group_size must be 32, 64 or 128, not {size!r}", _WHERE, "The config is damaged: quantize or copy it again")
-    return Scheme(grid="affine", method="leanquant", bits=bits, group_size=size)
+    return Scheme(grid="offset", method="leanquant", bits=bits, group_size=size)
+
+
+def schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """Layer -> scheme: its own entry, or the one for all."""
+    default = scheme_of(config)
+    return {name: scheme_of(config[name]) if isinstance(config.get(name), dict) else default for name in names}
 
 
 def covers(config: dict[str, Any], name: str) -> bool:

@@ -135,18 +135,23 @@ class Skeleton:
             self.release(block)
 
     @contextmanager
-    def without_blocks(self, device: torch.device | str = "cpu") -> Iterator[nn.Module]:
-        """The base model with embeddings and norms filled and its blocks still empty."""
-        self.materialise(self.base, self.prefix, skip=self.blocks_prefix)
-        children = [child for child in self.base.modules() if not any(p.is_meta for p in child.parameters())]
+    def without_blocks(self, device: torch.device | str = "cpu", head: bool = False) -> Iterator[nn.Module]:
+        """The base model with embeddings and norms filled and its blocks still empty; with ``head`` the whole model likewise."""
+        model = self.model if head else self.base
+        self.materialise(model, "" if head else self.prefix, skip=self.blocks_prefix)
+        if head:
+            self.model.tie_weights()
+        children = [child for child in model.modules() if not any(p.is_meta for p in child.parameters())]
         for child in children:
             child.to(device)
         try:
-            yield self.base
+            yield model
         finally:
-            for name, parameter in list(self.base.named_parameters()):
+            for name, parameter in list(model.named_parameters()):
                 if not parameter.is_meta:
-                    _set_parameter(self.base, name, torch.empty_like(parameter, device="meta"))
+                    _set_parameter(model, name, torch.empty_like(parameter, device="meta"))
+            if head:
+                self.model.tie_weights()
 
     def release(self, module: nn.Module) -> None:
         """Put the module's parameters back on the meta device and free their memory."""

@@ -24,6 +24,7 @@ _FIGURES = (
 # How each container is opened, as a fenced block less its fences: language, then lines.
 _PLAIN = 'python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
 _OURS = 'python\nimport leangrid\nmodel, tokenizer = leangrid.load("DIR")'
+_BLOCKS = "bash\nleangrid export DIR FILE --to gguf\nllama-server -m FILE/model.gguf"
 _GPTQ = 'python\nfrom gptqmodel import GPTQModel\nmodel = GPTQModel.load("DIR")'
 USE: dict[str, str] = {
     "compressed-tensors": _PLAIN,
@@ -31,6 +32,7 @@ USE: dict[str, str] = {
     "gptq_v1": _GPTQ,
     "awq": _PLAIN.replace("\n", "\n# transformers reads awq with the help of: pip install gptqmodel\n", 1),
     "dense": _PLAIN,
+    "onnx": 'python\nimport onnxruntime_genai as og\nmodel = og.Model("DIR")',
     "gguf": "bash\nllama-server -m DIR/model.gguf",
     "lut": _PLAIN.replace("\n", "\nimport leangrid  # registers the format\n", 1),
 }
@@ -83,7 +85,7 @@ def model_card(
 def _card(facts: _Facts) -> str:
     name = facts.source.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] or "model"
     parts = [_header(facts.source, facts.license_name), f"# {_plain(name)}, {facts.recipe.scheme}"]
-    parts += [_made(facts), _use(facts.container), _losses(facts.records)]
+    parts += [_made(facts), _use(facts), _losses(facts.records)]
     if facts.evaluation is not None:
         parts.append(_measured(facts.evaluation))
     parts.append(_rescues(facts.records))
@@ -120,8 +122,9 @@ def _made(facts: _Facts) -> str:
     return _table(("", ""), rows)
 
 
-def _use(container: str) -> str:
-    return f"```{USE.get(container, _OURS)}\n```"
+def _use(facts: _Facts) -> str:
+    blocks = facts.container == "gguf" and not facts.exported_from  # the blocks still lie in a directory
+    return f"```{_BLOCKS if blocks else USE.get(facts.container, _OURS)}\n```"
 
 
 def _losses(records: Sequence[LayerRecord]) -> str:

@@ -57,6 +57,7 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
         ("size", _size(result, "bytes")),
         ("loss", None if loss is None else f"{loss:.4g}{better}"),
         ("rescues", result.get("rescues")),
+        *_quality(result.get("quality") or {}),
         ("time", total),
         ("bound by", result.get("bound")),
         ("peak RAM", _size(result, "peak_ram_bytes")),
@@ -93,6 +94,14 @@ def eval_summary(result: Mapping[str, Any]) -> str:
         ("bits per weight", result["bits_per_weight"]),
         ("time", duration(result["seconds"])),
     ))  # fmt: skip
+
+
+def _quality(found: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """What the gate found, as one row."""
+    if found.get("value") is None:
+        return []
+    name = "KL to the original" if found["measure"] == "kl" else "1 - cosine"
+    return [(name, f"{found['value']:.4g} on {found['tokens']} tokens (allowed {found['limit']:g})")]
 
 
 def _less(loss: int | float, other: int | float) -> str:

@@ -4,6 +4,7 @@ The protocol (SQLite's and git's): a temporary file beside the target, written a
 directory. Names of temporaries start with a dot and end in ``.tmp``, so that whoever holds the lock of a run may sweep what a kill left.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -118,18 +119,27 @@ def make_dir(path: Path) -> None:
     for directory in reversed(missing):
         try:
             failpoint("dir.before_make")
-            directory.mkdir(exist_ok=True)
+            _mkdir(directory)
             sync_dir(directory.parent)
             failpoint("dir.after_make")
         except OSError as error:
             raise _refused("make the directory", directory, error) from error
 
 
+def _mkdir(directory: Path) -> None:
+    try:
+        os.mkdir(directory)
+    except FileExistsError:
+        if not directory.is_dir():
+            raise
+
+
 def remove(path: Path) -> None:
     """Remove a file, an empty directory's entry or nothing if it is gone; OutputError otherwise."""
     try:
         failpoint("remove.before")
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         failpoint("remove.after")
     except OSError as error:
         raise _stopped("remove", path, error, 0) from error
@@ -145,7 +155,7 @@ def remove_tree(path: Path) -> None:
         remove_tree(entry)
     try:
         failpoint("remove.before_rmdir")
-        path.rmdir()
+        os.rmdir(path)
     except OSError as error:
         raise _stopped("remove", path, error, 0) from error
 
@@ -153,7 +163,7 @@ def remove_tree(path: Path) -> None:
 def remove_if_empty(path: Path) -> None:
     """Remove a directory that holds nothing; one that another process has begun to use stays."""
     try:
-        path.rmdir()
+        os.rmdir(path)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
             raise _stopped("remove", path, error, 0) from error
@@ -171,6 +181,15 @@ def move_dir(staged: Path, final: Path) -> None:
         failpoint("publish.after_sync")
     except OSError as error:
         raise _stopped(f"rename {staged} to", final, error, 0) from error
+
+
+def sync_names(directory: Path) -> None:
+    """Make every change of names in a directory durable before the next; OutputError otherwise."""
+    try:
+        failpoint("dir.before_sync")
+        sync_dir(directory)
+    except OSError as error:
+        raise _stopped("sync", directory, error, 0) from error
 
 
 def sync_dir(path: Path) -> None:

@@ -257,6 +257,7 @@ class Journal:
         for name in ("publish", "head", "blocks", "named", "replaced", "source"):
             files.remove_tree(self.partial / name)
         files.remove_tree(self._states)
+        files.sync_names(self.partial)  # a power cut must not bring the blocks back and leave out whose they are
         for name in ("identity.json", "sealed.json"):
             files.remove(self.partial / name)
         self._committed = None

@@ -6,7 +6,7 @@ does the journal go. ``verify`` holds a directory against its manifest; the mani
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,14 +24,14 @@ INDEX = "model.safetensors.index.json"
 
 def publish(journal: Journal, out: Path, head_tensors: Iterable[tuple[str, Tensor | TensorInfo]], config: Mapping[str, Any],
             side_files: Mapping[str, Path], texts: Mapping[str, str], manifest: Mapping[str, Any], *, overwrite: bool = False,
-            shard_bytes: int = 2 << 30) -> dict[str, Any]:  # fmt: skip
+            shard_bytes: int = 2 << 30, judge: Callable[[Path], Mapping[str, Any]] | None = None) -> dict[str, Any]:  # fmt: skip
     """Make ``out`` of all committed blocks and what is outside of them; return the manifest.
 
     ``head_tensors``: name and tensor of everything that is in no block (embeddings, final norm, head); a TensorInfo is copied from where
     it lies, a Tensor is spooled to disk before the next is asked for, so memory holds one at a time. ``side_files``: relative name ->
     file to copy. ``texts``: file name -> text (README.md, records.jsonl). ``config`` goes without ``auto_map``. ``manifest`` gets
-    ``files`` (name -> bytes, sha256) and ``seal``. Raises OutputError, with every block safe, if anything cannot be written or ``out``
-    exists and ``overwrite`` is off.
+    ``files`` (name -> bytes, sha256), ``seal``, and what ``judge`` says of the written directory before it gets its name. Raises
+    OutputError, with every block safe, if anything cannot be written or ``out`` exists and ``overwrite`` is off.
     """
     staged = stage(journal)
     try:
@@ -46,7 +46,8 @@ def publish(journal: Journal, out: Path, head_tensors: Iterable[tuple[str, Tenso
         way_out = f"{'Finished blocks are kept; run' if journal.committed() else 'Run'} the same command again"
         raise Interrupted(f"cannot read: {error.strerror}", error.filename, way_out) from error
     _add(staged, listed, "config.json", files.json_bytes({key: value for key, value in config.items() if key != "auto_map"}))
-    return _name(journal, staged, out, listed, manifest, overwrite)
+    judged = {} if judge is None else judge(staged)
+    return _name(journal, staged, out, listed, {**manifest, **judged}, overwrite)
 
 
 def stage(journal: Journal) -> Path:

@@ -8,11 +8,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -85,6 +89,41 @@ void require(bool fits) {
     if (!fits) throw nb::value_error("array shapes do not fit together");
 }
 
+// torch's own team of threads, where torch brought GNU OpenMP: its workers spin for a while after each of torch's products, and threads of
+// ours beside them would share their cores. Null where there is none.
+using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+Team torch_team() {
+#ifdef __linux__
+    static const Team team = [] {
+        void* loaded = dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
+        return loaded ? reinterpret_cast<Team>(dlsym(loaded, "GOMP_parallel")) : nullptr;
+    }();
+    return team;
+#else
+    return nullptr;
+#endif
+}
+
+// Calls loop() on at most `threads` threads at once, on no more of our own than there are pieces of work. A team keeps its size: it ends
+// the workers that a smaller one does without, and torch's next product would have to start them again.
+template <class Loop>
+void on_threads(int64_t pieces, int64_t threads, Loop& loop) {
+    if (const Team team = std::min(pieces, threads) > 1 ? torch_team() : nullptr) {
+        team([](void* mine) { (*static_cast<Loop*>(mine))(); }, &loop, static_cast<unsigned>(threads), 0);
+        return;
+    }
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < std::min(pieces, threads); ++i) {
+        try {
+            others.emplace_back(std::ref(loop));
+        } catch (const std::system_error&) {  // the system has no more threads: those we have do the work
+            break;
+        }
+    }
+    loop();
+    for (auto& thread : others) thread.join();
+}
+
 // Calls work(begin, end) on pieces of `grain` rows. Rows are independent, so who computes which piece changes nothing.
 // The caller must not hold Python's lock.
 template <class Work>
@@ -95,19 +134,7 @@ void share_released(int64_t rows, int64_t grain, int threads, Work work) {
         for (int64_t begin = next.fetch_add(grain); begin < rows && good; begin = next.fetch_add(grain))
             if (!work(begin, std::min(rows, begin + grain))) good = false;
     };
-    {
-        std::vector<std::thread> others;
-        const int64_t pieces = (rows + grain - 1) / grain;
-        for (int64_t i = 1; i < std::min<int64_t>(threads, pieces); ++i) {
-            try {
-                others.emplace_back(loop);
-            } catch (const std::system_error&) {  // the system has no more threads: those we have do the work
-                break;
-            }
-        }
-        loop();
-        for (auto& thread : others) thread.join();
-    }
+    on_threads((rows + grain - 1) / grain, threads, loop);
     if (!good) throw std::bad_alloc();
 }
 

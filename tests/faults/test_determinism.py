@@ -1,0 +1,99 @@
+"""The same recipe gives the same bytes, with any number of threads, and the manifest says what has to be the same for that."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny_models
+from leangrid.pipeline import quantize
+from leangrid.progress import Event
+from leangrid.recipe import Recipe
+from tiny_run import digest
+
+Tiny = Callable[..., Path]
+WINDOWS = tiny_models.tokens(4, 64)
+SECONDS = ("records.jsonl", "manifest.json")  # hold wall times, or the hash of a file that does
+pytestmark = pytest.mark.filterwarnings("ignore:leangrid runs without its C")
+
+
+def lasting(out: Path) -> dict[str, str]:
+    """Every file whose bytes are promised."""
+    return {name: sha256 for name, sha256 in digest(out).items() if name not in SECONDS}
+
+
+def claim(out: Path) -> dict:
+    return json.loads((out / "manifest.json").read_text())["determinism"]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Uninitialised memory is NaN instead of what was there."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.fault("N14")
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["NU3", "W4A16_G64"])
+def test_twice_with_one_thread_and_with_two(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = tiny_models.synthetic(tmp_path / "source", blocks=2, hidden=192, dtype=dtype)
+    found = []
+    for number, count in enumerate((1, 1, 2)):
+        out = tmp_path / f"out{number}"
+        quantize(source, out, Recipe(scheme=scheme), windows=WINDOWS, threads=count)
+        found.append(lasting(out))
+        assert claim(out)["claim"] == "same bytes" and claim(out)["scope"]["threads"] == [str(count)]
+        assert set(claim(out)["except"]) == set(SECONDS)
+    assert found[0] == found[1], "the same machine, the same recipe"
+    assert found[0] == found[2], "rows are independent"
+
+
+@pytest.mark.fault("N14")
+@pytest.mark.usefixtures("poisoned")
+def test_nothing_is_read_before_it_is_written(tiny: Tiny, tmp_path: Path) -> None:
+    torch.use_deterministic_algorithms(False)
+    quantize(tiny("llama2"), tmp_path / "plain", Recipe(scheme="NU4"), windows=WINDOWS)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert bool(torch.empty(1000).isnan().all())
+    quantize(tiny("llama2"), tmp_path / "poisoned", Recipe(scheme="NU4"), windows=WINDOWS)
+    assert lasting(tmp_path / "plain") == lasting(tmp_path / "poisoned")
+
+
+@pytest.mark.slow
+@pytest.mark.fault("N14")
+@pytest.mark.usefixtures("threads")
+def test_a_real_model_with_one_thread_and_with_two(smollm2_gguf: Path, tmp_path: Path) -> None:
+    recipe = Recipe(scheme="W4A16_G64", calibration="embedded", samples=2, length=256)
+    for count in (1, 2):
+        quantize(smollm2_gguf, tmp_path / str(count), recipe, threads=count)
+    assert lasting(tmp_path / "1") == lasting(tmp_path / "2")
+
+
+@pytest.mark.fault("C13")
+@pytest.mark.usefixtures("threads")
+def test_a_run_half_with_one_thread_and_half_with_two_is_recorded(tiny: Tiny, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if event.stage == "block":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny("llama2"), tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS, threads=1, progress=stop)
+    quantize(tiny("llama2"), tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS, threads=2)
+    assert claim(tmp_path / "out")["claim"] == "tolerance"
+    assert claim(tmp_path / "out")["scope"]["threads"] == ["1", "2"]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["threads"] == [1, 2]
+    quantize(tiny("llama2"), tmp_path / "whole", Recipe(scheme="NU4"), windows=WINDOWS, threads=1)
+    assert lasting(tmp_path / "out").keys() == lasting(tmp_path / "whole").keys()
