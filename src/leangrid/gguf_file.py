@@ -68,10 +68,10 @@ def _types(finished: Finished) -> dict[str, BlockType]:
         return {name: BLOCK_TYPES[finished.scheme.block or ""].fitting(cols) for name, (_, cols) in finished.layers.items()}
     kinds = {}
     for name, (rows, cols) in finished.layers.items():
-        reason = gguf_repack.refuse(finished.scheme, name, rows, cols, finished.architecture.layer)
+        reason = gguf_repack.refuse(finished.schemes[name], name, rows, cols, finished.architecture.layer)
         if reason:
             raise FormatError(reason)
-        kinds[name] = gguf_repack.block_type(finished.scheme, cols)
+        kinds[name] = gguf_repack.block_type(finished.schemes[name], cols)
     for stored in [f"{name}.weight_scale" for name in finished.layers]:
         if stored in finished.checkpoint.tensors:  # other containers hold scales in float16 already
             gguf_repack.check_scale(finished.checkpoint.read(stored, check=False), stored)

@@ -151,6 +151,11 @@ class Recipe(BaseModel):
         stored = scheme.grid == "affine" and not scheme.symmetric and self.format in OFFSET_FORMATS
         return scheme.model_copy(update={"grid": "offset"}) if stored else scheme
 
+    @property
+    def schemes(self) -> list[Scheme]:
+        """The parsed scheme, then those of ``layers``."""
+        return [self.parsed, *(Scheme.parse(scheme) for scheme in self.layers.values())]
+
     def key_of(self, layer: str) -> str | None:
         """The first entry of ``layers`` that names this layer: the end of its name, at a dot, or a pattern that matches all of it."""
         for key in self.layers:
