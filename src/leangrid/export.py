@@ -152,6 +152,9 @@ class _Work:
         if target is None:
             return
         for name, (rows, cols) in self.finished.layers.items():
+            if self.finished.schemes[name].block:
+                what = f"{self.to} does not hold llama.cpp's {self.finished.schemes[name].block}"
+                raise FormatError(what, name, f"Use gguf or dense, or quantize again with --format {self.to}")
             if self.finished.schemes[name].grid == "offset" and self.to not in OFFSET_FORMATS:
                 what = f"{self.to} has no place for the offsets of {self.finished.manifest['result']['format']}"
                 raise FormatError(what, name, f"Use format dense, or quantize again with --format {self.to}")

@@ -121,6 +121,9 @@ def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:
         known = ", ".join(name for name in FORMATS if name not in EXPORT_ONLY)
         then = f"; {recipe.format} by leangrid export, afterwards" if recipe.format in EXPORT_ONLY else ""
         raise FormatError(f"'{recipe.format}' is no format that quantize writes", "--format", f"Choose one of: auto, {known}{then}")
+    if recipe.parsed.block and recipe.format != "gguf":
+        what = f"{recipe.scheme} is a block type of llama.cpp, which format {recipe.format} does not hold"
+        raise FormatError(what, "--format", f"Use format gguf, or a scheme such as W{min(recipe.parsed.bits, 4)}A16_G32")
     for index in range(len(skeleton.blocks)):
         for name in skeleton.linear_names(index):
             rows, cols = skeleton.shape(name)
