@@ -92,9 +92,9 @@ def test_a_whole_model_keeps_its_types_from_the_plan_to_the_file(tmp_path: Path,
     assert {r.scheme for name, r in records.items() if not name.endswith("down_proj")} == {"Q4_1"}
     assert all(record.loss < record.loss_minmax for record in records.values())
     for target in ("mlx", "gptq", "compressed-tensors"):
-        with pytest.raises(FormatError, match="does not hold llama.cpp's Q4_K"):
+        with pytest.raises(FormatError, match=r"does not hold llama\.cpp's Q4_K"):
             leangrid.export(tmp_path / "out", tmp_path / "no", to=target)
-    with pytest.raises(FormatError, match="block type of llama.cpp"):
+    with pytest.raises(FormatError, match=r"block type of llama\.cpp"):
         leangrid.quantize(
             tmp_path / "source", tmp_path / "no", leangrid.Recipe(scheme="Q4_0", format="compressed-tensors"), windows=windows
         )
