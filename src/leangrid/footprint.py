@@ -91,7 +91,7 @@ class Demand:
         vocabulary, hidden = skeleton.base.get_input_embeddings().weight.shape  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         weights = sum(g.rows * g.cols for g in groups)
         itemsize = compute_dtype(recipe.products, skeleton.dtype).itemsize
-        bits = max(scheme.bits for scheme in recipe.schemes)
+        bits = max(scheme.fitting(group.cols).bits for scheme in recipe.schemes for group in groups)
         group_size = min((scheme.group_size for scheme in recipe.schemes if scheme.group_size), default=0)
         return cls(tuple(groups), hidden, vocabulary, samples, length, 2 if recipe.correct else 1, itemsize, skeleton.dtype.itemsize,
                    weights * (bits + 1) // 8, accelerated(device), bool(recipe.refine),
