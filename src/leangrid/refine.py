@@ -121,20 +121,18 @@ def _refit_units(state: _State, grid: GroupedGrid, matrix: Tensor, stored: Preci
     rows, spans, kinds = grid.free.shape
     count, cols = spans * kinds, state.codes.shape[1]
     size, parts, change = cols // spans, [], torch.zeros(rows, dtype=torch.float64, device=matrix.device)
-    chunk = max(1, _CHUNK_BYTES // (8 * count * count))
+    chunk = max(1, _CHUNK_BYTES // max(8 * count * count, 4 * cols * kinds * kinds))
     for start in range(0, rows, chunk):
         index = torch.arange(start, min(start + chunk, rows), device=matrix.device)
         here = grid.take(index)
         unit = here.units(state.codes[index])
         normal = torch.empty(len(index), count, count, dtype=torch.float64, device=matrix.device)
         for g in range(spans):  # the upper triangle is enough: each product starts at its own span
-            mine, right = slice(g * kinds, (g + 1) * kinds), slice(g * size, None)
-            product = (unit[:, :, g * size : (g + 1) * size] @ matrix[g * size : (g + 1) * size, right])[:, :, None] * unit[
-                :, None, :, right
-            ]
-            block = product.reshape(len(index), kinds, kinds, spans - g, size).sum(4).transpose(2, 3).reshape(len(index), kinds, -1)
-            normal[:, mine, g * kinds :] = block.double()
-            normal[:, g * kinds :, mine] = normal[:, mine, g * kinds :].transpose(1, 2)
+            mine, later = slice(g * size, (g + 1) * size), slice(g * size, None)
+            product = (unit[:, :, mine] @ matrix[mine, later])[:, :, None] * unit[:, None, :, later]
+            sums = product.reshape(len(index), kinds, kinds, spans - g, size).sum(4).transpose(2, 3).flatten(2).double()
+            normal[:, g * kinds : (g + 1) * kinds, g * kinds :] = sums
+            normal[:, g * kinds :, g * kinds : (g + 1) * kinds] = sums.transpose(1, 2)
         slope = (unit * state.gradient[index, None]).reshape(len(index), kinds, spans, size).sum(3).transpose(1, 2).flatten(1).double()
         old = here.free.flatten(1).double()
         new = here.refitted((old - _solve(normal, slope, _RIDGE["affine"])).float().reshape(here.free.shape), stored.dtype).clamped(stored)
