@@ -30,7 +30,6 @@ class Environment:
     name: str
     environments: Path
     home: Path
-    runner: str = ""  # run_RUNNER.py instead of run_NAME.py
 
     @property
     def python(self) -> Path:
@@ -87,7 +86,7 @@ class Environment:
         result.unlink(missing_ok=True)
         with log.open("w", encoding="utf-8") as stream:
             done = subprocess.run(
-                [str(self.python), str(self.home / f"run_{self.runner or self.name}.py")],
+                [str(self.python), str(self.home / f"run_{self.name}.py")],
                 input=json.dumps(job | {"result": str(result)}),
                 text=True,
                 stdout=stream,

@@ -45,7 +45,6 @@ class Engine:
     cases: tuple[tuple[str, str, str], ...]
     why: str
     bounds: tuple[float, float] | None = None  # what its arithmetic explains; None: what its dtype does, BOUNDS
-    environment: str = ""  # another engine's, where they share one
     rounds: bool = True  # its weights are rounded to the model's dtype; else they are S (q - Z) in float32
 
 
@@ -85,9 +84,7 @@ KNOWN: dict[str, Engine] = {
         ),
         "bfloat16 products",
     ),
-    "transformers_gptqmodel": Engine(
-        (("W4A16_G64", "gptq", REAL), ("W4A16_G64", "awq", REAL)), "bfloat16 products", environment="gptqmodel"
-    ),
+    "transformers_gptqmodel": Engine((("W4A16_G64", "gptq", REAL), ("W4A16_G64", "awq", REAL)), "bfloat16 products"),
     "llama": Engine(
         (
             ("W4A16_G64", "gguf", REAL),
@@ -99,6 +96,16 @@ KNOWN: dict[str, Engine] = {
         ),
         "8-bit activations",
         bounds=(0.02, 0.5),
+        rounds=False,
+    ),
+    "mlx": Engine(
+        (
+            ("W4A16_G64", "mlx", REAL),
+            ("W3A16_G64", "mlx", TINY),
+            ("W4A16_G64_SYM", "mlx", TINY),
+            ("W8A16_G128", "mlx", TINY),
+        ),
+        "float32 products in another order",
         rounds=False,
     ),
     "onnx": Engine(
@@ -147,7 +154,7 @@ def run_case(name: str, case: tuple[str, str, str], models: Models, settings: ar
     about = models.about(scheme, container, model)
     environment = environment_of(name, settings)
     try:
-        directory, exported = models.result(scheme, model), models.exported(scheme, container, model)
+        directory, exported = models.result(scheme, container, model), models.exported(scheme, container, model)
         job = {"model": str(exported), "tokens": models.prompt(model), "new": NEW, "logits": str(folder / "logits.safetensors"),
                "threads": settings.threads}  # fmt: skip
         (folder / "logits.safetensors").unlink(missing_ok=True)
@@ -167,7 +174,7 @@ def run_case(name: str, case: tuple[str, str, str], models: Models, settings: ar
 
 def environment_of(name: str, settings: argparse.Namespace) -> Environment:
     """Where an engine lives, and its runner."""
-    return Environment(KNOWN[name].environment or name, settings.environments.absolute(), ENGINES, runner=name)
+    return Environment(name, settings.environments.absolute(), ENGINES)
 
 
 def installed(name: str, settings: argparse.Namespace) -> str | None:

@@ -19,6 +19,7 @@ from leangrid.storage import safetensors
 PROMPT = "The capital of France is Paris, and the capital of Italy is"
 SAMPLES, LENGTH, SEED = 16, 256, 0
 TINY = "tiny-llama"
+SEARCHED = frozenset({"mlx"})  # containers whose asymmetric grids no other result holds
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,19 @@ class Models:
                 dequantize(default_source(), source)
         return source
 
-    def result(self, scheme: str, model: str) -> Path:
-        """The finished result, in its scheme's own container."""
-        out = self.kept / model / scheme
+    def result(self, scheme: str, container: str, model: str) -> Path:
+        """The finished result, in its scheme's own container; where ``container`` has a grid of its own (SEARCHED), in that."""
+        own = container in SEARCHED and not leangrid.Scheme.parse(scheme).symmetric
+        out = self.kept / model / (f"{scheme}-{container}" if own else scheme)
         if not (out / "manifest.json").is_file():
-            recipe = leangrid.Recipe(scheme=scheme, calibration="self", samples=SAMPLES, length=LENGTH, seed=SEED)
+            fields = {"scheme": scheme, "format": container if own else "auto"}
+            recipe = leangrid.Recipe(**fields, calibration="self", samples=SAMPLES, length=LENGTH, seed=SEED)
             leangrid.quantize(self.source(model), out, recipe, windows=self._windows(model))
         return out
 
     def exported(self, scheme: str, container: str, model: str) -> Path:
         """What the engine opens."""
-        result = self.result(scheme, model)
+        result = self.result(scheme, container, model)
         own = json.loads((result / "manifest.json").read_bytes())["recipe"]["format"]
         if own == container:
             return result

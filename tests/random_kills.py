@@ -18,11 +18,8 @@ from pathlib import Path
 
 import torch
 
-import tiny_models
 import tiny_run
 from leangrid.errors import OutputError
-from leangrid.pipeline import quantize
-from leangrid.recipe import Recipe
 from leangrid.storage.writer import verify
 
 Job = Callable[[Path], object]
@@ -34,6 +31,10 @@ def jobs(kind: str, work: Path) -> Job:
     if kind == "storage":
         source = tiny_run.write_source(work / "source")
         return lambda out: tiny_run.run(source, out)
+    import tiny_models  # transformers takes seconds, and only this kind needs it
+    from leangrid.pipeline import quantize
+    from leangrid.recipe import Recipe
+
     source, windows = tiny_models.save("llama2", work / "source"), tiny_models.tokens(2, 16)
     return lambda out: quantize(source, out, Recipe(scheme="W4A16_G32"), windows=windows)
 

@@ -290,12 +290,14 @@ def _recipe(file: Path | None, **options: Any) -> Any:
 
 def _layer_table(values: dict[str, Any]) -> str:
     """Layers that repeat in every block as one row; "" where the plan lists none."""
-    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for layer in values.get("layer_plans") or []:
-        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", layer["name"]), f"{layer['rows']} x {layer['cols']}"), []).append(layer)
-    rows = [(name, shape, len(found), size(sum(la["bytes_before"] for la in found)), size(sum(la["bytes_after"] for la in found)))
-            for (name, shape), found in kinds.items()]  # fmt: skip
-    return table(("layer", "shape", "count", "before", "after"), rows) + "\n\n" if rows else ""
+        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", layer["name"]), f"{layer['rows']} x {layer['cols']}", layer["scheme"]), []).append(
+            layer
+        )
+    rows = [(name, shape, scheme, len(found), size(sum(la["bytes_before"] for la in found)), size(sum(la["bytes_after"] for la in found)))
+            for (name, shape, scheme), found in kinds.items()]  # fmt: skip
+    return table(("layer", "shape", "scheme", "count", "before", "after"), rows) + "\n\n" if rows else ""
 
 
 def _use_threads(threads: int | None) -> None:

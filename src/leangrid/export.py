@@ -108,7 +108,7 @@ def _result(model: Path, out: Path, to: str, manifest: dict[str, Any], seconds: 
 
 def targets() -> tuple[str, ...]:
     """Every name that ``to`` may have."""
-    return (*FORMATS, DENSE, *WHOLE)
+    return tuple(dict.fromkeys((*FORMATS, DENSE, *WHOLE)))
 
 
 def _check_target(to: str, like: str | Path | None) -> None:
@@ -132,7 +132,7 @@ class _Work:
     @property
     def target(self) -> Format | None:
         """The container's row; None for dense and whole files."""
-        return FORMATS.get(self.to)
+        return None if self.to in WHOLE else FORMATS.get(self.to)
 
     @property
     def came(self) -> dict[str, str]:
@@ -152,6 +152,9 @@ class _Work:
         if target is None:
             return
         for name, (rows, cols) in self.finished.layers.items():
+            if self.finished.schemes[name].block:
+                what = f"{self.to} does not hold llama.cpp's {self.finished.schemes[name].block}"
+                raise FormatError(what, name, f"Use gguf or dense, or quantize again with --format {self.to}")
             if self.finished.schemes[name].grid == "offset" and self.to not in OFFSET_FORMATS:
                 what = f"{self.to} has no place for the offsets of {self.finished.manifest['result']['format']}"
                 raise FormatError(what, name, f"Use format dense, or quantize again with --format {self.to}")

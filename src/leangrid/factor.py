@@ -21,6 +21,7 @@ from leangrid.rescue import Rescue
 
 TOLERANCE = 1e-2  # relative error of U^T U (H + lambda I) - I on probes
 _PROBES = 8
+_LEAF = 64  # columns that one thread factors whole
 _RUNGS = ((torch.float32, 1.0), (torch.float32, 10.0), (torch.float32, 100.0), (torch.float64, 1.0))
 
 
@@ -131,12 +132,33 @@ def _prepare(matrix: Tensor) -> tuple[Tensor, float, float, Tensor]:
     return (matrix / scale).float(), scale, mean / scale, dead
 
 
+def split_cholesky_(matrix: Float[Tensor, "cols cols"]) -> bool:
+    """Overwrite a symmetric matrix by L, L L^T the matrix; False where it is not positive definite.
+
+    On a CPU by halves down to ``_LEAF`` columns: a half more arithmetic than LAPACK's, in products and triangular solves alone, which
+    give the same bits with any number of threads. LAPACK's own blocks depend on it.
+    """
+    size = len(matrix)
+    if size <= _LEAF or matrix.is_cuda:
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        matrix.copy_(lower)
+        return int(info) == 0
+    half = -(-size // (2 * _LEAF)) * _LEAF
+    first, below, last = matrix[:half, :half], matrix[half:, :half], matrix[half:, half:]
+    if not split_cholesky_(first):
+        return False
+    below.copy_(torch.linalg.solve_triangular(first.T, below, upper=True, left=False))
+    last.addmm_(below, below.T, alpha=-1)
+    matrix[:half, half:] = 0
+    return split_cholesky_(last)
+
+
 def _inverse_cholesky(backwards: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor | None, float]:
     """U of J backwards J + damping I and its error on probes; (None, inf) where no Cholesky factor exists."""
     damped = backwards.to(dtype, copy=True)
     damped.diagonal().add_(damping)
-    lower, info = torch.linalg.cholesky_ex(damped)
-    if int(info) != 0:
+    lower = damped.clone()
+    if not split_cholesky_(lower):
         return None, float("inf")
     identity = torch.eye(len(damped), dtype=dtype, device=damped.device)
     upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)

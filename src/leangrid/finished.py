@@ -113,7 +113,9 @@ class Finished:
 def _holds(checkpoint: Checkpoint, name: str, layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> bool:
     """Whether the file has the layer's codes: some containers say "every Linear but these"."""
     stored = ((checkpoint.tensors.get(f"{name}.{suffix}"), dtype) for suffix, (dtype, _) in layout.items())
-    return any(info is not None and dtype == info.torch_dtype and dtype in (torch.int32, torch.uint32) for info, dtype in stored)
+    return any(
+        info is not None and dtype == info.torch_dtype and dtype in (torch.int32, torch.uint32, torch.uint8) for info, dtype in stored
+    )
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -128,15 +128,15 @@ def _measure(original: Skeleton, directory: Path, ids: Int64[Tensor, "windows le
     weights = Reopened(directory, original)
     try:
         result = Skeleton(weights, original.compute_dtype)
-        (theirs,), their_calls = embed(original, [ids], device)
-        (ours,), our_calls = embed(result, [ids], device)
+        theirs, their_calls = embed(original, ids.split(1), device)
+        ours, our_calls = embed(result, ids.split(1), device)
         errors: dict[str, float] = {}
         for index in range(len(original.blocks)):
             with original.block(index, device) as block, result.block(index, device) as quantized:
                 names = [name for group in original.architecture.groups for name in group]
                 with _probed(block, quantized, names, f"{original.block_name(index)}.", errors):
-                    theirs = _through(block, theirs, *their_calls.of(index, len(ids), theirs.device))
-                ours = _through(quantized, ours, *our_calls.of(index, len(ids), ours.device))
+                    theirs = [_through(block, x, *their_calls.of(index, 1, x.device)) for x in theirs]
+                ours = [_through(quantized, x, *our_calls.of(index, 1, x.device)) for x in ours]
         worst = sorted(errors, key=lambda name: -errors[name])[:WORST]
         found = _distance(original, result, ids, theirs, ours, device)
         return found | {"worst_layers": [{"name": name, "error": round(errors[name], 4)} for name in worst]}
@@ -156,9 +156,9 @@ def _probed(block: nn.Module, quantized: nn.Module, names: list[str], prefix: st
     def compare(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             expected = output[..., :_PROBED, :].float()
-            got = quantized.get_submodule(name)(args[0][..., :_PROBED, :]).float()
+            got = quantized.get_submodule(name)(args[0][..., :_PROBED, :].contiguous()).float()
             error = float((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
-            errors[prefix + name] = error if math.isfinite(error) else 1e30
+            errors[prefix + name] = max(errors.get(prefix + name, 0.0), error if math.isfinite(error) else 1e30)
 
         return hook
 
@@ -170,12 +170,12 @@ def _probed(block: nn.Module, quantized: nn.Module, names: list[str], prefix: st
             hook.remove()
 
 
-def _distance(original: Skeleton, result: Skeleton, ids: Tensor, theirs: Tensor, ours: Tensor, device: str) -> dict[str, Any]:
-    """From the hidden states that leave the last block."""
+def _distance(original: Skeleton, result: Skeleton, ids: Tensor, theirs: list[Tensor], ours: list[Tensor], device: str) -> dict[str, Any]:
+    """From the hidden states that leave the last block, window by window."""
     if original.architecture.kind == "encoder":
-        value = cosine_distance(theirs.double().mean(1).cpu(), ours.double().mean(1).cpu())
+        value = cosine_distance(*(torch.cat(states).double().mean(1).cpu() for states in (theirs, ours)))
         return {"measure": "cosine", "value": _rounded(value)}
-    reference = _logits(original, ids, theirs, device)
+    reference = list(_logits(original, ids, theirs, device))
     compared = [divergence(torch.log_softmax(one[:-1].float(), -1), other)
                 for one, other in zip(reference, _logits(result, ids, ours, device), strict=True)]  # fmt: skip
     agreement = float(torch.cat([one.agrees for one in compared]).double().mean())
@@ -186,17 +186,18 @@ def _distance(original: Skeleton, result: Skeleton, ids: Tensor, theirs: Tensor,
     }
 
 
-def _logits(skeleton: Skeleton, ids: Tensor, hidden: Tensor, device: str) -> Float[Tensor, "windows length vocab"]:
-    """The rest of the model after its blocks: they hand ``hidden`` on, whatever comes in."""
+def _logits(skeleton: Skeleton, ids: Tensor, hidden: list[Tensor], device: str) -> Iterator[Float[Tensor, "length vocab"]]:
+    """The rest of the model after its blocks, window by window: they hand ``hidden`` on, whatever comes in."""
     with skeleton.without_blocks(device, head=True) as model:
-        for block in skeleton.blocks:
-            block.forward = lambda *_args, **_kwargs: hidden
-        try:
-            output: Any = model(input_ids=ids.to(device), use_cache=False)
-        finally:
+        for window, states in zip(ids.split(1), hidden, strict=True):
             for block in skeleton.blocks:
-                del block.forward
-    return output.logits.float().cpu()
+                block.forward = lambda *_args, handed=states, **_kwargs: handed
+            try:
+                output: Any = model(input_ids=window.to(device), use_cache=False)
+            finally:
+                for block in skeleton.blocks:
+                    del block.forward
+            yield output.logits[0].float().cpu()
 
 
 def _rounded(value: float) -> float | None:

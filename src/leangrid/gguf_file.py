@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from leangrid.block_types import BlockType
+from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.finished import Finished
-from leangrid.formats import gguf_repack
+from leangrid.formats import FORMATS, gguf_repack
 from leangrid.grids import AffineGrid
 from leangrid.models import gguf as existing
 from leangrid.models import gguf_names
@@ -64,12 +64,14 @@ def _title(finished: Finished) -> str:
 
 def _types(finished: Finished) -> dict[str, BlockType]:
     """The block type of each quantized linear; FormatError for the first that none holds exactly, scales included."""
+    if finished.format is FORMATS["gguf"]:  # block bytes already
+        return {name: BLOCK_TYPES[finished.scheme.block or ""].fitting(cols) for name, (_, cols) in finished.layers.items()}
     kinds = {}
     for name, (rows, cols) in finished.layers.items():
-        reason = gguf_repack.refuse(finished.scheme, name, rows, cols, finished.architecture.layer)
+        reason = gguf_repack.refuse(finished.schemes[name], name, rows, cols, finished.architecture.layer)
         if reason:
             raise FormatError(reason)
-        kinds[name] = gguf_repack.block_type(finished.scheme, cols)
+        kinds[name] = gguf_repack.block_type(finished.schemes[name], cols)
     for stored in [f"{name}.weight_scale" for name in finished.layers]:
         if stored in finished.checkpoint.tensors:  # other containers hold scales in float16 already
             gguf_repack.check_scale(finished.checkpoint.read(stored, check=False), stored)
@@ -139,6 +141,9 @@ class _Layer:
 
     def __call__(self) -> Tensor:
         codes, grid = self.finished.layer(self.name)
+        if self.finished.format is FORMATS["gguf"]:
+            packed = FORMATS["gguf"].pack(codes, grid, self.finished.dtype, self.finished.scheme)["weight"]
+            return packed if self.order is None else packed[self.order]
         if not isinstance(grid, AffineGrid):
             raise FormatError(f"{type(grid).__name__} is no affine grid", self.name)
         packed = gguf_repack.pack_affine(self.kind, codes, grid)

@@ -26,7 +26,7 @@ from leangrid.storage.safetensors import TensorInfo, read_header
 METHOD = FORMATS["lut"].QUANT_METHOD
 _OF_LAYERS = (FORMATS["lut"], FORMATS["compressed-tensors"], FORMATS["mlx"])  # stored as the layers' own buffers
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64,
-           "U32": torch.uint32}  # fmt: skip
+           "U32": torch.uint32, "U8": torch.uint8}  # fmt: skip
 
 
 def register() -> None:
@@ -106,8 +106,8 @@ class LeangridQuantizer(HfQuantizer):
     def _is_quantized(self, name: str, headers: dict[str, TensorInfo], scheme: Scheme, shape: tuple[int, int]) -> bool:
         # Most containers say "every Linear but these", so the spelling that the file uses decides; a dense weight is called weight too.
         layout = self.format.layout(scheme, shape, torch.float32)
-        codes = [f"{name}.{suffix}" for suffix, (dtype, _) in layout.items() if dtype in (torch.int32, torch.uint32)]
-        found = [key for key in codes if key in headers and (not key.endswith(".weight") or headers[key].dtype in ("I32", "U32"))]
+        codes = [f"{name}.{suffix}" for suffix, (dtype, _) in layout.items() if dtype in (torch.int32, torch.uint32, torch.uint8)]
+        found = [key for key in codes if key in headers and (not key.endswith(".weight") or headers[key].dtype in ("I32", "U32", "U8"))]
         return "layers" in self.stored or not headers or bool(found)
 
     def _make(
@@ -164,10 +164,15 @@ class LeangridQuantizer(HfQuantizer):
                 layer.prepare()
         return model
 
-    def _packed(self, name: str, stored: StoredLinear, dtype: torch.dtype) -> AffineLinear:
-        """A linear of another container as our own layer, checked, that computes in ``dtype``."""
+    def _packed(self, name: str, stored: StoredLinear, dtype: torch.dtype) -> nn.Module:
+        """A linear of another container as our own layer, checked, that computes in ``dtype``; llama.cpp's blocks as a dense one."""
         (rows, cols), scheme = stored.shape, self.schemes[name]
         codes, grid = self.format.unpack(dict(stored.named_buffers()), scheme, stored.shape, name)
+        if self.format is FORMATS["gguf"]:
+            linear = nn.Linear(cols, rows, bias=False, device="meta")
+            linear.weight = nn.Parameter(grid.dequantize(codes).to(dtype), requires_grad=False)
+            linear.register_parameter("bias", stored.bias)
+            return linear
         if not isinstance(grid, AffineGrid):
             raise FormatError(f"leangrid has no layer for {type(grid).__name__}", name, "Load it with its own engine")
         try:

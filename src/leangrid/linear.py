@@ -14,10 +14,23 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leangrid import work
+from leangrid.block_types import BLOCK_TYPES
 from leangrid.errors import ShapeError
 from leangrid.exact import exact_sweep
 from leangrid.factor import Factor, factorize, relative_power
-from leangrid.grids import Grid, GroupedGrid, NonuniformGrid, Precision, as_offset, fit_affine, fit_minmax, fit_nonuniform, fit_offset
+from leangrid.grids import (
+    Grid,
+    GroupedGrid,
+    NonuniformGrid,
+    Precision,
+    as_offset,
+    fit_affine,
+    fit_minmax,
+    fit_nonuniform,
+    fit_offset,
+    fit_superblock,
+    minmax_superblock,
+)
 from leangrid.grids.protocol import check_weight
 from leangrid.recipe import Recipe
 from leangrid.refine import refine
@@ -25,6 +38,7 @@ from leangrid.rescue import Rescue
 from leangrid.solver import Swept, sweep
 
 GUARD_POWERS = (2.0, 0.0)  # what a collapsed row tries, where the recipe's p is higher
+HALF = Precision(torch.float16)  # in which every block type of llama.cpp keeps its scales
 GUARD_GAIN = 0.75  # an alternative must be this far below the learned grid: the lowest loss as a rule made models worse
 
 
@@ -111,8 +125,9 @@ class _Layer:
 
     def __init__(self, target: Tensor, factor: Factor, matrix: Tensor, recipe: Recipe, precision: Precision) -> None:
         self.target, self.factor, self.matrix, self.recipe = target, factor, matrix, recipe
-        self.precision, self.dtype = precision, precision.dtype
-        self.scheme = recipe.parsed
+        self.scheme = recipe.scheme_for(target.shape[1])
+        self.precision = HALF if self.scheme.block else precision
+        self.dtype = self.precision.dtype
         self.rescues: list[Rescue] = []
         self.seconds: dict[str, float] = {"grid": 0.0, "solve": 0.0, "refine": 0.0, "baseline": 0.0}
         self.flops: dict[str, float] = {"solve": 0.0, "refine": 0.0, "baseline": 0.0}
@@ -184,6 +199,8 @@ class _Layer:
             if self.scheme.grid == "nonuniform":
                 return fit_nonuniform(weight, weights, self.scheme.levels, self.recipe.search).rounded(self.dtype)
             bits, group_size, symmetric = self.scheme.bits, self.scheme.group_size, self.scheme.symmetric
+            if self.scheme.grid == "superblock":
+                return fit_superblock(weight, weights, BLOCK_TYPES[self.scheme.block or ""], self.recipe.steps)
             if self.scheme.grid == "offset":
                 return fit_offset(weight, weights, bits, self.recipe.steps, group_size, self.dtype).clamped(self.precision)
             found = fit_affine(weight, weights, bits, self.recipe.steps, group_size, symmetric, self.dtype)
@@ -192,6 +209,8 @@ class _Layer:
     def minmax(self) -> GroupedGrid:
         """The baselines' grid, as the scheme stores one; for a non-uniform scheme the affine one of whole rows."""
         with self.timed("baseline"):
+            if self.scheme.grid == "superblock":
+                return minmax_superblock(self.target, BLOCK_TYPES[self.scheme.block or ""])
             grid = fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
             return (as_offset(grid, self.dtype) if self.scheme.grid == "offset" else grid).clamped(self.precision)
 

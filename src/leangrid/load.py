@@ -2,12 +2,13 @@
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from leangrid.errors import ArchitectureError, CheckpointError, LeangridError
 from leangrid.formats import schemes_of
 from leangrid.layers import PackedLinear
 from leangrid.models.tokenizer import load_tokenizer
+from leangrid.storage.config import read_config
 
 
 def load(
@@ -41,7 +43,11 @@ def load(
     directory = Path(directory)
     stored = _read_config(directory)
     model_class = _model_class(stored)
-    config = transformers.CONFIG_MAPPING[stored["model_type"]].from_dict({k: v for k, v in stored.items() if k != "quantization_config"})
+    read_config(directory / "config.json")  # refuses sizes that no model has before transformers allocates by them
+    with _transformers_errors(directory):
+        config = transformers.CONFIG_MAPPING[stored["model_type"]].from_dict(
+            {k: v for k, v in stored.items() if k != "quantization_config"}
+        )
     quantization = stored.get("quantization_config")
     if quantization is not None:
         schemes_of(quantization, ())  # refused here, by name, before transformers sees it
@@ -81,17 +87,24 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
     return found
 
 
-def _from_pretrained(model_class: type[PreTrainedModel], directory: Path, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+@contextmanager
+def _transformers_errors(directory: Path) -> Iterator[None]:
+    """Whatever a damaged file makes of transformers' classes is one sentence; nobody can list the exceptions."""
     try:
-        loaded: Any = model_class.from_pretrained(
-            directory, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except LeangridError:
+        yield
+    except (LeangridError, MemoryError):
         raise
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         way_out = "Compare it with its manifest: leangrid verify DIR"
         raise CheckpointError(f"transformers cannot load it: {reason}", directory, way_out) from error
+
+
+def _from_pretrained(model_class: type[PreTrainedModel], directory: Path, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+    with _transformers_errors(directory):
+        loaded: Any = model_class.from_pretrained(
+            directory, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
     model, info = loaded
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:

@@ -84,6 +84,7 @@ def prepare(
     tokens = recipe.samples * recipe.length if windows is None else windows.numel()
     _require_disk(journal, skeleton, settled, tokens)
     notices += [*checkpoint.notices, *journal.notices]
+    notices += narrowed(settled, skeleton)
     if recipe.scheme == "auto":
         notices.append(f"scheme: {settled.scheme}")
     for notice in notices:
@@ -120,11 +121,14 @@ def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:
         known = ", ".join(name for name in FORMATS if name not in EXPORT_ONLY)
         then = f"; {recipe.format} by leangrid export, afterwards" if recipe.format in EXPORT_ONLY else ""
         raise FormatError(f"'{recipe.format}' is no format that quantize writes", "--format", f"Choose one of: auto, {known}{then}")
+    if recipe.parsed.block and recipe.format != "gguf":
+        what = f"{recipe.scheme} is a block type of llama.cpp, which format {recipe.format} does not hold"
+        raise FormatError(what, "--format", f"Use format gguf, or a scheme such as W{min(recipe.parsed.bits, 4)}A16_G32")
     for index in range(len(skeleton.blocks)):
         for name in skeleton.linear_names(index):
             rows, cols = skeleton.shape(name)
             scheme = recipe.for_layer(name).parsed
-            if scheme.group_size and cols % scheme.group_size:
+            if scheme.group_size and cols % scheme.group_size and not scheme.block:
                 fits = [g for g in (128, 64, 32) if cols % g == 0]
                 instead = f"W{scheme.bits}A16_G{fits[0]} or W{scheme.bits}A16" if fits else f"W{scheme.bits}A16"
                 raise ShapeError(f"groups of {scheme.group_size} do not divide {cols} columns", name, f"Use {instead}")
@@ -150,6 +154,16 @@ def _refuse_mixture(recipe: Recipe, skeleton: Skeleton) -> None:
                 what = f"{shared} share an input and engines fuse them, so they need one scheme, not {' and '.join(sorted(schemes))}"
                 raise RecipeError(what, fused[0], "Name all of them, or none")
     config_of(FORMATS[recipe.format], stored_schemes(skeleton, recipe), [], skeleton.dtype)  # refuses, if it holds one scheme only
+
+
+def narrowed(recipe: Recipe, skeleton: Skeleton) -> list[str]:
+    """One sentence for each width whose layers take another block type than the scheme's, because 256 does not divide it."""
+    widths = [skeleton.shape(name)[1] for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+    return [
+        f"{recipe.scheme}: {widths.count(cols)} layers of {cols} columns take {recipe.scheme_name(cols)}, 256 does not divide them"
+        for cols in sorted(set(widths))
+        if recipe.scheme_name(cols) != recipe.scheme
+    ]
 
 
 def calibration_windows(prepared: Prepared, given: Tensor | None, progress: Progress | None) -> Tensor:

@@ -11,13 +11,14 @@ from leangrid.recipe import Recipe, Scheme
 
 @dataclass(frozen=True)
 class LayerSize:
-    """One linear: [rows, cols], and its bytes before and after (codes and grid)."""
+    """One linear: [rows, cols], its bytes before and after (codes and grid), and the scheme it gets."""
 
     name: str
     rows: int
     cols: int
     bytes_before: int
     bytes_after: int
+    scheme: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ def sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
             rows, cols = skeleton.shape(name)
             stored = FORMATS[recipe.format].layout(schemes[name], (rows, cols), skeleton.dtype).values()
             after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in stored)
-            layers.append(LayerSize(name, rows, cols, rows * cols * skeleton.dtype.itemsize, after))
+            layers.append(
+                LayerSize(name, rows, cols, rows * cols * skeleton.dtype.itemsize, after, recipe.for_layer(name).scheme_name(cols))
+            )
     before = sum(tensor.nbytes for tensor in skeleton.checkpoint.tensors.values())
     return Sizes(layers, before, before + sum(layer.bytes_after - layer.bytes_before for layer in layers))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from leangrid.correction import solved
 from leangrid.errors import ShapeError
-from leangrid.factor import TOLERANCE, Factor, factorize
+from leangrid.factor import TOLERANCE, Factor, factorize, split_cholesky_
 from leangrid.grids import Precision
 from leangrid.hessian import Hessian, HessianSum, mirror_
 from leangrid.linear import LinearResult, solve_linear
@@ -152,10 +152,9 @@ def cholesky_(matrix: Float[Tensor, "cols cols"], panel: int = PANEL) -> bool:
     size = len(matrix)
     for start in range(0, size, panel):
         stop = min(start + panel, size)
-        lower, info = torch.linalg.cholesky_ex(matrix[start:stop, start:stop])
-        if int(info) != 0:
+        lower = matrix[start:stop, start:stop]
+        if not split_cholesky_(lower):
             return False
-        matrix[start:stop, start:stop] = lower
         matrix[start:stop, stop:] = 0
         below = matrix[stop:, start:stop]
         below.copy_(torch.linalg.solve_triangular(lower.T, below, upper=True, left=False))

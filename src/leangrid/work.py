@@ -21,7 +21,7 @@ class Work:
     def report(self) -> dict[str, dict[str, float]]:
         """{"needed": {"total": ..., stage: ...}, "done": the same}."""
         return {
-            kind: {"total": sum(counts.values())} | {stage: count for stage, count in counts.items() if count}
+            kind: {"total": sum(counts.values(), 0.0)} | {stage: count for stage, count in counts.items() if count}
             for kind, counts in (("needed", self.needed), ("done", self.done))
         }
 

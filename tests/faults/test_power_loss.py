@@ -47,8 +47,9 @@ def resumed(source: Path, root: Path, tree: Tree, expected: list[dict[str, str]]
 
 
 @pytest.mark.fault("C3")
-@pytest.mark.parametrize("share", ["some", pytest.param("all", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("overwrite", "share"), [(True, "some"), *(pytest.param(overwrite, "all", marks=pytest.mark.slow) for overwrite in (False, True))]
+)
 def test_the_power_may_fail_after_any_operation(in_memory: Path, share: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_source(in_memory / "source")
     run(source, in_memory / "expected")

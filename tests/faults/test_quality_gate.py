@@ -61,7 +61,7 @@ def test_an_encoder_is_measured_by_its_states(tiny: Tiny, tmp_path: Path) -> Non
         ours, theirs = (m(WINDOWS[:2]).last_hidden_state.double().mean(1) for m in (model, tiny_models.build("bert")))
     assert result.quality["value"] == pytest.approx(float((1 - torch.cosine_similarity(ours, theirs)).mean()), rel=1e-2)
     assert result.quality["measure"] == "cosine" and result.exit_code == 0
-    assert quantize(tiny("bert"), tmp_path / "strict", Recipe(scheme="NU3"), windows=WINDOWS, max_kl=0).exit_code == 4
+    assert quantize(tiny("bert"), tmp_path / "strict", Recipe(scheme="NU3"), windows=WINDOWS, max_kl=0.0).exit_code == 4
 
 
 @pytest.mark.parametrize(("victim", "layer"), [(2, "layers.0.self_attn.v_proj"), (13, "layers.1.mlp.down_proj")])

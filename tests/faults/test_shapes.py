@@ -103,7 +103,7 @@ def test_activations_beyond_float16_are_computed(tmp_path: Path) -> None:
     half.model.layers[-1].mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(float(args[0].abs().max())))
     with torch.no_grad():
         half(WINDOWS)
-    assert seen == [float("inf")]
+    assert not seen[0] < float("inf")
     result = quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
     assert result.rescues == 0 and result.notes == {} and result.exit_code == 0
     assert 0 < result.loss < result.loss_rounding < float("inf")

@@ -55,7 +55,7 @@ def test_every_engine_has_its_packages_and_its_runner(interop: Any) -> None:
     from leangrid.recipe import Scheme
 
     for name, engine in interop.KNOWN.items():
-        packages = interop.ENGINES / f"{engine.environment or name}.txt"
+        packages = interop.ENGINES / f"{name}.txt"
         assert packages.is_file(), packages
         compile((interop.ENGINES / f"run_{name}.py").read_text(encoding="utf-8"), name, "exec")
         for scheme, container, _ in engine.cases:

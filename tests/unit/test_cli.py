@@ -157,7 +157,7 @@ def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_too_many_rescues_exit_4(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = SimpleNamespace(exit_code=4, to_json=lambda: {"out": "o", "rescues": 9})
+    result = SimpleNamespace(exit_code=4, too_many_rescues=True, quality={"passed": True}, to_json=lambda: {"out": "o", "rescues": 9})
     monkeypatch.setattr("leangrid.pipeline.quantize", lambda *_, **__: result)
     done = run("quantize", "src", "out")
     assert done.exit_code == 4 and "more than 1%" in done.stderr and "rescues  9" in done.stdout

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leangrid.errors import NumericalError
-from leangrid.factor import factorize
+from leangrid.factor import factorize, split_cholesky_
 from math_problems import generator, hessian, inputs, spd
 
 
@@ -116,6 +116,23 @@ def test_loss_error_weights_follow_the_cholesky_diagonal() -> None:
     torch.testing.assert_close(ratio, ratio[:1].expand(15))
     assert float(factor.loss_error_weights(16.0).max()) == 1
     assert bool((factor.loss_error_weights(0.0) == 1).all())
+
+
+@pytest.mark.fault("N14")
+@pytest.mark.parametrize("cols", [1, 63, 64, 65, 200, 333])
+def test_the_split_factorization_is_lapacks_and_knows_no_threads(cols: int) -> None:
+    matrix, before, found = spd(cols, 1e3), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(matrix.clone())
+            assert split_cholesky_(found[-1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[0], torch.linalg.cholesky(matrix.double()).float(), rtol=1e-3, atol=1e-4)
+    matrix[cols // 2, cols // 2] = -1.0
+    assert not split_cholesky_(matrix)
 
 
 def test_what_cannot_be_factored_is_refused() -> None:

@@ -202,7 +202,7 @@ def test_a_group_that_does_not_divide_is_refused_with_both_numbers(group_size: i
 @pytest.mark.fault("N11")
 def test_grids_refuse_values_that_no_file_should_hold() -> None:
     one, zero = torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8)
-    assert set(GRIDS) == {"affine", "offset", "nonuniform"}
+    assert set(GRIDS) == {"affine", "offset", "superblock", "nonuniform"}
     for scale, offset in ((one * 0, one), (one, one * float("inf"))):
         with pytest.raises(ShapeError):
             OffsetGrid(scale, offset, 4)

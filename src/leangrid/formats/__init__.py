@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leangrid.errors import FormatError
-from leangrid.formats import awq, compressed_tensors, gptq, lut, mlx
+from leangrid.formats import awq, compressed_tensors, gguf, gptq, lut, mlx
 from leangrid.grids import Grid, Precision
 from leangrid.recipe import Scheme
 
@@ -76,6 +76,7 @@ FORMATS: dict[str, Format] = {
     "gptq_v1": gptq.V1,
     "awq": awq,
     "mlx": mlx,
+    "gguf": gguf,
 }
 EXPORT_ONLY = frozenset({"gptq_v1"})  # a search may choose what they cannot say (Z = 0): a finished result shows whether it did
 CONFIG_KEYS = ("quantization_config", "quantization")  # of config.json: transformers' and mlx-lm's
@@ -117,9 +118,11 @@ def schemes_of(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme
 def format_of(config: dict[str, Any]) -> Format:
     """The container that wrote a ``quantization_config``; FormatError names an unknown one."""
     method = mlx.QUANT_METHOD if mlx.is_config(config) else config.get("quant_method")
+    if gguf.is_config(config):
+        return gguf
     if method == gptq.QUANT_METHOD:
         return gptq.version_of(config)
-    by_method = {known.QUANT_METHOD: known for known in FORMATS.values()}
+    by_method = {known.QUANT_METHOD: known for known in FORMATS.values() if known is not gguf}
     if method in by_method:
         return by_method[method]
     known = ", ".join(by_method)

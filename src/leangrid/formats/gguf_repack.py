@@ -45,7 +45,8 @@ _CHOICES = (
 def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear") -> str | None:
     """Why no block type holds this layer exactly, and the way out; None if one does."""
     if scheme.grid != "affine":
-        return f"{name}: no block type of llama.cpp holds a non-uniform grid. Quantize with W4A16_G32_SYM (Q4_0), W4A16_G64 (Q5_0) or W4A16"
+        held = "a non-uniform grid" if scheme.grid == "nonuniform" else "scales and offsets as this result stores them"
+        return f"{name}: no block type of llama.cpp holds {held}. Quantize with W4A16_G32_SYM (Q4_0), W4A16_G64 (Q5_0) or W4A16"
     if kind == "conv1d":
         return f"{name} is a Conv1D, which the GGUF export does not write. Use format lut (NU4), or dense"
     columns = scheme.group_size or cols

@@ -59,6 +59,8 @@ class Skeleton:
         self._reading = Lock()
         self.architecture: Architecture = architecture_of(checkpoint.config)
         self.config = _read_config(checkpoint)
+        with torch.device("meta"):  # tables grow with what the config claims: its shapes are held against the tensors first
+            _match_names(_empty_model(self.config, self.architecture), checkpoint)
         self.model = _empty_model(self.config, self.architecture)
         self.prefix = _base_prefix(self.model)
         base = self.model.get_submodule(self.prefix) if self.prefix else self.model
@@ -194,7 +196,9 @@ def _read_config(checkpoint: Weights) -> PreTrainedConfig:
     kind = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
     try:
         config = kind.from_dict(dict(checkpoint.config))
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what a stranger's values do inside of transformers' classes, nobody can list
         raise CheckpointError(f"the config cannot be used: {error}", checkpoint.directory / "config.json") from error
     config.use_cache = False
     return config
@@ -215,7 +219,9 @@ def _empty_model(config: PreTrainedConfig, architecture: Architecture) -> PreTra
         # Parameters stay empty; buffers (rotary tables, position ids) are small and computed for real.
         with init_empty_weights(include_buffers=False):
             model = model_class(config)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise CheckpointError(f"no model can be built from the config: {error}", "config.json") from error
     model.tie_weights()
     return model.eval()

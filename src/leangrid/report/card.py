@@ -24,6 +24,7 @@ _FIGURES = (
 # How each container is opened, as a fenced block less its fences: language, then lines.
 _PLAIN = 'python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
 _OURS = 'python\nimport leangrid\nmodel, tokenizer = leangrid.load("DIR")'
+_BLOCKS = "bash\nleangrid export DIR FILE --to gguf\nllama-server -m FILE/model.gguf"
 _GPTQ = 'python\nfrom gptqmodel import GPTQModel\nmodel = GPTQModel.load("DIR")'
 _MLX = """python
 from mlx_lm import generate, load  # pip install mlx-lm
@@ -89,7 +90,7 @@ def model_card(
 def _card(facts: _Facts) -> str:
     name = facts.source.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] or "model"
     parts = [_header(facts.source, facts.license_name, facts.container), f"# {_plain(name)}, {facts.recipe.scheme}"]
-    parts += [_made(facts), _use(facts.container), _losses(facts.records)]
+    parts += [_made(facts), _use(facts), _losses(facts.records)]
     if facts.evaluation is not None:
         parts.append(_measured(facts.evaluation))
     parts.append(_rescues(facts.records))
@@ -109,7 +110,8 @@ def _header(source: str, license_name: str | None, container: str) -> str:
 def _made(facts: _Facts) -> str:
     recipe, bits = facts.recipe, facts.bits_per_weight
     scheme = recipe.parsed
-    kinds = {"affine": "affine grid (scale and zero point)", "offset": "affine grid (scale and offset)"}
+    kinds = {"affine": "affine grid (scale and zero point)", "offset": "affine grid (scale and offset)",
+             "superblock": f"{scheme.block} grid (integer scales in blocks of 256)"}  # fmt: skip
     kind = kinds.get(scheme.grid, f"non-uniform grid of {scheme.levels} levels")
     over = f"each group of {scheme.group_size} weights" if scheme.group_size else "each row"
     learned = {"leanquant": "learned on the inverse Hessian (LeanQuant)", "gptq": "min-max, GPTQ sweep", "rtn": "min-max, rounded"}
@@ -125,8 +127,9 @@ def _made(facts: _Facts) -> str:
     return _table(("", ""), rows)
 
 
-def _use(container: str) -> str:
-    return f"```{USE.get(container, _OURS)}\n```"
+def _use(facts: _Facts) -> str:
+    blocks = facts.container == "gguf" and not facts.exported_from  # the blocks still lie in a directory
+    return f"```{_BLOCKS if blocks else USE.get(facts.container, _OURS)}\n```"
 
 
 def _losses(records: Sequence[LayerRecord]) -> str:
