@@ -20,7 +20,7 @@ LENGTH ?= 512
 RESULTS := benchmarks/results
 KEEP := $(BIN)/python benchmarks/lines.py $(RESULTS)
 
-.PHONY: help setup models demo check format test test-slow test-gpu bench race docs clean
+.PHONY: help setup models demo check format test test-slow test-gpu interop bench race docs clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
 
@@ -60,6 +60,8 @@ test-slow: $(SETUP) $(MODELS)  ## the slow tests: real models, every power cut, 
 	$(BIN)/python scripts/sanitize.py
 test-gpu: $(SETUP)  ## the GPU kernels: on the GPU, or anywhere with TRITON_INTERPRET=1
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
+interop: $(SETUP) $(MODELS)  ## every format in its engine, beside our own model; installs the engines in .peers (8 GB, needs a network)
+	$(BIN)/python benchmarks/interop.py --out $(RESULTS)/interop.jsonl
 bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a quarter of an hour; then the tables (benchmarks/README.md)
 	$(BIN)/python benchmarks/kernels_cpu.py --repeats 3 | $(KEEP)/kernels_cpu.jsonl
 	$(BIN)/python benchmarks/grid_search.py | $(KEEP)/grid_search.jsonl

@@ -14,8 +14,10 @@ from typing import Any
 # What a measurement is of. Two lines that agree in all of these are the same measurement, run twice.
 _IDENTITY = (
     "benchmark",
+    "engine",
     "model",
     "scheme",
+    "format",
     "variant",
     "stage",
     "variable",

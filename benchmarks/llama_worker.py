@@ -2,6 +2,7 @@
 
     python benchmarks/llama_worker.py quantize SOURCE.gguf OUT.gguf     prints one JSON line: how many tensors got which type
     python benchmarks/llama_worker.py serve MODEL.gguf THREADS          a JSON line {"prompt", "tokens"} in, the timings out
+    python benchmarks/llama_worker.py blocks                            {"type", "weight", "importance", "out"} in, .npy files
 
 ``quantize`` writes the mix that llama.cpp calls Q4_K_M with llama.cpp's own ``ggml_quantize_chunk``: the package exports that function,
 but not the whole-file quantizer. Rows that are no multiple of 256 fall back as llama.cpp's do: Q4_K to Q5_0, Q6_K to Q8_0.
@@ -29,12 +30,33 @@ def type_of(name: str, cols: int, block: int, blocks: int) -> Type:
     return wanted if cols % 256 == 0 else _FALLBACK[wanted]
 
 
-def quantize(source: str, out: str) -> dict[str, int]:
-    """Types of the matrices written, and how many of each."""
-    library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
-    chunk = library.ggml_quantize_chunk
+def packed(weight: np.ndarray, kind: Type, importance: np.ndarray | None = None) -> np.ndarray:
+    """The bytes of ``weight`` float32 [rows, cols] by ``ggml_quantize_chunk``; ``importance`` float32 [cols], the mean squared inputs."""
+    chunk = ctypes.CDLL(xllamacpp.xllamacpp.__file__).ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
     chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    (rows, cols), (size, width) = weight.shape, gguf.GGML_QUANT_SIZES[kind]
+    out = np.empty((rows, cols // size * width), dtype=np.uint8)
+    share = None if importance is None else importance.ctypes.data
+    if chunk(kind.value, weight.ctypes.data, out.ctypes.data, 0, rows, cols, share) != out.nbytes:
+        raise SystemExit(f"ggml_quantize_chunk wrote another size than {out.nbytes} for {kind.name}")
+    return out
+
+
+def blocks() -> None:
+    """One matrix a line: from .npy to .npy, there and back through the type."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        kind = Type[asked["type"]]
+        weight = np.ascontiguousarray(np.load(asked["weight"]), dtype=np.float32)
+        importance = None if asked["importance"] is None else np.ascontiguousarray(np.load(asked["importance"]), dtype=np.float32)
+        stored = packed(weight, kind, importance)
+        np.save(asked["out"], gguf.dequantize(stored, kind))
+        print(json.dumps({"bytes": stored.nbytes}), flush=True)
+
+
+def quantize(source: str, out: str) -> dict[str, int]:
+    """Types of the matrices written, and how many of each."""
     reader = gguf.GGUFReader(source)
     fields: dict[str, Any] = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     architecture = fields["general.architecture"].contents()
@@ -50,14 +72,10 @@ def quantize(source: str, out: str) -> dict[str, int]:
         if weight.ndim < 2:
             writer.add_tensor(tensor.name, weight)
             continue
-        rows, cols = weight.shape
+        cols = weight.shape[1]
         block = int(tensor.name.split(".")[1]) if tensor.name.startswith("blk.") else 0
         kind = type_of(tensor.name, cols, block, blocks)
-        size, width = gguf.GGML_QUANT_SIZES[kind]
-        packed = np.empty((rows, cols // size * width), dtype=np.uint8)
-        if chunk(kind.value, weight.ctypes.data, packed.ctypes.data, 0, rows, cols, None) != packed.nbytes:
-            raise SystemExit(f"ggml_quantize_chunk wrote another size than {packed.nbytes} for {tensor.name}")
-        writer.add_tensor(tensor.name, packed, raw_dtype=kind)
+        writer.add_tensor(tensor.name, packed(weight, kind), raw_dtype=kind)
         count[kind.name] += 1
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -84,5 +102,7 @@ def serve(model: str, threads: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "quantize":
         print(json.dumps(quantize(*sys.argv[2:4])))
+    elif sys.argv[1] == "blocks":
+        blocks()
     else:
         serve(sys.argv[2], int(sys.argv[3]))

@@ -31,8 +31,9 @@ import lines
 import once
 import torch
 import variants
+from environment import threads_environment
 from machine import provenance
-from peer import Peer, threads_environment
+from peer import Peer
 from workload import Workload, default_source
 
 import leangrid

@@ -36,5 +36,5 @@ def parse(texts: list[str]) -> dict[str, dict[str, str]]:
 def does(recipe: Recipe) -> str:
     """Equal for two resolved recipes that do the same work."""
     ignored = _GRID_FIELDS if Scheme.parse(recipe.scheme).method != "leanquant" else set()
-    ignored = ignored | ({"search"} if recipe.parsed.grid == "affine" else {"steps"})
+    ignored = ignored | ({"search"} if recipe.parsed.grid != "nonuniform" else {"steps"})
     return recipe.model_dump_json(exclude=ignored)

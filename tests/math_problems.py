@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from leangrid.factor import Factor, factorize
-from leangrid.grids import Grid, NonuniformGrid, fit_affine, fit_minmax
+from leangrid.grids import Grid, NonuniformGrid, fit_affine, fit_minmax, fit_offset
 
 
 def generator(seed: int) -> torch.Generator:
@@ -38,11 +38,13 @@ def weight(rows: int, cols: int, seed: int = 0) -> Tensor:
 
 
 def grid(kind: str, w: Tensor, bits: int, group_size: int | None = None) -> Grid:
-    """ "minmax", "affine" (unweighted, coarse) or "levels" (quantiles of each row)."""
+    """ "minmax", "affine", "offset" (unweighted, coarse) or "levels" (quantiles of each row)."""
     if kind == "minmax":
         return fit_minmax(w, bits, group_size)
     if kind == "affine":
         return fit_affine(w, torch.ones(w.shape[1], dtype=torch.float64), bits, 64, group_size)
+    if kind == "offset":
+        return fit_offset(w, torch.ones(w.shape[1], dtype=torch.float64), bits, 64, group_size)
     points = (torch.arange(2**bits) + 0.5) / 2**bits
     return NonuniformGrid(torch.quantile(w, points, dim=1).T.contiguous() * 1.2)
 

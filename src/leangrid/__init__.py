@@ -11,6 +11,7 @@ from leangrid._version import __version__
 if TYPE_CHECKING:
     from leangrid import grids as grids
     from leangrid.evaluate import evaluate as evaluate
+    from leangrid.export import export as export
     from leangrid.linear import quantize_linear as quantize_linear
     from leangrid.load import load as load
     from leangrid.pipeline import quantize as quantize
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from leangrid.storage.writer import verify as verify
 
 _HOME = {"quantize": "pipeline", "load": "load", "quantize_linear": "linear", "Recipe": "recipe", "Scheme": "recipe",
-         "evaluate": "evaluate", "verify": "storage.writer", "plan": "plan"}  # fmt: skip
-__all__ = ["Recipe", "Scheme", "__version__", "evaluate", "grids", "load", "plan", "quantize", "quantize_linear", "verify"]
+         "evaluate": "evaluate", "verify": "storage.writer", "plan": "plan", "export": "export"}  # fmt: skip
+__all__ = ["Recipe", "Scheme", "__version__", "evaluate", "export", "grids", "load", "plan", "quantize", "quantize_linear", "verify"]
 
 
 class _Package(ModuleType):

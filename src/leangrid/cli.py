@@ -8,7 +8,7 @@ import typer
 
 from leangrid.errors import RecipeError
 from leangrid.report.outcome import BAD_INPUT, emit, emit_json, outcome, say
-from leangrid.report.summary import eval_summary, quantize_summary, size, table
+from leangrid.report.summary import eval_summary, export_summary, quantize_summary, size, table
 from leangrid.report.terminal import Terminal
 
 _WIDE = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
@@ -24,7 +24,7 @@ app = typer.Typer(
 Source = Annotated[str, typer.Argument(help="checkpoint directory, hub id org/name[@revision], or .gguf file", show_default=False)]
 Scheme = Annotated[str | None, typer.Option(help="W4A16_G64 in groups, W4A16 whole rows, NU4 NU3 NU2 non-uniform, _SYM, _EXACT [auto]")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE.toml", help="settings from a file; options win over it")]
-FormatName = Annotated[str | None, typer.Option("--format", help="compressed-tensors or lut [by scheme]")]
+FormatName = Annotated[str | None, typer.Option("--format", help="compressed-tensors, lut, gptq, awq or mlx [by scheme]")]
 Calibration = Annotated[str | None, typer.Option(help="c4, wikitext2, self, embedded, or a .txt/.jsonl file [c4]")]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="calibration windows [128]")]
 Length = Annotated[int | None, typer.Option(metavar="N", help="tokens a window [2048]")]
@@ -53,6 +53,7 @@ def _options(
     leangrid plan org/name --scheme NU4        what it would cost
     leangrid quantize org/name out             the main job
     leangrid eval out --reference org/name     how near it came
+    leangrid export out out-dense --to dense   for another engine
     leangrid generate out "Why is the sky blue?"
     """
     global _debug
@@ -183,6 +184,30 @@ def evaluate_(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="a finished result of quantize or export", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="directory to make", show_default=False)],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="compressed-tensors gptq gptq_v1 awq lut dense", show_default=False)],
+    like: Annotated[Path | None, typer.Option(metavar="FILE.gguf", help="take the metadata of this file (gguf)")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it is a result of ours")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """The same codes in another engine's container: exact, or refused by name before anything is written.
+
+    \b
+    leangrid export out out-gptq --to gptq
+    leangrid export out out-dense --to dense     a plain checkpoint
+    """
+    with outcome(quiet, debug=_debug):
+        from leangrid.export import export as run
+
+        with Terminal(quiet=quiet) as terminal:
+            values = run(model, out, to, like, overwrite=overwrite, progress=terminal).to_json()
+        emit_json(values) if as_json else emit(export_summary(values))
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="a result or a checkpoint directory", show_default=False)],
     prompt: Annotated[str, typer.Argument(help="what to say to it", show_default=False)],
@@ -265,12 +290,14 @@ def _recipe(file: Path | None, **options: Any) -> Any:
 
 def _layer_table(values: dict[str, Any]) -> str:
     """Layers that repeat in every block as one row; "" where the plan lists none."""
-    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for layer in values.get("layer_plans") or []:
-        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", layer["name"]), f"{layer['rows']} x {layer['cols']}"), []).append(layer)
-    rows = [(name, shape, len(found), size(sum(la["bytes_before"] for la in found)), size(sum(la["bytes_after"] for la in found)))
-            for (name, shape), found in kinds.items()]  # fmt: skip
-    return table(("layer", "shape", "count", "before", "after"), rows) + "\n\n" if rows else ""
+        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", layer["name"]), f"{layer['rows']} x {layer['cols']}", layer["scheme"]), []).append(
+            layer
+        )
+    rows = [(name, shape, scheme, len(found), size(sum(la["bytes_before"] for la in found)), size(sum(la["bytes_after"] for la in found)))
+            for (name, shape, scheme), found in kinds.items()]  # fmt: skip
+    return table(("layer", "shape", "scheme", "count", "before", "after"), rows) + "\n\n" if rows else ""
 
 
 def _use_threads(threads: int | None) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from leangrid.factor import Factor
-from leangrid.grids import AffineGrid, Grid
+from leangrid.grids import Grid, GroupedGrid
 from leangrid.solver import Swept
 
 _CHUNK_BYTES = 1 << 28  # of pivot rows held at once
@@ -52,9 +52,9 @@ class _Rows:
         self.diagonal = inverse.diagonal().expand(self.rows, -1).clone()
         self.done = torch.zeros_like(weight, dtype=torch.bool)
         self.pivots = weight.new_empty(self.rows, self.cols, self.cols)
-        if isinstance(grid, AffineGrid):
+        if isinstance(grid, GroupedGrid):
             group = grid.group_of(self.cols).long()
-            self.scale, self.zero_point = grid.scale.to(weight.dtype)[:, group], grid.zero_point.to(weight.dtype)[:, group]
+            self.scale, self.zero = grid.scale.to(weight.dtype)[:, group], grid.zero.to(weight.dtype)[:, group]
         else:
             self.levels = grid.levels.to(weight.dtype)
             self.midpoints = 0.5 * (self.levels[:, :-1] + self.levels[:, 1:])
@@ -69,9 +69,9 @@ class _Rows:
 
     def quantized(self) -> tuple[Tensor, Tensor]:
         """Code and value of the level nearest to every kept column."""
-        if isinstance(self.grid, AffineGrid):
-            code = (self.weight / self.scale + self.zero_point).round_().clamp_(0, 2**self.grid.bits - 1)
-            return code, (code - self.zero_point) * self.scale
+        if isinstance(self.grid, GroupedGrid):
+            code = (self.weight / self.scale + self.zero).round_().clamp_(0, 2**self.grid.bits - 1)
+            return code, (code - self.zero) * self.scale
         code = torch.searchsorted(self.midpoints, self.weight)
         return code, self.levels.gather(1, code)
 
@@ -102,5 +102,5 @@ class _Rows:
         self.pivots[:, :step] = old[:, :step].gather(2, keep[:, None].expand(-1, step, -1))
         self.weight, self.diagonal, self.column = (t.gather(1, keep) for t in (self.weight, self.diagonal, self.column))
         self.done = torch.zeros_like(keep, dtype=torch.bool)
-        if isinstance(self.grid, AffineGrid):
-            self.scale, self.zero_point = self.scale.gather(1, keep), self.zero_point.gather(1, keep)
+        if isinstance(self.grid, GroupedGrid):
+            self.scale, self.zero = self.scale.gather(1, keep), self.zero.gather(1, keep)

@@ -91,9 +91,11 @@ class Demand:
         vocabulary, hidden = skeleton.base.get_input_embeddings().weight.shape  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         weights = sum(g.rows * g.cols for g in groups)
         itemsize = compute_dtype(recipe.products, skeleton.dtype).itemsize
+        bits = max(scheme.fitting(group.cols).bits for scheme in recipe.schemes for group in groups)
+        group_size = min((scheme.group_size for scheme in recipe.schemes if scheme.group_size), default=0)
         return cls(tuple(groups), hidden, vocabulary, samples, length, 2 if recipe.correct else 1, itemsize, skeleton.dtype.itemsize,
-                   weights * (recipe.parsed.bits + 1) // 8, accelerated(device), bool(recipe.refine),
-                   recipe.parsed.group_size or 0, recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0,
+                   weights * (bits + 1) // 8, accelerated(device), bool(recipe.refine),
+                   group_size, recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0,
                    kernels.outer_takes_bfloat16(device))  # fmt: skip
 
     @property

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int32, UInt8, UInt32
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -57,7 +57,7 @@ class PackedLinear(nn.Module, ABC):
             del self._buffers["tiles"]
 
     @property
-    def words(self) -> Int32[Tensor, "rows words"]:
+    def words(self) -> Int32[Tensor, "rows words"] | UInt32[Tensor, "rows words"]:
         """The codes as they are stored."""
         codes = self.codes
         return decode.untile(codes, self.bits, self.out_features, self.in_features) if "tiles" in self._buffers else codes
@@ -91,9 +91,9 @@ class PackedLinear(nn.Module, ABC):
     def product(self, x: Tensor) -> Tensor:
         """x W^T + bias by the kernels."""
 
-    @abstractmethod
     def matrix(self) -> Any:
         """The C++ extension's view of W and the bias (kernels/decode.py); only for a layer with tiles."""
+        raise ShapeError(f"{type(self).__name__} has no tiles")
 
     @property
     def weight_hat(self) -> Float[Tensor, "rows cols"]:
@@ -210,3 +210,37 @@ class AffineLinear(PackedLinear):
     def matrix(self) -> Any:
         grid = (self.weight_scale, self.zero_points(), self.bias, self.bits, self.group_size, self.stored_dtype)
         return decode.affine_matrix(self.tiles, *grid)
+
+
+class OffsetLinear(PackedLinear):
+    """W[i, j] = S[i, g] code[i, j] + B[i, g], g = j // group_size; buffers as MLX names them, ``weight`` (the codes) uint32.
+
+    No kernel reads these codes: every pass dequantizes a tile of rows at a time. ``leangrid.load(dense=True)`` does it once.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    biases: Tensor
+    CODES = "weight"
+
+    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool, dtype: torch.dtype, device: str | torch.device = "cpu",
+                 group_size: int = 64) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bits, bias, dtype, device)
+        if in_features % group_size or in_features * bits % 32:
+            raise ShapeError(f"groups of {group_size} do not divide {in_features} columns, or those do not fill their words")
+        self.group_size = group_size
+        self.register_buffer("weight", torch.empty(out_features, packed_width(in_features, bits), dtype=torch.uint32, device=device))
+        for name in ("scales", "biases"):
+            self.register_buffer(name, torch.empty(out_features, in_features // group_size, dtype=dtype, device=device))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scales.dtype
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "tile cols"]:
+        grid = (self.scales, self.biases, self.bits, self.group_size)
+        return decode.offset_rows(self.weight.view(torch.int32), *grid)(start, stop)
+
+    def product(self, x: Tensor) -> Tensor:
+        grid = (self.scales, self.biases, self.bias, self.bits, self.group_size)
+        return decode.offset_linear(x, self.weight.view(torch.int32), *grid)

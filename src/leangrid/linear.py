@@ -14,10 +14,23 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leangrid import work
+from leangrid.block_types import BLOCK_TYPES
 from leangrid.errors import ShapeError
 from leangrid.exact import exact_sweep
 from leangrid.factor import Factor, factorize, relative_power
-from leangrid.grids import AffineGrid, Grid, NonuniformGrid, fit_affine, fit_minmax, fit_nonuniform
+from leangrid.grids import (
+    Grid,
+    GroupedGrid,
+    NonuniformGrid,
+    Precision,
+    as_offset,
+    fit_affine,
+    fit_minmax,
+    fit_nonuniform,
+    fit_offset,
+    fit_superblock,
+    minmax_superblock,
+)
 from leangrid.grids.protocol import check_weight
 from leangrid.recipe import Recipe
 from leangrid.refine import refine
@@ -25,6 +38,7 @@ from leangrid.rescue import Rescue
 from leangrid.solver import Swept, sweep
 
 GUARD_POWERS = (2.0, 0.0)  # what a collapsed row tries, where the recipe's p is higher
+HALF = Precision(torch.float16)  # in which every block type of llama.cpp keeps its scales
 GUARD_GAIN = 0.75  # an alternative must be this far below the learned grid: the lowest loss as a rule made models worse
 
 
@@ -63,7 +77,7 @@ def solve_linear(
     factor: Factor,
     matrix: Float[Tensor, "cols cols"],
     recipe: Recipe,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Precision = torch.float32,
 ) -> LinearResult:
     """Quantize ``target`` by a resolved recipe.
 
@@ -72,12 +86,12 @@ def solve_linear(
         factor: of ``matrix``; its damped matrix guides the refinement.
         matrix: H undamped, float32, original column order.
         recipe: with every default written out (Recipe.resolved).
-        dtype: of the checkpoint; scales and levels are rounded to it before any error is propagated.
+        dtype: what the container keeps; scales and levels are rounded to it before any error is propagated.
 
     Raises:
         ShapeError: NaN or infinite weights, or a group size that does not divide the columns.
     """
-    return _Layer(check_weight(target), factor, matrix, recipe, dtype).solve()
+    return _Layer(check_weight(target), factor, matrix, recipe, Precision.of(dtype)).solve()
 
 
 def quantize_linear(
@@ -109,9 +123,11 @@ def quantize_linear(
 class _Layer:
     """The arguments of one solve, so that its steps read as steps."""
 
-    def __init__(self, target: Tensor, factor: Factor, matrix: Tensor, recipe: Recipe, dtype: torch.dtype) -> None:
-        self.target, self.factor, self.matrix, self.recipe, self.dtype = target, factor, matrix, recipe, dtype
-        self.scheme = recipe.parsed
+    def __init__(self, target: Tensor, factor: Factor, matrix: Tensor, recipe: Recipe, precision: Precision) -> None:
+        self.target, self.factor, self.matrix, self.recipe = target, factor, matrix, recipe
+        self.scheme = recipe.scheme_for(target.shape[1])
+        self.precision = HALF if self.scheme.block else precision
+        self.dtype = self.precision.dtype
         self.rescues: list[Rescue] = []
         self.seconds: dict[str, float] = {"grid": 0.0, "solve": 0.0, "refine": 0.0, "baseline": 0.0}
         self.flops: dict[str, float] = {"solve": 0.0, "refine": 0.0, "baseline": 0.0}
@@ -134,7 +150,7 @@ class _Layer:
             codes, grid, value = self.rounding_instead(codes, grid, value, rounding, minmax, loss_rounding)
         return LinearResult(codes, grid, value, loss_minmax, loss_rounding, tuple(self.rescues), self.seconds, self.flops)
 
-    def learned(self, baseline: Swept, minmax: AffineGrid) -> tuple[Swept, Grid]:
+    def learned(self, baseline: Swept, minmax: GroupedGrid) -> tuple[Swept, Grid]:
         """The loss-error-aware grid and the sweep onto it; rows that fell behind min-max GPTQ may take a lower p or the min-max grid."""
         power = self.recipe.p if self.recipe.p is not None else 4.0
         grid = self.fitted(self.target, power)
@@ -160,11 +176,11 @@ class _Layer:
         return Swept(codes, loss_now), grid
 
     def rounding_instead(
-        self, codes: Tensor, grid: Grid, value: float, rounding: Tensor, minmax: AffineGrid, loss_rounding: float
+        self, codes: Tensor, grid: Grid, value: float, rounding: Tensor, minmax: GroupedGrid, loss_rounding: float
     ) -> tuple[Tensor, Grid, float]:
         """The best result without error propagation, in the same format, and the record of it."""
         self.rescues.append(Rescue("worse_than_rounding", f"loss {value:.6g} against {loss_rounding:.6g} for rounding"))
-        if isinstance(grid, AffineGrid):
+        if self.scheme.grid != "nonuniform":
             return rounding, minmax, loss_rounding
         for candidate in (self.as_kind(minmax), self.fitted(self.target, 0.0)):
             nearest = candidate.nearest(self.target)
@@ -183,15 +199,26 @@ class _Layer:
             if self.scheme.grid == "nonuniform":
                 return fit_nonuniform(weight, weights, self.scheme.levels, self.recipe.search).rounded(self.dtype)
             bits, group_size, symmetric = self.scheme.bits, self.scheme.group_size, self.scheme.symmetric
-            return fit_affine(weight, weights, bits, self.recipe.steps, group_size, symmetric, self.dtype)
+            if self.scheme.grid == "superblock":
+                return fit_superblock(weight, weights, BLOCK_TYPES[self.scheme.block or ""], self.recipe.steps)
+            if self.scheme.grid == "offset":
+                return fit_offset(weight, weights, bits, self.recipe.steps, group_size, self.dtype).clamped(self.precision)
+            found = fit_affine(weight, weights, bits, self.recipe.steps, group_size, symmetric, self.dtype)
+            return found.clamped(self.precision)
 
-    def minmax(self) -> AffineGrid:
+    def minmax(self) -> GroupedGrid:
+        """The baselines' grid, as the scheme stores one; for a non-uniform scheme the affine one of whole rows."""
         with self.timed("baseline"):
-            return fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
+            if self.scheme.grid == "superblock":
+                return minmax_superblock(self.target, BLOCK_TYPES[self.scheme.block or ""])
+            grid = fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
+            return (as_offset(grid, self.dtype) if self.scheme.grid == "offset" else grid).clamped(self.precision)
 
-    def as_kind(self, minmax: AffineGrid) -> Grid:
+    def as_kind(self, minmax: GroupedGrid) -> Grid:
         """A min-max grid in the scheme's own format (whole rows, where that is non-uniform)."""
-        return minmax if self.scheme.grid == "affine" else NonuniformGrid(minmax.levels[:, 0].contiguous()).rounded(self.dtype)
+        if self.scheme.grid != "nonuniform":
+            return minmax
+        return NonuniformGrid(minmax.levels[:, 0].contiguous()).rounded(self.dtype)
 
     def swept(self, grid: Grid, stage: str, weight: Tensor | None = None) -> Swept:
         solver = exact_sweep if self.scheme.exact and stage == "solve" else sweep
@@ -206,7 +233,7 @@ class _Layer:
             if not self.recipe.refine:
                 return swept.codes, grid, self.undamped(swept.loss, swept.codes, grid)
             self.flops["refine"] += work.refine(self.target.shape[0], self.target.shape[1], self.recipe.refine)
-            result = refine(self.target, swept.codes, grid, self.factor.damped, self.recipe.refine, self.dtype)
+            result = refine(self.target, swept.codes, grid, self.factor.damped, self.recipe.refine, self.precision)
             return result.codes, result.grid, self.undamped(result.loss, result.codes, result.grid)
 
     def undamped(self, damped: Tensor, codes: Tensor, grid: Grid) -> float:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leangrid import hf_quantizer
 from leangrid.errors import ArchitectureError, CheckpointError, LeangridError
-from leangrid.formats import format_of
+from leangrid.formats import schemes_of
 from leangrid.layers import PackedLinear
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.storage.config import read_config
@@ -50,9 +50,9 @@ def load(
         )
     quantization = stored.get("quantization_config")
     if quantization is not None:
-        format_of(quantization).scheme_of(quantization)  # refused here, by name, before transformers sees it
+        schemes_of(quantization, ())  # refused here, by name, before transformers sees it
         hf_quantizer.register()
-        config.quantization_config = hf_quantizer.through_leangrid(quantization)
+        config.quantization_config = hf_quantizer.through_leangrid(quantization, stored.get("dtype") or stored.get("torch_dtype"))
     model = _from_pretrained(model_class, directory, config, dtype)
     if dense:
         _to_dense(model)

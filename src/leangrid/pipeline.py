@@ -131,7 +131,7 @@ def _solve(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[
             weight = block.weight(name).to(hessian.matrix.device, torch.float32).contiguous()
             target = correct(weight, correction, run.strength)
             del weight
-        result: LinearResult = solve_linear(target, factor, hessian.matrix, run.recipe, run.skeleton.dtype)
+        result: LinearResult = solve_linear(target, factor, hessian.matrix, run.recipe.for_layer(f"{block.name}.{name}"), run.precision)
         new[name] = block.keep(name, result, hessian, factor)
     return new
 
@@ -142,7 +142,11 @@ def _solve_lean(run: Run, block: BlockWork, group: GroupInputs, number: int) -> 
     with run.stage("factor", number):
         wide = WideGroup(total, {name: block.weight(name) for name in group.names}, run.recipe, run.strength)
     run.count_group(wide.hessian, block.rows(group.names), group.paired)
-    return {name: block.keep(name, wide.solve(name, run.skeleton.dtype), wide.hessian, wide.factor) for name in group.names}
+    new = {}
+    for name in group.names:
+        result = wide.solve(name, run.precision, recipe=run.recipe.for_layer(f"{block.name}.{name}"))
+        new[name] = block.keep(name, result, wide.hessian, wide.factor)
+    return new
 
 
 def _summed(run: Run, group: GroupInputs, number: int, kind: type[_Sum]) -> _Sum:

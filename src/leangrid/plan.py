@@ -35,7 +35,8 @@ _REPLAYED = 2.6  # forward passes that replaying takes instead of one: up to eac
 _CUDA_RUNTIME = 1 << 30  # host memory of the driver, cuBLAS and cuSOLVER
 # Sweeps' worth of rows*cols^2 work: ours, min-max GPTQ's, two losses, and for each refit round about two more.
 _SWEEPS, _SWEEPS_A_ROUND = 4.0, 3.0
-_GRID_SECONDS_A_WEIGHT = {"affine": 1.5e-7, "nonuniform": 3.5e-7}  # one thread with the native kernels
+# One thread with the native kernels.
+_GRID_SECONDS_A_WEIGHT = {"affine": 1.5e-7, "offset": 2.0e-7, "superblock": 5.0e-7, "nonuniform": 3.5e-7}
 _KERNEL_EFFICIENCY = 0.25  # share of the GEMM rate that sweeps and factorizations reach
 
 

@@ -13,7 +13,7 @@ from leangrid import devices, gate
 from leangrid._version import __version__
 from leangrid.clock import Clock
 from leangrid.data.calibration import windows_hash
-from leangrid.formats import FORMATS
+from leangrid.formats import FORMATS, config_entries, config_of
 from leangrid.memory import peak_bytes
 from leangrid.models.skeleton import Skeleton
 from leangrid.precision import products
@@ -21,8 +21,9 @@ from leangrid.prepare import Prepared
 from leangrid.report.card import model_card
 from leangrid.report.records import LayerRecord, to_lines, totals
 from leangrid.result import QuantizeResult
-from leangrid.sizes import sizes
+from leangrid.sizes import sizes, stored_schemes
 from leangrid.storage import writer
+from leangrid.storage.config import with_older_ropes
 from leangrid.storage.safetensors import TensorInfo
 from leangrid.work import Work
 
@@ -41,6 +42,7 @@ def publish(
         "recipe": recipe.model_dump(),
         "recipe_fingerprint": recipe.fingerprint(),
         "source": prepared.checkpoint.fingerprint,
+        "source_name": prepared.source,
         "versions": {"leangrid": __version__, "torch": torch.__version__, "transformers": installed("transformers")},
         "devices": sorted({info["device"] for info in infos}),
         "products": sorted({info["products"] for info in infos}),
@@ -139,16 +141,15 @@ def _result(
 def output_config(prepared: Prepared) -> dict[str, Any]:
     """The source's config.json with ``quantization_config``; code of the checkpoint's own is not handed on."""
     skeleton, recipe = prepared.skeleton, prepared.recipe
-    quantized = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+    quantized = stored_schemes(skeleton, recipe)
     linears = (n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear))
     ignore = sorted(set(linears) - set(quantized))
     config = {key: value for key, value in prepared.checkpoint.config.items() if key not in _NOT_COPIED}
     config["architectures"] = [type(skeleton.model).__name__]
     config["dtype"] = str(skeleton.dtype).removeprefix("torch.")
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])  # some readers know only the older place
-    config["quantization_config"] = FORMATS[recipe.format].config(recipe.parsed, quantized, ignore, skeleton.dtype)
+    config.setdefault("tie_word_embeddings", bool(getattr(skeleton.config, "tie_word_embeddings", False)))  # mlx-lm's default is tied
+    stored = config_of(FORMATS[recipe.format], quantized, ignore, skeleton.dtype)
+    config = with_older_ropes(config) | config_entries(recipe.format, stored)
     return json.loads(json.dumps(config, default=str))
 
 

@@ -2,20 +2,20 @@
 
 Q is the quantized weight, E = Q - W, and everything works from the gradient E H:
 * refit, non-uniform: the levels c of a row minimise (P c - w) H (P c - w)^T, P the one-hot codes: P^T H P d = -P^T H e^T.
-* refit, affine: the scales s of a row's groups, with u = code - Z: A d = -b, A_gh = u_g H_gh u_h^T, b_g = u_g (E H)_g^T.
+* refit, groups: the parameters of a row's groups, each with its unit u (of a scale S: code - Z; of an offset: ones):
+  A d = -b, A_gh = u_g H_gh u_h^T, b_g = u_g (E H)_g^T.
 * descent: in blocks of columns each code moves to the level nearest to q - gradient / h_jj; a GEMM a block carries it on.
 Every step rounds to the stored dtype before it is judged, and each row keeps whichever state has the lower loss.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leangrid import kernels
-from leangrid.grids import AffineGrid, Grid, NonuniformGrid
-from leangrid.grids.affine import round_scale
+from leangrid.grids import Grid, GroupedGrid, NonuniformGrid, Precision
 from leangrid.grids.nonuniform import round_levels
 
 _BLOCK = 128
@@ -38,7 +38,7 @@ def refine(
     grid: Grid,
     matrix: Float[Tensor, "cols cols"],
     rounds: int,
-    scale_dtype: torch.dtype = torch.float32,
+    scale_dtype: torch.dtype | Precision = torch.float32,
 ) -> Refined:
     """``rounds`` times refit and descend, then a last refit; the loss of no row rises.
 
@@ -46,13 +46,13 @@ def refine(
         target: the weights that the codes approximate, float32.
         matrix: the damped H, original column order.
         rounds: at least 1.
-        scale_dtype: dtype that scales or levels are stored in.
+        scale_dtype: what scales or levels are stored in.
     """
-    state = _State.of(target, codes, grid, matrix)
+    state, stored = _State.of(target, codes, grid, matrix), Precision.of(scale_dtype)
     for _ in range(rounds):
-        refitted = _refit(state, matrix, scale_dtype)
+        refitted = _refit(state, matrix, stored)
         state = _descend(_State.of(target, refitted.codes, refitted.grid, matrix), matrix)
-    return _refit(state, matrix, scale_dtype)
+    return _refit(state, matrix, stored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,16 +86,16 @@ class _State:
         )
 
 
-def _refit(state: _State, matrix: Tensor, dtype: torch.dtype) -> Refined:
+def _refit(state: _State, matrix: Tensor, stored: Precision) -> Refined:
     """The least-squares grid given the codes, rounded as it is stored; levels may change places with their codes.
 
     A step d changes twice the loss by d A d^T + 2 b d^T, with A and b of the normal equations: that decides for each row
     whether the rounded step is taken, and no product with H is needed to judge it.
     """
-    if isinstance(state.grid, AffineGrid):
-        codes, grid, change = _refit_scales(state, state.grid, matrix, dtype)
+    if isinstance(state.grid, GroupedGrid):
+        codes, grid, change = _refit_units(state, state.grid, matrix, stored)
     else:
-        codes, grid, change = _refit_levels(state, matrix, dtype)
+        codes, grid, change = _refit_levels(state, matrix, stored.dtype)
     worse = (~(change < 0)).nonzero().squeeze(1)
     if len(worse):
         grid = grid.put(worse, state.grid.take(worse))
@@ -116,29 +116,29 @@ def _refit_levels(state: _State, matrix: Tensor, dtype: torch.dtype) -> tuple[Te
     return rank.gather(1, index).to(torch.uint8), NonuniformGrid(levels), change
 
 
-def _refit_scales(state: _State, grid: AffineGrid, matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Grid, Tensor]:
-    """Least-squares scales of all groups of a row together; a scale that would vanish or change its sign stays."""
-    codes = state.codes
-    rows, groups = grid.scale.shape
-    size = codes.shape[1] // groups
-    scale, change = grid.scale.clone(), torch.zeros(rows, dtype=torch.float64, device=codes.device)
-    chunk = max(1, _CHUNK_BYTES // (8 * groups * groups))
+def _refit_units(state: _State, grid: GroupedGrid, matrix: Tensor, stored: Precision) -> tuple[Tensor, Grid, Tensor]:
+    """Least-squares parameters of all spans of a row together, rounded as they are stored."""
+    rows, spans, kinds = grid.free.shape
+    count, cols = spans * kinds, state.codes.shape[1]
+    size, parts, change = cols // spans, [], torch.zeros(rows, dtype=torch.float64, device=matrix.device)
+    chunk = max(1, _CHUNK_BYTES // max(8 * count * count, 4 * cols * kinds * kinds))
     for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
-        unit = codes[part].float().reshape(-1, groups, size) - grid.zero_point[part, :, None]
-        flat = unit.flatten(1)
-        normal = torch.empty(len(unit), groups, groups, dtype=torch.float64, device=codes.device)
-        for g in range(groups):  # the upper triangle is enough: each product starts at its own group
-            product = (unit[:, g] @ matrix[g * size : (g + 1) * size, g * size :]).mul_(flat[:, g * size :])
-            normal[:, g, g:] = product.reshape(len(unit), -1, size).sum(2)
-            normal[:, g:, g] = normal[:, g, g:]
-        slope = (unit * state.gradient[part].reshape(unit.shape)).sum(2).double()
-        old = scale[part]
-        solved = (old.double() - _solve(normal, slope, _RIDGE["affine"])).float()
-        new = round_scale(torch.where(solved.isfinite() & (solved * old.sign() > 0), solved, old), dtype)
-        change[part] = _change(new.double() - old.double(), normal, slope)
-        scale[part] = new
-    return codes, replace(grid, scale=scale), change
+        index = torch.arange(start, min(start + chunk, rows), device=matrix.device)
+        here = grid.take(index)
+        unit = here.units(state.codes[index])
+        normal = torch.empty(len(index), count, count, dtype=torch.float64, device=matrix.device)
+        for g in range(spans):  # the upper triangle is enough: each product starts at its own span
+            mine, later = slice(g * size, (g + 1) * size), slice(g * size, None)
+            product = (unit[:, :, mine] @ matrix[mine, later])[:, :, None] * unit[:, None, :, later]
+            sums = product.reshape(len(index), kinds, kinds, spans - g, size).sum(4).transpose(2, 3).flatten(2).double()
+            normal[:, g * kinds : (g + 1) * kinds, g * kinds :] = sums
+            normal[:, g * kinds :, g * kinds : (g + 1) * kinds] = sums.transpose(1, 2)
+        slope = (unit * state.gradient[index, None]).reshape(len(index), kinds, spans, size).sum(3).transpose(1, 2).flatten(1).double()
+        old = here.free.flatten(1).double()
+        new = here.refitted((old - _solve(normal, slope, _RIDGE["affine"])).float().reshape(here.free.shape), stored.dtype).clamped(stored)
+        change[index] = _change(new.free.flatten(1).double() - old, normal, slope)
+        parts.append(new)
+    return state.codes, parts[0].stacked(parts[1:]), change
 
 
 def _change(step: Float[Tensor, "rows k"], normal: Float[Tensor, "rows k k"], slope: Float[Tensor, "rows k"]) -> Float[Tensor, " rows"]:
@@ -160,14 +160,11 @@ def _descend(state: _State, matrix: Tensor) -> _State:
     """One cyclic pass over the codes."""
     grid, cols = state.grid, state.codes.shape[1]
     codes, error, gradient = state.codes.clone(), state.error.clone(), state.gradient.clone()
-    group = grid.group_of(cols) if isinstance(grid, AffineGrid) else None
+    group = grid.group_of(cols)
     for start in range(0, cols, _BLOCK):
         part = slice(start, min(start + _BLOCK, cols))
         slope, corner, old = gradient[:, part].contiguous(), matrix[part, part].contiguous(), state.codes[:, part].contiguous()
-        if isinstance(grid, AffineGrid) and group is not None:
-            codes[:, part], delta = kernels.descend_affine(slope, corner, old, grid.scale, grid.zero_point, group[part], grid.bits)
-        else:
-            codes[:, part], delta = kernels.descend_levels(slope, corner, old, grid.levels)
+        codes[:, part], delta = grid.descend_block(slope, corner, old, group[part])
         error[:, part] += delta
         gradient.addmm_(delta, matrix[part])
     return state.better(_State(codes, grid, error, gradient, (error * gradient).sum(1)))

@@ -32,8 +32,8 @@ from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord
 from leangrid.rescue import Rescue
 from leangrid.result import QuantizeResult
+from leangrid.sizes import stored_schemes
 from leangrid.storage.journal import Journal
-from leangrid.wide import on_host
 
 _TILE = 1 << 24  # weights dequantized at once
 _PRODUCTS = ("calibrate", "hessian")
@@ -71,14 +71,14 @@ class BlockWork:
         parameter = self.module.get_parameter(f"{name}.weight")
         with run.clock.stage("pack"):
             # What a reader of the file multiplies by: rounded to the stored dtype, then computed in ours.
-            weight = _dequantized(result.grid, result.codes, run.skeleton.dtype).to(parameter.device, parameter.dtype)
+            weight = _dequantized(result.grid, result.codes, run.precision.dtype).to(parameter.device, parameter.dtype)
             codes, grid = result.codes, result.grid
             if run.placement.lean:  # packing needs some bytes a weight for a moment
-                codes, grid = codes.cpu(), on_host(grid)
-            packed = run.format.pack(codes, grid, run.skeleton.dtype, run.recipe.parsed)
+                codes, grid = codes.cpu(), grid.to("cpu")
+            packed = run.format.pack(codes, grid, run.skeleton.dtype, run.stored_schemes[full])
             self.tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
         noted = replace(result, rescues=(*result.rescues, *run.steps))
-        record = LayerRecord.of(full, run.recipe, noted, hessian, factor)
+        record = LayerRecord.of(full, run.recipe.for_layer(full), noted, hessian, factor)
         self.records.append(record)
         run.tell("layer", self.index, layer=full, loss=record.loss)
         return weight.t().contiguous() if run.skeleton.architecture.layer == "conv1d" else weight
@@ -112,6 +112,8 @@ class Run:
         self.recipe: Recipe = prepared.recipe
         self.strength: float = prepared.recipe.correct or 0.0
         self.format = FORMATS[self.recipe.format]
+        self.precision = self.format.precision(prepared.skeleton.dtype)
+        self.stored_schemes = stored_schemes(prepared.skeleton, self.recipe)
         self.calls = Calls()
         self.placement = placement
         self.steps: list[Rescue] = []  # what gave way in the block at work

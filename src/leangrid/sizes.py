@@ -4,20 +4,21 @@ from dataclasses import dataclass
 
 import torch
 
-from leangrid.formats import FORMATS
+from leangrid.formats import FORMATS, stored_as
 from leangrid.models.skeleton import Skeleton
-from leangrid.recipe import Recipe
+from leangrid.recipe import Recipe, Scheme
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """One linear: [rows, cols], and its bytes before and after (codes and grid)."""
+    """One linear: [rows, cols], its bytes before and after (codes and grid), and the scheme it gets."""
 
     name: str
     rows: int
     cols: int
     bytes_before: int
     bytes_after: int
+    scheme: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,23 @@ class Sizes:
         return 8 * sum(layer.bytes_after for layer in self.layers) / sum(layer.rows * layer.cols for layer in self.layers)
 
 
+def stored_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
+    """Layer -> the scheme that the files of a settled ``recipe`` will say, in the model's order."""
+    names = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+    return stored_as(FORMATS[recipe.format], {name: (recipe.for_layer(name).parsed, skeleton.shape(name)[1]) for name in names})
+
+
 def sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
     """The sizes that quantizing ``skeleton`` by a settled ``recipe`` gives."""
-    layers = []
+    layers, schemes = [], stored_schemes(skeleton, recipe)
     for index in range(len(skeleton.blocks)):
         for name in skeleton.linear_names(index):
             rows, cols = skeleton.shape(name)
-            stored = FORMATS[recipe.format].layout(recipe.parsed, (rows, cols), skeleton.dtype).values()
+            stored = FORMATS[recipe.format].layout(schemes[name], (rows, cols), skeleton.dtype).values()
             after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in stored)
-            layers.append(LayerSize(name, rows, cols, rows * cols * skeleton.dtype.itemsize, after))
+            layers.append(
+                LayerSize(name, rows, cols, rows * cols * skeleton.dtype.itemsize, after, recipe.for_layer(name).scheme_name(cols))
+            )
     before = sum(tensor.nbytes for tensor in skeleton.checkpoint.tensors.values())
     return Sizes(layers, before, before + sum(layer.bytes_after - layer.bytes_before for layer in layers))
 

@@ -11,9 +11,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from leangrid import kernels
 from leangrid.factor import Factor
-from leangrid.grids import AffineGrid, Grid
+from leangrid.grids import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +32,11 @@ def sweep(weight: Float[Tensor, "rows cols"], factor: Factor, grid: Grid, block:
     current = weight.float()[:, factor.order].contiguous()
     codes = torch.empty_like(current, dtype=torch.uint8)
     loss = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
-    group = grid.group_of(cols)[factor.order].contiguous() if isinstance(grid, AffineGrid) else None
+    group = grid.group_of(cols)[factor.order]
     for start in range(0, cols, block):
         stop = min(start + block, cols)
         part, corner = current[:, start:stop].contiguous(), upper[start:stop, start:stop].contiguous()
-        if isinstance(grid, AffineGrid) and group is not None:
-            chosen, error = kernels.sweep_affine(part, corner, grid.scale, grid.zero_point, group[start:stop], grid.bits)
-        else:
-            chosen, error = kernels.sweep_levels(part, corner, grid.levels)
+        chosen, error = grid.sweep_block(part, corner, group[start:stop])
         codes[:, start:stop] = chosen
         loss += error.square().sum(1)
         if stop < cols:

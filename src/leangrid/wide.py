@@ -21,7 +21,7 @@ from torch import Tensor
 from leangrid.correction import solved
 from leangrid.errors import ShapeError
 from leangrid.factor import TOLERANCE, Factor, factorize, split_cholesky_
-from leangrid.grids import AffineGrid, Grid, NonuniformGrid
+from leangrid.grids import Precision
 from leangrid.hessian import Hessian, HessianSum, mirror_
 from leangrid.linear import LinearResult, solve_linear
 from leangrid.recipe import Recipe
@@ -80,17 +80,20 @@ class WideGroup:
                 cross[start : start + panel] = solved(self.factor, cross[start : start + panel])
             self._moves = cross
 
-    def solve(self, name: str, dtype: torch.dtype = torch.float32, tile: int | None = None) -> LinearResult:
+    def solve(
+        self, name: str, dtype: torch.dtype | Precision = torch.float32, tile: int | None = None, recipe: Recipe | None = None
+    ) -> LinearResult:
         """``solve_linear`` of one linear on the device of H, ``tile`` rows at a time; losses are sums over the tiles.
 
-        What the plain path decides for a whole layer (rounding instead of a result worse than it) is decided for a tile.
+        ``recipe``: where it is not the group's. What the plain path decides for a whole layer (rounding instead of a result worse
+        than it) is decided for a tile.
         """
         rows, cols = self._weights[name].shape
         tile = tile or max(1, TILE_BYTES // (4 * cols))
         parts = []
         for start in range(0, rows, tile):
             target = self._target(name, start, min(start + tile, rows))
-            parts.append(solve_linear(target, self.factor, self.hessian.matrix, self.recipe, dtype))
+            parts.append(solve_linear(target, self.factor, self.hessian.matrix, recipe or self.recipe, dtype))
         return joined(parts)
 
     def _fold(self, weight: Tensor, difference: Tensor) -> Tensor:
@@ -200,7 +203,7 @@ def joined(parts: list[LinearResult]) -> LinearResult:
     several = tuple(replace(r, detail=f"{r.detail}; {r.count} in all tiles of rows") for r in rescues.values())
     return LinearResult(
         torch.cat([part.codes for part in parts]),
-        _stacked([part.grid for part in parts]),
+        parts[0].grid.stacked([part.grid for part in parts[1:]]),
         sum(part.loss for part in parts),
         sum(part.loss_minmax for part in parts),
         sum(part.loss_rounding for part in parts),
@@ -208,20 +211,6 @@ def joined(parts: list[LinearResult]) -> LinearResult:
         {stage: sum(part.seconds[stage] for part in parts) for stage in parts[0].seconds},
         {stage: sum(part.flops[stage] for part in parts) for stage in parts[0].flops},
     )
-
-
-def on_host(grid: Grid) -> Grid:
-    """The grid with its parameters in host memory."""
-    if isinstance(grid, AffineGrid):
-        return replace(grid, scale=grid.scale.cpu(), zero_point=grid.zero_point.cpu())
-    return NonuniformGrid(grid.levels.cpu())
-
-
-def _stacked(grids: list[Grid]) -> Grid:
-    affine = [grid for grid in grids if isinstance(grid, AffineGrid)]
-    if len(affine) == len(grids):
-        return replace(affine[0], scale=torch.cat([g.scale for g in affine]), zero_point=torch.cat([g.zero_point for g in affine]))
-    return NonuniformGrid(torch.cat([grid.levels for grid in grids]))
 
 
 def _on_cpu(matrix: Tensor, damping: float, act_order: bool) -> Factor:

@@ -50,7 +50,7 @@ def sweep_cases() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
               "groups": "i32", "R": ROWS, "C": COLUMNS}  # fmt: skip
     own = {"sweep": {"weight": "*fp32", "upper": "*fp32", "errors": "*fp32"},
            "descend": {"gradient": "*fp32", "hessian": "*fp32", "old": "*u8", "deltas": "*fp32", "NEARER": 0.999999}}  # fmt: skip
-    for name, kernel, kind, levels in (("sweep", sweep_kernel, 0, 16), ("descend", descend_kernel, 1, 16), ("sweep", sweep_kernel, 2, 256)):
+    for name, kernel, kind, levels in (("sweep", sweep_kernel, 0, 16), ("descend", descend_kernel, 2, 16), ("sweep", sweep_kernel, 3, 256)):
         grid = common | {"KIND": kind, "K": levels, "WIDTH": levels}
         yield f"{name} {levels} levels, kind {kind}", kernel, grid | own[name], LAUNCH
     sizes = dict.fromkeys(("rows", "n", "begin", "width", "levels"), "i32")

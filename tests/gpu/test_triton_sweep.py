@@ -42,18 +42,21 @@ def problem(g: torch.Generator, rows: int, b: int, levels: int, device: torch.de
     grid = (torch.randn(rows, levels, generator=g) * 0.05).sort(1).values
     scale = 0.02 * torch.randn(rows, 3, generator=g).sign() * (0.5 + torch.rand(rows, 3, generator=g))
     zero = torch.randint(0, 2**bits, (rows, 3), generator=g, dtype=torch.uint8)
+    offset = 0.05 * torch.randn(rows, 3, generator=g)
     group = torch.randint(0, 3, (b,), generator=g, dtype=torch.int32)
     codes = torch.randint(0, levels, (rows, b), generator=g, dtype=torch.uint8)
     arguments = {
         "sweep_levels": (weight, upper, grid),
         "sweep_affine": (weight, upper, scale, zero, group, bits),
+        "sweep_offset": (weight, upper, scale, offset, group, bits),
+        "descend_offset": (weight, hessian, codes, scale, offset, group, bits),
         "descend_levels": (weight, hessian, codes, grid),
         "descend_affine": (weight, hessian, codes, scale, zero, group, bits),
     }
     return {op: tuple(a.to(device) if isinstance(a, Tensor) else a for a in args) for op, args in arguments.items()}
 
 
-OPS = ("sweep_levels", "sweep_affine", "descend_levels", "descend_affine")
+OPS = ("sweep_levels", "sweep_affine", "sweep_offset", "descend_levels", "descend_affine", "descend_offset")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -70,7 +73,7 @@ def test_bits_are_those_of_the_torch_twin(op: str, shape: tuple[int, int, int], 
 
 def test_a_whole_block(device: torch.device, generator: torch.Generator) -> None:
     arguments = problem(generator, 9, 128, 16, device)
-    for op in ("sweep_levels", "descend_affine"):
+    for op in ("sweep_levels", "descend_affine", "sweep_offset", "descend_offset"):
         for mine, theirs in zip(getattr(kernels(), op)(*arguments[op]), getattr(torch_sweep, op)(*arguments[op]), strict=True):
             assert torch.equal(mine, theirs)
 
@@ -80,7 +83,7 @@ def test_a_whole_block(device: torch.device, generator: torch.Generator) -> None
 def test_nothing_in_nothing_out(op: str, rows: int, b: int, device: torch.device) -> None:
     grid = torch.zeros(rows, 2)
     zero, group, codes = torch.zeros(rows, 2, dtype=torch.uint8), torch.zeros(b, dtype=torch.int32), torch.zeros(rows, b, dtype=torch.uint8)
-    rest = (grid,) if op.endswith("levels") else (grid + 1, zero, group, 4)
+    rest = (grid,) if op.endswith("levels") else (grid + 1, grid if op.endswith("offset") else zero, group, 4)
     args = (torch.zeros(rows, b), torch.zeros(b, b), *((codes,) if op.startswith("descend") else ()), *rest)
     out = getattr(kernels(), op)(*(a.to(device) if isinstance(a, Tensor) else a for a in args))
     assert [tuple(part.shape) for part in out] == [(rows, b), (rows, b)]

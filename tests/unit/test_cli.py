@@ -18,7 +18,7 @@ from leangrid.errors import Interrupted, RecipeError
 from leangrid.progress import Event
 
 Tiny = Callable[..., Path]
-COMMANDS = ("quantize", "plan", "eval", "generate", "verify")
+COMMANDS = ("quantize", "plan", "eval", "export", "generate", "verify")
 pytestmark = pytest.mark.filterwarnings("ignore:leangrid runs without its C")
 
 
@@ -76,7 +76,7 @@ def test_options_reach_the_recipe_and_win_over_its_file(recorded: list, tmp_path
     assert done.exit_code == 0, done.output
     ((source, out, recipe), options) = recorded[0]
     assert (source, out) == ("src", Path("out"))
-    assert recipe.model_dump(exclude={"search", "guard", "act_order", "products"}) == {
+    assert recipe.model_dump(exclude={"search", "guard", "act_order", "products", "layers"}) == {
         "scheme": "NU3", "samples": 9, "p": 1.5, "steps": 64, "correct": 0.0, "refine": 2, "damping": 0.1, "length": 99, "seed": 5,
         "format": "lut", "calibration": "self"}  # fmt: skip
     progress = options.pop("progress")

@@ -79,8 +79,8 @@ def test_a_config_that_is_not_ours_is_refused(change: dict) -> None:
 
 
 def test_an_unknown_method_is_refused_by_name() -> None:
-    with pytest.raises(FormatError, match=r"'gptq'.*leangrid"):
-        format_of({"quant_method": "gptq"})
+    with pytest.raises(FormatError, match=r"'hqq'.*leangrid"):
+        format_of({"quant_method": "hqq"})
 
 
 def _padding(t: dict) -> None:

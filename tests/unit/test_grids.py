@@ -6,12 +6,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leangrid.errors import ShapeError
-from leangrid.grids import GRIDS, AffineGrid, Grid, NonuniformGrid, fit_affine, fit_minmax, fit_nonuniform
+from leangrid.grids import (
+    GRIDS,
+    AffineGrid,
+    Grid,
+    GroupedGrid,
+    NonuniformGrid,
+    OffsetGrid,
+    as_offset,
+    fit_affine,
+    fit_minmax,
+    fit_nonuniform,
+    fit_offset,
+)
 from leangrid.grids.affine import SHRINK
 from leangrid.reference import reference_affine, reference_kmeans
 from math_problems import generator, grid, weight
 
-KINDS = [("minmax", None), ("minmax", 8), ("affine", None), ("affine", 8), ("levels", None)]
+KINDS = [("minmax", None), ("minmax", 8), ("affine", None), ("affine", 8), ("offset", 8), ("levels", None)]
 ONES = torch.ones(32, dtype=torch.float64)
 
 
@@ -56,7 +68,7 @@ def test_take_and_put_move_whole_rows(kind: str, group_size: int | None) -> None
 @pytest.mark.parametrize("magnitude", [1e-12, 1.0, 1e8])
 def test_rounded_parameters_are_exact_in_their_dtype(kind: str, group_size: int | None, dtype: torch.dtype, magnitude: float) -> None:
     rounded = grid(kind, weight(4, 32) * magnitude, 4, group_size).rounded(dtype)
-    stored = rounded.scale if isinstance(rounded, AffineGrid) else rounded.levels
+    stored = rounded.scale if isinstance(rounded, GroupedGrid) else rounded.levels
     assert torch.equal(stored.to(dtype).float(), stored)
     assert bool(stored.isfinite().all())
     assert isinstance(rounded, NonuniformGrid) or bool((stored > 0).all())
@@ -91,6 +103,30 @@ def test_the_affine_search_reaches_the_literal_optimum(bits: int, cols: int, see
     objective = float((g * (found.dequantize(found.nearest(w)) - w)[0].double().square()).sum())
     best = reference_affine(w[0], g, bits, 32, SHRINK.get(bits, 0.2))[2]
     assert objective == pytest.approx(best, rel=1e-4, abs=1e-14)
+
+
+def weighted(found: Grid, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """sum g (quant(w) - w)^2 of each row, float64."""
+    return (g * (found.dequantize(found.nearest(w)) - w).double().square()).sum(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_free_offset_is_stored_exactly_and_costs_no_more_than_an_integer_zero_point(bits: int, dtype: torch.dtype) -> None:
+    w, g = weight(20, 64), torch.rand(64, generator=generator(0)).double() + 0.01
+    found, affine = fit_offset(w, g, bits, 256, 16, dtype), fit_affine(w, g, bits, 256, 16, scale_dtype=dtype)
+    assert torch.equal(found.rounded(dtype).levels, found.levels)
+    assert bool((weighted(found, w, g) <= weighted(as_offset(affine, dtype), w, g) * (1 + 1e-6)).all())
+    if dtype != torch.bfloat16 or bits < 8:  # 8 mantissa bits: an offset of 128 steps is off by up to half a step
+        assert float(weighted(found, w, g).sum()) < float(weighted(affine, w, g).sum())
+    away, near = fit_offset(w + 1, g, bits, 256, 16), fit_offset(w, g, bits, 256, 16)  # float32
+    assert float(weighted(away, w + 1, g).sum()) < 1.3 * float(weighted(near, w, g).sum())  # 0 is no level that every group needs
+
+
+def test_one_level_a_group_needs_no_more_than_the_offset() -> None:
+    w = torch.tensor([[0.25] * 8 + [-3.0] * 8 + [0.0] * 8])
+    found = fit_offset(w, torch.ones(24, dtype=torch.float64), 4, 64, 8, torch.float16)
+    torch.testing.assert_close(found.dequantize(found.nearest(w)), w, rtol=1e-3, atol=0)
 
 
 @pytest.mark.fault("N8")
@@ -166,7 +202,10 @@ def test_a_group_that_does_not_divide_is_refused_with_both_numbers(group_size: i
 @pytest.mark.fault("N11")
 def test_grids_refuse_values_that_no_file_should_hold() -> None:
     one, zero = torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.uint8)
-    assert set(GRIDS) == {"affine", "nonuniform"}
+    assert set(GRIDS) == {"affine", "offset", "superblock", "nonuniform"}
+    for scale, offset in ((one * 0, one), (one, one * float("inf"))):
+        with pytest.raises(ShapeError):
+            OffsetGrid(scale, offset, 4)
     for scale, zero_point in ((one * 0, zero), (one * float("nan"), zero), (one, zero + 16)):
         with pytest.raises(ShapeError):
             AffineGrid(scale, zero_point, 4)

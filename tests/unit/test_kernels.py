@@ -48,6 +48,7 @@ def cases(g: torch.Generator, rows: int, b: int, levels: int) -> dict[str, Calla
     grid = heavy(g, rows, levels).sort(1).values
     scale = 0.02 * torch.randn(rows, 3, generator=g).sign() * (0.5 + torch.rand(rows, 3, generator=g))
     zero = torch.randint(0, 2**bits, (rows, 3), generator=g, dtype=torch.uint8)
+    offset = heavy(g, rows, 3)
     group = torch.randint(0, 3, (b,), generator=g)
     u, h = upper(g, b), hessian(g, b)
     codes = torch.randint(0, levels, (rows, b), generator=g, dtype=torch.uint8)
@@ -60,6 +61,8 @@ def cases(g: torch.Generator, rows: int, b: int, levels: int) -> dict[str, Calla
         "affine_search_gaps": lambda: kernels.affine_search(weight, share, bits, 7, 0.4, b),
         "sweep_levels": lambda: kernels.sweep_levels(weight, u, grid),
         "sweep_affine": lambda: kernels.sweep_affine(weight, u, scale, zero, group, bits),
+        "sweep_offset": lambda: kernels.sweep_offset(weight, u, scale, offset, group, bits),
+        "descend_offset": lambda: kernels.descend_offset(weight, h, codes, scale, offset, group, bits),
         "descend_levels": lambda: kernels.descend_levels(weight, h, codes, grid),
         "descend_affine": lambda: kernels.descend_affine(weight, h, codes, scale, zero, group, bits),
     }

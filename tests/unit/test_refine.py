@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leangrid.grids import AffineGrid, Grid, NonuniformGrid
+from leangrid.grids import AffineGrid, Grid, NonuniformGrid, OffsetGrid
 from leangrid.refine import refine
 from leangrid.solver import sweep
 from math_problems import grid, layer, losses
 
-KINDS = [("minmax", None), ("affine", 33), ("minmax", 11), ("levels", None)]
+KINDS = [("minmax", None), ("affine", 33), ("minmax", 11), ("offset", 33), ("levels", None)]
 
 
 @given(
@@ -51,6 +51,22 @@ def test_scales_become_the_joint_least_squares_solution() -> None:
         torch.testing.assert_close(found.scale[r].double(), best, rtol=2e-3, atol=0)
 
 
+def test_scales_and_offsets_become_the_joint_least_squares_solution() -> None:
+    w, _, factor = layer(4, 24)
+    found = grid("offset", w, 4, 8)
+    codes = sweep(w, factor, found).codes
+    for _ in range(30):
+        result = refine(w, codes, found, factor.damped, 1)
+        codes, found = result.codes, result.grid
+    assert isinstance(found, OffsetGrid)
+    root = torch.linalg.cholesky(factor.damped.double())
+    for r in range(4):
+        inside = [(torch.arange(24) // 8 == g).double() for g in range(3)]
+        design = torch.stack([root.T @ (unit * mask) for mask in inside for unit in (codes[r].double(), 1.0)], dim=1)
+        best = torch.linalg.lstsq(design, (root.T @ w[r].double())[:, None]).solution.reshape(3, 2)
+        torch.testing.assert_close(found.free[r].double(), best, rtol=5e-3, atol=1e-5)
+
+
 def test_levels_become_the_least_squares_solution_and_stay_sorted() -> None:
     w, _, factor = layer(4, 60)
     found = grid("levels", w, 3)
@@ -67,7 +83,7 @@ def test_levels_become_the_least_squares_solution_and_stay_sorted() -> None:
         torch.testing.assert_close(found.levels[r, used].double(), best, rtol=1e-2, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["minmax", "levels"])
+@pytest.mark.parametrize("kind", ["minmax", "offset", "levels"])
 def test_refining_is_the_same_for_each_row_alone(kind: str) -> None:
     w, _, factor = layer(5, 40)
     found = grid(kind, w, 3)

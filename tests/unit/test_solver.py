@@ -7,7 +7,7 @@ from leangrid.factor import factorize
 from leangrid.solver import sweep
 from math_problems import grid, hessian, layer, losses, weight
 
-KINDS = [("minmax", None), ("minmax", 11), ("affine", 33), ("levels", None)]
+KINDS = [("minmax", None), ("minmax", 11), ("affine", 33), ("offset", 33), ("levels", None)]
 
 
 @pytest.mark.parametrize(("kind", "group_size"), KINDS)
@@ -38,7 +38,7 @@ def test_scaling_weights_or_hessian_changes_no_code(kind: str, weight_scale: flo
     torch.testing.assert_close(one.loss * weight_scale**2 * hessian_scale, other.loss, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("kind", "group_size"), [("minmax", None), ("minmax", 8), ("levels", None)])
+@pytest.mark.parametrize(("kind", "group_size"), [("minmax", None), ("minmax", 8), ("offset", 8), ("levels", None)])
 def test_without_correlations_the_sweep_rounds_each_column_in_its_own_group(kind: str, group_size: int | None) -> None:
     w = weight(5, 40)
     w[:, 16:24] *= 50  # one group far larger, and an elimination order that mixes the groups

@@ -4,6 +4,7 @@ Source: compressed-tensors 0.20, compressors/pack_quantized (docs/formats.md has
 """
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats.stored import check_layout, check_padding, exactly
-from leangrid.grids import AffineGrid, Grid
+from leangrid.grids import AffineGrid, Grid, Precision
 from leangrid.packing import pack as pack_bits
 from leangrid.packing import packed_width
 from leangrid.packing import unpack as unpack_bits
@@ -36,6 +37,16 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
 
 def _groups(scheme: Scheme, cols: int) -> int:
     return cols // scheme.group_size if scheme.group_size else 1
+
+
+def stored(scheme: Scheme, columns: set[int]) -> Scheme:
+    """The same."""
+    return scheme
+
+
+def precision(dtype: torch.dtype) -> Precision:
+    """``dtype``: everything is stored in the model's."""
+    return Precision(dtype)
 
 
 def layout(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -112,13 +123,31 @@ def config(scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dt
 
     ``dequantize`` is there because transformers 5.23 cannot load packed zero points any other way (5.17 can; vLLM does not read the key).
     """
+    return {**_config([(scheme, ["Linear"])], ignore), "dequantize": True}
+
+
+def mixed_config(schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:
+    """The same with a group for each scheme, which lists its layers by name.
+
+    Without ``dequantize``: transformers 5.23 would then unpack every layer by the first group.
+    """
+    targets: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        targets.setdefault(scheme, []).append(name)
+    return _config(targets.items(), ignore)
+
+
+def _config(targets: Iterable[tuple[Scheme, list[str]]], ignore: list[str]) -> dict[str, Any]:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme  # brings transformers
 
-    strategy = {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
-    weights = QuantizationArgs.model_validate({"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, **strategy})
-    group = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weights, "format": "pack-quantized"})
-    full = {"config_groups": {"group_0": group}, "format": "pack-quantized", "quantization_status": "compressed", "ignore": list(ignore)}
-    return {**QuantizationConfig.model_validate(full).model_dump(mode="json"), "dequantize": True}
+    groups = {}
+    for number, (scheme, names) in enumerate(targets):
+        strategy = {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
+        weights = QuantizationArgs.model_validate({"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, **strategy})
+        group = {"targets": names, "weights": weights, "format": "pack-quantized"}
+        groups[f"group_{number}"] = QuantizationScheme.model_validate(group)
+    full = {"config_groups": groups, "format": "pack-quantized", "quantization_status": "compressed", "ignore": list(ignore)}
+    return QuantizationConfig.model_validate(full).model_dump(mode="json")
 
 
 def scheme_of(config: dict[str, Any]) -> Scheme:
@@ -137,6 +166,25 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
         raise FormatError(f"group_size must be positive, not {group_size!r}", _WHERE, "The config is damaged: quantize or copy it again")
     size = group_size if strategy == "group" else None
     return Scheme(grid="affine", method="leanquant", bits=bits, group_size=size, symmetric=bool(weights.get("symmetric", True)))
+
+
+def mixed_schemes(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+    """Layer -> scheme for those of ``names`` that a group of ``config`` targets by name or pattern, or else as a Linear."""
+    groups = config["config_groups"]
+    parsed = []
+    for name, group in groups.items():
+        targets = group.get("targets") if isinstance(group, dict) else None
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise FormatError(f"{name} has no targets", _WHERE, "The config is damaged: quantize or copy it again")
+        one = {**config, "config_groups": {name: {**group, "targets": ["Linear"]}}}
+        parsed.append((targets, scheme_of(one)))
+    found: dict[str, Scheme] = {}
+    for name in names:
+        named = (s for targets, s in parsed for t in targets if t == name or (t.startswith("re:") and re.match(t[3:], name)))
+        scheme = next(named, None) or next((s for targets, s in parsed if "Linear" in targets), None)
+        if scheme is not None:
+            found[name] = scheme
+    return found
 
 
 def covers(config: dict[str, Any], name: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats.stored import check_layout, check_padding, exactly
-from leangrid.grids import Grid, NonuniformGrid
+from leangrid.grids import Grid, NonuniformGrid, Precision
 from leangrid.packing import pack as pack_bits
 from leangrid.packing import packed_width
 from leangrid.packing import unpack as unpack_bits
@@ -27,6 +27,16 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
     if scheme.grid != "nonuniform":
         return f"{name}: format lut holds non-uniform grids, not an affine one. Use NU{min(scheme.bits, 4)}, or format compressed-tensors"
     return None
+
+
+def stored(scheme: Scheme, columns: set[int]) -> Scheme:
+    """The same."""
+    return scheme
+
+
+def precision(dtype: torch.dtype) -> Precision:
+    """``dtype``: everything is stored in the model's."""
+    return Precision(dtype)
 
 
 def layout(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -5,6 +5,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
+from leangrid.grids import AffineGrid, Grid, Precision
+from leangrid.recipe import Scheme
+
+_LEAST_IN_BOTH, _MOST_IN_BOTH = 2.0**-17, 65280.0  # bfloat16 numbers between them are float16 numbers too
 
 
 def exactly(values: Float[Tensor, "rows n"], dtype: torch.dtype, what: str) -> Float[Tensor, "rows n"]:
@@ -14,6 +18,32 @@ def exactly(values: Float[Tensor, "rows n"], dtype: torch.dtype, what: str) -> F
         way_out = "Round the grid to the stored dtype before solving: grid.rounded(dtype)"
         raise FormatError(f"the grid's {what} are not exact in {str(dtype).removeprefix('torch.')}", None, way_out)
     return stored
+
+
+def half_precision(dtype: torch.dtype) -> Precision:
+    """Of a container whose scales are float16 whatever the model is: they must be exact there and in a bfloat16 model's own dtype."""
+    return Precision(dtype, _LEAST_IN_BOTH, _MOST_IN_BOTH) if dtype == torch.bfloat16 else Precision(torch.float16)
+
+
+def exactly_in_half(scale: Float[Tensor, "rows groups"], dtype: torch.dtype) -> Float[Tensor, "rows groups"]:
+    """``scale`` in float16; FormatError naming how many it, or readers in a bfloat16 model, would round."""
+    for target in dict.fromkeys((torch.float16, half_precision(dtype).dtype)):
+        wrong = scale.to(target).to(scale.dtype) != scale
+        if bool(wrong.any()):
+            worst = float(scale[wrong].abs().min())
+            what = (
+                f"{int(wrong.sum())} of {scale.numel()} scales are not exact in {str(target).removeprefix('torch.')}, such as {worst:.4g}"
+            )
+            raise FormatError(what, None, "Use format compressed-tensors, or quantize again with --format and this one's name")
+    return scale.half()
+
+
+def stored_groups(grid: Grid, scheme: Scheme, cols: int, container: str) -> AffineGrid:
+    """``grid`` with one (S, Z) for each group of ``scheme``, repeated where its own groups are longer; FormatError for another kind."""
+    if not isinstance(grid, AffineGrid) or grid.bits != scheme.bits:
+        what = f"{container} holds affine grids of {scheme.bits} bits here, not {type(grid).__name__} of {grid.bits} bits"
+        raise FormatError(what, None, "Use format lut for non-uniform grids")
+    return grid.regrouped(cols, scheme.group_size)
 
 
 def check_layout(tensors: dict[str, Tensor], layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], name: str) -> None:

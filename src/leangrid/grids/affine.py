@@ -8,18 +8,18 @@ inside t, which also regularises: lower objectives beyond it gave no lower layer
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
 
 from leangrid import kernels
 from leangrid.errors import ShapeError
-from leangrid.grids.protocol import Grid, check_weight, group_columns, replaced
+from leangrid.grids.protocol import GroupedGrid, check_weight, group_columns
 
 SHRINK = {2: 0.4, 3: 0.3}  # t / T, the paper's share of the range that may be cut at either end; 0.2 for 4 bits and more
 
 
 @dataclass(frozen=True, eq=False)
-class AffineGrid(Grid):
+class AffineGrid(GroupedGrid):
     """Levels ``scale`` * (q - ``zero_point``), one pair for each row and group of ``group_size`` columns (None: whole row).
 
     ``scale`` is float32 [rows, groups], finite, not zero (negative only in symmetric grids); ``zero_point`` uint8
@@ -45,13 +45,6 @@ class AffineGrid(Grid):
         codes = torch.arange(2**self.bits, device=self.scale.device)
         return self.scale[..., None] * (codes - self.zero_point[..., None].int())
 
-    def group_of(self, cols: int) -> Int[Tensor, " cols"]:
-        """int32: the group of each column of a row of ``cols``, original order. ShapeError where they do not match."""
-        size = group_columns(cols, self.group_size)
-        if cols // size != self.scale.shape[1]:
-            raise ShapeError(f"{cols} columns hold {cols // size} groups of {size}, the grid has {self.scale.shape[1]}", "affine grid")
-        return torch.arange(cols, dtype=torch.int32, device=self.scale.device) // size
-
     def dequantize(self, codes: Int[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
         """float32 S (q - Z)."""
         return ((self._grouped(codes).float() - self.zero_point[..., None]) * self.scale[..., None]).reshape(codes.shape)
@@ -65,17 +58,38 @@ class AffineGrid(Grid):
         """Scales rounded to ``dtype``, kept away from zero and infinity."""
         return replace(self, scale=round_scale(self.scale, dtype))
 
-    def take(self, rows: Tensor) -> "AffineGrid":
-        """The grid of some rows (indices or mask)."""
-        return replace(self, scale=self.scale[rows], zero_point=self.zero_point[rows])
+    @property
+    def zero(self) -> Float64[Tensor, "rows groups"]:
+        return self.zero_point.double()
 
-    def put(self, rows: Tensor, other: "AffineGrid") -> "AffineGrid":
-        """This grid with ``rows`` replaced by the rows of ``other``."""
-        return replace(self, scale=replaced(self.scale, rows, other.scale), zero_point=replaced(self.zero_point, rows, other.zero_point))
+    @property
+    def free(self) -> Float[Tensor, "rows groups 1"]:
+        return self.scale[..., None]
 
-    def _grouped(self, matrix: Tensor) -> Tensor:
-        self.group_of(matrix.shape[1])
-        return matrix.reshape(matrix.shape[0], self.scale.shape[1], -1)
+    def units(self, codes: UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows 1 cols"]:
+        return (self._grouped(codes).float() - self.zero_point[..., None]).reshape(len(codes), 1, -1)
+
+    def refitted(self, free: Float[Tensor, "rows groups 1"], dtype: torch.dtype) -> "AffineGrid":
+        return replace(self, scale=round_scale(same_sign(free[..., 0], self.scale), dtype))
+
+    def sweep_block(self, weight: Tensor, upper: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.sweep_affine(weight, upper, self.scale, self.zero_point, group, self.bits)
+
+    def descend_block(self, gradient: Tensor, hessian: Tensor, codes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.descend_affine(gradient, hessian, codes, self.scale, self.zero_point, group, self.bits)
+
+    def regrouped(self, cols: int, group_size: int | None) -> "AffineGrid":
+        """The same levels in shorter groups, each pair repeated; ShapeError where they do not divide the groups it has."""
+        size, own = group_columns(cols, group_size), group_columns(cols, self.group_size)
+        if own % size:
+            raise ShapeError(f"groups of {size} do not divide groups of {own} columns", "affine grid", "Use a group size that does")
+        scale, zero_point = (tensor.repeat_interleave(own // size, dim=1) for tensor in (self.scale, self.zero_point))
+        return replace(self, scale=scale, zero_point=zero_point, group_size=group_size)
+
+
+def same_sign(new: Float[Tensor, "*shape"], old: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """``new``, but ``old`` wherever a scale would vanish, change its sign, or stop being finite."""
+    return torch.where(new.isfinite() & (new * old.sign() > 0), new, old)
 
 
 def round_scale(scale: Float[Tensor, "*shape"], dtype: torch.dtype | None) -> Float[Tensor, "*shape"]:

@@ -4,7 +4,7 @@ Objective, per row: min over levels of sum_j g_j (nearest(w_j) - w_j)^2. "optima
 programming over the sorted row; "lloyd" alternates from a deterministic start.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leangrid import kernels
 from leangrid.errors import ShapeError
-from leangrid.grids.protocol import Grid, check_weight, replaced
+from leangrid.grids.protocol import Grid, check_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +49,15 @@ class NonuniformGrid(Grid):
         """Levels rounded to ``dtype``, inside its finite range."""
         return NonuniformGrid(round_levels(self.levels, dtype))
 
-    def take(self, rows: Tensor) -> "NonuniformGrid":
-        """The grid of some rows (indices or mask)."""
-        return NonuniformGrid(self.levels[rows])
+    def group_of(self, cols: int) -> Int[Tensor, " cols"]:
+        """All columns are in one group."""
+        return torch.zeros(cols, dtype=torch.int32, device=self.levels.device)
 
-    def put(self, rows: Tensor, other: "NonuniformGrid") -> "NonuniformGrid":
-        """This grid with ``rows`` replaced by the rows of ``other``."""
-        return replace(self, levels=replaced(self.levels, rows, other.levels))
+    def sweep_block(self, weight: Tensor, upper: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.sweep_levels(weight, upper, self.levels)
+
+    def descend_block(self, gradient: Tensor, hessian: Tensor, codes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.descend_levels(gradient, hessian, codes, self.levels)
 
 
 def round_levels(levels: Float[Tensor, "rows levels"], dtype: torch.dtype) -> Float[Tensor, "rows levels"]:

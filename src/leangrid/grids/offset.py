@@ -6,16 +6,18 @@ Unlike S (q - Z) the offset is a number of its own, rounded to the dtype it is s
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Float64, Int, UInt8
 from torch import Tensor
 
+from leangrid import kernels
 from leangrid.errors import ShapeError
-from leangrid.grids.affine import round_scale
-from leangrid.grids.protocol import Grid, group_columns, replaced
+from leangrid.grids.affine import AffineGrid, fit_affine, round_scale, same_sign
+from leangrid.grids.nonuniform import round_levels
+from leangrid.grids.protocol import GroupedGrid, check_weight, group_columns
 
 
 @dataclass(frozen=True, eq=False)
-class OffsetGrid(Grid):
+class OffsetGrid(GroupedGrid):
     """Levels ``scale`` * q + ``offset``, one pair for each row and group of ``group_size`` columns (None: whole row).
 
     ``scale`` float32 [rows, groups], finite, not zero; ``offset`` float32 [rows, groups], finite.
@@ -38,13 +40,6 @@ class OffsetGrid(Grid):
         codes = torch.arange(2**self.bits, device=self.scale.device)
         return self.scale[..., None] * codes + self.offset[..., None]
 
-    def group_of(self, cols: int) -> Int[Tensor, " cols"]:
-        """int32: the group of each column of a row of ``cols``, original order. ShapeError where they do not match."""
-        size = group_columns(cols, self.group_size)
-        if cols // size != self.scale.shape[1]:
-            raise ShapeError(f"{cols} columns hold {cols // size} groups of {size}, the grid has {self.scale.shape[1]}", "offset grid")
-        return torch.arange(cols, dtype=torch.int32, device=self.scale.device) // size
-
     def dequantize(self, codes: Int[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
         """float32 S q + B: one rounded product, one rounded sum, as the readers compute it."""
         return (self._grouped(codes).float() * self.scale[..., None] + self.offset[..., None]).reshape(codes.shape)
@@ -56,18 +51,83 @@ class OffsetGrid(Grid):
 
     def rounded(self, dtype: torch.dtype) -> "OffsetGrid":
         """Scales and offsets rounded to ``dtype``; scales kept away from zero and infinity."""
-        info = torch.finfo(dtype)
-        offset = self.offset.clamp(info.min, info.max).to(dtype).float()
-        return replace(self, scale=round_scale(self.scale, dtype), offset=offset)
+        return replace(self, scale=round_scale(self.scale, dtype), offset=round_levels(self.offset, dtype))
 
-    def take(self, rows: Tensor) -> "OffsetGrid":
-        """The grid of some rows (indices or mask)."""
-        return replace(self, scale=self.scale[rows], offset=self.offset[rows])
+    @property
+    def zero(self) -> Float64[Tensor, "rows groups"]:
+        return -self.offset.double() / self.scale.double()
 
-    def put(self, rows: Tensor, other: "OffsetGrid") -> "OffsetGrid":
-        """This grid with ``rows`` replaced by the rows of ``other``."""
-        return replace(self, scale=replaced(self.scale, rows, other.scale), offset=replaced(self.offset, rows, other.offset))
+    @property
+    def free(self) -> Float[Tensor, "rows groups 2"]:
+        return torch.stack((self.scale, self.offset), dim=2)
 
-    def _grouped(self, matrix: Tensor) -> Tensor:
-        self.group_of(matrix.shape[1])
-        return matrix.reshape(matrix.shape[0], self.scale.shape[1], -1)
+    def units(self, codes: UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows 2 cols"]:
+        return torch.stack((codes.float(), torch.ones_like(codes, dtype=torch.float32)), dim=1)
+
+    def refitted(self, free: Float[Tensor, "rows groups 2"], dtype: torch.dtype) -> "OffsetGrid":
+        scale, offset = same_sign(free[..., 0], self.scale), torch.where(free[..., 1].isfinite(), free[..., 1], self.offset)
+        return replace(self, scale=scale, offset=offset).rounded(dtype)
+
+    def sweep_block(self, weight: Tensor, upper: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.sweep_offset(weight, upper, self.scale, self.offset, group, self.bits)
+
+    def descend_block(self, gradient: Tensor, hessian: Tensor, codes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.descend_offset(gradient, hessian, codes, self.scale, self.offset, group, self.bits)
+
+
+def as_offset(grid: AffineGrid, dtype: torch.dtype) -> OffsetGrid:
+    """The levels of an affine grid as nearly as a stored offset holds them: B = -S Z, rounded to ``dtype``."""
+    return OffsetGrid(grid.scale, -grid.scale * grid.zero_point, grid.bits, grid.group_size).rounded(dtype)
+
+
+def fit_offset(
+    weight: Float[Tensor, "rows cols"],
+    loss_error_weights: Float[Tensor, " cols"] | Float[Tensor, "rows cols"],
+    bits: int = 4,
+    steps: int = 2048,
+    group_size: int | None = None,
+    scale_dtype: torch.dtype | None = None,
+    rounds: int = 2,
+) -> OffsetGrid:
+    """The affine search's grid, then ``rounds`` of weighted least squares on scale and offset given the codes.
+
+    Args:
+        loss_error_weights: g_j > 0, float, original column order; shared by the rows or one a row.
+        steps: T, the resolution of the shrunken range.
+        group_size: columns a grid; None for whole rows.
+        scale_dtype: dtype that scale and offset are stored in; both are rounded to it before a step is judged, and a step is kept
+            only by the groups whose objective it lowers.
+
+    Raises:
+        ShapeError: weights that are not finite, or a group size that does not divide the columns.
+    """
+    weight, dtype = check_weight(weight), scale_dtype or torch.float32
+    grouped = weight.reshape(len(weight), -1, group_columns(weight.shape[1], group_size))
+    share = loss_error_weights.expand_as(weight).reshape(grouped.shape)
+    low, high = grouped.aminmax(dim=2)
+    middle = torch.where((low > 0) | (high < 0), 0.5 * low + 0.5 * high, 0.0)  # a range without 0 need not be stretched to it
+    start = fit_affine((grouped - middle[..., None]).reshape(weight.shape), loss_error_weights, bits, steps, group_size, scale_dtype=dtype)
+    grid = OffsetGrid(start.scale, middle - start.scale * start.zero_point, bits, group_size).rounded(dtype)
+    share = (share / share.sum(2, keepdim=True)).float()
+    mean = (share * grouped).sum(2)
+    codes, best = _judged(grid, grouped, share)
+    for _ in range(rounds):
+        average = (share * codes).sum(2)
+        spread = codes - average[..., None]
+        scale = same_sign((share * spread * grouped).sum(2) / (share * spread.square()).sum(2), grid.scale)
+        tried = grid.refitted(torch.stack((scale, mean - round_scale(scale, dtype) * average), dim=2), dtype)
+        new, objective = _judged(tried, grouped, share)
+        better = objective < best
+        if not bool(better.any()):
+            break
+        scale, offset = (torch.where(better, a, b) for a, b in ((tried.scale, grid.scale), (tried.offset, grid.offset)))
+        grid, best = replace(grid, scale=scale, offset=offset), torch.where(better, objective, best)
+        codes = torch.where(better[..., None], new, codes)
+    return grid
+
+
+def _judged(grid: OffsetGrid, grouped: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest codes, float32 [rows, groups, size], and the weighted squared error of each group."""
+    scale, offset = grid.scale[..., None], grid.offset[..., None]
+    codes = ((grouped - offset) / scale).round_().clamp_(0, 2**grid.bits - 1)
+    return codes, (codes * scale).add_(offset).sub_(grouped).square_().mul_(share).sum(2)

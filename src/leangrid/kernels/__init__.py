@@ -18,8 +18,9 @@ from leangrid.kernels.checks import block, codes_below, group_index, normalised_
 from leangrid.kernels.choice import backend
 from leangrid.kernels.choice import ops as _ops
 
-__all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "kmeans_dp", "kmeans_lloyd", "level_gram", "outer_block",
-           "outer_sums", "outer_takes_bfloat16", "squares_are_finite", "sweep_affine", "sweep_levels"]  # fmt: skip
+__all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "descend_offset", "kmeans_dp", "kmeans_lloyd", "level_gram",
+           "outer_block", "outer_sums", "outer_takes_bfloat16", "squares_are_finite", "sweep_affine", "sweep_levels",
+           "sweep_offset"]  # fmt: skip
 
 SCALE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
@@ -133,8 +134,20 @@ def sweep_affine(weight: Tensor, upper: Tensor, scale: Tensor, zero_point: Tenso
         bits: 1..8.
     """
     weight, upper = block("sweep_affine", weight, upper, "upper")
-    scale, zero_point, group = _affine("sweep_affine", weight, scale, zero_point, group, bits)
+    scale, zero_point, group = _grouped("sweep_affine", weight, scale, zero_point, group, bits, "zero_point")
     return _ops(weight).sweep_affine(weight, upper, scale, zero_point, group, bits)
+
+
+def sweep_offset(weight: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, group: Tensor, bits: int
+                 ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """``sweep_affine`` for levels S q + B: code = rint(clamp((w - B)/S, 0, K-1)); the product and the sum of a level are rounded apart.
+
+    Args:
+        offset: B, f32 [rows, groups]; the others as in ``sweep_affine``.
+    """
+    weight, upper = block("sweep_offset", weight, upper, "upper")
+    scale, offset, group = _grouped("sweep_offset", weight, scale, offset, group, bits, "offset")
+    return _ops(weight).sweep_offset(weight, upper, scale, offset, group, bits)
 
 
 def descend_levels(gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor
@@ -166,19 +179,29 @@ def descend_affine(gradient: Tensor, hessian: Tensor, codes: Tensor, scale: Tens
                    ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """``descend_levels`` for levels S (q - Z); the grid's arguments as in ``sweep_affine``."""
     gradient, hessian = block("descend_affine", gradient, hessian, "hessian")
-    scale, zero_point, group = _affine("descend_affine", gradient, scale, zero_point, group, bits)
+    scale, zero_point, group = _grouped("descend_affine", gradient, scale, zero_point, group, bits, "zero_point")
     codes = codes_below("descend_affine", codes, 2**bits, gradient.shape)
     return _ops(gradient).descend_affine(gradient, hessian, codes, scale, zero_point, group, bits)
 
 
-def _affine(name: str, weight: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def descend_offset(gradient: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, group: Tensor, bits: int
+                   ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """``descend_levels`` for levels S q + B; the grid's arguments as in ``sweep_offset``."""
+    gradient, hessian = block("descend_offset", gradient, hessian, "hessian")
+    scale, offset, group = _grouped("descend_offset", gradient, scale, offset, group, bits, "offset")
+    codes = codes_below("descend_offset", codes, 2**bits, gradient.shape)
+    return _ops(gradient).descend_offset(gradient, hessian, codes, scale, offset, group, bits)
+
+
+def _grouped(name: str, weight: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int,
+             kind: str) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not 1 <= bits <= 8:
         raise ShapeError(f"{name}: {bits} bits", "bits", "Ask for 1 to 8")
     scale = per_row(name, "scale", scale, weight, torch.float32)
-    zero_point = per_row(name, "zero_point", zero_point, weight, torch.uint8)
-    if zero_point.shape != scale.shape:
-        raise ShapeError(f"{name}: scale {tuple(scale.shape)} and zero_point {tuple(zero_point.shape)} differ", name)
-    return scale, zero_point, group_index(name, group, weight.shape[1], scale.shape[1])
+    zero = per_row(name, kind, zero, weight, torch.float32 if kind == "offset" else torch.uint8)
+    if zero.shape != scale.shape:
+        raise ShapeError(f"{name}: scale {tuple(scale.shape)} and {kind} {tuple(zero.shape)} differ", name)
+    return scale, zero, group_index(name, group, weight.shape[1], scale.shape[1])
 
 
 def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Float64[Tensor, "rows k k"]:

@@ -131,6 +131,27 @@ def affine_rows(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, gro
     return _rows(codes, slow, quick, (rows, cols), scale.dtype)
 
 
+def offset_linear(x: Float[Tensor, "*batch cols"], words: Int32[Tensor, "rows words"], scale: Float[Tensor, "rows groups"],
+                  offset: Float[Tensor, "rows groups"], bias: Float[Tensor, "rows"] | None, bits: int,
+                  group_size: int) -> Float[Tensor, "*batch rows"]:  # fmt: skip
+    """x W^T + bias, W[i, j] = S[i, g] code[i, j] + B[i, g], g = j // group_size; always through dense rows. As ``lut_linear``."""
+    _check("offset_linear", x, words, scale, bias, bits)
+    if x.shape[-1] != scale.shape[1] * group_size or offset.shape != scale.shape or offset.device != scale.device:
+        what = f"offset_linear: {x.shape[-1]} columns in groups of {group_size}, scale {tuple(scale.shape)}, offset {tuple(offset.shape)}"
+        raise ShapeError(what, "scale", "One scale and offset for every group of columns, on one device")
+    return _through_rows(x, offset_rows(words, scale, offset, bits, group_size), len(scale), bias)
+
+
+def offset_rows(words: Tensor, scale: Tensor, offset: Tensor, bits: int, group_size: int) -> Rows:
+    """``rows(start, stop)`` of W, dense, in the scale's dtype."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        codes = unpack(words[start:stop], bits, scale.shape[1] * group_size)
+        return torch_decode.offset_weight(codes, scale[start:stop], offset[start:stop], group_size)
+
+    return rows
+
+
 def lut_matrix(codes: Tensor, lut: Tensor, bias: Tensor | None, bits: int, cols: int) -> Any:
     """The extension's view of a tiled weight; it keeps the tensors alive."""
     return native.module().Matrix(len(lut), cols, codes, _exact(lut), None, bits, cols, 0, _float(bias))

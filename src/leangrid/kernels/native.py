@@ -118,6 +118,12 @@ def sweep_affine(weight: Tensor, upper: Tensor, scale: Tensor, zero_point: Tenso
     return codes, errors
 
 
+def sweep_offset(weight: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    _call("sweep_offset", weight, upper, scale, offset, group, bits, codes, errors)
+    return codes, errors
+
+
 def descend_levels(gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     codes, delta = codes.clone(), torch.empty_like(gradient)
     _call("descend_levels", gradient, hessian, levels, codes, delta)
@@ -128,6 +134,13 @@ def descend_affine(gradient: Tensor, hessian: Tensor, codes: Tensor, scale: Tens
                    bits: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     codes, delta = codes.clone(), torch.empty_like(gradient)
     _call("descend_affine", gradient, hessian, scale, zero_point, group, bits, codes, delta)
+    return codes, delta
+
+
+def descend_offset(gradient: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, group: Tensor,
+                   bits: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    codes, delta = codes.clone(), torch.empty_like(gradient)
+    _call("descend_offset", gradient, hessian, scale, offset, group, bits, codes, delta)
     return codes, delta
 
 

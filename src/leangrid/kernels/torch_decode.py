@@ -91,6 +91,13 @@ def lut_weight(codes: Tensor, lut: Tensor) -> Tensor:
     return lut.gather(1, codes.long())
 
 
+def offset_weight(codes: Tensor, scale: Tensor, offset: Tensor, group_size: int) -> Tensor:
+    """W[i, j] = S[i, g] codes[i, j] + B[i, g], computed in float32, rounded once to the scale's dtype."""
+    rows, cols = codes.shape
+    steps = codes.float().view(rows, -1, group_size)
+    return (steps * scale.float()[:, :, None] + offset.float()[:, :, None]).view(rows, cols).to(scale.dtype)
+
+
 def affine_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, stored_dtype: torch.dtype) -> Tensor:
     """W[i, j] = S[i, g] (codes[i, j] - Z[i, g]), g = j // group_size, computed in the scale's dtype, rounded to ``stored_dtype``."""
     rows, cols = codes.shape

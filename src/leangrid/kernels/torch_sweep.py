@@ -43,7 +43,23 @@ class _Affine:
         return self.scale[column] * (code.float() - self.zero_point[column])
 
 
-def _sweep(weight: Tensor, upper: Tensor, grid: _Levels | _Affine) -> tuple[Tensor, Tensor]:
+class _Offset:
+    """Nearest of S q + B, S and B those of the column's group; product and sum are rounded apart."""
+
+    def __init__(self, scale: Tensor, offset: Tensor, group: Tensor, bits: int) -> None:
+        self.scale, self.offset, self.top = scale[:, group.long()].T.contiguous(), offset[:, group.long()].T.contiguous(), 2**bits - 1
+
+    def code(self, x: Tensor, column: int) -> Tensor:
+        return torch.round(((x - self.offset[column]) / self.scale[column]).clamp(0, self.top))
+
+    def value(self, code: Tensor, column: int) -> Tensor:
+        return self.scale[column] * code.float() + self.offset[column]
+
+
+_Grid = _Levels | _Affine | _Offset
+
+
+def _sweep(weight: Tensor, upper: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
     left = weight.T.clone(memory_format=torch.contiguous_format)  # columns as rows: every step touches contiguous memory
     codes = torch.empty(left.shape, dtype=torch.uint8, device=weight.device)
     errors = torch.empty_like(left)
@@ -55,7 +71,7 @@ def _sweep(weight: Tensor, upper: Tensor, grid: _Levels | _Affine) -> tuple[Tens
     return codes.T.contiguous(), errors.T.contiguous()
 
 
-def _descend(gradient: Tensor, hessian: Tensor, codes: Tensor, grid: _Levels | _Affine) -> tuple[Tensor, Tensor]:
+def _descend(gradient: Tensor, hessian: Tensor, codes: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
     slope = gradient.T.clone(memory_format=torch.contiguous_format)
     codes = codes.T.clone(memory_format=torch.contiguous_format)
     delta = torch.zeros_like(slope)
@@ -87,6 +103,13 @@ def sweep_affine(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"
     return _sweep(weight, upper, _Affine(scale, zero_point, group, bits))
 
 
+def sweep_offset(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"], scale: Float32[Tensor, "rows g"],
+                 offset: Float32[Tensor, "rows g"], group: Integer[Tensor, "b"],
+                 bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """See ``leangrid.kernels.sweep_offset``."""
+    return _sweep(weight, upper, _Offset(scale, offset, group, bits))
+
+
 def descend_levels(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor, "b b"], codes: UInt8[Tensor, "rows b"],
                    levels: Float32[Tensor, "rows k"]) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """See ``leangrid.kernels.descend_levels``."""
@@ -98,6 +121,13 @@ def descend_affine(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor,
                    bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """See ``leangrid.kernels.descend_affine``."""
     return _descend(gradient, hessian, codes, _Affine(scale, zero_point, group, bits))
+
+
+def descend_offset(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor, "b b"], codes: UInt8[Tensor, "rows b"],
+                   scale: Float32[Tensor, "rows g"], offset: Float32[Tensor, "rows g"], group: Integer[Tensor, "b"],
+                   bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """See ``leangrid.kernels.descend_offset``."""
+    return _descend(gradient, hessian, codes, _Offset(scale, offset, group, bits))
 
 
 def level_gram(hessian: Float32[Tensor, "n n"], codes: UInt8[Tensor, "rows n"], levels: int) -> Float64[Tensor, "rows k k"]:

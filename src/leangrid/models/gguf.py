@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from leangrid.errors import CheckpointError
 from leangrid.storage import files, safetensors
+from leangrid.storage.gguf import Field
 
 # File types (GGUF's general.file_type) that hold plain floats keep their dtype; all others become bfloat16.
 _PLAIN = {0: torch.float32, 1: torch.float16, 32: torch.bfloat16}
@@ -84,6 +85,27 @@ def _file_type(path: Path) -> int:
 
     field = GGUFReader(str(path)).get_field("general.file_type")
     return -1 if field is None else int(field.contents())
+
+
+def header(path: Path) -> dict[str, Field]:
+    """The key-value fields of a GGUF file, by key, without the reader's own counts.
+
+    Raises:
+        CheckpointError: the file is missing, no GGUF, or its header is damaged.
+    """
+    from gguf import GGUFReader, GGUFValueType
+
+    _check_magic(path)
+    fields: dict[str, Field] = {}
+    try:
+        for key, field in GGUFReader(str(path)).fields.items():
+            if not key.startswith("GGUF."):
+                if field.types.count(GGUFValueType.ARRAY) > 1:
+                    raise CheckpointError("an array of arrays, which leangrid does not copy", f"{path}: {key}")
+                fields[key] = Field(field.types[-1].name.lower(), field.contents())
+    except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"its header cannot be read: {error}", path, "Check the download") from error
+    return fields
 
 
 @dataclass(frozen=True)

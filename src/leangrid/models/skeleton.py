@@ -15,6 +15,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from leangrid.errors import ArchitectureError, CheckpointError
 from leangrid.models.architectures import Architecture, architecture_of
@@ -167,6 +168,22 @@ class Skeleton:
                 f"weights stored as {info.dtype} cannot be quantized", name, "Give a float32, float16 or bfloat16 checkpoint"
             )
         return _DTYPES[info.dtype]
+
+
+def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[tuple[int, int], str]]:
+    """Every linear of the model that a config.json describes, in the model's order: name -> ((rows, cols), "linear" or "conv1d").
+
+    Raises what ``Skeleton`` raises for a config that no model can be built from.
+    """
+    kind = transformers.CONFIG_MAPPING[config["model_type"]]
+    plain = kind.from_dict({key: value for key, value in config.items() if key != "quantization_config"})
+    found: dict[str, tuple[tuple[int, int], str]] = {}
+    for name, module in _empty_model(plain, architecture_of(config)).named_modules():
+        if isinstance(module, nn.Linear):
+            found[name] = ((module.out_features, module.in_features), "linear")
+        elif isinstance(module, Conv1D):
+            found[name] = ((module.weight.shape[1], module.weight.shape[0]), "conv1d")
+    return found
 
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:

@@ -21,16 +21,39 @@ _FIGURES = (
     ("embedding_cosine_mean", "1 - cosine of embeddings"),
 )
 
+# How each container is opened, as a fenced block less its fences: language, then lines.
+_PLAIN = 'python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
+_OURS = 'python\nimport leangrid\nmodel, tokenizer = leangrid.load("DIR")'
+_BLOCKS = "bash\nleangrid export DIR FILE --to gguf\nllama-server -m FILE/model.gguf"
+_GPTQ = 'python\nfrom gptqmodel import GPTQModel\nmodel = GPTQModel.load("DIR")'
+_MLX = """python
+from mlx_lm import generate, load  # pip install mlx-lm
+model, tokenizer = load("DIR")
+print(generate(model, tokenizer, prompt="Once upon a time"))"""
+USE: dict[str, str] = {
+    "compressed-tensors": _PLAIN,
+    "gptq": _GPTQ,
+    "gptq_v1": _GPTQ,
+    "awq": _PLAIN.replace("\n", "\n# transformers reads awq with the help of: pip install gptqmodel\n", 1),
+    "mlx": _MLX,
+    "dense": _PLAIN,
+    "onnx": 'python\nimport onnxruntime_genai as og\nmodel = og.Model("DIR")',
+    "gguf": "bash\nllama-server -m DIR/model.gguf",
+    "lut": _PLAIN.replace("\n", "\nimport leangrid  # registers the format\n", 1),
+}
+
 
 @dataclass(frozen=True)
 class _Facts:
     source: str
     recipe: Recipe
     records: Sequence[LayerRecord]
-    bits_per_weight: float
+    bits_per_weight: float | None
     license_name: str | None
     evaluation: dict[str, Any] | None
     version: str
+    container: str
+    exported_from: str | None
 
 
 def model_card(
@@ -38,19 +61,25 @@ def model_card(
     recipe: Recipe,
     records: Sequence[LayerRecord],
     *,
-    bits_per_weight: float,
+    bits_per_weight: float | None,
     license_name: str | None = None,
     evaluation: dict[str, Any] | None = None,
     version: str = "",
+    container: str | None = None,
+    exported_from: str | None = None,
 ) -> str:
     """The card as Markdown with the hub's YAML header. It never fails a run: where it cannot be written it says so.
 
     Args:
         recipe: the settled recipe.
+        bits_per_weight: of the quantized linears; None where the container has no such figure.
         license_name: the source's license id where its card names one.
         evaluation: a dict of ``evaluate``; its figures get a table of their own.
+        container: the format of the files; None: the recipe's.
+        exported_from: the result, and its format, whose codes these are.
     """
-    facts = _Facts(source, recipe, records, bits_per_weight, license_name, evaluation, version)
+    container = container or recipe.format
+    facts = _Facts(source, recipe, records, bits_per_weight, license_name, evaluation, version, container, exported_from)
     try:
         return _card(facts)
     except Exception as error:  # hours of work do not end at a line of prose
@@ -60,17 +89,17 @@ def model_card(
 
 def _card(facts: _Facts) -> str:
     name = facts.source.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] or "model"
-    parts = [_header(facts.source, facts.license_name), f"# {_plain(name)}, {facts.recipe.scheme}"]
-    parts += [_made(facts.source, facts.recipe, facts.bits_per_weight, facts.version), _use(facts.recipe), _losses(facts.records)]
+    parts = [_header(facts.source, facts.license_name, facts.container), f"# {_plain(name)}, {facts.recipe.scheme}"]
+    parts += [_made(facts), _use(facts), _losses(facts.records)]
     if facts.evaluation is not None:
         parts.append(_measured(facts.evaluation))
     parts.append(_rescues(facts.records))
     return "\n\n".join(parts) + "\n"
 
 
-def _header(source: str, license_name: str | None) -> str:
+def _header(source: str, license_name: str | None, container: str) -> str:
     # JSON strings are YAML strings: a name with a colon or quote cannot break the header.
-    lines = ["---", "library_name: transformers", "tags: [leangrid, quantized]"]
+    lines = ["---", f"library_name: {'mlx' if container == 'mlx' else 'transformers'}", "tags: [leangrid, quantized]"]
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         lines.append(f"base_model: {json.dumps(source.split('@')[0])}")
     if license_name:
@@ -78,24 +107,29 @@ def _header(source: str, license_name: str | None) -> str:
     return "\n".join([*lines, "---"])
 
 
-def _made(source: str, recipe: Recipe, bits_per_weight: float, version: str) -> str:
+def _made(facts: _Facts) -> str:
+    recipe, bits = facts.recipe, facts.bits_per_weight
     scheme = recipe.parsed
-    kind = "affine grid (scale and zero point)" if scheme.grid == "affine" else f"non-uniform grid of {scheme.levels} levels"
+    kinds = {"affine": "affine grid (scale and zero point)", "offset": "affine grid (scale and offset)",
+             "superblock": f"{scheme.block} grid (integer scales in blocks of 256)"}  # fmt: skip
+    kind = kinds.get(scheme.grid, f"non-uniform grid of {scheme.levels} levels")
     over = f"each group of {scheme.group_size} weights" if scheme.group_size else "each row"
     learned = {"leanquant": "learned on the inverse Hessian (LeanQuant)", "gptq": "min-max, GPTQ sweep", "rtn": "min-max, rounded"}
     words = {"self": "text sampled from the model itself", "embedded": "Python's documentation (a smoke test, not a quality recipe)"}
     calibration = words.get(recipe.calibration, recipe.calibration.replace("\\", "/").rsplit("/", 1)[-1])
-    rows = [("source", _plain(source)), ("weights", f"{scheme.bits} bits, one {kind} for {over}; {learned[scheme.method]}"),
-            ("bits per weight", f"{bits_per_weight:.3f} with grids"),
+    rows = [("source", _plain(facts.source)), ("weights", f"{scheme.bits} bits, one {kind} for {over}; {learned[scheme.method]}"),
+            *([("other schemes", "; ".join(f"`{_plain(key)}` {value}" for key, value in recipe.layers.items()))] if recipe.layers else []),
+            ("container", facts.container + (f", exported from {_plain(facts.exported_from)}" if facts.exported_from else "")),
+            *([("bits per weight", f"{bits:.3f} with grids")] if bits is not None else []),
             ("calibration", f"{recipe.samples} x {recipe.length} tokens: {_plain(calibration)}, seed {recipe.seed}"),
             ("settings", f"p {recipe.p}, correct {recipe.correct}, refine {recipe.refine}, damping {recipe.damping}"),
-            ("made with", f"leangrid {version}".strip())]  # fmt: skip
+            ("made with", f"leangrid {facts.version}".strip())]  # fmt: skip
     return _table(("", ""), rows)
 
 
-def _use(recipe: Recipe) -> str:
-    own = "import leangrid  # registers the format\n" if recipe.parsed.grid == "nonuniform" else ""
-    return f'```python\n{own}from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")\n```'
+def _use(facts: _Facts) -> str:
+    blocks = facts.container == "gguf" and not facts.exported_from  # the blocks still lie in a directory
+    return f"```{_BLOCKS if blocks else USE.get(facts.container, _OURS)}\n```"
 
 
 def _losses(records: Sequence[LayerRecord]) -> str:

@@ -21,7 +21,7 @@ class LayerRecord:
     Attributes:
         name: the layer's name in the checkpoint.
         shape: [out_features, in_features].
-        scheme: the scheme it was quantized with.
+        scheme: the scheme it was quantized with; of a K type the narrow one where 256 does not divide the columns.
         loss: tr(E H E^T)/2 of the stored result; ``loss_minmax`` min-max GPTQ's and ``loss_rounding`` rounding's on the same
             target, Hessian, bits and groups.
         damping: lambda / mean(diag H) that the factor needed.
@@ -46,9 +46,9 @@ class LayerRecord:
         """The record of one solved layer. A rescue that several steps report appears once."""
         every = (*hessian.rescues, *factor.rescues, *result.rescues)
         rows, cols = result.codes.shape
-        return cls(name, (int(rows), int(cols)), recipe.scheme, float(result.loss), float(result.loss_minmax), float(result.loss_rounding),
-                   float(factor.damping), tuple(dict.fromkeys(every)), {key: round(value, 4) for key, value in result.seconds.items()},
-                   int(hessian.tokens))  # fmt: skip
+        return cls(name, (int(rows), int(cols)), recipe.scheme_name(int(cols)), float(result.loss), float(result.loss_minmax),
+                   float(result.loss_rounding), float(factor.damping), tuple(dict.fromkeys(every)),
+                   {key: round(value, 4) for key, value in result.seconds.items()}, int(hessian.tokens))  # fmt: skip
 
     @property
     def rescued(self) -> bool:

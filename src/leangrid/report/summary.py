@@ -66,6 +66,19 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
     ))  # fmt: skip
 
 
+def export_summary(result: Mapping[str, Any]) -> str:
+    """The JSON of ``export`` as lines."""
+    return pairs((
+        ("out", result["out"]),
+        ("format", result["format"]),
+        ("scheme", result["scheme"]),
+        ("layers", result["layers"]),
+        ("bits per weight", result["bits_per_weight"]),
+        ("size", _size(result, "bytes")),
+        ("time", duration(result["seconds"])),
+    ))  # fmt: skip
+
+
 def eval_summary(result: Mapping[str, Any]) -> str:
     """The JSON of ``eval`` as lines."""
     return pairs((

@@ -89,7 +89,7 @@ class Terminal:
         finished = event.block + (event.stage == "block")
         self._bar.update(self._bar.task_ids[0], completed=finished, total=event.blocks, description=line(event))
         now = time.monotonic()  # never the wall clock: it may jump
-        if event.stage != "layer" or not 0 <= now - self._drawn < _REDRAW_SECONDS:
+        if event.stage not in ("layer", "export") or not 0 <= now - self._drawn < _REDRAW_SECONDS:
             self._drawn = now
             self._bar.refresh()
 
@@ -98,6 +98,8 @@ def line(event: Event) -> str:
     """One event as a line: block 3/30, layer, loss, tokens/s, memory, time left; what is unknown is left out."""
     if event.stage == "window":
         return f"window {event.block}/{event.blocks}  {event.layer}"
+    if event.stage == "export":
+        return f"layer {event.block + 1}/{event.blocks}  {event.layer}"
     parts = [f"block {event.block + 1}/{event.blocks}"]
     if event.layer:
         parts.append(event.layer)

@@ -62,6 +62,25 @@ def custom_code(config: dict[str, Any]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def with_older_ropes(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with its rotary embedding also in the places where readers older than transformers 5 look, mlx-lm among them.
+
+    Without them they take defaults in silence: another base, and no scaling of a long context. What is there already stays.
+    """
+    ropes = config.get("rope_parameters")
+    if not isinstance(ropes, dict):
+        return config
+    by_layer = all(isinstance(rope, dict) for rope in ropes.values()) and bool(ropes)  # Gemma 3: one for each kind of attention
+    rope = ropes.get("full_attention", {}) if by_layer else ropes
+    older: dict[str, Any] = {"rope_theta": rope.get("rope_theta")}
+    if by_layer:
+        older["rope_local_base_freq"] = ropes.get("sliding_attention", {}).get("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = rope
+    said = {key: value for key, value in config.items() if value is not None or key not in older}
+    return {key: value for key, value in older.items() if value is not None} | said
+
+
 def _absurdities(section: dict[str, Any], prefix: str) -> Iterator[str]:
     for key, value in section.items():
         name = f"{prefix}{key}"

@@ -33,10 +33,7 @@ def publish(journal: Journal, out: Path, head_tensors: Iterable[tuple[str, Tenso
     ``files`` (name -> bytes, sha256), ``seal``, and what ``judge`` says of the written directory before it gets its name. Raises
     OutputError, with every block safe, if anything cannot be written or ``out`` exists and ``overwrite`` is off.
     """
-    staged = journal.partial / "publish"
-    for leftover in ("sealed.json", "publish", "head"):
-        files.remove_tree(journal.partial / leftover)
-    files.make_dir(staged)
+    staged = stage(journal)
     try:
         sources = _sources(journal, head_tensors)
         listed = _write_shards(staged, sources, shard_bytes)
@@ -46,12 +43,40 @@ def publish(journal: Journal, out: Path, head_tensors: Iterable[tuple[str, Tenso
         for name, text in texts.items():
             _add(staged, listed, name, text.encode())
     except files.SourceReadError as error:
-        way_out = "Finished blocks are kept; run the same command again"
+        way_out = f"{'Finished blocks are kept; run' if journal.committed() else 'Run'} the same command again"
         raise Interrupted(f"cannot read: {error.strerror}", error.filename, way_out) from error
     _add(staged, listed, "config.json", files.json_bytes({key: value for key, value in config.items() if key != "auto_map"}))
     judged = {} if judge is None else judge(staged)
+    return _name(journal, staged, out, listed, {**manifest, **judged}, overwrite)
+
+
+def stage(journal: Journal) -> Path:
+    """An empty directory inside the journal in which a result is put together."""
+    for leftover in ("sealed.json", "publish", "head"):
+        files.remove_tree(journal.partial / leftover)
+    files.make_dir(journal.partial / "publish")
+    return journal.partial / "publish"
+
+
+def publish_staged(
+    journal: Journal, out: Path, texts: Mapping[str, str], manifest: Mapping[str, Any], *, overwrite: bool = False
+) -> dict[str, Any]:
+    """Make ``out`` of what already lies in the directory that ``stage`` gave, and ``texts``; return the manifest, as ``publish`` does."""
+    staged = journal.partial / "publish"
+    listed: dict[str, dict[str, Any]] = {}
+    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+        listed[path.relative_to(staged).as_posix()] = {"bytes": path.stat().st_size, "sha256": files.hash_file(path)}
+    for name, text in texts.items():
+        _add(staged, listed, name, text.encode())
+    return _name(journal, staged, out, listed, manifest, overwrite)
+
+
+def _name(
+    journal: Journal, staged: Path, out: Path, listed: dict[str, Any], manifest: Mapping[str, Any], overwrite: bool
+) -> dict[str, Any]:
+    """The end of every result: manifest, rename, and only then no journal."""
     failpoint("publish.before_manifest")
-    sealed = _seal({**manifest, **judged, "files": listed})
+    sealed = _seal({**manifest, "files": listed})
     sha256 = files.write_json(staged / MANIFEST, sealed)
     files.write_json(journal.partial / "sealed.json", {"manifest": sha256})
     _replace(journal, staged, out, overwrite)

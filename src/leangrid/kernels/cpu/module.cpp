@@ -184,7 +184,7 @@ void run_block(bool descend, int isa, int threads, FloatIn weight, FloatIn squar
 template <bool descend>
 void block_levels(int isa, int threads, FloatIn weight, FloatIn square, FloatIn levels, BytesOut codes, FloatOut error) {
     require(levels.shape(0) == weight.shape(0) && levels.shape(1) >= 1 && levels.shape(1) <= 256);
-    const GridArgs grid{levels.data(), static_cast<int>(levels.shape(1)), nullptr, nullptr, nullptr, 0};
+    const GridArgs grid{levels.data(), static_cast<int>(levels.shape(1)), nullptr, nullptr, nullptr, nullptr, 0};
     run_block(descend, isa, threads, weight, square, grid, codes, error);
 }
 
@@ -193,7 +193,16 @@ void block_affine(int isa, int threads, FloatIn weight, FloatIn square, FloatIn 
                   int bits, BytesOut codes, FloatOut error) {
     require(scale.shape(0) == weight.shape(0) && zero_point.shape(0) == weight.shape(0) && zero_point.shape(1) == scale.shape(1) &&
             group.shape(0) == weight.shape(1) && bits >= 1 && bits <= 8);
-    const GridArgs grid{nullptr, 1 << bits, scale.data(), zero_point.data(), group.data(), static_cast<int64_t>(scale.shape(1))};
+    const GridArgs grid{nullptr, 1 << bits, scale.data(), zero_point.data(), nullptr, group.data(), static_cast<int64_t>(scale.shape(1))};
+    run_block(descend, isa, threads, weight, square, grid, codes, error);
+}
+
+template <bool descend>
+void block_offset(int isa, int threads, FloatIn weight, FloatIn square, FloatIn scale, FloatIn offset, Array<const int32_t, 1> group,
+                  int bits, BytesOut codes, FloatOut error) {
+    require(scale.shape(0) == weight.shape(0) && offset.shape(0) == weight.shape(0) && offset.shape(1) == scale.shape(1) &&
+            group.shape(0) == weight.shape(1) && bits >= 1 && bits <= 8);
+    const GridArgs grid{nullptr, 1 << bits, scale.data(), nullptr, offset.data(), group.data(), static_cast<int64_t>(scale.shape(1))};
     run_block(descend, isa, threads, weight, square, grid, codes, error);
 }
 
@@ -270,6 +279,8 @@ NB_MODULE(_cpu, m) {
     m.def("descend_levels", &block_levels<true>);
     m.def("sweep_affine", &block_affine<false>);
     m.def("descend_affine", &block_affine<true>);
+    m.def("sweep_offset", &block_offset<false>);
+    m.def("descend_offset", &block_offset<true>);
     m.def("level_gram", &level_gram);
     m.def("tiles_available", &tiles_available, "bfloat16 matrix tiles (AMX), granted by the operating system");
     m.def("largest_bits", &largest_bits);

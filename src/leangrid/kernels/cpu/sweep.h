@@ -62,14 +62,15 @@ struct LevelGrid {
     }
 };
 
-// Nearest of S (q - Z), S and Z those of the column's group.
-struct AffineGrid {
+// Nearest of S (q - Z), or with a stored offset of S q + B; S and Z or B those of the column's group.
+template <bool kStored>
+struct GroupGrid {
     const GridArgs& grid;
     int64_t row = 0;
     int rows = 0;
     Floats scale = {}, zero = {};
 
-    explicit AffineGrid(const GridArgs& g) : grid(g) {}
+    explicit GroupGrid(const GridArgs& g) : grid(g) {}
     bool ready() const { return true; }
 
     void tile(int64_t first, int count) {
@@ -81,20 +82,21 @@ struct AffineGrid {
         for (int l = 0; l < kLanes; ++l) {
             const int64_t at = (row + least(l, rows - 1)) * grid.groups + grid.group[j];
             s[l] = grid.scale[at];
-            z[l] = grid.zero_point[at];
+            z[l] = kStored ? grid.offset[at] : grid.zero_point[at];
         }
         scale = *(const Floats*)s;
         zero = *(const Floats*)z;
     }
     Choice nearest(Floats x) const {
         const Floats low = {}, top = splat(static_cast<float>(grid.count - 1)), magic = splat(12582912.0f);  // 1.5 * 2^23: rounds
-        Floats code = x / scale + zero;
+        Floats code = kStored ? (x - zero) / scale : x / scale + zero;
         code = code < low ? low : code;
         code = code > top ? top : code;
         code = (code + magic) - magic;
-        return {scale * (code - zero), __builtin_convertvector(code, Ints)};
+        return {level(code), __builtin_convertvector(code, Ints)};
     }
-    Floats value(Ints code) const { return scale * (__builtin_convertvector(code, Floats) - zero); }
+    Floats level(Floats code) const { return kStored ? scale * code + zero : scale * (code - zero); }
+    Floats value(Ints code) const { return level(__builtin_convertvector(code, Floats)); }
 };
 
 template <class Grid>
@@ -163,11 +165,13 @@ inline bool descend_tiles(const SweepArgs& args, int64_t begin, int64_t end) {
 }
 
 bool sweep_range(const SweepArgs& args, int64_t begin, int64_t end) noexcept {
-    return args.grid.levels ? sweep_tiles<LevelGrid>(args, begin, end) : sweep_tiles<AffineGrid>(args, begin, end);
+    if (args.grid.levels) return sweep_tiles<LevelGrid>(args, begin, end);
+    return args.grid.offset ? sweep_tiles<GroupGrid<true>>(args, begin, end) : sweep_tiles<GroupGrid<false>>(args, begin, end);
 }
 
 bool descend_range(const SweepArgs& args, int64_t begin, int64_t end) noexcept {
-    return args.grid.levels ? descend_tiles<LevelGrid>(args, begin, end) : descend_tiles<AffineGrid>(args, begin, end);
+    if (args.grid.levels) return descend_tiles<LevelGrid>(args, begin, end);
+    return args.grid.offset ? descend_tiles<GroupGrid<true>>(args, begin, end) : descend_tiles<GroupGrid<false>>(args, begin, end);
 }
 
 }  // namespace

@@ -29,12 +29,14 @@ struct AffineArgs {
     double* objective;
 };
 
-// Nearest-level grids for the sweep and the descent. levels != nullptr: a row's own levels; else scale, zero_point, group.
+// Nearest-level grids for the sweep and the descent. levels != nullptr: a row's own levels; else scale, group, and
+// offset or zero_point.
 struct GridArgs {
     const float* levels;
     int count;  // K
     const float* scale;
     const uint8_t* zero_point;
+    const float* offset;
     const int32_t* group;
     int64_t groups;
 };

@@ -9,7 +9,18 @@ from jaxtyping import Float32, Integer, UInt8
 from torch import Tensor
 
 from leangrid.kernels.torch_sweep import BETTER
-from leangrid.kernels.triton.nearest import FEW, LAUNCH, ROWS, affine_kind, column_grid, level_kind, level_of, level_tile, nearest
+from leangrid.kernels.triton.nearest import (
+    FEW,
+    LAUNCH,
+    ROWS,
+    affine_kind,
+    column_grid,
+    level_kind,
+    level_of,
+    level_tile,
+    nearest,
+    offset_kind,
+)
 
 
 @triton.jit
@@ -79,4 +90,17 @@ def descend_affine(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor,
         with torch.cuda.device_of(codes):
             descend_kernel[(triton.cdiv(rows, ROWS),)](gradient, hessian, codes, scale, scale, zero_point, group, new, delta, rows, cols,
                                                        scale.shape[1], BETTER, **affine_kind(bits), **LAUNCH)  # fmt: skip
+    return new, delta
+
+
+def descend_offset(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor, "b b"], codes: UInt8[Tensor, "rows b"],
+                   scale: Float32[Tensor, "rows g"], offset: Float32[Tensor, "rows g"], group: Integer[Tensor, "b"],
+                   bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """See ``leangrid.kernels.descend_offset``; inputs checked there."""
+    new, delta = torch.empty_like(codes), torch.empty_like(gradient)
+    rows, cols = codes.shape
+    if codes.numel():
+        with torch.cuda.device_of(codes):
+            descend_kernel[(triton.cdiv(rows, ROWS),)](gradient, hessian, codes, scale, scale, offset, group, new, delta, rows, cols,
+                                                       scale.shape[1], BETTER, **offset_kind(bits), **LAUNCH)  # fmt: skip
     return new, delta

@@ -1,7 +1,8 @@
 """Device functions that the sweep and the descent share: the nearest level of a row, and the level of a code.
 
-Three kinds of grid, chosen at compile time (KIND): AFFINE, levels S (q - Z) of the column's group; FEW, up to 16 levels of the row in
-registers, four lanes a row; MANY, up to 256 levels found by bisection, which costs eight dependent loads instead of 256 registers.
+Four kinds of grid, chosen at compile time (KIND): AFFINE, levels S (q - Z) of the column's group; OFFSET, levels S q + B likewise; FEW,
+up to 16 levels of the row in registers, four lanes a row; MANY, up to 256 levels found by bisection, which costs eight dependent loads
+instead of 256 registers.
 """
 
 from typing import no_type_check
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-AFFINE, FEW, MANY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+AFFINE, OFFSET, FEW, MANY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 MOST_IN_REGISTERS = 16
 
 # Sixteen columns at a time, eight rows a program, one warp: four lanes hold a row's sixteen columns (see sweep.py).
@@ -23,12 +24,17 @@ def level_kind(levels: Tensor) -> dict[str, int]:
     """The compile-time arguments that belong to levels [rows, K]."""
     count = levels.shape[1]
     few = count <= MOST_IN_REGISTERS
-    return {"KIND": 1 if few else 2, "K": count, "WIDTH": max(4, triton.next_power_of_2(count)), "R": ROWS, "C": COLUMNS}
+    return {"KIND": 2 if few else 3, "K": count, "WIDTH": max(4, triton.next_power_of_2(count)), "R": ROWS, "C": COLUMNS}
 
 
 def affine_kind(bits: int) -> dict[str, int]:
     """The compile-time arguments that belong to scales and zero points of ``bits`` bits."""
     return {"KIND": 0, "K": 2**bits, "WIDTH": 1, "R": ROWS, "C": COLUMNS}
+
+
+def offset_kind(bits: int) -> dict[str, int]:
+    """The compile-time arguments that belong to scales and offsets of ``bits`` bits."""
+    return {**affine_kind(bits), "KIND": 1}
 
 
 @triton.jit
@@ -46,8 +52,8 @@ def level_tile(levels, row, live, K: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 @no_type_check
 def column_grid(scale, zero, group, j, row, live, groups, KIND: tl.constexpr):
-    """S and Z of column j's group, as float32 [R]; other grids need none."""
-    if KIND == AFFINE:
+    """S and Z, or S and B, of column j's group, as float32 [R]; other grids need none."""
+    if KIND < FEW:
         spot = row.to(tl.int64) * groups + tl.load(group + j)
         s = tl.load(scale + spot, mask=live, other=1.0)
         z = tl.load(zero + spot, mask=live, other=0).to(tl.float32)
@@ -65,6 +71,11 @@ def nearest(x, s, z, value, lower, levels, row, live, K: tl.constexpr, WIDTH: tl
         wanted = (wanted + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds half to even, as rint does, on any backend
         code = wanted.to(tl.int32)
         level = s * (wanted - z)
+    elif KIND == OFFSET:
+        wanted = tl.minimum(tl.maximum(tl.div_rn(x - z, s), 0.0), K - 1.0)
+        wanted = (wanted + 12582912.0) - 12582912.0
+        code = wanted.to(tl.int32)
+        level = s * wanted + z
     elif KIND == FEW:
         index = tl.arange(0, WIDTH)[None, :]
         passed = (x[:, None] > lower) | (index == 0)
@@ -90,6 +101,8 @@ def level_of(code, s, z, levels, row, live, K: tl.constexpr, KIND: tl.constexpr)
     """The level that a code [R] stands for."""
     if KIND == AFFINE:
         level = s * (code.to(tl.float32) - z)
+    elif KIND == OFFSET:
+        level = s * code.to(tl.float32) + z
     else:
         level = tl.load(levels + row.to(tl.int64) * K + code, mask=live, other=0.0)
     return level

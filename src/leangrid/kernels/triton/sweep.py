@@ -25,7 +25,7 @@ import triton.language as tl
 from jaxtyping import Float32, Integer, UInt8
 from torch import Tensor
 
-from leangrid.kernels.triton.nearest import FEW, LAUNCH, ROWS, affine_kind, column_grid, level_kind, level_tile, nearest
+from leangrid.kernels.triton.nearest import FEW, LAUNCH, ROWS, affine_kind, column_grid, level_kind, level_tile, nearest, offset_kind
 
 
 @triton.jit
@@ -89,4 +89,17 @@ def sweep_affine(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"
         with torch.cuda.device_of(codes):
             sweep_kernel[(triton.cdiv(rows, ROWS),)](weight, upper, scale, scale, zero_point, group, codes, errors, rows, cols,
                                                      scale.shape[1], **affine_kind(bits), **LAUNCH)  # fmt: skip
+    return codes, errors
+
+
+def sweep_offset(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"], scale: Float32[Tensor, "rows g"],
+                 offset: Float32[Tensor, "rows g"], group: Integer[Tensor, "b"],
+                 bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """See ``leangrid.kernels.sweep_offset``; inputs checked there."""
+    codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    rows, cols = codes.shape
+    if codes.numel():
+        with torch.cuda.device_of(codes):
+            sweep_kernel[(triton.cdiv(rows, ROWS),)](weight, upper, scale, scale, offset, group, codes, errors, rows, cols,
+                                                     scale.shape[1], **offset_kind(bits), **LAUNCH)  # fmt: skip
     return codes, errors

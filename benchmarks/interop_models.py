@@ -1,0 +1,134 @@
+"""What interop.py shows to the engines: results of ``leangrid quantize``, each made once and kept, and our own answers to a prompt."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from torch import Tensor
+from workload import default_source
+
+import leangrid
+from leangrid.data.sampling import sample
+from leangrid.layers import AffineLinear
+from leangrid.models.gguf import dequantize
+from leangrid.storage import safetensors
+
+PROMPT = "The capital of France is Paris, and the capital of Italy is"
+SAMPLES, LENGTH, SEED = 16, 256, 0
+TINY = "tiny-llama"
+SEARCHED = frozenset({"mlx"})  # containers whose asymmetric grids no other result holds
+
+
+@dataclass(frozen=True)
+class Ours:
+    """``leangrid.load``'s answer: ``logits`` float32 [prompt, vocab], the ``tokens`` that follow greedily, ``steps`` their logits."""
+
+    logits: Tensor
+    tokens: list[int]
+    steps: Tensor
+    ends: tuple[int, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, directory: Path, prompt: list[int], new: int, dtype: torch.dtype, rounds: bool) -> Self:
+        """Open ``directory`` in ``dtype`` and decode; what the model itself would stop at is not a stop here.
+
+        ``rounds`` False: affine weights are S (q - Z) in float32, not rounded to the model's own dtype.
+        """
+        model = leangrid.load(directory, dtype=dtype, dense=rounds)[0]
+        for module in model.modules():
+            if not rounds and isinstance(module, AffineLinear):
+                module.stored_dtype = torch.float32
+        out = model(input_ids=torch.tensor([prompt]), use_cache=True)
+        logits, rows = out.logits[0].float(), [out.logits[0, -1].float()]
+        tokens = [int(rows[-1].argmax())]
+        while len(tokens) < new:
+            out = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+            rows.append(out.logits[0, -1].float())
+            tokens.append(int(rows[-1].argmax()))
+        end = model.generation_config.eos_token_id if model.generation_config else None
+        return cls(logits, tokens, torch.stack(rows), tuple(end if isinstance(end, list) else [] if end is None else [end]))
+
+    def until_end(self, tokens: list[int]) -> list[int]:
+        """``tokens`` up to the first that ends a text: engines stop there."""
+        stop = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
+        return tokens[:stop]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Results in ``kept``/MODEL/SCHEME[-CONTAINER], made where they are not there yet; exports in ``exported``, thrown away."""
+
+    kept: Path
+    folder: Path
+
+    def about(self, scheme: str, container: str, model: str) -> dict[str, Any]:
+        """What a line says of a case before it runs."""
+        parsed = leangrid.Scheme.parse(scheme)
+        return {"model": model, "scheme": scheme, "format": container, "bits": parsed.bits, "group": parsed.group_size,
+                "symmetric": parsed.symmetric}  # fmt: skip
+
+    def source(self, model: str) -> Path:
+        """The checkpoint that was quantized."""
+        source = self.kept / model / "source"
+        if not (source / "config.json").is_file():
+            (self.kept / model).mkdir(parents=True, exist_ok=True)
+            if model == TINY:
+                _tiny_llama(source)
+            else:
+                dequantize(default_source(), source)
+        return source
+
+    def result(self, scheme: str, container: str, model: str) -> Path:
+        """The finished result, in its scheme's own container; where ``container`` has a grid of its own (SEARCHED), in that."""
+        own = container in SEARCHED and not leangrid.Scheme.parse(scheme).symmetric
+        out = self.kept / model / (f"{scheme}-{container}" if own else scheme)
+        if not (out / "manifest.json").is_file():
+            fields = {"scheme": scheme, "format": container if own else "auto"}
+            recipe = leangrid.Recipe(**fields, calibration="self", samples=SAMPLES, length=LENGTH, seed=SEED)
+            leangrid.quantize(self.source(model), out, recipe, windows=self._windows(model))
+        return out
+
+    def exported(self, scheme: str, container: str, model: str) -> Path:
+        """What the engine opens."""
+        result = self.result(scheme, container, model)
+        own = json.loads((result / "manifest.json").read_bytes())["recipe"]["format"]
+        if own == container:
+            return result
+        out = self.folder / f"{model}-{scheme}-{container}"
+        if not out.exists():
+            leangrid.export(result, out, to=container)
+        return out
+
+    def prompt(self, model: str) -> list[int]:
+        """Token ids."""
+        return transformers.AutoTokenizer.from_pretrained(self.source(model))(PROMPT).input_ids
+
+    def _windows(self, model: str) -> Tensor:
+        """Calibration tokens, sampled from the model itself once."""
+        file = self.kept / model / "windows.safetensors"
+        if not file.is_file():
+            opened, tokenizer = leangrid.load(self.source(model), dtype=torch.float32)
+            safetensors.save(file, {"windows": sample(opened, tokenizer, SAMPLES, LENGTH, SEED)}, {})
+        return safetensors.load(file)["windows"]
+
+
+def _tiny_llama(directory: Path) -> None:
+    """Two blocks with shapes that the real model lacks: columns that divide by 256 (and 128), a head of its own; the real tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Models(directory.parents[1], directory).source("SmolLM2-135M-Instruct"))
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, head_dim=64,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    model = transformers.LlamaForCausalLM(config).bfloat16()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:  # logits of spread 4, so that the largest stands out
+                parameter.normal_(std=1.0 if "embed" in name else (4.0 if "lm_head" in name else 1.0) * parameter.shape[1] ** -0.5)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,169 @@
+"""A tokenizer as llama.cpp's header fields, from what transformers made of it: the backend's own JSON.
+
+llama.cpp knows a pre-tokenizer by name only, and each name is one fixed rule in its source (llama-vocab.cpp). The rule of a tokenizer is
+compared with those; one that is not among them is refused, because a near one gives other tokens and a worse model without a word.
+"""
+
+import json
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from leangrid.errors import CheckpointError
+from leangrid.storage.gguf import Field
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
+_SPACE = "\u2581"
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# (steps before the bytes, whether the byte level splits by GPT-2's rule, whether a whole word in the vocabulary skips the merges) -> name
+_PRE: dict[tuple[tuple[str, ...], bool, bool], str] = {
+    ((), True, False): "gpt-2",
+    (("digits",), True, False): "smollm",
+    ((_LLAMA3,), False, True): "llama-bpe",
+    ((_LLAMA3,), False, False): "smaug-bpe",
+    ((_QWEN2,), False, False): "qwen2",
+    ((_TEKKEN,), False, True): "tekken",
+}
+_WAY_OUT = "Take tokenizer and metadata from a file of the same model: --like FILE.gguf"
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict[str, Field], list[str]]:
+    """The tokenizer fields for a model with ``rows`` embeddings, and notices for the user.
+
+    Raises:
+        CheckpointError: a tokenizer that llama.cpp has no name for.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise CheckpointError(f"{type(tokenizer).__name__} has no fast tokenizer to read", "tokenizer", _WAY_OUT)
+    described = json.loads(backend.to_str())
+    model = described["model"]
+    if model.get("type") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise _unknown(f"a {model.get('type')} model of this kind")
+    notices: list[str] = []
+    kind = _sentencepiece(described, notices) if model.get("byte_fallback") else _byte_level(described)
+    tokens, types = _tokens(described, rows, kind, notices)
+    fields = {**kind, "tokenizer.ggml.tokens": Field("string", tokens), "tokenizer.ggml.token_type": Field("int32", types)}
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    if kind["tokenizer.ggml.model"].value == "gpt2":
+        fields["tokenizer.ggml.merges"] = Field("string", [" ".join(pair) for pair in merges])
+    else:
+        fields["tokenizer.ggml.scores"] = Field("float32", _scores(tokens, merges))
+    return fields | _special(tokenizer, rows), notices
+
+
+def _unknown(what: str) -> CheckpointError:
+    return CheckpointError(f"llama.cpp has no name for this tokenizer: {what}", "tokenizer.json", _WAY_OUT)
+
+
+def _steps(part: dict[str, Any] | None, plural: str) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as the list of its steps."""
+    if part is None:
+        return []
+    return [step for inner in part[plural] for step in _steps(inner, plural)] if part["type"] == "Sequence" else [part]
+
+
+def _byte_level(described: dict[str, Any]) -> dict[str, Field]:
+    """Byte-level BPE (GPT-2, Llama 3, Qwen): which of llama.cpp's pre-tokenizers it is."""
+    steps, normal = _steps(described["pre_tokenizer"], "pretokenizers"), _steps(described["normalizer"], "normalizers")
+    last = steps[-1] if steps else {}
+    before = tuple(_rule(step) for step in steps[:-1])
+    splits, skips = bool(last.get("use_regex", True)), bool(described["model"].get("ignore_merges"))
+    name = _PRE.get((before, splits, skips))
+    # Unicode's composed form is what Qwen's texts are brought to; llama.cpp leaves that to whoever sends the text.
+    plain = not normal or (name == "qwen2" and [step["type"] for step in normal] == ["NFC"])
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or name is None or not plain:
+        shown = [step["type"] for step in (*normal, *steps)]
+        raise _unknown(f"a byte-level BPE behind {', '.join(shown) or 'nothing'}, with rules that it does not have")
+    return {"tokenizer.ggml.model": Field("string", "gpt2"), "tokenizer.ggml.pre": Field("string", name)}
+
+
+def _rule(step: dict[str, Any]) -> str:
+    """A step before the byte level: "digits", the expression it splits by, or "" for one that llama.cpp knows nothing of."""
+    if step["type"] == "Digits" and step.get("individual_digits"):
+        return "digits"
+    if step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return step["pattern"].get("Regex", "")
+    return ""
+
+
+def _sentencepiece(described: dict[str, Any], notices: list[str]) -> dict[str, Field]:
+    """SentencePiece's BPE with bytes for what is not in the vocabulary (Llama 2, Mistral, Gemma): where a space goes in front."""
+    normal, steps = _steps(described["normalizer"], "normalizers"), _steps(described["pre_tokenizer"], "pretokenizers")
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    prepend = {"type": "Prepend", "prepend": _SPACE}
+    split = len(steps) == 1 and steps[0]["type"] == "Split" and steps[0]["pattern"] == {"String": " "}  # no space is left to split at
+    first = False
+    if normal == [prepend, spaces] and not steps:
+        first = True
+    elif len(steps) == 1 and not normal and steps[0]["type"] == "Metaspace" and steps[0]["replacement"] == _SPACE:
+        first = steps[0].get("prepend_scheme", "always") != "never"
+        if steps[0].get("prepend_scheme") == "first":
+            notices.append("llama.cpp puts a space also in front of text behind a special token; this tokenizer only at the very start")
+    elif normal != [spaces] or not (split or not steps):
+        raise _unknown(f"a BPE with byte fallback behind {', '.join(step['type'] for step in (*normal, *steps)) or 'nothing'}")
+    return {"tokenizer.ggml.model": Field("string", "llama"), "tokenizer.ggml.pre": Field("string", "default"),
+            "tokenizer.ggml.add_space_prefix": Field("bool", first)}  # fmt: skip
+
+
+def _tokens(described: dict[str, Any], rows: int, kind: dict[str, Field], notices: list[str]) -> tuple[list[str], list[int]]:
+    """Text and type of each id below ``rows``; ids without a token are named and marked unused."""
+    sentencepiece = kind["tokenizer.ggml.model"].value == "llama"
+    tokens, types = [f"[PAD{i}]" for i in range(rows)], [_UNUSED] * rows
+    unknown = described["model"].get("unk_token")
+    beyond = 0
+    for text, number in described["model"]["vocab"].items():
+        if number >= rows:
+            beyond += 1
+            continue
+        tokens[number], types[number] = text, _NORMAL
+        if sentencepiece and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            types[number] = _BYTE
+        elif sentencepiece and text == unknown:
+            types[number] = _UNKNOWN
+    for added in described["added_tokens"]:
+        number, text = added["id"], added["content"]
+        if number >= rows:
+            beyond += 1
+        elif types[number] != _UNKNOWN:
+            types[number] = _CONTROL if added["special"] else _USER_DEFINED
+            tokens[number] = text if added["special"] else text.replace(_SPACE, " ")  # looked for in the text as it comes
+    if beyond:
+        notices.append(f"{beyond} tokens of the tokenizer lie behind the model's {rows} embeddings: left out")
+    twice = len(tokens) - len(set(tokens))
+    if twice:
+        raise CheckpointError(
+            f"{twice} tokens of the vocabulary have the text of another, which llama.cpp refuses", "tokenizer.json", _WAY_OUT
+        )
+    return tokens, types
+
+
+def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
+    """SentencePiece joins the pair with the highest score first: minus the rank of the first merge that makes the token."""
+    rank: dict[str, int] = {}
+    for number, pair in enumerate(merges):
+        rank.setdefault("".join(pair), number)
+    return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Field]:
+    """Ids of the special tokens, what is put around a text, and the chat template."""
+    fields: dict[str, Field] = {}
+    for key, attribute in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
+        number = getattr(tokenizer, f"{attribute}_token_id", None)
+        if isinstance(number, int) and number < rows:
+            fields[f"tokenizer.ggml.{key}_token_id"] = Field("uint32", number)
+    around: Any = tokenizer("a")["input_ids"]
+    fields["tokenizer.ggml.add_bos_token"] = Field("bool", bool(around) and around[0] == tokenizer.bos_token_id)
+    fields["tokenizer.ggml.add_eos_token"] = Field("bool", len(around) > 1 and around[-1] == tokenizer.eos_token_id)
+    template: Any = getattr(tokenizer, "chat_template", None)
+    template = template.get("default") if isinstance(template, dict) else template
+    if isinstance(template, str) and template:
+        fields["tokenizer.chat_template"] = Field("string", template)
+    return fields

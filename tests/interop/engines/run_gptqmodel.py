@@ -1,0 +1,28 @@
+"""A gptq or awq result in GPTQModel's torch kernels, in the dtype of the model. On a job of benchmarks/interop.py."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the same products without minutes of compiling
+
+import torch
+from answer import finish, job
+from gptqmodel import BACKEND, GPTQModel
+
+
+@torch.no_grad()
+def main() -> None:
+    read = job()
+    config = json.loads((Path(read["model"]) / "config.json").read_text(encoding="utf-8"))
+    backend = BACKEND.AWQ_TORCH if config["quantization_config"]["quant_method"] == "awq" else BACKEND.GPTQ_TORCH
+    dtype = torch.bfloat16 if config["dtype"] == "bfloat16" else torch.float16  # it has no other
+    model = GPTQModel.load(read["model"], backend=backend, device="cpu", dtype=dtype).model.eval()
+    prompt = torch.tensor([read["tokens"]])
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=read["new"], do_sample=False)
+    logits = model(prompt, use_cache=False).logits[0]
+    name = str(dtype).removeprefix("torch.")
+    finish(read, out[0, prompt.shape[1] :].tolist(), logits, "gptqmodel", name, "torch", "transformers")
+
+
+main()
