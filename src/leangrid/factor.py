@@ -157,11 +157,14 @@ def _inverse_cholesky(backwards: Tensor, damping: float, dtype: torch.dtype) -> 
     """U of J backwards J + damping I and its error on probes; (None, inf) where no Cholesky factor exists."""
     damped = backwards.to(dtype, copy=True)
     damped.diagonal().add_(damping)
-    lower = damped.clone()
+    size = len(damped)
+    whole = size if damped.is_cuda else -(-size // _LEAF) * _LEAF  # at ragged edges products depend on the number of threads
+    lower = torch.eye(whole, dtype=dtype, device=damped.device)
+    lower[:size, :size] = damped
     if not split_cholesky_(lower):
         return None, float("inf")
-    identity = torch.eye(len(damped), dtype=dtype, device=damped.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
+    identity = torch.eye(whole, dtype=dtype, device=damped.device)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False)[:size, :size].flip(0, 1)
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(len(damped), _PROBES, generator=generator).to(damped.device, dtype)
     error = float((upper.T @ (upper @ (damped @ probes).flip(0)) - probes.flip(0)).norm() / probes.norm())

@@ -19,7 +19,7 @@ from leangrid.devices import accelerated, out_of_memory, release_cached
 from leangrid.errors import CheckpointError, Interrupted, LeangridError
 from leangrid.evaluate.divergence import divergence
 from leangrid.evaluate.embedding import cosine_distance
-from leangrid.formats import format_of
+from leangrid.formats import CONFIG_KEYS, format_of, schemes_of
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import embed
 from leangrid.storage.safetensors import TensorInfo
@@ -88,15 +88,15 @@ class Reopened:
 
     def __init__(self, directory: Path, original: Skeleton) -> None:
         self._files = open_source(directory, allow_quantized=True)
-        stored = self._files.config.get("quantization_config")
+        stored = next((self._files.config[key] for key in CONFIG_KEYS if key in self._files.config), None)
         if not isinstance(stored, dict):
             raise CheckpointError("there is no quantization_config", directory / "config.json")
         self._format = format_of(stored)
-        self._scheme = self._format.scheme_of(stored)
         self._turned = original.architecture.layer == "conv1d"
         self.directory, self.notices = directory, self._files.notices
-        self.config: dict[str, Any] = {key: value for key, value in self._files.config.items() if key != "quantization_config"}
+        self.config: dict[str, Any] = {key: value for key, value in self._files.config.items() if key not in CONFIG_KEYS}
         self._shapes = {name: original.shape(name) for i in range(len(original.blocks)) for name in original.linear_names(i)}
+        self._schemes = schemes_of(stored, self._shapes)
         self._parts: dict[str, dict[str, str]] = {name: {} for name in self._shapes}
         self.tensors: dict[str, TensorInfo] = {}
         for name, info in self._files.tensors.items():
@@ -115,7 +115,7 @@ class Reopened:
         if owner not in self._parts:
             return self._files.read(name)
         packed = {suffix: self._files.read(part) for suffix, part in self._parts[owner].items()}
-        weight = self._format.dense(packed, self._scheme, self._shapes[owner], owner)
+        weight = self._format.dense(packed, self._schemes[owner], self._shapes[owner], owner)
         return weight.t().contiguous() if self._turned else weight
 
     def close(self) -> None:

@@ -105,7 +105,7 @@ def test_activations_beyond_float16_are_computed(tmp_path: Path) -> None:
         half(WINDOWS)
     assert not seen[0] < float("inf")
     result = quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
-    assert result.rescues == 0 and result.notes == {} and result.exit_code == 0
+    assert result.rescues == 0 and result.exit_code == 0
     assert 0 < result.loss < result.loss_rounding < float("inf")
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["products"] == ["float32"]
 

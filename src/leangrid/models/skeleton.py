@@ -207,8 +207,8 @@ def _read_config(checkpoint: Weights) -> PreTrainedConfig:
 def _empty_model(config: PreTrainedConfig, architecture: Architecture) -> PreTrainedModel:
     names = getattr(config, "architectures", None) or []
     family = transformers.CONFIG_MAPPING[config.model_type].__name__.removesuffix("Config").removesuffix("Text")
-    name = names[0] if names else f"{family}{'ForCausalLM' if architecture.kind == 'decoder' else 'Model'}"
-    model_class = getattr(transformers, name, None) if name.startswith(family) else None
+    name = names[0] if isinstance(names, list) and names else f"{family}{'ForCausalLM' if architecture.kind == 'decoder' else 'Model'}"
+    model_class = getattr(transformers, name, None) if isinstance(name, str) and name.startswith(family) else None
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ArchitectureError(
             f"'{name}' is no {config.model_type} model of transformers {transformers.__version__}",
