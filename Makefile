@@ -19,6 +19,7 @@ SAMPLES ?= 8
 LENGTH ?= 512
 RESULTS := benchmarks/results
 KEEP := $(BIN)/python benchmarks/lines.py $(RESULTS)
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: help setup models demo check format test test-slow test-gpu interop bench race docs clean
 help:  ## this list
@@ -52,8 +53,8 @@ format: $(SETUP)  ## let ruff write the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 test: $(SETUP) $(MODELS)  ## the fast suite, and the GPU kernels in Triton's interpreter
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m "gpu and not slow" tests/gpu
+	$(PARALLEL) -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(PARALLEL) -m "gpu and not slow" tests/gpu
 test-slow: $(SETUP) $(MODELS)  ## the slow tests: real models, every power cut, protections taken away, kernels under sanitizers
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 	$(BIN)/python scripts/mutants.py

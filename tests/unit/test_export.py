@@ -19,6 +19,7 @@ from leangrid.errors import CheckpointError, FormatError, LeangridError, OutputE
 from leangrid.export import WHOLE
 from leangrid.finished import Finished
 from leangrid.formats import FORMATS
+from leangrid.progress import Progress
 from leangrid.storage import files
 from leangrid.storage.journal import partial_of
 
@@ -207,18 +208,18 @@ def test_an_output_that_is_in_the_way(result: Results, tmp_path: Path) -> None:
 
 def test_like_belongs_to_whole_files(result: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(RecipeError, "--like has no meaning for gptq", result("W4A16"), tmp_path / "out", "gptq", like=tmp_path / "x.gguf")
-    monkeypatch.setitem(WHOLE, "gguf", lambda finished, staged, like: None)
+    monkeypatch.setitem(WHOLE, "gguf", lambda finished, staged, like, progress: None)
     refused(CheckpointError, "no such file", result("W4A16"), tmp_path / "out", "gguf", like=tmp_path / "x.gguf")
 
 
 def test_a_whole_file_is_staged_verified_and_published(result: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam for single-file targets: what the row writes is in the manifest, what it refuses leaves nothing."""
 
-    def writes(finished: Finished, staged: Path, like: Path | None) -> float:
+    def writes(finished: Finished, staged: Path, like: Path | None, progress: Progress | None) -> float:
         files.atomic_write(staged / "model.whole", "\n".join(finished.layers).encode())
         return 4.5
 
-    def refuses(finished: Finished, staged: Path, like: Path | None) -> float:
+    def refuses(finished: Finished, staged: Path, like: Path | None, progress: Progress | None) -> float:
         files.atomic_write(staged / "half.whole", b"half")
         raise FormatError("no", next(iter(finished.layers)))
 

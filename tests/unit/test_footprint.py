@@ -29,7 +29,7 @@ def llama(hidden: int, intermediate: int, kv: int) -> Demand:
 LLAMA_8B, LLAMA_70B, LLAMA_405B = llama(4096, 14336, 1024), llama(8192, 28672, 1024), llama(16384, 53248, 1024)
 
 
-@pytest.mark.parametrize("placement", [Placement(16), replace(REPLAY, windows=4)])
+@pytest.mark.parametrize("placement", [Placement(16), pytest.param(replace(REPLAY, windows=4), marks=pytest.mark.slow)])
 def test_the_sum_with_rounded_products(placement: Placement, tmp_path: Path) -> None:
     """Linears of a bfloat16 model give out bfloat16 where the CPU multiplies it."""
     source = tiny_models.synthetic(tmp_path / "source", blocks=2, hidden=128, dtype=torch.bfloat16)
@@ -46,12 +46,12 @@ def test_the_sum_with_rounded_products(placement: Placement, tmp_path: Path) -> 
     ("hidden", "samples", "length", "scheme", "placement"),
     [
         (128, 32, 256, "W4A16_G64", Placement(16)),  # tokens decide
-        (128, 32, 256, "GPTQ4", Placement(16)),
+        pytest.param(128, 32, 256, "GPTQ4", Placement(16), marks=pytest.mark.slow),
         (128, 32, 256, "NU4", replace(REPLAY, windows=4)),
         (384, 4, 64, "W4A16_G64", Placement(4)),  # matrices decide
-        (384, 4, 64, "GPTQ4", REPLAY),
+        pytest.param(384, 4, 64, "GPTQ4", REPLAY, marks=pytest.mark.slow),
         (384, 4, 64, "NU4", replace(REPLAY, lean=True)),
-        (384, 4, 64, "W3A16_G32", replace(REPLAY, lean=True)),
+        pytest.param(384, 4, 64, "W3A16_G32", replace(REPLAY, lean=True), marks=pytest.mark.slow),
         (256, 8, 256, "NU3", Placement(4)),  # both
     ],
 )
