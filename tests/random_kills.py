@@ -6,20 +6,18 @@ One process that forks: each child starts with everything imported.
 """
 
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import tiny_run
-from leangrid.errors import OutputError
+from forked import status_of
 from leangrid.storage.writer import verify
 
 Job = Callable[[Path], object]
@@ -43,51 +41,30 @@ def contents(out: Path, kind: str) -> dict[str, str]:
     return {name: sha256 for name, sha256 in tiny_run.digest(out).items() if kind == "storage" or name not in _TIMED}
 
 
-def child(job: Job, out: Path, delay: float | None) -> int:
-    """Run in a forked child, killed after ``delay`` seconds; its exit status (-9 where the kill hit)."""
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            job(out)
-            status = 0
-        except OutputError:
-            status = 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)  # a child that has ended is a zombie until it is waited for
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def main(kind: str, work: Path, count: int, seed: int) -> dict[str, object]:
     job, chance, problems = jobs(kind, work), random.Random(seed), []
     job(work / "warm")
     started = time.perf_counter()
-    child(job, work / "expected", None)
+    status_of(lambda: job(work / "expected"))
     duration = time.perf_counter() - started
     expected, hits, early, trial = contents(work / "expected", kind), 0, 0, 0
     while hits < count:
         trial += 1
         out, status = work / f"out{trial}", -9
         for _ in range(chance.randint(1, 3)):
-            status = child(job, out, chance.uniform(0, 1.1 * duration))
+            status = status_of(partial(job, out), delay=chance.uniform(0, 1.1 * duration))
             hits += status == -9
             early += status == -9 and not (work / f"out{trial}.partial").exists() and not out.exists()
             if out.exists():
                 problems += [f"{trial}: {difference}" for difference in verify(out)]
                 break
-        partial = out.with_name(f"{out.name}.partial")
-        if not out.exists() or (partial / "sealed.json").exists():
-            status = child(job, out, None)
+        journal = out.with_name(f"{out.name}.partial")
+        if not out.exists() or (journal / "sealed.json").exists():
+            status = status_of(partial(job, out))
         if status not in (0, -9) or contents(out, kind) != expected:
             problems.append(f"{trial}: ended with {status}, or with other bytes")
         shutil.rmtree(out, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(journal, ignore_errors=True)
     return {"kills": hits, "before_anything": early, "runs": trial, "problems": problems}
 
 

@@ -9,34 +9,17 @@ import json
 import os
 import shutil
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from forked import status_of
 from leangrid.export import export
 from leangrid.storage import failpoints
 from leangrid.storage.journal import partial_of
 from leangrid.storage.writer import verify
 from tiny_run import digest
-
-
-def child(model: Path, out: Path, failpoint: str | None) -> int:
-    """Export in a forked child; its exit status (-9 for SIGKILL)."""
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            if failpoint:
-                os.environ["LEANGRID_FAILPOINT"] = failpoint
-            export(model, out, "gptq")
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def passages(model: Path, out: Path) -> int:
@@ -54,13 +37,14 @@ def main(model: Path, work: Path, spread: int, last: int) -> None:
     expected, problems, killed, published = digest(work / "expected"), [], 0, 0
     for n in sorted({*range(1, total + 1, max(1, total // spread)), *range(total - last + 1, total + 1)}):
         out = work / f"out{n}"
-        killed += child(model, out, f"*:{n}") == -9
+        exported = partial(export, model, out, "gptq")
+        killed += status_of(exported, f"*:{n}") == -9
         if out.exists():
             published += 1
             problems += [f"{n}: {difference}" for difference in verify(out)]
         problems += [f"{n}: a config.json outside publish" for _ in partial_of(out).glob("config.json")]
-        again = child(model, out, None)
-        if again not in (0, 70 if out.exists() and published else 0) or digest(out) != expected:
+        again = status_of(exported)
+        if again not in (0, 2 if out.exists() and published else 0) or digest(out) != expected:
             problems.append(f"{n}: the second export ended with {again}")
         shutil.rmtree(out, ignore_errors=True)
         shutil.rmtree(partial_of(out), ignore_errors=True)

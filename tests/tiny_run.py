@@ -7,17 +7,16 @@ that the child survives and prints one JSON line. (One process that forks: impor
 
 import hashlib
 import json
-import os
 import shutil
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from leangrid.errors import OutputError
+from forked import status_of
 from leangrid.storage.journal import Journal
 from leangrid.storage.source import open_source
 from leangrid.storage.writer import amend, check_output, publish, settle, verify
@@ -76,26 +75,6 @@ def digest(directory: Path) -> dict[str, str]:
     return {p.relative_to(directory).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def child(source: Path, out: Path, failpoint: str | None, **options: Any) -> int:
-    """Run in a forked child; its exit status (-9 for SIGKILL)."""
-    pid = os.fork()
-    if pid == 0:
-        status = 70
-        try:
-            if failpoint:
-                os.environ["LEANGRID_FAILPOINT"] = failpoint
-            run(source, out, **options)
-            status = 0
-        except OutputError:
-            status = 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def crash_everywhere(source: Path, work: Path, overwrite: bool) -> dict[str, Any]:
     """The loop of the module docstring. With ``overwrite`` an older result lies at the output from the start."""
     expected_dir = work / "expected"
@@ -108,7 +87,8 @@ def crash_everywhere(source: Path, work: Path, overwrite: bool) -> dict[str, Any
         if overwrite:
             shutil.copytree(expected_dir, out)
             amend(out, "older.txt", b"an older result")
-        killed = child(source, out, f"*:{n}", overwrite=overwrite)
+        again = partial(run, source, out, overwrite=overwrite)
+        killed = status_of(again, f"*:{n}")
         if out.exists():
             published += killed == -9
             problems += [f"{n}: {difference}" for difference in verify(out)]
@@ -116,9 +96,9 @@ def crash_everywhere(source: Path, work: Path, overwrite: bool) -> dict[str, Any
             return {"failpoints": n - 1, "published_then_killed": published, "problems": problems}
         if killed != -9:
             problems.append(f"{n}: the child ended with {killed}")
-        partial = out.with_name(f"{out.name}.partial")
-        forgotten = out.exists() and not (partial / "sealed.json").exists()  # so late that nothing is left to say who made OUT
-        second = child(source, out, None, overwrite=overwrite)
+        journal = out.with_name(f"{out.name}.partial")
+        forgotten = out.exists() and not (journal / "sealed.json").exists()  # so late that nothing is left to say who made OUT
+        second = status_of(again)
         if second != 0 and not (second == 2 and forgotten and not overwrite):
             problems.append(f"{n}: the second run ended with {second}")
         elif digest(out) != expected:

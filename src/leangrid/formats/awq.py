@@ -9,8 +9,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats.stored import check_layout, exactly_in_half, half_precision, stored_groups
+from leangrid.errors import FormatError
+from leangrid.formats.stored import check_layout, check_scales, exactly_in_half, half_precision, repeated, stored_groups
 from leangrid.grids import AffineGrid, Grid, Precision
 from leangrid.packing import pack as pack_bits
 from leangrid.packing import unpack as unpack_bits
@@ -45,9 +45,7 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
 
 def stored(scheme: Scheme, columns: set[int]) -> Scheme:
     """In groups of 128, 64 or 32, the largest that divides the scheme's own: whole rows and longer groups are repeated."""
-    widths = {scheme.group_size or cols for cols in columns}
-    size = next((group for group in GROUPS if all(width % group == 0 for width in widths)), GROUPS[-1])
-    return scheme.model_copy(update={"group_size": size})
+    return repeated(scheme, columns, GROUPS)
 
 
 def precision(dtype: torch.dtype) -> Precision:
@@ -87,9 +85,7 @@ def pack(codes: UInt8[Tensor, "rows cols"], grid: Grid, dtype: torch.dtype, sche
 def check(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     """CheckpointError unless shapes and dtypes are right, and scales finite and not 0."""
     check_layout(tensors, layout(scheme, shape, torch.float16), name)
-    scale = tensors["scales"]
-    if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
-        raise CheckpointError("a scale is NaN, infinite or 0", f"{name}.scales", "The file is damaged: quantize or copy it again")
+    check_scales(tensors["scales"], f"{name}.scales")
 
 
 def unpack(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer") -> tuple[Tensor, AffineGrid]:

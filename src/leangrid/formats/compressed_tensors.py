@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats.stored import check_layout, check_padding, exactly
+from leangrid.formats.stored import check_layout, check_padding, check_scales, exactly
 from leangrid.grids import AffineGrid, Grid, Precision
 from leangrid.packing import pack as pack_bits
 from leangrid.packing import packed_width
@@ -92,9 +92,7 @@ def check(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], na
     way_out = "The file is damaged: quantize or copy it again"
     if tuple(tensors["weight_shape"].tolist()) != shape:
         raise CheckpointError(f"says {tensors['weight_shape'].tolist()}, the config {list(shape)}", f"{name}.weight_shape", way_out)
-    scale = tensors["weight_scale"]
-    if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
-        raise CheckpointError("a scale is NaN, infinite or 0", f"{name}.weight_scale", way_out)
+    check_scales(tensors["weight_scale"], f"{name}.weight_scale")
     check_padding(tensors["weight_packed"], shape[1], scheme.bits, f"{name}.weight_packed")
     if not scheme.symmetric:
         check_padding(tensors["weight_zero_point"].T.contiguous(), shape[0], scheme.bits, f"{name}.weight_zero_point")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats.stored import check_layout, exactly_in_half, half_precision, stored_groups
+from leangrid.formats.stored import check_layout, check_scales, exactly_in_half, half_precision, stored_groups
 from leangrid.grids import AffineGrid, Grid, Precision
 from leangrid.packing import pack as pack_bits
 from leangrid.packing import unpack as unpack_bits
@@ -105,8 +105,7 @@ class Gptq:
         """CheckpointError unless shapes and dtypes are right, scales finite and not 0, groups in order, and zero points sayable."""
         check_layout(tensors, self.layout(scheme, shape, torch.float16), name)
         scale, size = tensors["scales"], scheme.group_size or shape[1]
-        if not bool(torch.isfinite(scale).all()) or bool((scale == 0).any()):
-            raise CheckpointError("a scale is NaN, infinite or 0", f"{name}.scales", _DAMAGED)
+        check_scales(scale, f"{name}.scales")
         if not torch.equal(tensors["g_idx"], torch.arange(shape[1], dtype=torch.int32, device=scale.device) // size):
             raise CheckpointError("the groups are not in the order of the columns", f"{name}.g_idx", "Load it with GPTQModel")
         zero_point = unpack_bits(tensors["qzeros"], scheme.bits, shape[0])

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats.stored import check_layout, exactly
+from leangrid.formats.stored import check_layout, check_scales, exactly, repeated
 from leangrid.grids import AffineGrid, Grid, OffsetGrid, Precision
 from leangrid.grids.protocol import group_columns
 from leangrid.packing import pack as pack_bits
@@ -45,9 +45,7 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
 
 def stored(scheme: Scheme, columns: set[int]) -> Scheme:
     """In groups of 128, 64 or 32, the largest that divides the scheme's own: whole rows and longer groups are repeated."""
-    widths = {scheme.group_size or cols for cols in columns}
-    size = next((group for group in GROUPS if all(width % group == 0 for width in widths)), GROUPS[-1])
-    return scheme.model_copy(update={"group_size": size})
+    return repeated(scheme, columns, GROUPS)
 
 
 def precision(dtype: torch.dtype) -> Precision:
@@ -104,12 +102,9 @@ def _exact_offset(grid: AffineGrid, dtype: torch.dtype) -> Tensor:
 def check(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     """CheckpointError unless shapes and dtypes are right, scales finite and not 0, and biases finite."""
     check_layout(tensors, layout(scheme, shape, tensors["scales"].dtype if "scales" in tensors else torch.float32), name)
-    way_out = "The file is damaged: quantize or copy it again"
-    scales = tensors["scales"]
-    if not bool(torch.isfinite(scales).all()) or bool((scales == 0).any()):
-        raise CheckpointError("a scale is NaN, infinite or 0", f"{name}.scales", way_out)
+    check_scales(tensors["scales"], f"{name}.scales")
     if not bool(torch.isfinite(tensors["biases"]).all()):
-        raise CheckpointError("a bias is NaN or infinite", f"{name}.biases", way_out)
+        raise CheckpointError("a bias is NaN or infinite", f"{name}.biases", "The file is damaged: quantize or copy it again")
 
 
 def unpack(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer") -> tuple[Tensor, OffsetGrid]:

@@ -46,6 +46,19 @@ def stored_groups(grid: Grid, scheme: Scheme, cols: int, container: str) -> Affi
     return grid.regrouped(cols, scheme.group_size)
 
 
+def repeated(scheme: Scheme, columns: set[int], groups: tuple[int, ...]) -> Scheme:
+    """``scheme`` in the first of ``groups`` that divides its own: whole rows and longer groups are repeated; the last where none does."""
+    widths = {scheme.group_size or cols for cols in columns}
+    size = next((group for group in groups if all(width % group == 0 for width in widths)), groups[-1])
+    return scheme.model_copy(update={"group_size": size})
+
+
+def check_scales(scales: Float[Tensor, "rows groups"], name: str) -> None:
+    """CheckpointError if one is NaN, infinite or 0."""
+    if not bool(torch.isfinite(scales).all()) or bool((scales == 0).any()):
+        raise CheckpointError("a scale is NaN, infinite or 0", name, "The file is damaged: quantize or copy it again")
+
+
 def check_layout(tensors: dict[str, Tensor], layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], name: str) -> None:
     """CheckpointError on the first tensor of a layer that is absent, extra, or has another shape or dtype."""
     way_out = "The file is damaged or was written by another version: quantize or copy it again"

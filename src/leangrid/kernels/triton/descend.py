@@ -84,23 +84,24 @@ def descend_affine(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor,
                    scale: Float32[Tensor, "rows g"], zero_point: UInt8[Tensor, "rows g"], group: Integer[Tensor, "b"],
                    bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """See ``leangrid.kernels.descend_affine``; inputs checked there."""
-    new, delta = torch.empty_like(codes), torch.empty_like(gradient)
-    rows, cols = codes.shape
-    if codes.numel():
-        with torch.cuda.device_of(codes):
-            descend_kernel[(triton.cdiv(rows, ROWS),)](gradient, hessian, codes, scale, scale, zero_point, group, new, delta, rows, cols,
-                                                       scale.shape[1], BETTER, **affine_kind(bits), **LAUNCH)  # fmt: skip
-    return new, delta
+    return _groups(gradient, hessian, codes, scale, zero_point, group, affine_kind(bits))
 
 
 def descend_offset(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor, "b b"], codes: UInt8[Tensor, "rows b"],
                    scale: Float32[Tensor, "rows g"], offset: Float32[Tensor, "rows g"], group: Integer[Tensor, "b"],
                    bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """See ``leangrid.kernels.descend_offset``; inputs checked there."""
+    return _groups(gradient, hessian, codes, scale, offset, group, offset_kind(bits))
+
+
+def _groups(
+    gradient: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, second: Tensor, group: Tensor, kind: dict[str, int]
+) -> tuple[Tensor, Tensor]:
+    """A grid of groups: ``second`` is what it holds beside the scale, a zero point or an offset."""
     new, delta = torch.empty_like(codes), torch.empty_like(gradient)
     rows, cols = codes.shape
     if codes.numel():
         with torch.cuda.device_of(codes):
-            descend_kernel[(triton.cdiv(rows, ROWS),)](gradient, hessian, codes, scale, scale, offset, group, new, delta, rows, cols,
-                                                       scale.shape[1], BETTER, **offset_kind(bits), **LAUNCH)  # fmt: skip
+            descend_kernel[(triton.cdiv(rows, ROWS),)](gradient, hessian, codes, scale, scale, second, group, new, delta, rows, cols,
+                                                       scale.shape[1], BETTER, **kind, **LAUNCH)  # fmt: skip
     return new, delta

@@ -83,23 +83,22 @@ def sweep_affine(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"
                  zero_point: UInt8[Tensor, "rows g"], group: Integer[Tensor, "b"],
                  bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """See ``leangrid.kernels.sweep_affine``; inputs checked there."""
-    codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
-    rows, cols = codes.shape
-    if codes.numel():
-        with torch.cuda.device_of(codes):
-            sweep_kernel[(triton.cdiv(rows, ROWS),)](weight, upper, scale, scale, zero_point, group, codes, errors, rows, cols,
-                                                     scale.shape[1], **affine_kind(bits), **LAUNCH)  # fmt: skip
-    return codes, errors
+    return _groups(weight, upper, scale, zero_point, group, affine_kind(bits))
 
 
 def sweep_offset(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"], scale: Float32[Tensor, "rows g"],
                  offset: Float32[Tensor, "rows g"], group: Integer[Tensor, "b"],
                  bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """See ``leangrid.kernels.sweep_offset``; inputs checked there."""
+    return _groups(weight, upper, scale, offset, group, offset_kind(bits))
+
+
+def _groups(weight: Tensor, upper: Tensor, scale: Tensor, second: Tensor, group: Tensor, kind: dict[str, int]) -> tuple[Tensor, Tensor]:
+    """A grid of groups: ``second`` is what it holds beside the scale, a zero point or an offset."""
     codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
     rows, cols = codes.shape
     if codes.numel():
         with torch.cuda.device_of(codes):
-            sweep_kernel[(triton.cdiv(rows, ROWS),)](weight, upper, scale, scale, offset, group, codes, errors, rows, cols,
-                                                     scale.shape[1], **offset_kind(bits), **LAUNCH)  # fmt: skip
+            sweep_kernel[(triton.cdiv(rows, ROWS),)](weight, upper, scale, scale, second, group, codes, errors, rows, cols,
+                                                     scale.shape[1], **kind, **LAUNCH)  # fmt: skip
     return codes, errors
