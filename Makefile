@@ -63,6 +63,7 @@ test-gpu: $(SETUP)  ## the GPU kernels: on the GPU, or anywhere with TRITON_INTE
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
 interop: $(SETUP) $(MODELS)  ## every format in its engine, beside our own model; installs the engines in .peers (8 GB, needs a network)
 	$(BIN)/python benchmarks/interop.py --out $(RESULTS)/interop.jsonl
+	test ! -x .peers/llama/bin/python || LLAMA_PYTHON=$(abspath .peers/llama/bin/python) $(BIN)/python -m pytest -q tests/interop/test_llama.py
 bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a quarter of an hour; then the tables (benchmarks/README.md)
 	$(BIN)/python benchmarks/kernels_cpu.py --repeats 3 | $(KEEP)/kernels_cpu.jsonl
 	$(BIN)/python benchmarks/grid_search.py | $(KEEP)/grid_search.jsonl

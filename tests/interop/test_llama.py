@@ -1,6 +1,6 @@
 """A released llama.cpp opens our GGUF files: its tokens are transformers', its C code's weights ours bit for bit, its logits near.
 
-Needs a Python with tests/interop/engines/llama.txt installed: LLAMA_PYTHON names it.
+Needs a Python with tests/interop/engines/llama.txt installed: LLAMA_PYTHON names it. `make interop` builds one and runs this file.
 """
 
 import json
