@@ -1,4 +1,4 @@
-"""Fill the generated tables of README.md and docs/performance.md from benchmarks/results: their numbers are never typed.
+"""Fill the generated tables of README.md, docs and experiments from the committed result lines: their numbers are never typed.
 
     python benchmarks/table.py            # rewrites the pages
     python benchmarks/table.py --check    # exit 1 where it is not up to date
@@ -14,7 +14,8 @@ cell shows, several values with a slash between them. A head of its own is writt
     <!-- pivot: quality.jsonl model=stories260K | scheme, bits_per_weight:.2f=bits | variant: default, paper | kl_mean:.3f -->
     <!-- end -->
 
-Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p.
+Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p. A file lies in
+benchmarks/results, or where its path from the project's root says.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/choosing.md", "experiments/README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"(?P<open><!-- (?P<kind>table|pivot): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 Line = dict[str, Any]
@@ -55,7 +56,7 @@ def field(line: Line, name: str) -> Any:
 
 def rows(file: str, where: str, results: Path = RESULTS) -> list[Line]:
     """The JSON lines of ``file`` (or the "rows" of a .json file) whose fields equal every ``name=value`` in ``where``."""
-    text = (results / file).read_text(encoding="utf-8")
+    text = (ROOT / file if "/" in file else results / file).read_text(encoding="utf-8")
     wanted = dict(part.split("=", 1) for part in where.split())
     lines = json.loads(text)["rows"] if file.endswith(".json") else [json.loads(line) for line in text.splitlines() if line.strip()]
     chosen = [line for line in lines if all(str(field(line, name)) == value for name, value in wanted.items())]

@@ -1,0 +1,16 @@
+"""Sum of loss errors: tr(E H E^T)/2 over all layers, ours beside min-max GPTQ and rounding on the same Hessians (records.jsonl).
+
+The paper's procedure, so that the grid is all that differs: whole rows, p = 4, no correction, no refit, no guard.
+"""
+
+from collections.abc import Iterator
+
+from variants import KNOWN
+from whole import Bench, Task
+
+
+def tasks(bench: Bench) -> Iterator[Task]:
+    for subject in bench.size.subjects:
+        for bits in (4, 3, 2):
+            for grid in ("W{bits}A16", "NU{bits}"):
+                yield bench.whole("losses", subject, grid.format(bits=bits), {"bits": bits}, **KNOWN["paper"])
