@@ -27,7 +27,7 @@ class Subject:
     name: str
     source: str
     calibration: str
-    texts: tuple[str, ...]
+    texts: tuple[tuple[str, str], ...]  # name in the results, and a path or a corpus
     samples: int
     length: int
     windows: int
@@ -59,14 +59,14 @@ def size(name: str, data: Data, folder: Path) -> Size:
 
 def small(data: Data, folder: Path) -> Size:
     calibration, evaluation = halves(data.c4, folder)
-    subjects = [Subject("SmolLM2-135M-Instruct", str(default_source()), calibration, (data.wikitext, evaluation), samples=8, length=512,
+    subjects = [Subject("SmolLM2-135M-Instruct", str(default_source()), calibration, (("wikitext2", data.wikitext), ("c4", evaluation)), samples=8, length=512,
                         windows=8, evaluation_length=512, blocks=(0, 15), groups=(192, 64, 32),
                         swept=("NU4", "W4A16"), sample_counts=(1, 2, 4, 16),
                         other_calibrations=(data.wikitext_train, "self", "embedded"))]  # fmt: skip
     left_out = []
     stories = Path(data.stories)
     if (stories / "calibration.txt").is_file():
-        subjects.append(Subject("stories260K", str(stories), str(stories / "calibration.txt"), (str(stories / "evaluation.txt"),),
+        subjects.append(Subject("stories260K", str(stories), str(stories / "calibration.txt"), (("stories", str(stories / "evaluation.txt")),),
                                 samples=32, length=512, windows=24, evaluation_length=512, blocks=(0, 2, 4), groups=(32, 16),
                                 swept=("NU4", "NU3", "NU2", "W4A16", "W3A16"), sample_counts=(1, 2, 4, 8, 16, 64),
                                 other_calibrations=("self", "embedded")))  # fmt: skip
@@ -74,7 +74,7 @@ def small(data: Data, folder: Path) -> Size:
         left_out.append(f"stories260K: {data.stories} is not here; benchmarks/stories260k.py makes it, --stories says where it is")
     if data.sts:
         minilm, pairs = str(ROOT / ".models" / "minilm"), Path(data.sts)
-        subjects.append(Subject("MiniLM-L6", minilm, str(pairs / "sts-train.csv"), (str(pairs / "sts-test.csv"),), samples=512, length=16,
+        subjects.append(Subject("MiniLM-L6", minilm, str(pairs / "sts-train.csv"), (("sts", str(pairs / "sts-test.csv")),), samples=512, length=16,
                                 windows=0, evaluation_length=0, blocks=(0, 3), groups=(128, 64, 32),
                                 swept=("NU4", "NU2", "W4A16")))  # fmt: skip
     else:
@@ -85,7 +85,7 @@ def small(data: Data, folder: Path) -> Size:
 def paper(data: Data, folder: Path) -> Size:
     """The paper's set-up: 128 x 2048 tokens of C4, perplexity on 128 windows of 2048."""
     calibration, evaluation = halves(data.c4, folder)
-    first = Subject("Llama-2-7B", "meta-llama/Llama-2-7b-hf", calibration, (data.wikitext, evaluation), samples=128, length=2048,
+    first = Subject("Llama-2-7B", "meta-llama/Llama-2-7b-hf", calibration, (("wikitext2", data.wikitext), ("c4", evaluation)), samples=128, length=2048,
                     windows=128, evaluation_length=2048, blocks=(0, 15, 31), groups=(512, 256, 128, 64, 32),
                     swept=("NU4", "NU3", "W4A16"), sample_counts=(8, 32, 256),
                     other_calibrations=(data.wikitext_train, "self", "embedded"))  # fmt: skip

@@ -133,8 +133,8 @@ class Bench:
             dense.mkdir()
             # a .gguf file is dequantized here once
             first = Workload.open(locate_source(subject.source), "embedded", 1, 16, 0, dense, subject.name)
-            yards = {Path(text).name: quality.yardstick(first.source, text, subject.windows, subject.evaluation_length, self.size.device)
-                     for text in subject.texts}  # fmt: skip
+            yards = {label: quality.yardstick(first.source, text, subject.windows, subject.evaluation_length, self.size.device)
+                     for label, text in subject.texts}  # fmt: skip
             self._originals[subject.name] = Original(self, first.source, yards)
         return self._originals[subject.name]
 
