@@ -59,24 +59,62 @@ def size(name: str, data: Data, folder: Path) -> Size:
 
 def small(data: Data, folder: Path) -> Size:
     calibration, evaluation = halves(data.c4, folder)
-    subjects = [Subject("SmolLM2-135M-Instruct", str(default_source()), calibration, (("wikitext2", data.wikitext), ("c4", evaluation)), samples=8, length=512,
-                        windows=8, evaluation_length=512, blocks=(0, 15), groups=(192, 64, 32),
-                        swept=("NU4", "W4A16"), sample_counts=(1, 2, 4, 16),
-                        other_calibrations=(data.wikitext_train, "self", "embedded"))]  # fmt: skip
+    subjects = [
+        Subject(
+            "SmolLM2-135M-Instruct",
+            str(default_source()),
+            calibration,
+            (("wikitext2", data.wikitext), ("c4", evaluation)),
+            samples=8,
+            length=512,
+            windows=8,
+            evaluation_length=512,
+            blocks=(0, 15),
+            groups=(192, 64, 32),
+            swept=("NU4", "W4A16"),
+            sample_counts=(1, 2, 4, 16),
+            other_calibrations=(data.wikitext_train, "self", "embedded"),
+        )
+    ]
     left_out = []
     stories = Path(data.stories)
     if (stories / "calibration.txt").is_file():
-        subjects.append(Subject("stories260K", str(stories), str(stories / "calibration.txt"), (("stories", str(stories / "evaluation.txt")),),
-                                samples=32, length=512, windows=24, evaluation_length=512, blocks=(0, 2, 4), groups=(32, 16),
-                                swept=("NU4", "NU3", "NU2", "W4A16", "W3A16"), sample_counts=(1, 2, 4, 8, 16, 64),
-                                other_calibrations=("self", "embedded")))  # fmt: skip
+        subjects.append(
+            Subject(
+                "stories260K",
+                str(stories),
+                str(stories / "calibration.txt"),
+                (("stories", str(stories / "evaluation.txt")),),
+                samples=32,
+                length=512,
+                windows=24,
+                evaluation_length=512,
+                blocks=(0, 2, 4),
+                groups=(32, 16),
+                swept=("NU4", "NU3", "NU2", "W4A16", "W3A16"),
+                sample_counts=(1, 2, 4, 8, 16, 64),
+                other_calibrations=("self", "embedded"),
+            )
+        )
     else:
         left_out.append(f"stories260K: {data.stories} is not here; benchmarks/stories260k.py makes it, --stories says where it is")
     if data.sts:
         minilm, pairs = str(ROOT / ".models" / "minilm"), Path(data.sts)
-        subjects.append(Subject("MiniLM-L6", minilm, str(pairs / "sts-train.csv"), (("sts", str(pairs / "sts-test.csv")),), samples=512, length=16,
-                                windows=0, evaluation_length=0, blocks=(0, 3), groups=(128, 64, 32),
-                                swept=("NU4", "NU2", "W4A16")))  # fmt: skip
+        subjects.append(
+            Subject(
+                "MiniLM-L6",
+                minilm,
+                str(pairs / "sts-train.csv"),
+                (("sts", str(pairs / "sts-test.csv")),),
+                samples=512,
+                length=16,
+                windows=0,
+                evaluation_length=0,
+                blocks=(0, 3),
+                groups=(128, 64, 32),
+                swept=("NU4", "NU2", "W4A16"),
+            )
+        )
     else:
         left_out.append("MiniLM-L6: --sts says where the STS Benchmark is (a folder with sts-train.csv and sts-test.csv)")
     return Size("small", "cpu", tuple(subjects), tuple(left_out))
@@ -85,10 +123,21 @@ def small(data: Data, folder: Path) -> Size:
 def paper(data: Data, folder: Path) -> Size:
     """The paper's set-up: 128 x 2048 tokens of C4, perplexity on 128 windows of 2048."""
     calibration, evaluation = halves(data.c4, folder)
-    first = Subject("Llama-2-7B", "meta-llama/Llama-2-7b-hf", calibration, (("wikitext2", data.wikitext), ("c4", evaluation)), samples=128, length=2048,
-                    windows=128, evaluation_length=2048, blocks=(0, 15, 31), groups=(512, 256, 128, 64, 32),
-                    swept=("NU4", "NU3", "W4A16"), sample_counts=(8, 32, 256),
-                    other_calibrations=(data.wikitext_train, "self", "embedded"))  # fmt: skip
+    first = Subject(
+        "Llama-2-7B",
+        "meta-llama/Llama-2-7b-hf",
+        calibration,
+        (("wikitext2", data.wikitext), ("c4", evaluation)),
+        samples=128,
+        length=2048,
+        windows=128,
+        evaluation_length=2048,
+        blocks=(0, 15, 31),
+        groups=(512, 256, 128, 64, 32),
+        swept=("NU4", "NU3", "W4A16"),
+        sample_counts=(8, 32, 256),
+        other_calibrations=(data.wikitext_train, "self", "embedded"),
+    )
     others = (("Llama-3-8B", "meta-llama/Meta-Llama-3-8B"), ("Mistral-7B", "mistralai/Mistral-7B-v0.1"))
     return Size("paper", "cuda", (first, *(replace(first, name=name, source=source) for name, source in others)))
 
