@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
-EXPERIMENTS = ("perplexity", "losses", "power", "steps", "start", "calibration", "groups", "search")
+EXPERIMENTS = ("perplexity", "losses", "power", "steps", "start", "calibration", "groups", "cost", "search")
 
 
 def main() -> None:

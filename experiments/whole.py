@@ -54,25 +54,25 @@ class WholeModel:
     subject: Subject
     recipe: Recipe
 
-    def measure(self) -> dict[str, Any]:
-        original = self.bench.original(self.subject)
-        work, threads = original.workload(self.subject), self.bench.threads
-        out = self.bench.folder / "out"
-        shutil.rmtree(out, ignore_errors=True)
+    @property
+    def out(self) -> Path:
+        """Where the result lies until the next one."""
+        return self.bench.folder / "out"
+
+    def quantized(self) -> dict[str, Any]:
+        """Quantize into ``out``; what ``leangrid quantize --json`` says of it."""
+        work = self.bench.original(self.subject).workload(self.subject)
+        shutil.rmtree(self.out, ignore_errors=True)
         fields = self.recipe.model_dump(exclude={"calibration"})
-        result = once.quantize(work.source, out, fields, work.windows_file, threads, self.bench.size.device)
+        return once.quantize(work.source, self.out, fields, work.windows_file, self.bench.threads, self.bench.size.device)
+
+    def measure(self) -> dict[str, Any]:
+        result, original = self.quantized(), self.bench.original(self.subject)
         begin = time.perf_counter()
-        figures = original.figures(out)
-        losses = by_kind(out / "records.jsonl")
-        shutil.rmtree(out)
-        cost = {name: result.get(name) for name in _COST} | {"threads": threads, "evaluate_seconds": round(time.perf_counter() - begin, 1)}
-        return {
-            **figures,
-            **{name: result[name] for name in _KEPT},
-            "losses": losses,
-            "calibration_sha256": work.windows_sha256,
-            "cost": cost,
-        }
+        found = original.figures(self.out) | {name: result[name] for name in _KEPT} | {"losses": by_kind(self.out / "records.jsonl")}
+        cost = {name: result.get(name) for name in _COST} | {"threads": self.bench.threads}
+        cost["evaluate_seconds"] = round(time.perf_counter() - begin, 1)
+        return found | {"calibration_sha256": original.workload(self.subject).windows_sha256, "cost": cost}
 
     def elsewhere(self) -> dict[str, Any] | None:
         """The line of another experiment that measured the same."""
