@@ -53,8 +53,7 @@ def evaluate(
     """Measure one model; the keys are those of ``leangrid eval --json``.
 
     Args:
-        model: a leangrid result, a dense checkpoint directory, a hub id or a .gguf file.
-        reference: likewise, what the model is compared with; None: perplexity alone.
+        model, reference: a leangrid result, a dense checkpoint directory, a hub id or a .gguf file.
         text: wikitext2, c4 (their test splits), embedded, or a .txt/.jsonl file: its first ``windows`` x ``length`` tokens.
         length: tokens a window; None: 1024, or as many as the model takes.
 
