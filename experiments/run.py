@@ -13,6 +13,7 @@ import importlib
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
 EXPERIMENTS = ("perplexity", "losses", "power", "steps", "start", "calibration", "groups", "cost", "search")
+SHOWN = ("benchmark", "model", "scheme", "bits", "variant", "steps")
 
 
-def main() -> None:
-    import lines
-    import torch
-    from machine import machine, provenance
-    from sizes import SIZES, Data, size
-    from whole import RESULTS, Bench, WholeModel
-
-    import leangrid
+def arguments() -> argparse.Namespace:
+    from sizes import SIZES, Data
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}; all where none is given")
@@ -45,13 +41,46 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.names) - set(EXPERIMENTS):
         parser.error(f"no such experiment: {', '.join(sorted(unknown))}")
+    return options
+
+
+def missing(path: Path, tasks: Iterable[Any], options: argparse.Namespace, ours: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
+    """The tasks whose line this machine has not made yet."""
+    import lines
+
+    for task in tasks:
+        done = {lines.identity(line) for line in lines.read(path) if ours(line)}
+        if options.model in (None, task.head.get("model")) and (options.again or lines.identity(task.head) not in done):
+            yield task
+
+
+def line_of(task: Any, again: bool, ours: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The task's line, measured, or taken from another experiment that measured the same here."""
+    from machine import provenance
+    from whole import WholeModel
+
+    shared = task.elsewhere() if isinstance(task, WholeModel) and not again else None
+    found = shared if shared and ours(shared) else {**task.measure(), **provenance()}
+    return task.head | {key: value for key, value in found.items() if key not in task.head}
+
+
+def main() -> None:
+    import lines
+    import torch
+    from machine import machine
+    from sizes import Data, size
+    from whole import RESULTS, Bench
+
+    import leangrid
+
+    options = arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
     data = Data(**{name: getattr(options, name) for name in vars(Data())})
-    here, version, failed = machine(), leangrid.__version__, []
+    here, failed = (machine(), leangrid.__version__), []
 
-    def made_here(line: dict[str, Any]) -> bool:
-        return line["machine"] == here and line["versions"]["leangrid"] == version
+    def ours(line: dict[str, Any]) -> bool:
+        return (line["machine"], line["versions"]["leangrid"]) == here
 
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(size(options.size, data, Path(temporary)), Path(temporary), options.threads)
@@ -59,26 +88,16 @@ def main() -> None:
             print(f"left out: {sentence}", file=sys.stderr)
         for name in options.names or EXPERIMENTS:
             path = RESULTS / f"{name}.jsonl"
-            for task in importlib.import_module(name).tasks(bench):
-                if options.model not in (None, task.head.get("model")):
-                    continue
-                done = {lines.identity(line) for line in lines.read(path) if made_here(line)}
-                shown = " ".join(
-                    str(task.head[key]) for key in ("benchmark", "model", "scheme", "bits", "variant", "steps") if key in task.head
-                )
-                if lines.identity(task.head) in done and not options.again:
-                    continue
+            for task in missing(path, importlib.import_module(name).tasks(bench), options, ours):
+                shown = " ".join(str(task.head[key]) for key in SHOWN if key in task.head)
                 print(shown, file=sys.stderr, flush=True)
                 if options.list:
                     continue
                 try:
-                    shared = task.elsewhere() if isinstance(task, WholeModel) and not options.again else None
-                    found = shared if shared and made_here(shared) else {**task.measure(), **provenance()}
+                    lines.add(path, line_of(task, options.again, ours))
                 except Exception:  # one line that cannot be made does not cost the others
                     traceback.print_exc()
                     failed.append(shown)
-                    continue
-                lines.add(path, task.head | {key: value for key, value in found.items() if key not in task.head})
     if failed:
         sys.exit("not made:\n" + "\n".join(failed))
 

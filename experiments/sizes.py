@@ -67,12 +67,12 @@ def small(data: Data, folder: Path) -> Size:
             (("wikitext2", data.wikitext), ("c4", evaluation)),
             samples=8,
             length=512,
-            windows=8,
+            windows=4,
             evaluation_length=512,
             blocks=(0, 15),
-            groups=(192, 64, 32),
-            swept=("NU4", "W4A16"),
-            sample_counts=(1, 2, 4, 16),
+            groups=(192, 64),
+            swept=("NU4",),
+            sample_counts=(1, 4, 16),
             other_calibrations=(data.wikitext_train, "self", "embedded"),
         )
     ]

@@ -132,6 +132,42 @@ def test_lines_are_kept_as_they_are_made(
 
 
 @pytest.fixture
+def small(part: Load, tiny: Callable[..., Path], tmp_path: Path) -> Any:
+    """A bench whose one model is a tiny Llama."""
+    sizes, whole = part("sizes"), part("whole")
+    subject = sizes.Subject("tiny", str(tiny("llama")), "embedded", (("text", "embedded"),), samples=2, length=32, windows=2,
+                            evaluation_length=48, blocks=(1,), groups=(), swept=())  # fmt: skip
+    return whole.Bench(sizes.Size("small", "cpu", (subject,)), tmp_path, 1)
+
+
+def test_layers_are_the_models_own(part: Load, small: Any) -> None:
+    subject = small.size.subjects[0]
+    layers = part("layers").of_blocks(small, subject)
+    assert len(layers) == 7 and layers[0].name == "model.layers.1.self_attn.q_proj"
+    original = small.original(subject)
+    model, _ = part("quality").opened(original.source)
+    seen: list[torch.Tensor] = []
+    model.get_submodule(layers[3].name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].detach()))
+    with torch.no_grad():
+        for window in original.workload(subject).windows:
+            model(input_ids=window[None])
+    x = torch.cat(seen)
+    torch.testing.assert_close(layers[3].matrix, 2 / len(x) * x.T @ x, rtol=1e-4, atol=1e-6)
+    assert torch.equal(layers[3].weight, model.get_submodule(layers[3].name).weight)
+
+
+@pytest.mark.slow
+def test_a_whole_model_is_quantized_and_measured(part: Load, small: Any) -> None:
+    subject = small.size.subjects[0]
+    found = small.whole("perplexity", subject, "NU4", {"method": "x"}).measure()
+    assert found["distance"] == found["kl_mean"] == found["texts"]["text"]["kl_mean"] > 0
+    assert found["losses"]["q_proj"]["layers"] == 2
+    assert sum(kind["loss"] for kind in found["losses"].values()) == pytest.approx(found["loss"])
+    coarse = small.whole("perplexity", subject, "RTN2", {"method": "y"}).measure()
+    assert coarse["distance"] > 2 * found["distance"] and coarse["calibration_sha256"] == found["calibration_sha256"]
+
+
+@pytest.fixture
 def layer(part: Load) -> Any:
     from leangrid.factor import factorize
 
