@@ -6,7 +6,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -84,17 +83,16 @@ class WholeModel:
         return None
 
 
-@dataclass(frozen=True, eq=False)
 class Original:
     """The unquantized model, with its predictions on each text kept."""
 
-    bench: "Bench"
-    source: Path
-    yards: dict[str, Any]
-
-    @cached_property
-    def _workloads(self) -> dict[Subject, Workload]:
-        return {}
+    def __init__(self, bench: "Bench", subject: Subject) -> None:
+        self.bench, self.source = bench, locate_source(subject.source)
+        self._workloads: dict[Subject, Workload] = {}
+        self.source = self.workload(subject).source  # a .gguf file is dequantized here, once
+        device = bench.size.device
+        self.yards = {label: quality.yardstick(self.source, text, subject.windows, subject.evaluation_length, device)
+                      for label, text in subject.texts}  # fmt: skip
 
     def workload(self, subject: Subject) -> Workload:
         """The calibration windows of a subject."""
@@ -130,13 +128,7 @@ class Bench:
 
     def original(self, subject: Subject) -> Original:
         if subject.name not in self._originals:
-            dense = self.folder / f"original-{subject.name}"
-            dense.mkdir()
-            # a .gguf file is dequantized here once
-            first = Workload.open(locate_source(subject.source), "embedded", 1, 16, 0, dense, subject.name)
-            yards = {label: quality.yardstick(first.source, text, subject.windows, subject.evaluation_length, self.size.device)
-                     for label, text in subject.texts}  # fmt: skip
-            self._originals[subject.name] = Original(self, first.source, yards)
+            self._originals[subject.name] = Original(self, subject)
         return self._originals[subject.name]
 
     def whole(self, experiment: str, subject: Subject, scheme: str, label: dict[str, Any] | None = None, **fields: Any) -> WholeModel:

@@ -135,7 +135,9 @@ def test_lines_are_kept_as_they_are_made(
 def small(part: Load, tiny: Callable[..., Path], tmp_path: Path) -> Any:
     """A bench whose one model is a tiny Llama."""
     sizes, whole = part("sizes"), part("whole")
-    subject = sizes.Subject("tiny", str(tiny("llama")), "embedded", (("text", "embedded"),), samples=2, length=32, windows=2,
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The {n}th of many sentences says {n * n}." for n in range(400)), encoding="utf-8")
+    subject = sizes.Subject("tiny", str(tiny("llama2")), str(text), (("text", str(text)),), samples=2, length=32, windows=2,
                             evaluation_length=48, blocks=(1,), groups=(), swept=())  # fmt: skip
     return whole.Bench(sizes.Size("small", "cpu", (subject,)), tmp_path, 1)
 
