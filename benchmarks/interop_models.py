@@ -1,6 +1,7 @@
 """What interop.py shows to the engines: results of ``leangrid quantize``, each made once and kept, and our own answers to a prompt."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,8 +13,11 @@ from workload import default_source
 
 import leangrid
 from leangrid.data.sampling import sample
+from leangrid.export import WHOLE
+from leangrid.finished import Finished
 from leangrid.layers import AffineLinear
 from leangrid.models.gguf import dequantize
+from leangrid.models.gguf_names import describe
 from leangrid.storage import safetensors
 
 PROMPT = "The capital of France is Paris, and the capital of Italy is"
@@ -96,7 +100,7 @@ class Models:
         """What the engine opens."""
         result = self.result(scheme, container, model)
         own = json.loads((result / "manifest.json").read_bytes())["recipe"]["format"]
-        if own == container:
+        if own == container and container not in WHOLE:  # gguf blocks lie in a directory of ours until they are exported
             return result
         out = self.folder / f"{model}-{scheme}-{container}"
         if not out.exists():
@@ -114,6 +118,15 @@ class Models:
             opened, tokenizer = leangrid.load(self.source(model), dtype=torch.float32)
             safetensors.save(file, {"windows": sample(opened, tokenizer, SAMPLES, LENGTH, SEED)}, {})
         return safetensors.load(file)["windows"]
+
+
+def llama_weights(result: Finished) -> Iterator[tuple[str, Tensor]]:
+    """Name in a GGUF file and weight, float32 [rows, cols], rows in llama.cpp's order: of every quantized linear."""
+    model = describe(result.checkpoint.config, "")
+    for name, (rows, _) in result.layers.items():
+        codes, grid = result.layer(name)
+        weight, order = grid.dequantize(codes), model.row_order(f"{name}.weight", rows)
+        yield model.tensor_name(f"{name}.weight"), weight if order is None else weight[order]
 
 
 def _tiny_llama(directory: Path) -> None:
