@@ -51,7 +51,7 @@ class Engine:
     rounds: bool = True  # its weights are rounded to the model's dtype; else they are S (q - Z) in float32
 
 
-TINY, REAL = "tiny-llama", "SmolLM2-135M-Instruct"
+TINY, GEMMA, REAL = "tiny-llama", "tiny-gemma3", "SmolLM2-135M-Instruct"
 KNOWN: dict[str, Engine] = {
     "transformers": Engine(
         (
@@ -60,6 +60,8 @@ KNOWN: dict[str, Engine] = {
             ("W8A16", "compressed-tensors", TINY),
             ("W4A16_G64_SYM", "compressed-tensors", TINY),
             ("W2A16_G32", "compressed-tensors", TINY),
+            ("W5A16", "compressed-tensors", TINY),
+            ("W6A16_G64", "compressed-tensors", TINY),
         ),
         "float32 products of the same weights",
     ),
@@ -95,6 +97,8 @@ KNOWN: dict[str, Engine] = {
             ("W4A16", "gguf", TINY),
             ("W3A16_G64_SYM", "gguf", TINY),
             ("W2A16", "gguf", TINY),
+            ("W5A16", "gguf", TINY),
+            ("W6A16_SYM", "gguf", TINY),
             ("W8A16_SYM", "gguf", TINY),
             *((scheme, "gguf", REAL) for scheme in ("Q4_K", "Q3_K", "Q2_K", "Q4_0")),
             *((scheme, "gguf", TINY) for scheme in ("Q4_K", "Q3_K", "Q2_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")),
@@ -108,7 +112,11 @@ KNOWN: dict[str, Engine] = {
             ("W4A16_G64", "mlx", REAL),
             ("W3A16_G64", "mlx", TINY),
             ("W4A16_G64_SYM", "mlx", TINY),
+            ("W2A16_G32", "mlx", TINY),
+            ("W5A16_G64", "mlx", TINY),
+            ("W6A16_G64", "mlx", TINY),
             ("W8A16_G128", "mlx", TINY),
+            ("W4A16_G64", "mlx", GEMMA),
         ),
         "float32 products in another order",
         rounds=False,

@@ -23,7 +23,7 @@ from quantized_checkpoints import answer, reference, write
 pytestmark = pytest.mark.interop
 
 SRC = Path(leangrid.__file__).parents[1]
-AFFINE = ["W4A16_G64", "W3A16", "W2A16_G16", "W8A16", "W4A16_SYM", "W3A16_G32_SYM"]
+AFFINE = ["W4A16_G64", "W3A16", "W2A16_G16", "W8A16", "W6A16_G64", "W5A16_SYM", "W4A16_SYM", "W3A16_G32_SYM"]
 Made = Callable[..., tuple[Path, Path, dict[str, Tensor]]]
 
 
