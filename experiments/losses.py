@@ -13,4 +13,5 @@ def tasks(bench: Bench) -> Iterator[Task]:
     for subject in bench.size.subjects:
         for bits in (4, 3, 2):
             for grid in ("W{bits}A16", "NU{bits}"):
-                yield bench.whole("losses", subject, grid.format(bits=bits), {"bits": bits}, **KNOWN["paper"])
+                label = {"bits": bits, "variant": "paper", "row": f"{subject.name} {grid.format(bits=bits)}"}
+                yield bench.whole("losses", subject, grid.format(bits=bits), label, **KNOWN["paper"])

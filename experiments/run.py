@@ -4,8 +4,8 @@
     python experiments/run.py power start --size small --stories .models/stories260k                        # two
 
 Each line goes to experiments/results/NAME.jsonl as soon as it is measured. A line that this machine and this version of leangrid have
-made is kept, so the same command goes on where it was stopped (--again measures anew); a line of another machine is replaced. Data by
-name (c4, wikitext2) are fetched; everything else is a path. experiments/README.md shows the lines: python benchmarks/table.py.
+made is kept, so the same command goes on where it was stopped (--again measures anew); lines of another processor stay beside it. Data
+by name (c4, wikitext2) are fetched; everything else is a path. experiments/README.md shows the lines: python benchmarks/table.py.
 """
 
 import argparse
@@ -47,10 +47,12 @@ def arguments() -> argparse.Namespace:
 def missing(path: Path, tasks: Iterable[Any], options: argparse.Namespace, ours: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
     """The tasks whose line this machine has not made yet."""
     import lines
+    from machine import machine
 
+    here = {"machine": machine()}
     for task in tasks:
         done = {lines.identity(line) for line in lines.read(path) if ours(line)}
-        if options.model in (None, task.head.get("model")) and (options.again or lines.identity(task.head) not in done):
+        if options.model in (None, task.head.get("model")) and (options.again or lines.identity(task.head | here) not in done):
             yield task
 
 
