@@ -97,7 +97,9 @@ def rendered(text: str, results: Path = RESULTS) -> str:
             raise SystemExit(f"cannot read {found['open'].strip()}")
         lines = rows(found["file"], where, results)
         table = listed(lines, *parts) if found["kind"] == "table" else pivoted(lines, *parts)
-        numeric = [re.fullmatch(r"[-+0-9._,%/ einf]*", cell) is not None for cell in table[1]] if len(table) > 1 else [False] * len(table[0])
+        numeric = (
+            [re.fullmatch(r"[-+0-9._,%/ einf]*", cell) is not None for cell in table[1]] if len(table) > 1 else [False] * len(table[0])
+        )
         rule = ["---:" if number else "---" for number in numeric]
         body = "\n".join(f"| {' | '.join(cells)} |" for cells in (table[0], rule, *table[1:]))
         return f"{found['open']}{body}\n{found['close']}"

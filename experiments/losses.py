@@ -11,7 +11,7 @@ from whole import Bench, Task
 
 def tasks(bench: Bench) -> Iterator[Task]:
     for subject in bench.size.subjects:
-        for bits in (4, 3, 2):
+        for bits in subject.bits:
             for grid in ("W{bits}A16", "NU{bits}"):
                 label = {"bits": bits, "variant": "paper", "row": f"{subject.name} {grid.format(bits=bits)}"}
                 yield bench.whole("losses", subject, grid.format(bits=bits), label, **KNOWN["paper"])

@@ -21,6 +21,6 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
 
 def tasks(bench: Bench) -> Iterator[Task]:
     for subject in bench.causal():
-        for bits in (4, 3, 2):
+        for bits in subject.bits:
             for method, (scheme, fields) in METHODS.items():
                 yield bench.whole("perplexity", subject, scheme.format(bits=bits), {"method": method, "bits": bits}, **fields)

@@ -35,6 +35,7 @@ class Subject:
     blocks: tuple[int, ...]  # whose linears the experiments on layers take
     groups: tuple[int, ...]  # group sizes, in columns
     swept: tuple[str, ...]  # schemes of the sweep over p
+    bits: tuple[int, ...] = (4, 3, 2)  # at which whole models are quantized
     sample_counts: tuple[int, ...] = ()  # of the sweep over the amount of calibration
     other_calibrations: tuple[str, ...] = ()
 
@@ -70,9 +71,10 @@ def small(data: Data, folder: Path) -> Size:
             windows=4,
             evaluation_length=512,
             blocks=(0, 15),
-            groups=(192, 64),
+            groups=(64,),
             swept=("NU4",),
-            sample_counts=(1, 4, 16),
+            bits=(4, 3),
+            sample_counts=(2, 16),
             other_calibrations=(data.wikitext_train, "self", "embedded"),
         )
     ]
@@ -91,7 +93,7 @@ def small(data: Data, folder: Path) -> Size:
                 evaluation_length=512,
                 blocks=(0, 2, 4),
                 groups=(32, 16),
-                swept=("NU4", "NU3", "NU2", "W4A16", "W3A16"),
+                swept=("NU4", "NU3", "NU2", "W4A16"),
                 sample_counts=(1, 2, 4, 8, 16, 64),
                 other_calibrations=("self", "embedded"),
             )
@@ -111,8 +113,8 @@ def small(data: Data, folder: Path) -> Size:
                 windows=0,
                 evaluation_length=0,
                 blocks=(0, 3),
-                groups=(128, 64, 32),
-                swept=("NU4", "NU2", "W4A16"),
+                groups=(128, 32),
+                swept=("NU4", "W4A16"),
             )
         )
     else:
