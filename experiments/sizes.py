@@ -70,7 +70,7 @@ def small(data: Data, folder: Path) -> Size:
             length=512,
             windows=4,
             evaluation_length=512,
-            blocks=(0, 15),
+            blocks=(15,),
             groups=(64,),
             swept=("NU4",),
             bits=(4, 3),
@@ -112,7 +112,7 @@ def small(data: Data, folder: Path) -> Size:
                 length=16,
                 windows=0,
                 evaluation_length=0,
-                blocks=(0, 3),
+                blocks=(3,),
                 groups=(128, 32),
                 swept=("NU4", "W4A16"),
             )
