@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leangrid.report.plots import RATIOS, Axis, Shades, dots, line, pareto, ratio_step, strokes
+from leangrid.report.plots import RATIOS, Axis, Shades, dots, line, pareto, ratio_step, stairs, strokes
 
 NUMBERS = st.floats(allow_nan=True, allow_infinity=True)
 SOUND = st.floats(min_value=-1e12, max_value=1e12)
@@ -41,6 +41,7 @@ def test_paths_leave_out_what_is_no_number() -> None:
     axis = Axis(0.0, 10.0)
     points = [(0.0, 0.0), (math.nan, 1.0), (10.0, 10.0)]
     assert dots(points, axis, axis) == "M0 100h0M100 0h0" and line(points, axis, axis) == "M0 100L100 0" and line([], axis, axis) == ""
+    assert stairs(points, axis, axis) == "M0 100H100V0" and stairs([], axis, axis) == ""
     assert strokes([5.0, math.inf], axis) == "M50 0v100"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from leangrid.report.facts import finite
 from leangrid.report.page import template
-from leangrid.report.plots import Axis, dots, line
+from leangrid.report.plots import Axis, dots, stairs
 
 
 def comparison_page(result: Mapping[str, Any]) -> str:
@@ -34,7 +34,7 @@ def _plot(rows: list[dict[str, Any]], measure: str) -> dict[str, Any] | None:
     return {
         "x": x,
         "y": y,
-        "front": line(front, x, y),
+        "front": stairs(front, x, y),
         "on": dots([(row["bytes"], row[measure]) for row in rows if row["front"]], x, y),
         "off": dots([(row["bytes"], row[measure]) for row in rows if not row["front"]], x, y),
         "marks": marks,

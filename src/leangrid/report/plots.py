@@ -76,6 +76,12 @@ def line(points: Iterable[tuple[Number, Number]], x: Axis, y: Axis) -> str:
     return "M" + "L".join(kept) if kept else ""
 
 
+def stairs(points: Iterable[tuple[Number, Number]], x: Axis, y: Axis) -> str:
+    """A path through the points, first along and then up or down: what lies beyond a front of finite many."""
+    kept = [(x.at(a), y.down(b)) for a, b in points if finite(a) and finite(b)]
+    return f"M{kept[0][0]:g} {kept[0][1]:g}" + "".join(f"H{a:g}V{b:g}" for a, b in kept[1:]) if kept else ""
+
+
 def strokes(values: Iterable[Number], x: Axis) -> str:
     """A path with a line from top to bottom at each value."""
     return "".join(f"M{x.at(value):g} 0v100" for value in values if finite(value))
