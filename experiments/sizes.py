@@ -18,6 +18,7 @@ class Data:
     wikitext_train: str = "wikitext2"
     stories: str = ".models/stories260k"  # what benchmarks/stories260k.py leaves
     sts: str | None = None  # the STS Benchmark's folder: sts-train.csv, sts-test.csv
+    tasks_dir: str | None = None  # what benchmarks/local_tasks.py leaves; the hub where none is given
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Subject:
     bits: tuple[int, ...] = (4, 3, 2)  # at which whole models are quantized
     sample_counts: tuple[int, ...] = ()  # of the sweep over the amount of calibration
     other_calibrations: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()  # of lm-evaluation-harness
+    documents: int | None = None  # of each task, from its start; None: all
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Size:
     device: str
     subjects: tuple[Subject, ...]
     left_out: tuple[str, ...] = ()  # a sentence for each model that is not here
+    tasks: Path | None = None  # where the tasks' data lie
 
     def find(self, name: str) -> Subject | None:
         return next((subject for subject in self.subjects if subject.name == name), None)
@@ -76,6 +80,8 @@ def small(data: Data, folder: Path) -> Size:
             bits=(4, 3),
             sample_counts=(2, 16),
             other_calibrations=(data.wikitext_train, "self", "embedded"),
+            tasks=("arc_easy", "hellaswag", "piqa", "winogrande"),
+            documents=100,
         )
     ]
     left_out = []
@@ -119,7 +125,7 @@ def small(data: Data, folder: Path) -> Size:
         )
     else:
         left_out.append("MiniLM-L6: --sts says where the STS Benchmark is (a folder with sts-train.csv and sts-test.csv)")
-    return Size("small", "cpu", tuple(subjects), tuple(left_out))
+    return Size("small", "cpu", tuple(subjects), tuple(left_out), _folder(data.tasks_dir))
 
 
 def paper(data: Data, folder: Path) -> Size:
@@ -139,9 +145,15 @@ def paper(data: Data, folder: Path) -> Size:
         swept=("NU4", "NU3", "W4A16"),
         sample_counts=(8, 32, 256),
         other_calibrations=(data.wikitext_train, "self", "embedded"),
+        tasks=("arc_easy", "arc_challenge", "lambada_openai", "mmlu", "hellaswag", "piqa", "winogrande"),
     )
     others = (("Llama-3-8B", "meta-llama/Meta-Llama-3-8B"), ("Mistral-7B", "mistralai/Mistral-7B-v0.1"))
-    return Size("paper", "cuda", (first, *(replace(first, name=name, source=source) for name, source in others)))
+    subjects = (first, *(replace(first, name=name, source=source) for name, source in others))
+    return Size("paper", "cuda", subjects, tasks=_folder(data.tasks_dir))
+
+
+def _folder(name: str | None) -> Path | None:
+    return None if name is None else Path(name)
 
 
 SIZES = {"small": small, "paper": paper}
