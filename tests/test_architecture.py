@@ -25,6 +25,7 @@ ONLY_IN = {
     "matplotlib": ("report/",),
     "vllm": ("vllm_plugin.py", "vllm_linear.py"),
     "onnx": ("onnx_export.py",),
+    "lm_eval": ("evaluate/harness.py",),
     "pickle": (),
     "marshal": (),
     "shelve": (),
