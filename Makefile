@@ -71,7 +71,7 @@ bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a 
 	$(BIN)/python benchmarks/scaling.py --small --repeats 2 --out $(RESULTS)/scaling.jsonl
 	$(BIN)/python benchmarks/quantize_time.py --samples $(SAMPLES) --length $(LENGTH) --rounds 1 --out $(RESULTS)/quantize_time.jsonl
 	$(BIN)/python benchmarks/quality.py --calibration $(CALIBRATION) --text $(TEXT) --samples $(SAMPLES) --length $(LENGTH) --windows 12 \
-		--schemes W4A16_G64,NU4 --out $(RESULTS)/quality.jsonl
+		--schemes W4A16_G64,NU4 --variants default --out $(RESULTS)/quality.jsonl
 	$(BIN)/python benchmarks/table.py
 race: $(SETUP) $(MODELS)  ## against GPTQModel and llm-compressor, side by side; installs them in .peers (3 GB, needs a network)
 	$(BIN)/python benchmarks/race.py --calibration $(CALIBRATION) --text $(TEXT) --out $(RESULTS)/race.jsonl

@@ -1,8 +1,8 @@
 """Another project's environment: built once from its pinned list, and one process of its own for each job.
 
 Two comments in a list are read: ``# without: NAME ...`` is uninstalled afterwards (what the list's packages ask for and a CPU cannot
-load), ``# with: leangrid`` installs this project without its dependencies (the list names those that are needed), and again when it
-changed.
+load), ``# with: leangrid`` installs this project without its dependencies (the list names those that are needed); where it changed since,
+it alone is installed again.
 """
 
 import hashlib
@@ -41,20 +41,22 @@ class Environment:
 
     def build(self) -> None:
         """Make the environment, unless it stands and was made from the same list; EnvironmentFailed with pip's last words."""
-        digest = hashlib.sha256(self.packages.read_bytes())
-        for file in _own_files() if self.has_leangrid else ():
-            digest.update(file.read_bytes())
+        wanted = [_digest(files) for files in ([self.packages], _own_files() if self.has_leangrid else []) if files]
         stamp = self.environments / self.name / ".built-from"
-        if stamp.is_file() and stamp.read_text(encoding="ascii") == digest.hexdigest():
+        found = stamp.read_text(encoding="ascii").split("\n") if stamp.is_file() else []
+        if found == wanted:
             return
-        print(f"building {self.python.parent.parent}: about 1.5 GB from the package index", file=sys.stderr, flush=True)
+        standing = found[:1] == wanted[:1]  # from the same list: only leangrid in it is older
+        what = "leangrid anew" if standing else "about 1.5 GB from the package index"
+        print(f"building {self.python.parent.parent}: {what}", file=sys.stderr, flush=True)
         log = self.environments / f"{self.name}.log"
         self.environments.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
         with log.open("w", encoding="utf-8") as stream:
-            for command in self._steps():
+            for command in [self._leangrid] if standing else self._steps():
                 if subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=_environment(1), check=False).returncode:
                     raise EnvironmentFailed(f"{self.name} cannot be installed ({log}):\n{tail(log)}")
-        stamp.write_text(digest.hexdigest(), encoding="ascii")
+        stamp.write_text("\n".join(wanted), encoding="ascii")
 
     @property
     def has_leangrid(self) -> bool:
@@ -64,18 +66,23 @@ class Environment:
         found = re.search(rf"^# {word}: (.*)$", self.packages.read_text(encoding="utf-8"), re.MULTILINE)
         return found[1].split() if found else []
 
+    @property
+    def _install(self) -> tuple[str, ...]:
+        return (str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off")
+
+    @property
+    def _leangrid(self) -> tuple[str, ...]:
+        return (*self._install, "--no-deps", "--force-reinstall", str(ROOT))
+
     def _steps(self) -> list[tuple[str, ...]]:
-        install = (str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off")
         lines = self.packages.read_text(encoding="utf-8").splitlines()
         steps = [(sys.executable, "-m", "venv", "--clear", str(self.python.parent.parent))]
         # torch first and alone: plain pip picks the build that belongs to this machine, the rest then fits itself to it
-        steps += [(*install, line.strip()) for line in lines if line.startswith("torch==")]
-        steps.append((*install, "--requirement", str(self.packages)))
+        steps += [(*self._install, line.strip()) for line in lines if line.startswith("torch==")]
+        steps.append((*self._install, "--requirement", str(self.packages)))
         if unwanted := self._named("without"):
             steps.append((str(self.python), "-m", "pip", "uninstall", "--yes", *unwanted))
-        if self.has_leangrid:
-            steps.append((*install, "--no-deps", "--force-reinstall", str(ROOT)))
-        return steps
+        return [*steps, self._leangrid] if self.has_leangrid else steps
 
     def run(self, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         """Give a job (with "threads") to the runner, in a process that works in ``folder``; what it wrote to the job's "result".
@@ -111,6 +118,13 @@ def _environment(threads: int) -> dict[str, str]:
     # GPTQModel's pool of workers: at least 2, or it refuses to start. Nothing is fetched during a run.
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     return kept | threads_environment(threads) | quiet | {"GPTQMODEL_CPU_WORKERS": str(max(2, threads))}
+
+
+def _digest(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _own_files() -> list[Path]:

@@ -10,7 +10,9 @@ result of ``leangrid quantize``, exported to the engine's container where it is 
 * max_logit_difference, kl: over all tokens of the prompt, from our model in the engine's dtype (float32 unless its runner says otherwise).
 * greedy_equal: the next 32 tokens are the same. Where they are not, ``margin`` is our model's logit of its own token less its logit of
   the engine's, at the first place where they differ: a small one is a tie that rounding decides, a large one a model that was read wrongly.
-* state: ok; differs (kl or margin above what the engine's arithmetic explains); or why there is no figure: not installed, failed, refused.
+* weights_equal: whether every quantized linear as the engine itself dequantizes it (llama.cpp does, where asked) is ours bit for bit.
+* state: ok; differs (other weights, or kl or margin above what the engine's arithmetic explains); or why there is no figure: not
+  installed, failed, refused.
 
 Exit 1 where a case differs or fails.
 """
@@ -25,11 +27,12 @@ from typing import Any
 import lines
 import torch
 from environment import Environment, EnvironmentFailed
-from interop_models import Models, Ours
+from interop_models import Models, Ours, llama_weights
 from machine import provenance
 from safetensors.torch import load_file
 
 from leangrid.errors import LeangridError
+from leangrid.finished import Finished
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ROOT / "tests" / "interop" / "engines"
@@ -48,7 +51,7 @@ class Engine:
     rounds: bool = True  # its weights are rounded to the model's dtype; else they are S (q - Z) in float32
 
 
-TINY, REAL = "tiny-llama", "SmolLM2-135M-Instruct"
+TINY, GEMMA, REAL = "tiny-llama", "tiny-gemma3", "SmolLM2-135M-Instruct"
 KNOWN: dict[str, Engine] = {
     "transformers": Engine(
         (
@@ -57,6 +60,8 @@ KNOWN: dict[str, Engine] = {
             ("W8A16", "compressed-tensors", TINY),
             ("W4A16_G64_SYM", "compressed-tensors", TINY),
             ("W2A16_G32", "compressed-tensors", TINY),
+            ("W5A16", "compressed-tensors", TINY),
+            ("W6A16_G64", "compressed-tensors", TINY),
         ),
         "float32 products of the same weights",
     ),
@@ -92,7 +97,11 @@ KNOWN: dict[str, Engine] = {
             ("W4A16", "gguf", TINY),
             ("W3A16_G64_SYM", "gguf", TINY),
             ("W2A16", "gguf", TINY),
+            ("W5A16", "gguf", TINY),
+            ("W6A16_SYM", "gguf", TINY),
             ("W8A16_SYM", "gguf", TINY),
+            *((scheme, "gguf", REAL) for scheme in ("Q4_K", "Q3_K", "Q2_K", "Q4_0")),
+            *((scheme, "gguf", TINY) for scheme in ("Q4_K", "Q3_K", "Q2_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")),
         ),
         "8-bit activations",
         bounds=(0.02, 0.5),
@@ -103,7 +112,11 @@ KNOWN: dict[str, Engine] = {
             ("W4A16_G64", "mlx", REAL),
             ("W3A16_G64", "mlx", TINY),
             ("W4A16_G64_SYM", "mlx", TINY),
+            ("W2A16_G32", "mlx", TINY),
+            ("W5A16_G64", "mlx", TINY),
+            ("W6A16_G64", "mlx", TINY),
             ("W8A16_G128", "mlx", TINY),
+            ("W4A16_G64", "mlx", GEMMA),
         ),
         "float32 products in another order",
         rounds=False,
@@ -145,7 +158,14 @@ def compared(ours: Ours, theirs: dict[str, Any], logits: torch.Tensor | None) ->
 def verdict(found: dict[str, Any], engine: Engine) -> str:
     """ok or differs."""
     kl, margin = engine.bounds or BOUNDS[found["dtype"]]
-    return "ok" if found.get("kl", 0.0) <= kl and (found["greedy_equal"] or found.get("margin", margin) < margin) else "differs"
+    near = found.get("kl", 0.0) <= kl and (found["greedy_equal"] or found.get("margin", margin) < margin)
+    return "ok" if near and found.get("weights_equal", True) else "differs"
+
+
+def equal_weights(directory: Path, file: Path) -> bool:
+    """Whether ``file`` holds every quantized linear of the result as llama.cpp keeps it, bit for bit."""
+    theirs = load_file(file)
+    return all(torch.equal(theirs[name], weight.flatten()) for name, weight in llama_weights(Finished.open(directory)))
 
 
 def run_case(name: str, case: tuple[str, str, str], models: Models, settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -156,8 +176,9 @@ def run_case(name: str, case: tuple[str, str, str], models: Models, settings: ar
     try:
         directory, exported = models.result(scheme, container, model), models.exported(scheme, container, model)
         job = {"model": str(exported), "tokens": models.prompt(model), "new": NEW, "logits": str(folder / "logits.safetensors"),
-               "threads": settings.threads}  # fmt: skip
-        (folder / "logits.safetensors").unlink(missing_ok=True)
+               "weights": str(folder / "weights.safetensors"), "threads": settings.threads}  # fmt: skip
+        for kind in ("logits", "weights"):
+            Path(job[kind]).unlink(missing_ok=True)
         theirs = environment.run(job, folder)
     except LeangridError as error:
         return about | {"state": f"refused: {error}"}
@@ -167,6 +188,8 @@ def run_case(name: str, case: tuple[str, str, str], models: Models, settings: ar
     logits = load_file(folder / "logits.safetensors")["logits"] if (folder / "logits.safetensors").is_file() else None
     rounds = theirs.get("rounds", KNOWN[name].rounds)
     found = {"dtype": dtype} | compared(Ours.of(directory, models.prompt(model), NEW, getattr(torch, dtype), rounds), theirs, logits)
+    if (folder / "weights.safetensors").is_file():
+        found["weights_equal"] = equal_weights(directory, folder / "weights.safetensors")
     notes = {"note": theirs["note"]} if "note" in theirs else {}
     return about | {**found, "state": verdict(found, KNOWN[name]), **notes,
                     "version": next(iter(theirs["versions"].values())), "engine_versions": theirs["versions"]}  # fmt: skip

@@ -1,6 +1,7 @@
 """What interop.py shows to the engines: results of ``leangrid quantize``, each made once and kept, and our own answers to a prompt."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -12,8 +13,11 @@ from workload import default_source
 
 import leangrid
 from leangrid.data.sampling import sample
+from leangrid.export import WHOLE
+from leangrid.finished import Finished
 from leangrid.layers import AffineLinear
 from leangrid.models.gguf import dequantize
+from leangrid.models.gguf_names import describe
 from leangrid.storage import safetensors
 
 PROMPT = "The capital of France is Paris, and the capital of Italy is"
@@ -76,8 +80,8 @@ class Models:
         source = self.kept / model / "source"
         if not (source / "config.json").is_file():
             (self.kept / model).mkdir(parents=True, exist_ok=True)
-            if model == TINY:
-                _tiny_llama(source)
+            if model in TINY_MODELS:
+                _tiny(model, source)
             else:
                 dequantize(default_source(), source)
         return source
@@ -96,7 +100,7 @@ class Models:
         """What the engine opens."""
         result = self.result(scheme, container, model)
         own = json.loads((result / "manifest.json").read_bytes())["recipe"]["format"]
-        if own == container:
+        if own == container and container not in WHOLE:  # gguf blocks lie in a directory of ours until they are exported
             return result
         out = self.folder / f"{model}-{scheme}-{container}"
         if not out.exists():
@@ -116,19 +120,44 @@ class Models:
         return safetensors.load(file)["windows"]
 
 
-def _tiny_llama(directory: Path) -> None:
-    """Two blocks with shapes that the real model lacks: columns that divide by 256 (and 128), a head of its own; the real tokenizer."""
+def llama_weights(result: Finished) -> Iterator[tuple[str, Tensor]]:
+    """Name in a GGUF file and weight, float32 [rows, cols], rows in llama.cpp's order: of every quantized linear."""
+    model = describe(result.checkpoint.config, "")
+    for name, (rows, _) in result.layers.items():
+        codes, grid = result.layer(name)
+        weight, order = grid.dequantize(codes), model.row_order(f"{name}.weight", rows)
+        yield model.tensor_name(f"{name}.weight"), weight if order is None else weight[order]
+
+
+def _tiny(model: str, directory: Path) -> None:
+    """``model`` with random weights, bfloat16, and the real model's tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(Models(directory.parents[1], directory).source("SmolLM2-135M-Instruct"))
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, head_dim=64,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64,
+        "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
     torch.manual_seed(SEED)
-    model = transformers.LlamaForCausalLM(config).bfloat16()
+    made = TINY_MODELS[model](sizes).bfloat16()
+    tied = made.config.tie_word_embeddings
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in made.named_parameters():
             if parameter.ndim == 2:  # logits of spread 4, so that the largest stands out
-                parameter.normal_(std=1.0 if "embed" in name else (4.0 if "lm_head" in name else 1.0) * parameter.shape[1] ** -0.5)
-    model.save_pretrained(directory)
+                inside = (4.0 if "lm_head" in name or (tied and "embed" in name) else 1.0) * parameter.shape[1] ** -0.5
+                parameter.normal_(std=1.0 if "embed" in name and not tied else inside)
+    made.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _llama(sizes: dict[str, Any]) -> transformers.PreTrainedModel:
+    """Two blocks with shapes that the real model lacks: columns that divide by 256 (and 128), a head of its own."""
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=2, tie_word_embeddings=False))
+
+
+def _gemma3(sizes: dict[str, Any]) -> transformers.PreTrainedModel:
+    """Six blocks: five that look back 16 tokens, which generation leaves behind, and one that sees everything."""
+    config = transformers.Gemma3TextConfig(**sizes, num_hidden_layers=6, sliding_window=16, query_pre_attn_scalar=64)
+    return transformers.Gemma3ForCausalLM(config)
+
+
+TINY_MODELS = {TINY: _llama, "tiny-gemma3": _gemma3}

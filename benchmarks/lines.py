@@ -46,8 +46,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def identity(line: Mapping[str, Any]) -> str:
-    """Equal for two runs of one measurement."""
-    return json.dumps([line.get(name) for name in _IDENTITY], sort_keys=True)
+    """Equal for two runs of one measurement on one kind of processor."""
+    return json.dumps([line.get(name) for name in _IDENTITY] + [line.get("machine", {}).get("cpu")], sort_keys=True)
 
 
 def text(line: Mapping[str, Any]) -> str:

@@ -14,12 +14,14 @@ cell shows, several values with a slash between them. A head of its own is writt
     <!-- pivot: quality.jsonl model=stories260K | scheme, bits_per_weight:.2f=bits | variant: default, paper | kl_mean:.3f -->
     <!-- end -->
 
-Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p.
+Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p, a value with spaces in
+double quotes: machine.cpu="AMD EPYC".
 """
 
 import argparse
 import json
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +58,7 @@ def field(line: Line, name: str) -> Any:
 def rows(file: str, where: str, results: Path = RESULTS) -> list[Line]:
     """The JSON lines of ``file`` (or the "rows" of a .json file) whose fields equal every ``name=value`` in ``where``."""
     text = (results / file).read_text(encoding="utf-8")
-    wanted = dict(part.split("=", 1) for part in where.split())
+    wanted = dict(part.split("=", 1) for part in shlex.split(where))
     lines = json.loads(text)["rows"] if file.endswith(".json") else [json.loads(line) for line in text.splitlines() if line.strip()]
     chosen = [line for line in lines if all(str(field(line, name)) == value for name, value in wanted.items())]
     if not chosen:

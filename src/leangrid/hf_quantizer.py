@@ -2,6 +2,9 @@
 
 Everything a damaged file could spoil is checked here, so it holds for ``leangrid.load`` and ``from_pretrained`` alike:
 names, shapes and dtypes against the headers before a tensor is read, values before the model is handed out.
+
+Importing this file is what adds the row: transformers_hook imports it while transformers is being imported, and that may be
+half way through this file's own import.
 """
 
 import re
@@ -27,12 +30,6 @@ METHOD = FORMATS["lut"].QUANT_METHOD
 _OF_LAYERS = (FORMATS["lut"], FORMATS["compressed-tensors"], FORMATS["mlx"])  # stored as the layers' own buffers
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64,
            "U32": torch.uint32, "U8": torch.uint8}  # fmt: skip
-
-
-def register() -> None:
-    """Add ``quant_method: leangrid`` to transformers. Calling it twice changes nothing."""
-    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, LeangridConfig)
-    AUTO_QUANTIZER_MAPPING.setdefault(METHOD, LeangridQuantizer)
 
 
 def through_leangrid(quantization_config: dict[str, Any], dtype: str | None = None) -> dict[str, Any]:
@@ -205,3 +202,7 @@ def _headers(files: list[str]) -> dict[str, TensorInfo]:
 def _spellings(name: str, prefix: str) -> tuple[str, ...]:
     """Names under which a checkpoint may keep the module ``name``: a base model is stored with or without its prefix."""
     return (name, f"{prefix}.{name}", re.sub(rf"^{re.escape(prefix)}\.", "", name)) if prefix else (name,)
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, LeangridConfig)
+AUTO_QUANTIZER_MAPPING.setdefault(METHOD, LeangridQuantizer)

@@ -23,12 +23,12 @@ from leangrid.grids import (
     GroupedGrid,
     NonuniformGrid,
     Precision,
-    as_offset,
     fit_affine,
     fit_minmax,
     fit_nonuniform,
     fit_offset,
     fit_superblock,
+    minmax_offset,
     minmax_superblock,
 )
 from leangrid.grids.protocol import check_weight
@@ -211,8 +211,10 @@ class _Layer:
         with self.timed("baseline"):
             if self.scheme.grid == "superblock":
                 return minmax_superblock(self.target, BLOCK_TYPES[self.scheme.block or ""])
-            grid = fit_minmax(self.target, self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, self.dtype)
-            return (as_offset(grid, self.dtype) if self.scheme.grid == "offset" else grid).clamped(self.precision)
+            bits, group_size = self.scheme.bits, self.scheme.group_size
+            if self.scheme.grid == "offset":
+                return minmax_offset(self.target, bits, group_size, self.dtype).clamped(self.precision)
+            return fit_minmax(self.target, bits, group_size, self.scheme.symmetric, self.dtype).clamped(self.precision)
 
     def as_kind(self, minmax: GroupedGrid) -> Grid:
         """A min-max grid in the scheme's own format (whole rows, where that is non-uniform)."""

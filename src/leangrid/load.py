@@ -51,7 +51,6 @@ def load(
     quantization = stored.get("quantization_config")
     if quantization is not None:
         schemes_of(quantization, ())  # refused here, by name, before transformers sees it
-        hf_quantizer.register()
         config.quantization_config = hf_quantizer.through_leangrid(quantization, stored.get("dtype") or stored.get("torch_dtype"))
     model = _from_pretrained(model_class, directory, config, dtype)
     if dense:

@@ -21,6 +21,7 @@ from leangrid.errors import RecipeError
 GridKind = Literal["affine", "offset", "superblock", "nonuniform"]
 Method = Literal["leanquant", "gptq", "rtn"]
 
+AFFINE_BITS, NONUNIFORM_BITS = (2, 3, 4, 5, 6, 8), (2, 3, 4)
 OFFSET_FORMATS = frozenset({"mlx"})  # containers whose readers compute S q + B: B is a stored number, Z need not be an integer
 
 _SCHEME = re.compile(r"^(?:W(?P<w>\d+)A16|NU(?P<nu>\d+)|GPTQ(?P<gptq>\d+)|RTN(?P<rtn>\d+))"
@@ -78,7 +79,7 @@ class Scheme(BaseModel):
         return Scheme.of_block(BLOCK_TYPES[self.block].fitting(cols), self.method)
 
     def _check(self, text: str) -> None:
-        allowed = (2, 3, 4) if self.grid == "nonuniform" else (2, 3, 4, 8)
+        allowed = NONUNIFORM_BITS if self.grid == "nonuniform" else AFFINE_BITS
         if self.bits not in allowed:
             raise RecipeError(f"{self.bits} bits are not available in '{text}'", "--scheme", f"Choose one of {allowed}")
         if self.grid == "nonuniform" and (self.group_size or self.symmetric):

@@ -26,7 +26,7 @@ def install() -> None:
 
 def _register() -> None:
     try:
-        importlib.import_module("leangrid.hf_quantizer").register()
+        importlib.import_module("leangrid.hf_quantizer")  # adds the row when it is executed, once
     except ImportError as error:  # an older or newer transformers must stay usable for everything else
         warnings.warn(f"leangrid cannot register with this transformers, so it will not open LUT results: {error}", stacklevel=2)
 

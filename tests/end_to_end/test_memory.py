@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import tiny_models
+from leangrid.models.gguf import dequantize
 
 _RUN = """
 import json, sys
@@ -40,3 +41,20 @@ def test_peak_is_flat_in_the_number_of_blocks(tmp_path: Path) -> None:
     block_bytes = 4 * (3 * 384 * 384 + 3 * 3 * 384 * 384)  # float32: 7 MB, so 8 more blocks hold 57 MB
     assert many["peak"] - few["peak"] < 2 * block_bytes
     assert many["after_block"][-1] - many["after_block"][2] < 2 * block_bytes
+
+
+def _said(*arguments: object) -> dict:
+    done = subprocess.run([sys.executable, "-m", "leangrid", *map(str, arguments), "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.fault("R3")
+@pytest.mark.parametrize("scheme", ["W4A16_G64", "NU4", "GPTQ4"])
+def test_the_plan_of_a_real_model_is_the_peak_of_its_process(smollm2_gguf: Path, tmp_path: Path, scheme: str) -> None:
+    dequantize(smollm2_gguf, tmp_path / "source")
+    asked = ("--scheme", scheme, "--calibration", "embedded", "--samples", 8, "--length", 512)
+    planned = _said("plan", tmp_path / "source", *asked)
+    ran = _said("quantize", tmp_path / "source", tmp_path / "out", *asked)
+    assert planned["peak_ram_bytes"] == pytest.approx(ran["peak_ram_bytes"], rel=0.2)

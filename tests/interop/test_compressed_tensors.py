@@ -9,11 +9,11 @@ from compressed_tensors.quantization import QuantizationConfig
 from leangrid import packing
 from leangrid.formats import compressed_tensors
 from leangrid.grids import AffineGrid
-from leangrid.recipe import Scheme
+from leangrid.recipe import AFFINE_BITS, Scheme
 
 pytestmark = pytest.mark.interop
 
-BITS = [2, 3, 4, 8]
+BITS = AFFINE_BITS
 
 
 def random_layer(scheme: Scheme, rows: int, cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, AffineGrid]:

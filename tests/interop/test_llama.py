@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 import leangrid
 import tiny_models
 from leangrid.finished import Finished
-from leangrid.models.gguf_names import describe
 from leangrid.models.gguf_vocab import _LLAMA3, _QWEN2, _TEKKEN
 from leangrid.storage.writer import amend
 
@@ -56,22 +56,18 @@ def finished(model: str, scheme: str, out: Path) -> Path:
 
 @pytest.mark.parametrize("model", ["llama2", "llama3", "llama3_tied", "mistral", "qwen2", "qwen3", "gemma3"])
 @pytest.mark.parametrize("scheme", ["W4A16_G32", "W4A16_G32_SYM", "W8A16_SYM"])
-def test_weights_and_logits(model: str, scheme: str, tmp_path: Path) -> None:
+def test_weights_and_logits(model: str, scheme: str, tmp_path: Path, bench: Callable[[str], ModuleType]) -> None:
     source = finished(model, scheme, tmp_path / "out")
     leangrid.export(source, tmp_path / "gguf", to="gguf")
     tokens = tiny_models.tokens(1, 14)[0].tolist()
     asked(tmp_path / "gguf", tokens, 4, tmp_path, weights=str(tmp_path / "weights.safetensors"))
     result, weights = Finished.open(source), load_file(tmp_path / "weights.safetensors")
-    names, ours = (
-        describe(result.checkpoint.config, "x"),
-        hf.AutoModelForCausalLM.from_pretrained(source.parent / "source", dtype=torch.float32),
-    )
-    for name, (rows, cols) in result.layers.items():
+    for name, weight in bench("interop_models").llama_weights(result):
+        assert torch.equal(weights[name], weight.flatten()), name
+    ours = hf.AutoModelForCausalLM.from_pretrained(source.parent / "source", dtype=torch.float32)
+    for name in result.layers:
         codes, grid = result.layer(name)
-        weight, order = grid.dequantize(codes), names.row_order(f"{name}.weight", rows)
-        ours.get_submodule(name).weight.data = weight
-        read = weights[names.tensor_name(f"{name}.weight")].reshape(rows, cols)
-        assert torch.equal(read, weight if order is None else weight[order]), name
+        ours.get_submodule(name).weight.data = grid.dequantize(codes)
     with torch.no_grad():
         expected = ours.eval()(torch.tensor([tokens])).logits[0]
     got = load_file(tmp_path / "logits.safetensors")["logits"]

@@ -106,7 +106,7 @@ def test_transformers_refuses_asymmetric_mixtures_aloud(mixed: Made) -> None:
         ({"layers": {"mlp.donw_proj": "W8A16"}}, r"'mlp\.donw_proj' names no layer"),
         ({"layers": {"down_pro": "W8A16"}}, "names no layer"),
         ({"layers": {"re:(": "W8A16"}}, "no pattern"),
-        ({"layers": {"mlp.down_proj": "W5A16"}}, "5 bits"),
+        ({"layers": {"mlp.down_proj": "W7A16"}}, "7 bits"),
         ({"layers": {"q_proj": "W8A16"}}, r"q_proj, k_proj, v_proj share an input.*Name all"),
         ({"layers": {"up_proj": "W8A16"}}, "gate_proj, up_proj share"),
     ],

@@ -23,7 +23,7 @@ from quantized_checkpoints import answer, reference, write
 pytestmark = pytest.mark.interop
 
 SRC = Path(leangrid.__file__).parents[1]
-AFFINE = ["W4A16_G64", "W3A16", "W2A16_G16", "W8A16", "W4A16_SYM", "W3A16_G32_SYM"]
+AFFINE = ["W4A16_G64", "W3A16", "W2A16_G16", "W8A16", "W6A16_G64", "W5A16_SYM", "W4A16_SYM", "W3A16_G32_SYM"]
 Made = Callable[..., tuple[Path, Path, dict[str, Tensor]]]
 
 
@@ -142,6 +142,7 @@ OPEN = "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(m.mode
     "imports",
     [
         "import leangrid; from transformers import AutoModelForCausalLM",
+        "import leangrid.hf_quantizer; from transformers import AutoModelForCausalLM",
         pytest.param("from transformers import AutoModelForCausalLM; import leangrid", marks=pytest.mark.slow),
         pytest.param(
             "import transformers.quantizers.auto; import leangrid; from transformers import AutoModelForCausalLM", marks=pytest.mark.slow
@@ -153,10 +154,33 @@ def test_import_leangrid_is_enough_in_either_order(made: Made, imports: str) -> 
     assert done.returncode == 0 and done.stdout.split() == ["LutLinear"], done.stderr[-2000:]
 
 
-def test_without_leangrid_a_lut_result_is_never_loaded_wrong(made: Made) -> None:
-    done = python(f"import sys; from transformers import AutoModelForCausalLM; {OPEN}", made("llama2", "NU3")[1], path=False)
-    assert done.returncode != 0 and done.stdout == ""
-    assert "MISMATCH" in done.stderr and "leangrid" in done.stderr  # the report of shapes, and the name of the unknown method
+REFUSED = """
+import sys
+from transformers import AutoModelForCausalLM
+for directory in sys.argv[1:]:
+    for more in ({}, {"device_map": "cpu"}):
+        try:
+            AutoModelForCausalLM.from_pretrained(directory, **more)
+            print("loaded")
+        except Exception as error:
+            print(type(error).__name__, str(error).splitlines()[0])
+assert "leangrid" not in sys.modules
+"""
+
+
+def test_without_leangrid_no_result_is_ever_loaded_wrong(made: Made, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Every container that transformers does not know by itself: an error each, and it never begins to answer from random weights."""
+    blocks = tmp_path / "blocks"
+    leangrid.quantize(tiny("llama2"), blocks, leangrid.Recipe(scheme="RTN_Q4_0"), windows=tiny_models.tokens(2, 16))
+    leangrid.export(blocks, tmp_path / "file", to="gguf")
+    write(tiny("llama2"), tmp_path / "mlx", "W4A16_G32", "mlx")
+    done = python(REFUSED, made("llama2", "NU3")[1], blocks, tmp_path / "file", tmp_path / "mlx", path=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lut, packed, file, mlx = (pair for pair in zip(*[iter(done.stdout.splitlines())] * 2, strict=True))
+    assert all(line.startswith("RuntimeError") for line in (*lut, *packed)) and "leangrid" in done.stderr  # the unknown method, by name
+    assert done.stderr.count("MISMATCH") >= 4  # the report of shapes
+    assert all(line.startswith("ValueError") and "config.json" in line for line in file)  # there is none: nothing begins
+    assert all(line.startswith("ValueError") and "quant_method" in line for line in mlx)
 
 
 def test_import_leangrid_stays_light() -> None:

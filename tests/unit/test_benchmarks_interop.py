@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ def test_another_token_is_shown_with_its_margin(interop: Any) -> None:
     found["dtype"] = "float32"
     assert interop.verdict(found, interop.KNOWN["onnx"]) == "differs"
     assert interop.verdict(found | {"margin": 0.001, "kl": 0.0}, interop.KNOWN["onnx"]) == "ok"
+    assert interop.verdict(found | {"margin": 0.001, "kl": 0.0, "weights_equal": False}, interop.KNOWN["onnx"]) == "differs"
     same = {"greedy_equal": True, "kl": 1e-4}
     assert interop.verdict(same | {"dtype": "float32"}, interop.KNOWN["onnx"]) == "differs"
     assert interop.verdict(same | {"dtype": "bfloat16"}, interop.KNOWN["onnx"]) == "ok"
@@ -76,6 +78,33 @@ def test_an_environment_is_built_as_its_list_says(bench: Any, tmp_path: Path) ->
     assert words[3].endswith("uninstall --yes torchvision torchaudio") and "--no-deps" in words[4]
     plain = environment(bench, tmp_path, "torch==2.13.0\nnumpy==2\n")
     assert not plain.has_leangrid and len(plain._steps()) == 3
+
+
+@pytest.mark.parametrize("listed", ["# with: leangrid\nnumpy==2\n", "numpy==2\n"])
+def test_an_environment_is_built_again_where_its_list_or_leangrid_in_it_changed(
+    listed: str, bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, module, ran, own = environment(bench, tmp_path, listed), bench("environment"), [], tmp_path / "own.py"
+    own.write_text("1")
+    monkeypatch.setattr(module, "_own_files", lambda: [own])
+
+    def run(command: tuple[str, ...], **_: Any) -> Any:
+        made.python.parent.mkdir(parents=True, exist_ok=True)
+        ran.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    made.build()
+    everything = list(ran)
+    made.build()
+    assert ran == everything == made._steps()
+    own.write_text("2")
+    made.build()
+    assert ran[len(everything) :] == ([made._leangrid] if made.has_leangrid else [])
+    made.packages.write_text(listed + "torch==2\n")
+    ran.clear()
+    made.build()
+    assert ran == made._steps()
 
 
 def test_a_runner_that_fails_shows_its_last_words(bench: Any, tmp_path: Path) -> None:

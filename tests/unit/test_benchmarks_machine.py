@@ -60,11 +60,13 @@ def test_the_same_measurement_replaces_its_line(bench: Any, tmp_path: Path) -> N
     lines.add(path, LINES[1])
     lines.add(path, {**LINES[0], "kl_mean": 0.09})
     lines.add(path, {**LINES[0], "recipe": {"p": 2.0}})
+    lines.add(path, {**LINES[1], "kl_mean": 0.2, "machine": {"cpu": "another"}})
     found = lines.read(path)
     assert [(line["variant"], line["kl_mean"], line["recipe"]["p"]) for line in found] == [
         ("default", 0.09, 4.0),
         ("paper", 0.1181, 4.0),
         ("default", 0.1017, 2.0),
+        ("paper", 0.2, 4.0),
     ]
     assert not list(path.parent.glob("*.part"))
 

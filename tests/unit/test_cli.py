@@ -105,7 +105,7 @@ def test_json_is_one_strict_object_on_stdout(recorded: list) -> None:
     ("arguments", "told"),
     [
         (("quantize", "src"), "out"),
-        (("quantize", "src", "out", "--scheme", "W5A16"), "5 bits are not available"),
+        (("quantize", "src", "out", "--scheme", "W7A16"), "7 bits are not available"),
         (("quantize", "src", "out", "--samples", "many"), "--samples"),
         (("quantize", "src", "out", "--samples", "0"), "samples"),
         (("quantize", "src", "out", "--max-rescued", "200%"), "no share"),

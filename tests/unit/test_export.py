@@ -66,6 +66,7 @@ def same_weights(before: Path, after: Path) -> None:
         ("W4A16", "compressed-tensors"),
         ("NU3", "lut"),
         ("W3A16_SYM", "mlx"),
+        ("W6A16_SYM", "mlx"),
     ],
 )
 def test_the_same_codes_in_another_container(result: Results, scheme: str, to: str, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_whole_rows_and_long_groups_are_repeated_in_groups_that_readers_take(own
     ("scheme", "rows", "cols", "kind", "words"),
     [
         ("W3A16", 64, 64, "linear", ["not 3", "gptq", "W4A16"]),
+        ("W6A16", 64, 64, "linear", ["not 6", "compressed-tensors or mlx", "W4A16"]),
         ("W8A16_G64", 64, 64, "linear", ["not 8", "gptq"]),
         ("NU4", 64, 64, "linear", ["format lut", "W4A16_G128"]),
         ("W4A16", 64, 64, "conv1d", ["Conv1D", "NU4"]),

@@ -96,7 +96,7 @@ def _weights(**change: object) -> dict:
         {"config_groups": {}},
         {"config_groups": {"a": {}, "b": {}}},
         {"config_groups": {"a": 3}},
-        _weights(num_bits=5),
+        _weights(num_bits=7),
         _weights(type="float"),
         _weights(strategy="tensor"),
         _weights(group_size="x"),

@@ -41,6 +41,14 @@ def test_the_reader_arrives_at_our_weights_bit_for_bit(name: str, cols: int) -> 
     assert torch.equal(gguf.dense(tensors, scheme, (6, cols)), ours)
 
 
+@pytest.mark.parametrize("name", sorted(BLOCK_TYPES))
+def test_a_reader_that_expects_weights_meets_another_shape(name: str) -> None:
+    """Whatever the columns: so transformers without leangrid stops, and never takes bytes for weights."""
+    cols = 512
+    dtype, (rows, width) = gguf.layout(Scheme.parse(name), (6, cols), torch.float32)["weight"]
+    assert dtype == torch.uint8 and rows == 6 and width != cols
+
+
 def test_what_the_blocks_cannot_hold_is_refused() -> None:
     scheme = Scheme.parse("Q4_0")
     assert "Q4_K" in str(gguf.refuse(Scheme.parse("W4A16_G32"), "a.b", 4, 64))

@@ -94,6 +94,7 @@ def test_what_is_packed_comes_back(bits: int, rows: int, cols: int, symmetric: b
     [
         ("NU3", 64, 64, "linear", ["format lut", "W3A16"]),
         ("W4A16", 64, 64, "conv1d", ["Conv1D", "NU4"]),
+        ("W6A16", 64, 64, "linear", ["not 6", "compressed-tensors"]),
         ("W4A16_G48", 64, 96, "linear", ["48", "compressed-tensors"]),
         ("W4A16_G64", 64, 96, "linear", ["64", "96", "compressed-tensors"]),
         ("W3A16", 64, 80, "linear", ["80 columns", "compressed-tensors"]),

@@ -142,7 +142,7 @@ def test_refusals_name_the_way_out(scheme: str, cols: int, kind: str, words: lis
     assert all(word in refusal for word in ["model.q", *words]), refusal
 
 
-@pytest.mark.parametrize("scheme", ["W4A16_G64", "W3A16_G32_SYM", "W8A16", "W2A16_G128", "GPTQ4_G64"])
+@pytest.mark.parametrize("scheme", ["W4A16_G64", "W3A16_G32_SYM", "W8A16", "W2A16_G128", "W6A16_G64", "W5A16", "GPTQ4_G64"])
 def test_what_fits_is_not_refused(scheme: str) -> None:
     assert mlx.refuse(Scheme.parse(scheme), "model.q", 3, 256) is None
 
@@ -167,7 +167,7 @@ def test_several_schemes_are_named_by_layer() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"bits": 5}, {"bits": True}, {"mode": "mxfp4"}, {"group_size": 16}],
+    [{"bits": 7}, {"bits": True}, {"mode": "mxfp4"}, {"group_size": 16}],
 )
 def test_a_config_that_we_do_not_read_is_refused(change: dict) -> None:
     with pytest.raises(FormatError, match=r"config\.json"):
@@ -271,7 +271,7 @@ def test_auto_scheme_takes_the_widest_group_that_fits(tiny: Callable[..., Path])
     assert settle(Recipe(), skeleton).scheme == "W4A16"
 
 
-@pytest.mark.parametrize("scheme", ["W4A16_G32", "W3A16_SYM", "GPTQ4_G64", "W2A16"])
+@pytest.mark.parametrize("scheme", ["W4A16_G32", "W6A16_G32", "W3A16_SYM", "GPTQ4_G64", "W2A16"])
 def test_quantize_for_mlx_end_to_end(tiny: Callable[..., Path], scheme: str, tmp_path: Path) -> None:
     """Rounded in the search: what the run computed with is what the file says, and no later step rounds it."""
     out = tmp_path / "out"

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import transformers as hf
@@ -9,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import tiny_models
 from leangrid.errors import CheckpointError
-from leangrid.models.gguf_vocab import _LLAMA3, _QWEN2, vocabulary
+from leangrid.models import gguf
+from leangrid.models.gguf_vocab import _LLAMA3, _QWEN2, split_by_name, vocabulary
 
 SPACE = "\u2581"
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -133,3 +135,27 @@ def test_scores_join_as_the_merges_do(text: str) -> None:
         _, at = min(joins)
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
     assert pieces == tokenizer.tokenize(text)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "smollm"])
+def test_a_rule_taken_by_its_name_has_that_name_again(name: str) -> None:
+    tokenizer = byte_level(BYTES)
+    split_by_name(tokenizer, name)
+    assert vocabulary(tokenizer, tiny_models.VOCAB)[0]["tokenizer.ggml.pre"].value == name
+
+
+def test_words_of_the_vocabulary_stay_whole_where_llama_cpp_keeps_them() -> None:
+    tokenizer = byte_level(pre_tokenizers.Sequence([split(_LLAMA3), PLAIN]))  # as transformers reads such a file
+    split_by_name(tokenizer, "llama-bpe")
+    assert vocabulary(tokenizer, tiny_models.VOCAB)[0]["tokenizer.ggml.pre"].value == "llama-bpe"
+
+
+def test_a_rule_that_nobody_here_knows_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"rule 'deepseek-llm'.*SOURCE"):
+        split_by_name(byte_level(BYTES), "deepseek-llm")
+
+
+def test_the_demo_models_file_splits_digits_one_by_one() -> None:
+    path = next(Path(".models/smollm2").glob("*.gguf"))
+    tokenizer = gguf._tokenizer(path, gguf._said(path))
+    assert tokenizer.tokenize("in   1984") == ["in", "ĠĠĠ", "1", "9", "8", "4"]  # GPT-2's rule alone: ĠĠ, Ġ

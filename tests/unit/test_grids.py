@@ -13,13 +13,13 @@ from leangrid.grids import (
     GroupedGrid,
     NonuniformGrid,
     OffsetGrid,
-    as_offset,
     fit_affine,
     fit_minmax,
     fit_nonuniform,
     fit_offset,
 )
 from leangrid.grids.affine import SHRINK
+from leangrid.recipe import AFFINE_BITS
 from leangrid.reference import reference_affine, reference_kmeans
 from math_problems import generator, grid, weight
 
@@ -75,7 +75,7 @@ def test_rounded_parameters_are_exact_in_their_dtype(kind: str, group_size: int 
 
 
 @pytest.mark.parametrize("group_size", [None, 4, 16])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", AFFINE_BITS)
 def test_minmax_reaches_both_ends_and_zero(bits: int, group_size: int | None) -> None:
     w = weight(6, 32)
     found = fit_minmax(w, bits, group_size)
@@ -96,7 +96,7 @@ def test_symmetric_grids_fix_the_zero_point() -> None:
     assert float(negative.scale) < 0  # with 2 bits the levels are -2S..S: only a negative S reaches far up
 
 
-@given(bits=st.sampled_from([2, 3, 4]), cols=st.integers(2, 24), seed=st.integers(0, 99))
+@given(bits=st.sampled_from([2, 3, 4, 5, 6]), cols=st.integers(2, 24), seed=st.integers(0, 99))
 def test_the_affine_search_reaches_the_literal_optimum(bits: int, cols: int, seed: int) -> None:
     w, g = weight(1, cols, seed), torch.rand(cols, generator=generator(seed)).double() + 0.01
     found = fit_affine(w, g, bits, 32)
@@ -111,12 +111,13 @@ def weighted(found: Grid, w: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", AFFINE_BITS)
 def test_a_free_offset_is_stored_exactly_and_costs_no_more_than_an_integer_zero_point(bits: int, dtype: torch.dtype) -> None:
     w, g = weight(20, 64), torch.rand(64, generator=generator(0)).double() + 0.01
     found, affine = fit_offset(w, g, bits, 256, 16, dtype), fit_affine(w, g, bits, 256, 16, scale_dtype=dtype)
+    stored = OffsetGrid(affine.scale, -affine.scale * affine.zero_point, bits, 16).rounded(dtype)
     assert torch.equal(found.rounded(dtype).levels, found.levels)
-    assert bool((weighted(found, w, g) <= weighted(as_offset(affine, dtype), w, g) * (1 + 1e-6)).all())
+    assert bool((weighted(found, w, g) <= weighted(stored, w, g) * (1 + 1e-6)).all())
     if dtype != torch.bfloat16 or bits < 8:  # 8 mantissa bits: an offset of 128 steps is off by up to half a step
         assert float(weighted(found, w, g).sum()) < float(weighted(affine, w, g).sum())
     away, near = fit_offset(w + 1, g, bits, 256, 16), fit_offset(w, g, bits, 256, 16)  # float32

@@ -5,7 +5,7 @@ import torch
 
 from leangrid.errors import NumericalError, RecipeError, ShapeError
 from leangrid.factor import factorize
-from leangrid.grids import AffineGrid, NonuniformGrid, fit_minmax, fit_nonuniform
+from leangrid.grids import AffineGrid, NonuniformGrid, OffsetGrid, fit_minmax, fit_nonuniform
 from leangrid.linear import LinearResult, loss, quantize_linear, solve_linear
 from leangrid.recipe import Recipe
 from leangrid.solver import sweep
@@ -172,3 +172,15 @@ def test_quantize_linear_says_what_is_wrong() -> None:
         quantize_linear(w, matrix, "W4A16_G5")
     with pytest.raises(NumericalError):
         quantize_linear(w, matrix * float("nan"))
+
+
+def test_weights_that_lie_on_a_stored_offset_already_stay_there() -> None:
+    """A model that was Q4_1 once: each group of 32 takes all 16 codes of one pair (d, m)."""
+    random = torch.Generator().manual_seed(3)
+    codes = torch.stack([torch.randperm(16, generator=random).repeat(2) for _ in range(12)]).reshape(6, 64).to(torch.uint8)
+    scale, offset = (torch.rand(6, 2, generator=random).half().float() for _ in range(2))
+    target = OffsetGrid(scale + 0.01, offset - 1, 4, 32).rounded(torch.float16).dequantize(codes)
+    matrix = hessian(64)
+    for scheme in ("Q4_1", "RTN_Q4_1", "GPTQ_Q4_1"):
+        found = quantize_linear(target, matrix, scheme)[2]
+        assert found < 1e-6 * float((target @ matrix * target).sum()), scheme

@@ -32,7 +32,8 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
     if kind == "conv1d":
         return f"{name} is a Conv1D, and readers of awq know nn.Linear only. Use scheme NU4 (format lut)"
     if bits != BITS:
-        return f"{name}: awq holds 4 bits, not {bits}. Use format gptq or compressed-tensors for {bits} bits, or scheme W4A16"
+        others = "gptq or compressed-tensors" if bits in (2, 3, 8) else "compressed-tensors or mlx"
+        return f"{name}: awq holds 4 bits, not {bits}. Use format {others} for {bits} bits, or scheme W4A16"
     if rows % ROWS_A_WORD:
         return f"{name}: its {rows} rows do not fill words of {ROWS_A_WORD}, as awq asks. Use format compressed-tensors"
     if cols % (size or cols):

@@ -17,7 +17,7 @@ from leangrid.grids import AffineGrid, Grid, Precision
 from leangrid.packing import pack as pack_bits
 from leangrid.packing import packed_width
 from leangrid.packing import unpack as unpack_bits
-from leangrid.recipe import Scheme
+from leangrid.recipe import AFFINE_BITS, Scheme
 
 QUANT_METHOD: str = "compressed-tensors"
 _WHERE = "config.json: quantization_config"
@@ -158,7 +158,7 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
     bits, group_size = weights.get("num_bits"), weights.get("group_size")
     packed = (group.get("format") or config.get("format")) == "pack-quantized" and weights.get("type") == "int"
     strategy = weights.get("strategy")
-    if not packed or bits not in (2, 3, 4, 8) or strategy not in ("group", "channel"):
+    if not packed or bits not in AFFINE_BITS or strategy not in ("group", "channel"):
         raise FormatError(f"leangrid does not read {bits!r} bits per {strategy!r} here", _WHERE, "Load it with transformers")
     if strategy == "group" and not (isinstance(group_size, int) and group_size > 0):
         raise FormatError(f"group_size must be positive, not {group_size!r}", _WHERE, "The config is damaged: quantize or copy it again")

@@ -1,7 +1,7 @@
 """A finished affine layer as llama.cpp's blocks: the same S (q - Z), exactly, or refused.
 
 Types without a minimum hold d (q - 2^(bits-1)); a code of fewer bits less its zero point is a small signed number, and so fits a type
-with one bit more whatever Z is. Q4_K and Q2_K hold (d sc) q - (dmin m), which is S q - S Z with d = dmin = S, sc = 1, m = Z.
+with one bit more whatever Z is. Q5_K, Q4_K and Q2_K hold (d sc) q - (dmin m), which is S q - S Z with d = dmin = S, sc = 1, m = Z.
 """
 
 from dataclasses import dataclass
@@ -38,6 +38,11 @@ _CHOICES = (
     _Choice(4, "Q4_0", 32, symmetric_only=True),
     _Choice(4, "Q4_K", 256),
     _Choice(4, "Q5_0", 32),
+    _Choice(5, "Q5_0", 32, symmetric_only=True),
+    _Choice(5, "Q5_K", 256),
+    _Choice(5, "Q8_0", 32),
+    _Choice(6, "Q6_K", 256, symmetric_only=True),
+    _Choice(6, "Q8_0", 32),
     _Choice(8, "Q8_0", 32, symmetric_only=True),
 )
 

@@ -20,6 +20,7 @@ from leangrid.packing import unpack as unpack_bits
 from leangrid.recipe import Scheme
 
 QUANT_METHOD: str = "gptq"
+BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # what GPTQModel's torch kernel takes
 _WORD = 32
 _WHERE = "config.json: quantization_config"
@@ -44,10 +45,12 @@ class Gptq:
         return 1 if self.version == 1 else 0
 
     def refuse(self, scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear") -> str | None:
-        """Non-uniform grids, Conv1D, groups that its kernels do not take or that do not divide, rows or columns that end inside a word."""
+        """Non-uniform grids, 5 and 6 bits, Conv1D, groups that its kernels do not take or that do not divide, unfilled words."""
         bits, size = scheme.bits, scheme.group_size
         if scheme.grid != "affine":
             return f"{name}: gptq holds affine grids only. Use format lut for NU{bits}, or scheme W{bits}A16"
+        if bits not in BITS:
+            return f"{name}: gptq holds {', '.join(map(str, BITS))} bits, not {bits}. Use format compressed-tensors or mlx, or scheme W4A16"
         if kind == "conv1d":
             return f"{name} is a Conv1D, and readers of gptq know nn.Linear only. Use scheme NU{min(bits, 4)} (format lut)"
         if size and (size not in GROUPS or cols % size):
@@ -146,7 +149,7 @@ class Gptq:
         bits, size, sym = config.get("bits"), config.get("group_size"), config.get("sym", True)
         if config.get("desc_act") or config.get("dynamic") or config.get("pack_dtype", "int32") != "int32":
             raise FormatError("leangrid reads gptq without desc_act and dynamic, packed in int32", _WHERE, "Load it with GPTQModel")
-        if bits not in (2, 3, 4, 8) or isinstance(bits, bool) or not (size == -1 or size in GROUPS) or not isinstance(sym, bool):
+        if bits not in BITS or isinstance(bits, bool) or not (size == -1 or size in GROUPS) or not isinstance(sym, bool):
             raise FormatError(f"leangrid does not read gptq of {bits!r} bits in groups of {size!r}", _WHERE, "Load it with GPTQModel")
         return Scheme(grid="affine", method="leanquant", bits=bits, group_size=None if size == -1 else size, symmetric=sym)
 

@@ -24,7 +24,7 @@ from leangrid.recipe import Scheme
 
 QUANT_METHOD: str = "mlx"  # not written: MLX's config has no quant_method, and transformers refuses it for that
 GROUPS = (128, 64, 32)  # what mlx's kernels are built for
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 _WHERE = "config.json: quantization"
 
 
@@ -141,7 +141,7 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
     """The scheme of the layers that a ``quantization``, ours or mlx-lm's, does not name."""
     bits, size, mode = config.get("bits"), config.get("group_size"), config.get("mode", "affine")
     if mode != "affine" or bits not in BITS or isinstance(bits, bool):
-        what = f"leangrid reads MLX's mode affine at 2, 3, 4 and 8 bits, not {mode!r} at {bits!r}"
+        what = f"leangrid reads MLX's mode affine at {', '.join(map(str, BITS))} bits, not {mode!r} at {bits!r}"
         raise FormatError(what, _WHERE, "Load it with mlx-lm")
     if size not in GROUPS:
         raise FormatError(f"group_size must be 32, 64 or 128, not {size!r}", _WHERE, "The config is damaged: quantize or copy it again")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leangrid import kernels
 from leangrid.errors import ShapeError
-from leangrid.grids.affine import AffineGrid, fit_affine, round_scale, same_sign
+from leangrid.grids.affine import fit_affine, round_scale, same_sign
 from leangrid.grids.nonuniform import round_levels
 from leangrid.grids.protocol import GroupedGrid, check_weight, group_columns
 
@@ -75,9 +75,18 @@ class OffsetGrid(GroupedGrid):
         return kernels.descend_offset(gradient, hessian, codes, self.scale, self.offset, group, self.bits)
 
 
-def as_offset(grid: AffineGrid, dtype: torch.dtype) -> OffsetGrid:
-    """The levels of an affine grid as nearly as a stored offset holds them: B = -S Z, rounded to ``dtype``."""
-    return OffsetGrid(grid.scale, -grid.scale * grid.zero_point, grid.bits, grid.group_size).rounded(dtype)
+def minmax_offset(
+    weight: Float[Tensor, "rows cols"], bits: int, group_size: int | None = None, scale_dtype: torch.dtype | None = None
+) -> OffsetGrid:
+    """S = (hi - lo) / (2^b - 1), B = lo of each row or group, both rounded to ``scale_dtype``: the baseline where offsets are stored.
+
+    The range need not hold 0, and weights that lie on such a grid already stay on it. Raises ShapeError as fit_offset does.
+    """
+    weight = check_weight(weight)
+    grouped = weight.reshape(len(weight), -1, group_columns(weight.shape[1], group_size))
+    low, high = grouped.aminmax(dim=2)
+    scale = ((high.double() - low.double()) / (2**bits - 1)).float()  # float64: a range of two float32 extremes may overflow float32
+    return OffsetGrid(torch.where(scale > 0, scale, 1.0), low, bits, group_size).rounded(scale_dtype or torch.float32)
 
 
 def fit_offset(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from leangrid.errors import CheckpointError
+from leangrid.models.gguf_vocab import split_by_name
 from leangrid.storage import files, safetensors
 from leangrid.storage.gguf import Field
 
@@ -46,7 +47,8 @@ def dequantize(path: Path, directory: Path) -> torch.dtype:
         model = AutoModelForCausalLM.from_pretrained(
             where, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+        said = _said(path)
+        tokenizer = _tokenizer(path, said)
     except (ValueError, KeyError, OSError, RuntimeError, IndexError, NotImplementedError) as error:
         raise CheckpointError(
             f"the GGUF file cannot be read: {error}", path, "Check the download, or convert it with its own tools"
@@ -54,7 +56,7 @@ def dequantize(path: Path, directory: Path) -> torch.dtype:
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    dtype = _PLAIN.get(_file_type(path), torch.bfloat16)
+    dtype = _PLAIN.get(said.get("general.file_type", -1), torch.bfloat16)
     config = model.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
@@ -70,6 +72,14 @@ def dequantize(path: Path, directory: Path) -> torch.dtype:
     return dtype
 
 
+def _tokenizer(path: Path, said: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of the file. Without a name for its rule (old files) it stays as transformers reads it."""
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    if said.get("tokenizer.ggml.model") == "gpt2" and said.get("tokenizer.ggml.pre", "default") != "default":
+        split_by_name(tokenizer, said["tokenizer.ggml.pre"])
+    return tokenizer
+
+
 def _check_magic(path: Path) -> None:
     try:
         with path.open("rb") as stream:
@@ -80,11 +90,13 @@ def _check_magic(path: Path) -> None:
         raise CheckpointError("this is no GGUF file: it does not begin with 'GGUF'", path, "Check the download")
 
 
-def _file_type(path: Path) -> int:
+def _said(path: Path) -> dict[str, Any]:
+    """What the header says of the file's type and of the tokenizer's kind and rule; a key that it lacks is missing."""
     from gguf import GGUFReader
 
-    field = GGUFReader(str(path)).get_field("general.file_type")
-    return -1 if field is None else int(field.contents())
+    reader = GGUFReader(str(path))  # walks the whole header: seconds where the vocabulary is large
+    keys = ("general.file_type", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+    return {key: field.contents() for key in keys if (field := reader.get_field(key)) is not None}
 
 
 def header(path: Path) -> dict[str, Field]:
@@ -138,7 +150,7 @@ def describe(path: Path) -> DescribedCheckpoint:
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(f"the GGUF file cannot be read: {error}", path, "Check the download") from error
-    name, size = _NAMES[_PLAIN.get(_file_type(path), torch.bfloat16)]
+    name, size = _NAMES[_PLAIN.get(_said(path).get("general.file_type", -1), torch.bfloat16)]
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     tensors = {n: _Shape(name, tuple(t.shape), t.numel() * size) for n, t in model.state_dict().items() if n not in tied}
     fields = {**config.to_dict(), "architectures": [type(model).__name__]}

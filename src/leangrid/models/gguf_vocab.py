@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp's header fields, from what transformers made of it: the backend's own JSON.
+"""A tokenizer as llama.cpp's header fields, from what transformers made of it (the backend's own JSON), and back.
 
 llama.cpp knows a pre-tokenizer by name only, and each name is one fixed rule in its source (llama-vocab.cpp). The rule of a tokenizer is
 compared with those; one that is not among them is refused, because a near one gives other tokens and a worse model without a word.
@@ -7,6 +7,7 @@ compared with those; one that is not among them is refused, because a near one g
 import json
 from typing import Any
 
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from leangrid.errors import CheckpointError
@@ -30,6 +31,11 @@ _PRE: dict[tuple[tuple[str, ...], bool, bool], str] = {
     ((_QWEN2,), False, False): "qwen2",
     ((_TEKKEN,), False, True): "tekken",
 }
+# Names in files whose rule is another's (llama-vocab.cpp): digits apart and then GPT-2's, GPT-2's alone, words of the vocabulary whole.
+_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
+_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code", "roberta-bpe", "gigachat",
+         "a.x-4.0", "mellum", "modern-bert", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"}  # fmt: skip
+_WHOLE = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken"}
 _WAY_OUT = "Take tokenizer and metadata from a file of the same model: --like FILE.gguf"
 
 
@@ -56,6 +62,29 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict[str,
     else:
         fields["tokenizer.ggml.scores"] = Field("float32", _scores(tokens, merges))
     return fields | _special(tokenizer, rows), notices
+
+
+def split_by_name(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Make a byte-level tokenizer that transformers read from a GGUF file split text as ``tokenizer.ggml.pre`` says.
+
+    Transformers knows the rules that are one expression and takes GPT-2's for every other name, in silence.
+
+    Raises:
+        CheckpointError: a name whose rule neither of us knows.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    described = json.loads(backend.to_str())
+    if name in _WHOLE:
+        backend.model.ignore_merges = True
+    if name in _DIGITS:
+        digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    elif name not in _GPT2 and described["pre_tokenizer"]["type"] == "ByteLevel":
+        raise CheckpointError(
+            f"its tokenizer splits text by the rule {name!r}, which neither transformers nor leangrid can rebuild",
+            "tokenizer.ggml.pre",
+            "Take the model's own checkpoint (safetensors and tokenizer.json) as SOURCE",
+        )
 
 
 def _unknown(what: str) -> CheckpointError:
