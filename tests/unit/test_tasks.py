@@ -50,6 +50,10 @@ def write_task(directory: Path, name: str = "words", documents: int = 30) -> Pat
     return directory
 
 
+def _never(event: Event) -> None:
+    raise AssertionError(f"work was done: {event}")
+
+
 @pytest.fixture(scope="module")
 def quantized(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tasks") / "NU3"
@@ -83,6 +87,9 @@ def test_names_of_the_harness_s_own_index_groups_and_their_pooled_figures(
 ) -> None:
     datasets, tasks = pytest.importorskip("datasets"), pytest.importorskip("lm_eval.tasks")
     directory = write_task(write_task(tmp_path / "tasks", "few", 6), "many", 30)
+    for name in ("few", "many"):
+        with (directory / f"{name}.yaml").open("a") as file:
+            file.write("tag: tagged\n")
     (directory / "both.yaml").write_text(
         "group: both\ntask: [few, many]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n")  # fmt: skip
     monkeypatch.chdir(directory)
@@ -92,6 +99,8 @@ def test_names_of_the_harness_s_own_index_groups_and_their_pooled_figures(
     kept = json.loads((tmp_path / "r.json").read_text())["identity"]["tasks"]
     few, many = (kept[name]["result"]["acc,none"] for name in ("few", "many"))
     assert found["n"] == 36 and found["acc"] == pytest.approx((6 * few + 30 * many) / 36) and found["stderr"] > 0
+    tagged = evaluate(tiny("llama3"), tasks=Tasks(("tagged",), limit=3))["tasks"]
+    assert {name: figures["n"] for name, figures in tagged.items()} == {"few": 3, "many": 3}
     with pytest.raises(TaskError, match=r"there is no task 'fwe'.*Near to it: few"):
         evaluate(tmp_path / "no model", tasks=Tasks(("many", "fwe")))
     (directory / "many.jsonl").unlink()
@@ -112,6 +121,9 @@ def test_finished_tasks_are_kept_and_the_same_call_goes_on(tiny: Tiny, tmp_path:
     assert more["tasks"]["one"]["n"] == 7
     with pytest.raises(OutputError, match="another model's results"):
         evaluate(tiny("llama3", seed=1), tasks=Tasks(("one",), directory, out=out))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file"):  # told before any work
+        evaluate(tiny("llama3"), tasks=Tasks(("one",), directory, out=tmp_path / "file" / "r.json"), progress=_never)
     out.write_text("[]")
     with pytest.raises(OutputError, match=r"no results of leangrid eval .*--out"):
         evaluate(tiny("llama3"), tasks=Tasks(("one",), directory, out=out))
@@ -203,7 +215,7 @@ def test_the_importer_writes_what_the_yaml_of_the_repository_reads(bench: Callab
     assert row == {"query": "Baking: A cook mixes. The dough. rises", "choices": ["It sinks.", "It grows.", "It sings.", "It flies."],
                    "gold": 1}  # fmt: skip
     names = ("arc_easy", "hellaswag", "piqa", "winogrande")
-    asked = {name: next(iter(harness.find([name], out)[0].tasks.values())) for name in names}
+    asked = {name: found[0].tasks[name] for name, found in harness.find(names, out).items()}
     request = {name: task.construct_requests(task.eval_docs[0], task.fewshot_context(task.eval_docs[0], 0)) for name, task in asked.items()}
     assert [r.args for r in request["piqa"]] == [("Question: open a jar\nAnswer:", " twist"), ("Question: open a jar\nAnswer:", " shout")]
     assert request["arc_easy"][2].args == ("Question: Why?\nAnswer:", " c")
@@ -211,3 +223,10 @@ def test_the_importer_writes_what_the_yaml_of_the_repository_reads(bench: Callab
     assert [r.args for r in request["winogrande"]] == [("He saw Ann so Ann", " ran."), ("He saw Ann so he", " ran.")]
     found = evaluate(tiny("llama3"), tasks=Tasks(names, out))["tasks"]
     assert [found[name]["n"] for name in names] == [1, 1, 2, 1] and "acc_norm" not in found["winogrande"]
+
+
+@pytest.mark.slow
+def test_the_promised_names_are_the_harness_s() -> None:
+    tasks = pytest.importorskip("lm_eval.tasks")
+    index = tasks.TaskManager().task_index
+    assert {"arc_easy", "arc_challenge", "lambada", "lambada_openai", "mmlu", "hellaswag", "piqa", "winogrande"} <= set(index)

@@ -37,8 +37,8 @@ class Benchmark:
     source: str  # what the numbers depend on: the harness's version, or the sha256 of local files
 
 
-def find(names: Sequence[str], directory: Path | None) -> list[Benchmark]:
-    """The tasks of these names, with their data read; nothing is run.
+def find(names: Sequence[str], directory: Path | None) -> dict[str, list[Benchmark]]:
+    """The tasks of each of these names, with their data read; nothing is run. A tag such as lambada stands for several.
 
     Args:
         directory: holds *.yaml and .jsonl files; None: the harness's own tasks, whose data come from the hub.
@@ -83,9 +83,9 @@ def run(subject: Opened, task: Any, batch_size: int, limit: int | None) -> dict[
     return dict(found["results"][name])
 
 
-def jobs(names: Sequence[str], tasks: Tasks) -> list[Job]:
+def jobs(names: Sequence[str], tasks: Tasks) -> dict[str, list[Job]]:
     """``find`` as jobs: one step for each of the harness's tasks."""
-    return [_job(benchmark, tasks) for benchmark in find(names, tasks.directory)]
+    return {name: [_job(benchmark, tasks) for benchmark in found] for name, found in find(names, tasks.directory).items()}
 
 
 def _job(benchmark: Benchmark, tasks: Tasks) -> Job:
@@ -124,34 +124,37 @@ def pooled(benchmark: Benchmark, found: Mapping[str, Mapping[str, Any]]) -> dict
         return dict(benchmark.group.aggregate(dict(found)))
 
 
-def _own(names: Sequence[str]) -> list[Benchmark]:
+def _own(names: Sequence[str]) -> dict[str, list[Benchmark]]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
     for name in names:
         if name not in manager.task_index:
             raise _unknown(name, manager.all_tasks, "lm-evaluation-harness")
-    return [_loaded(manager, name) for name in names]
+    return {name: _loaded(manager, name) for name in names}
 
 
-def _loaded(manager: Any, name: str) -> Benchmark:
+def _loaded(manager: Any, name: str) -> list[Benchmark]:
     try:
         found = manager.load([name])
     except Exception as error:  # hub, http, datasets and yaml errors have no common base class
         raise TaskError(f"its data cannot be read: {_first_line(error)}", name, _OFFLINE) from error
     if any(getattr(task, "UNSAFE_CODE", False) for task in found["tasks"].values()):
         raise TaskError("it runs what the model writes as a program, which leangrid never does", name, "Take another task")
-    return Benchmark(name, found["tasks"], found["groups"].get(name), f"lm_eval {version('lm_eval')}")
+    group, source = found["groups"].get(name), f"lm_eval {version('lm_eval')}"
+    if group is not None:
+        return [Benchmark(name, found["tasks"], group, source)]
+    return [Benchmark(each, {each: task}, None, source) for each, task in found["tasks"].items()]
 
 
-def _local(names: Sequence[str], directory: Path) -> list[Benchmark]:
+def _local(names: Sequence[str], directory: Path) -> dict[str, list[Benchmark]]:
     if not directory.is_dir():
         raise TaskError("there is no such directory", directory, "Give one with .yaml and .jsonl files: --tasks-dir DIR")
     configs = {config["task"]: (path, config) for path, config in _configs(directory)}
     for name in names:
         if name not in configs:
             raise _unknown(name, list(configs), str(directory))
-    return [_from_file(name, *configs[name]) for name in names]
+    return {name: [_from_file(name, *configs[name])] for name in names}
 
 
 def _configs(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -30,9 +30,13 @@ class Kept:
 
     @classmethod
     def open(cls, path: Path | None, model: str) -> "Kept":
-        """What ``path`` holds, if it holds anything; OutputError where it is another model's, or no such file."""
-        if path is None or not path.exists():
-            return cls(path, model)
+        """What ``path`` holds, if it holds anything; OutputError where it is another model's, no such file, or cannot be written."""
+        known = cls(path, model) if path is None or not path.exists() else cls._read(path, model)
+        known._save()
+        return known
+
+    @classmethod
+    def _read(cls, path: Path, model: str) -> "Kept":
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             found, tasks = stored["identity"]["model"], stored["identity"]["tasks"]
@@ -51,6 +55,9 @@ class Kept:
     def put(self, name: str, conditions: str, result: dict[str, Any]) -> None:
         """Remember one finished task, on disk before the next begins."""
         self.tasks[name] = {"conditions": conditions, "result": result}
+        self._save()
+
+    def _save(self) -> None:
         self.write({"tasks": {task: entry["result"] for task, entry in self.tasks.items()}})
 
     def write(self, values: dict[str, Any]) -> None:

@@ -20,8 +20,8 @@ OWN: dict[str, Callable[[Tasks], Job]] = {"sts": sts.job, "squad": squad.job, "m
 def prepare(tasks: Tasks) -> list[Job]:
     """Every name with its data at hand, in the order given; TaskError for what is unknown or missing, before a model is opened."""
     others = [name for name in tasks.names if name not in OWN]
-    jobs = {job.name: job for job in harness.jobs(others, tasks)} if others else {}
-    return [OWN[name](tasks) if name in OWN else jobs[name] for name in tasks.names]
+    theirs = harness.jobs(others, tasks) if others else {}
+    return [job for name in tasks.names for job in ([OWN[name](tasks)] if name in OWN else theirs[name])]
 
 
 @torch.no_grad()
