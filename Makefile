@@ -24,6 +24,8 @@ WIKITEXT ?= wikitext2
 WIKITEXT_TRAIN ?= wikitext2
 STORIES ?= .models/stories260k
 STS ?=
+SQUAD ?= .models/minilm_squad
+TASKS_DIR ?=
 RESULTS := benchmarks/results
 KEEP := $(BIN)/python benchmarks/lines.py $(RESULTS)
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
@@ -84,7 +86,7 @@ race: $(SETUP) $(MODELS)  ## against GPTQModel and llm-compressor, side by side;
 	$(BIN)/python benchmarks/race.py --calibration $(CALIBRATION) --text $(TEXT) --out $(RESULTS)/race.jsonl
 experiments: $(SETUP) $(MODELS)  ## the paper's experiments: SIZE=small here, in an hour; SIZE=paper on a GPU; goes on where it was stopped
 	$(BIN)/python experiments/run.py --size $(SIZE) --c4 $(C4) --wikitext $(WIKITEXT) --wikitext-train $(WIKITEXT_TRAIN) \
-		--stories $(STORIES) $(if $(STS),--sts $(STS))
+		--stories $(STORIES) --squad $(SQUAD) $(if $(STS),--sts $(STS)) $(if $(TASKS_DIR),--tasks-dir $(TASKS_DIR))
 	$(BIN)/python benchmarks/table.py
 # mkdocs and its theme are installed here, where they are needed, and nowhere else
 $(VENV)/.docs: $(SETUP)

@@ -35,6 +35,7 @@ from leangrid.data.calibration import affixes, check_vocabulary, cut, tokenize
 from leangrid.data.corpora import joined
 from leangrid.evaluate.divergence import Reference, divergence
 from leangrid.evaluate.perplexity import negative_log_likelihood, perplexity
+from leangrid.evaluate.sts import Pairs, embed
 from leangrid.recipe import Recipe, Scheme
 
 _SCHEMES = "W4A16_G64,GPTQ4_G64,W3A16_G64,GPTQ3_G64,NU4,NU3"
@@ -97,14 +98,14 @@ class Encoder:
     def __init__(self, model: Any, tokenizer: Any, text: str) -> None:
         if not text.endswith(".csv"):
             raise SystemExit("an encoder is measured on the STS Benchmark: --text sts-test.csv")
-        self.pairs = sts.Pairs.read(Path(text))
-        self.original = sts.embed(model, tokenizer, self.pairs.sentences)
+        self.pairs = Pairs.read(Path(text))
+        self.original = embed(model, tokenizer, self.pairs.sentences)
         self.about = {"text": Path(text).name, "sha256_of_text": self.pairs.sha256, "sentences": len(self.pairs.sentences),
                       "reference_sts_spearman": sts.figures(self.original, self.pairs, None)["sts_spearman"]}  # fmt: skip
 
     def figures(self, directory: Path) -> dict[str, Any]:
         model, tokenizer = opened(directory)
-        return sts.figures(sts.embed(model, tokenizer, self.pairs.sentences), self.pairs, self.original)
+        return sts.figures(embed(model, tokenizer, self.pairs.sentences), self.pairs, self.original)
 
 
 def opened(directory: Path, device: str = "cpu") -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
-EXPERIMENTS = ("perplexity", "losses", "power", "steps", "start", "calibration", "groups", "cost", "search")
+EXPERIMENTS = ("perplexity", "zero_shot", "losses", "power", "steps", "start", "calibration", "groups", "cost", "search", "exact")
 SHOWN = ("benchmark", "model", "scheme", "bits", "variant", "steps")
 
 

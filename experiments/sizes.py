@@ -18,6 +18,7 @@ class Data:
     wikitext_train: str = "wikitext2"
     stories: str = ".models/stories260k"  # what benchmarks/stories260k.py leaves
     sts: str | None = None  # the STS Benchmark's folder: sts-train.csv, sts-test.csv
+    squad: str = ".models/minilm_squad"  # what benchmarks/squad_finetune.py leaves
     tasks_dir: str | None = None  # what benchmarks/local_tasks.py leaves; the hub where none is given
 
 
@@ -50,6 +51,7 @@ class Size:
     subjects: tuple[Subject, ...]
     left_out: tuple[str, ...] = ()  # a sentence for each model that is not here
     tasks: Path | None = None  # where the tasks' data lie
+    squad: Path | None = None  # an encoder that answers questions
 
     def find(self, name: str) -> Subject | None:
         return next((subject for subject in self.subjects if subject.name == name), None)
@@ -125,7 +127,10 @@ def small(data: Data, folder: Path) -> Size:
         )
     else:
         left_out.append("MiniLM-L6: --sts says where the STS Benchmark is (a folder with sts-train.csv and sts-test.csv)")
-    return Size("small", "cpu", tuple(subjects), tuple(left_out), _folder(data.tasks_dir))
+    squad = Path(data.squad) if Path(data.squad).is_dir() else None
+    if squad is None:
+        left_out.append(f"MiniLM on SQuAD: {data.squad} is not here; benchmarks/squad_finetune.py trains it, --squad says where it is")
+    return Size("small", "cpu", tuple(subjects), tuple(left_out), _folder(data.tasks_dir), squad)
 
 
 def paper(data: Data, folder: Path) -> Size:

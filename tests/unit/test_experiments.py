@@ -35,7 +35,7 @@ def bench(part: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(sizes, "default_source", lambda: tmp_path / "model.gguf")
     monkeypatch.setattr(whole, "RESULTS", tmp_path / "results")
     (tmp_path / "calibration.txt").write_text("Once.", encoding="utf-8")
-    data = sizes.Data(stories=str(tmp_path), sts=str(tmp_path))
+    data = sizes.Data(stories=str(tmp_path), sts=str(tmp_path), squad=str(tmp_path))
     return whole.Bench(sizes.size("small", data, tmp_path), tmp_path, 1)
 
 
@@ -50,9 +50,10 @@ def test_every_line_of_an_experiment_is_another_measurement(part: Load, bench: A
 def test_a_model_that_is_not_here_is_said(part: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = part("sizes")
     monkeypatch.setattr(sizes, "default_source", lambda: tmp_path / "model.gguf")
-    found = sizes.size("small", sizes.Data(stories=str(tmp_path / "none")), tmp_path)
+    found = sizes.size("small", sizes.Data(stories=str(tmp_path / "none"), squad=str(tmp_path / "none")), tmp_path)
     assert [subject.name for subject in found.subjects] == ["SmolLM2-135M-Instruct"]
-    assert len(found.left_out) == 2 and "--stories" in found.left_out[0] and "--sts" in found.left_out[1]
+    for option, sentence in zip(("--stories", "--sts", "--squad"), found.left_out, strict=True):
+        assert option in sentence
     assert [s.name for s in sizes.size("paper", sizes.Data(), tmp_path).subjects] == ["Llama-2-7B", "Llama-3-8B", "Mistral-7B"]
     with pytest.raises(SystemExit, match="no size"):
         sizes.size("huge", sizes.Data(), tmp_path)
