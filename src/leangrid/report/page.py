@@ -193,9 +193,9 @@ def _title(linear: str, block: str, cell: tuple[Number, Number, Number] | None) 
 
 def _blocks(losses: LossMap) -> list[tuple[str, Number, Number, Number]]:
     """Sums over each block, as a table for those who do not see the maps."""
-    columns = zip(*losses.losses, strict=True)
-    return [(block, *(sum(cell[which] for cell in column if cell) for which in range(3)))
-            for block, column in zip(losses.blocks, columns, strict=True)]  # fmt: skip
+    kept = [[cell for cell in column if cell] for column in zip(*losses.losses, strict=True)]
+    return [(block, sum(a for a, _, _ in cells), sum(b for _, b, _ in cells), sum(c for _, _, c in cells))
+            for block, cells in zip(losses.blocks, kept, strict=True)]  # fmt: skip
 
 
 def _sample(sample: Mapping[str, Any] | None, recipe: Recipe) -> dict[str, Any] | None:
