@@ -163,7 +163,7 @@ def test_tokens_are_transformers(small: Path, name: str, tmp_path: Path) -> None
     shutil.copytree(small, source)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     for path in (tmp_path / "tokenizer").iterdir():
-        amend(source, path.name, path.read_bytes())
+        amend(source, {path.name: path.read_bytes()})
     leangrid.export(source, tmp_path / "gguf", to="gguf")
     answer = asked(tmp_path / "gguf", [5, 6], 1, tmp_path, texts=texts())
     wrong = [text for text, ids in zip(texts(), answer["ids"], strict=True) if ids != tokenizer(text)["input_ids"]]
