@@ -218,7 +218,7 @@ def run(names: list[str], settings: argparse.Namespace, folder: Path) -> list[di
     for name in names:
         missing = installed(name, settings)
         for case in KNOWN[name].cases:
-            if settings.schemes and case[0] not in settings.schemes.split(","):
+            if any(asked and found not in asked.split(",") for asked, found in ((settings.schemes, case[0]), (settings.of, case[2]))):
                 continue
             found = run_case(name, case, models, settings, folder) if missing is None else models.about(*case) | {"state": missing}
             if log := found.pop("log", ""):
@@ -235,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", default=",".join(KNOWN), help="with commas between them")
     parser.add_argument("--schemes", default="", help="only these, with commas between them")
+    parser.add_argument("--of", default="", help=f"only of these models, with commas between them: {REAL}, {TINY} ...")
     parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "interop", help="where the results are kept, and made once")
     parser.add_argument("--environments", type=Path, default=ROOT / ".peers", help="where the engines are installed")
     parser.add_argument("--no-build", action="store_true", help="take the environments as they are")
