@@ -4,7 +4,7 @@
 
 Rows are heavy-tailed (Gaussian times log-normal), importances spread over four decades. ``*_g64`` and ``*_g128`` are microseconds a GROUP
 (scale rounded to bfloat16 unless said), ``*_576`` and ``*_1536`` a row of that many columns, ``sweep_*`` and ``descend_*`` a row of one
-128-column block, ``level_gram`` a row of n columns.
+128-column block, ``level_gram`` a row of n columns, ``exact_*`` a row of LeanQuant-Exact.
 The best of the repeats counts, in CPU time of the process: other work on the machine only ever adds time.
 """
 
@@ -87,7 +87,16 @@ def small_cases() -> dict[str, tuple[Callable[[], object], float]]:
         rows = weight.view(-1, cols)
         return lambda: kernels.kmeans_dp(rows, share[:cols], levels), len(rows)
 
+    def exact(cols: int, rows: int) -> tuple[Callable[[], object], float]:
+        part = weight[:rows, :cols].contiguous()
+        x = torch.randn(2 * cols, cols, generator=g, dtype=torch.float64)
+        inverse = torch.linalg.inv(x.T @ x / cols + 0.01 * torch.eye(cols, dtype=torch.float64))
+        levels = kernels.kmeans_lloyd(part, torch.ones(cols, dtype=torch.float64), 16)[0]
+        return lambda: kernels.exact_levels(part, inverse, levels), rows
+
     return {
+        "exact_16_384": exact(384, 16),
+        "exact_16_1536": exact(1536, 1),
         "affine_4_g64": search(4, 0.2, 64, False, torch.bfloat16),
         "affine_3_g64": search(3, 0.3, 64, False, torch.bfloat16),
         "affine_2_g64": search(2, 0.4, 64, False, torch.bfloat16),

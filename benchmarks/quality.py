@@ -35,6 +35,7 @@ from leangrid.data.calibration import affixes, check_vocabulary, cut, tokenize
 from leangrid.data.corpora import joined
 from leangrid.evaluate.divergence import Reference, divergence
 from leangrid.evaluate.perplexity import negative_log_likelihood, perplexity
+from leangrid.evaluate.sts import Pairs, embed
 from leangrid.recipe import Recipe, Scheme
 
 _SCHEMES = "W4A16_G64,GPTQ4_G64,W3A16_G64,GPTQ3_G64,NU4,NU3"
@@ -51,7 +52,8 @@ class Yardstick(Protocol):
 class Causal:
     """Next-token figures, by the functions of ``leangrid eval``, with the original's log-probabilities kept."""
 
-    def __init__(self, model: Any, tokenizer: Any, text: str, windows: int, length: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, text: str, windows: int, length: int, device: str = "cpu") -> None:
+        self.device = device
         whole, around = joined(text), affixes(tokenizer)
         ids = tokenize(tokenizer, whole, around)
         self.windows = cut(ids, length, around)[:windows].clone()
@@ -63,9 +65,13 @@ class Causal:
                       "length": length, "windows": windows, "tokens": windows * (length - 1),
                       "reference_perplexity": perplexity(self.reference.nll)}  # fmt: skip
 
-    @torch.no_grad()
     def figures(self, directory: Path) -> dict[str, Any]:
-        logits = self._logits(leangrid.load(directory, dtype=torch.float32, dense=True)[0])
+        return self.of(opened(directory, self.device)[0])
+
+    @torch.no_grad()
+    def of(self, model: Any) -> dict[str, Any]:
+        """The figures of a model that is open."""
+        logits = self._logits(model)
         nll, kl, agrees = [], [], []
         for index, window in enumerate(self.windows):
             found = logits(window)
@@ -81,7 +87,7 @@ class Causal:
     def _logits(self, model: Any) -> Any:
         @torch.no_grad()
         def logits(window: Tensor) -> Tensor:
-            return model(input_ids=window[None], use_cache=False).logits[0].float()
+            return model(input_ids=window[None].to(model.device), use_cache=False).logits[0].float().cpu()
 
         return logits
 
@@ -92,21 +98,26 @@ class Encoder:
     def __init__(self, model: Any, tokenizer: Any, text: str) -> None:
         if not text.endswith(".csv"):
             raise SystemExit("an encoder is measured on the STS Benchmark: --text sts-test.csv")
-        self.pairs = sts.Pairs.read(Path(text))
-        self.original = sts.embed(model, tokenizer, self.pairs.sentences)
+        self.pairs = Pairs.read(Path(text))
+        self.original = embed(model, tokenizer, self.pairs.sentences)
         self.about = {"text": Path(text).name, "sha256_of_text": self.pairs.sha256, "sentences": len(self.pairs.sentences),
                       "reference_sts_spearman": sts.figures(self.original, self.pairs, None)["sts_spearman"]}  # fmt: skip
 
     def figures(self, directory: Path) -> dict[str, Any]:
-        model, tokenizer = leangrid.load(directory, dtype=torch.float32, dense=True)
-        return sts.figures(sts.embed(model, tokenizer, self.pairs.sentences), self.pairs, self.original)
+        model, tokenizer = opened(directory)
+        return sts.figures(embed(model, tokenizer, self.pairs.sentences), self.pairs, self.original)
 
 
-def yardstick(source: Path, text: str, windows: int, length: int) -> Yardstick:
-    model, tokenizer = leangrid.load(source, dtype=torch.float32)
+def opened(directory: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """Model and tokenizer, dense: float32 on a CPU, where rounding would be measured too, else as stored."""
+    return leangrid.load(directory, device=device, dtype=torch.float32 if device == "cpu" else None, dense=True)
+
+
+def yardstick(source: Path, text: str, windows: int, length: int, device: str = "cpu") -> Yardstick:
+    model, tokenizer = opened(source, device)
     if tokenizer is None:
         raise SystemExit(f"{source} has no tokenizer")
-    return Causal(model, tokenizer, text, windows, length) if model.can_generate() else Encoder(model, tokenizer, text)
+    return Causal(model, tokenizer, text, windows, length, device) if model.can_generate() else Encoder(model, tokenizer, text)
 
 
 def runs(work: Workload, schemes: list[str], chosen: dict[str, dict[str, str]]) -> Iterator[tuple[str, Recipe]]:

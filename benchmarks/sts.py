@@ -2,88 +2,27 @@
 
     python benchmarks/sts.py --model DIR [--reference DIR] --pairs sts-test.csv
 
-Embeddings are the mean of the last hidden states over a sentence's tokens (what sentence-transformers does for MiniLM). The Spearman
-correlation is between cosine and human similarity over the pairs; it moves by a few tenths of a point by itself. The distance is the
-mean over all sentences of 1 - cosine with the original's embedding, and is what ranks two quantizations.
+The Spearman correlation is that of ``leangrid eval --tasks sts``. The distance is the mean over all sentences of 1 - cosine with the
+original's embedding, and is what ranks two quantizations.
 """
 
 import argparse
-import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from machine import provenance
 from torch import Tensor
 
 import leangrid
-
-_BATCH = 64  # sentences of similar length
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Sentence pairs and how similar people found them (0 to 5)."""
-
-    first: list[str]
-    second: list[str]
-    scores: list[float]
-    sha256: str
-
-    @classmethod
-    def read(cls, path: Path) -> "Pairs":
-        """The benchmark's own files: tab-separated, no quoting, score and sentences in columns 5 to 7."""
-        raw = path.read_bytes()
-        rows = [line.split("\t") for line in raw.decode("utf-8").splitlines() if line.strip()]
-        return cls([row[5] for row in rows], [row[6] for row in rows], [float(row[4]) for row in rows], hashlib.sha256(raw).hexdigest())
-
-    @property
-    def sentences(self) -> list[str]:
-        """All first sentences, then all second ones."""
-        return [*self.first, *self.second]
-
-
-@torch.no_grad()
-def embed(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
-    """Mean-pooled last hidden states, float64 [sentences, width], in the order given."""
-    order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
-    result: Tensor | None = None
-    for start in range(0, len(order), _BATCH):
-        chosen = order[start : start + _BATCH]
-        inputs = tokenizer([sentences[index] for index in chosen], padding=True, truncation=True, return_tensors="pt").to(model.device)
-        hidden = model(**inputs).last_hidden_state.double()
-        mask = inputs["attention_mask"][..., None].double()
-        pooled = ((hidden * mask).sum(1) / mask.sum(1)).cpu()
-        if result is None:
-            result = pooled.new_empty((len(sentences), pooled.shape[1]))
-        result[torch.tensor(chosen)] = pooled
-    if result is None:
-        raise ValueError("no sentences")
-    return result
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Rank correlation; equal values share the mean of their ranks."""
-    return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()
-    return (last - (counts - 1) / 2)[place]
+from leangrid.evaluate.embedding import cosine_distance
+from leangrid.evaluate.sts import Pairs, correlation, embed
 
 
 def figures(embeddings: Tensor, pairs: Pairs, original: Tensor | None) -> dict[str, float]:
     """{"sts_spearman", "embedding_cosine_mean"}: points of 100, and the mean of 1 - cosine with the original's embeddings."""
-    left, right = embeddings.split(len(pairs.first))
-    similarity = torch.cosine_similarity(left, right, dim=-1).numpy()
-    found = {"sts_spearman": 100 * spearman(similarity, np.array(pairs.scores))}
-    if original is not None:
-        found["embedding_cosine_mean"] = float((1 - torch.cosine_similarity(embeddings, original, dim=-1)).mean())
-    return found
+    found = {"sts_spearman": correlation(embeddings, pairs)}
+    return found | ({} if original is None else {"embedding_cosine_mean": cosine_distance(embeddings, original)})
 
 
 def main() -> None:

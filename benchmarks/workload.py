@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from sts import Pairs
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 import leangrid
 from leangrid.data.calibration import windows, windows_hash
 from leangrid.data.sampling import sample
+from leangrid.evaluate.sts import Pairs
 from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.recipe import Recipe

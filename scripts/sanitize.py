@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("tests/unit/test_kernels.py", "tests/unit/test_kernels_sums.py", "tests/unit/test_kernels_checks.py", "tests/unit/test_decode.py",
-         "tests/unit/test_layers.py", "tests/faults/test_shapes.py", "tests/interop/test_transformers.py")  # fmt: skip
+         "tests/oracles/test_exact.py", "tests/unit/test_layers.py", "tests/faults/test_shapes.py",
+         "tests/interop/test_transformers.py")  # fmt: skip
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1"
 # Reports of uninstrumented libraries below us (torch, Python) are not ours: leaks at exit, and checks of their own allocators.
 ASAN = "detect_leaks=0:alloc_dealloc_mismatch=0:detect_odr_violation=0:abort_on_error=0:allocator_may_return_null=1"

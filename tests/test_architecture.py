@@ -26,6 +26,7 @@ ONLY_IN = {
     "jinja2": ("report/",),
     "vllm": ("vllm_plugin.py", "vllm_linear.py"),
     "onnx": ("onnx_export.py",),
+    "lm_eval": ("evaluate/harness.py",),
     "pickle": (),
     "marshal": (),
     "shelve": (),

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from leangrid.errors import RecipeError
-from leangrid.report.outcome import BAD_INPUT, emit, emit_json, outcome, say
+from leangrid.report.outcome import BAD_INPUT, STOPPED, emit, emit_json, outcome, say
 from leangrid.report.summary import comparison_summary, eval_summary, export_summary, plan_summary, quantize_summary
 from leangrid.report.terminal import Terminal
 
@@ -160,34 +160,53 @@ def plan(
 def evaluate_(
     model: Annotated[str, typer.Argument(help="a result, a checkpoint directory, a hub id or a .gguf file", show_default=False)],
     reference: Annotated[str | None, typer.Option(metavar="SOURCE", help="the original: adds KL and top-1 agreement")] = None,
-    text: Annotated[str, typer.Option(help="wikitext2, c4, embedded, or a .txt/.jsonl file")] = "wikitext2",
+    text: Annotated[
+        str | None, typer.Option(help="wikitext2, c4, embedded, or a .txt/.jsonl file [wikitext2; with --tasks none]", show_default=False)
+    ] = None,
     length: Annotated[int | None, typer.Option(metavar="N", help="tokens a window [1024, or what the model takes]")] = None,
     windows: Annotated[int, typer.Option(metavar="N", help="windows, from the start of the text")] = 12,
     keep: Annotated[bool, typer.Option("--keep", help="add the figures to MODEL: its manifest, model card and report")] = False,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="arc_easy,mmlu,... of lm-evaluation-harness; sts, squad, mt_bench")
+    ] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="the tasks' yaml and data files [the hub]")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="documents of each task [all]")] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="rows of a forward pass of tasks")] = 16,
+    judge_url: Annotated[str | None, typer.Option(metavar="URL", help="API that rates mt_bench; key: LEANGRID_JUDGE_KEY")] = None,
+    judge_model: Annotated[str, typer.Option(metavar="NAME", help="of the judge")] = "gpt-4o-2024-05-13",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="keeps each finished task; the same command goes on")] = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity; with --reference also KL(reference || model) per token and top-1 agreement. Encoders: embedding distance.
+    """Perplexity; with --reference also KL(reference || model) per token and top-1 agreement. Encoders: embedding distance. Tasks.
 
     \b
     leangrid eval out --reference ./model --text wiki.test.raw --keep
     leangrid eval out --text wikitext2 --length 2048 --windows 128 --json
+    leangrid eval out --tasks arc_easy,hellaswag,mmlu --out results.json
     """
-    with outcome(quiet, debug=_debug):
+    with outcome(quiet, resumable=out is not None, debug=_debug, kept="finished tasks"):
         _use_threads(threads)
-        from leangrid.evaluate import evaluate
+        from leangrid.evaluate import Tasks, evaluate
         from leangrid.report.views import keep as keep_in
         from leangrid.storage.writer import require_sound
 
         if keep:  # refused before the work
             require_sound(Path(model))
+        chosen = None if tasks is None else Tasks.parse(tasks, directory=tasks_dir, limit=limit, batch_size=batch_size, out=out,
+                                                        judge_url=judge_url, judge_model=judge_model)  # fmt: skip
         with Terminal(quiet=quiet) as terminal:
-            values = evaluate(model, reference, text, length=length, windows=windows, device=device, progress=terminal)
+            values = evaluate(model, reference, text, length=length, windows=windows, device=device, tasks=chosen, progress=terminal)
         if keep:
             keep_in(Path(model), values)
         emit_json(values) if as_json else emit(eval_summary(values))
+        failed = {name: found["error"] for name, found in values["tasks"].items() if "error" in found}
+        for name, why in failed.items():
+            say(f"error: task {name}: {why}")
+        if failed:
+            raise typer.Exit(STOPPED)
 
 
 @app.command()

@@ -62,6 +62,10 @@ class NumericalError(LeangridError):
     """A Hessian or weight on which no rung of the ladder gave a usable result."""
 
 
+class TaskError(LeangridError):
+    """A task that is not known, or whose data, judge or program is not there or not usable."""
+
+
 class Interrupted(LeangridError):
     """The run stopped early and kept all finished blocks; the same command resumes."""
 

@@ -223,9 +223,10 @@ class _Layer:
         return NonuniformGrid(minmax.levels[:, 0].contiguous()).rounded(self.dtype)
 
     def swept(self, grid: Grid, stage: str, weight: Tensor | None = None) -> Swept:
-        solver = exact_sweep if self.scheme.exact and stage == "solve" else sweep
+        exact = self.scheme.exact and stage == "solve"
+        solver, count = (exact_sweep, work.exact) if exact else (sweep, work.sweep)
         weight = self.target if weight is None else weight
-        self.flops[stage] += work.sweep(weight.shape[0], weight.shape[1])
+        self.flops[stage] += count(weight.shape[0], weight.shape[1])
         with self.timed(stage):
             return solver(weight, self.factor, grid)
 

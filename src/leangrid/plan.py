@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from leangrid import kernels
+from leangrid import kernels, work
 from leangrid.clock import STAGES
 from leangrid.devices import accelerated, available_bytes, checked, wait
 from leangrid.errors import OutputError
@@ -38,6 +38,7 @@ _SWEEPS, _SWEEPS_A_ROUND = 4.0, 3.0
 # One thread with the native kernels.
 _GRID_SECONDS_A_WEIGHT = {"affine": 1.5e-7, "offset": 2.0e-7, "superblock": 5.0e-7, "nonuniform": 3.5e-7}
 _KERNEL_EFFICIENCY = 0.25  # share of the GEMM rate that sweeps and factorizations reach
+_EXACT_EFFICIENCY = 0.125  # likewise LeanQuant-Exact: float64
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placem
     stages["hessian"] = sum(streams * 2 * tokens * cols**2 for cols in widths.values()) / fast
     stages["factor"] = sum((3 + 3 * (streams - 1)) * cols**3 for cols in widths.values()) / (rate * _KERNEL_EFFICIENCY)
     stages["solve"] = sum(sweeps * la.rows * la.cols**2 for la in layers) / (rate * _KERNEL_EFFICIENCY)
+    if recipe.parsed.exact:
+        stages["solve"] += sum(work.exact(la.rows, la.cols) for la in layers) / (rate * _EXACT_EFFICIENCY)
     stages["grid"] = weights * _GRID_SECONDS_A_WEIGHT[recipe.parsed.grid] / threads
     states = len(skeleton.blocks) * state_bytes(skeleton, recipe, tokens)
     stages["save"] = (2 * sum(la.bytes_after for la in layers) + states) / 5e8

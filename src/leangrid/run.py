@@ -69,7 +69,7 @@ class BlockWork:
         for stage, seconds in result.seconds.items():
             run.clock.add("solve" if stage == "refine" else stage, seconds)
         rows, cols = result.codes.shape
-        least = work.sweep(rows, cols) + work.refine(rows, cols, run.recipe.refine or 0)
+        least = (work.exact if run.recipe.parsed.exact else work.sweep)(rows, cols) + work.refine(rows, cols, run.recipe.refine or 0)
         run.clock.work.add("solve", 0.0 if run.recipe.parsed.method == "rtn" else least, result.flops["solve"] + result.flops["refine"])
         run.clock.work.add("baseline", 0.0, result.flops["baseline"])
         parameter = self.module.get_parameter(f"{name}.weight")

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -166,9 +165,3 @@ def test_a_child_reports_its_own_peak_memory(bench: Any) -> None:
     ours = np.ones(40_000_000)  # 320 MB that belong to the parent
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 1e6 < int(done.stdout) < ours.nbytes / 2
-
-
-def test_spearman_is_scipys_with_ties(bench: Any) -> None:
-    generator = np.random.default_rng(0)
-    first, second = generator.integers(0, 6, 200).astype(float), generator.normal(size=200).round(1)
-    assert bench("sts").spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic, abs=1e-12)

@@ -56,3 +56,9 @@ def test_the_guard_is_work_that_was_not_needed() -> None:
     ]
     assert counted[0] == work.sweep(rows, cols)
     assert counted[1] >= counted[0]
+
+
+def test_exact_counts_the_inverse_of_each_row() -> None:
+    w, matrix, factor = layer(6, 24)
+    solved = solve_linear(w, factor, matrix, Recipe(scheme="NU3_EXACT", guard=False).resolved(), torch.float32)
+    assert solved.flops["solve"] == work.exact(6, 24) == 6 * 24**3 / 3

@@ -7,10 +7,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 
+def states(model: torch.nn.Module, **inputs: Tensor) -> Float[Tensor, "batch tokens width"]:
+    """The last hidden states of the encoder below whatever head the model has."""
+    output: Any = getattr(model, "base_model", model)(**inputs)
+    return output.last_hidden_state
+
+
 def mean_pooled(model: torch.nn.Module, window: Int64[Tensor, " tokens"]) -> Float[Tensor, " width"]:
     """The mean of the last hidden states over one unpadded window, float64."""
-    output: Any = model(input_ids=window[None])
-    return output.last_hidden_state[0].double().mean(0)
+    return states(model, input_ids=window[None])[0].double().mean(0)
 
 
 def cosine_distance(first: Float[Tensor, "windows width"], second: Float[Tensor, "windows width"]) -> float:

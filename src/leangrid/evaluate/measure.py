@@ -19,9 +19,12 @@ from leangrid.data.corpora import joined
 from leangrid.errors import CalibrationError, CheckpointError
 from leangrid.evaluate.divergence import Reference, divergence
 from leangrid.evaluate.embedding import cosine_distance, mean_pooled
+from leangrid.evaluate.kept import Kept, model_identity
 from leangrid.evaluate.opened import Opened, open_model
 from leangrid.evaluate.perplexity import negative_log_likelihood, perplexity
+from leangrid.evaluate.tasks import Tasks, prepare, run
 from leangrid.progress import Event, Progress
+from leangrid.storage.hub import locate_source
 
 LENGTH, WINDOWS = 1024, 12
 _OWN_ORIGINAL = "Compare a model with the checkpoint it was made from"
@@ -43,28 +46,45 @@ class Text:
 def evaluate(
     model: str | Path,
     reference: str | Path | None = None,
-    text: str = "wikitext2",
+    text: str | None = None,
     *,
     length: int | None = None,
     windows: int = WINDOWS,
     device: str = "cpu",
+    tasks: Tasks | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure one model; the keys are those of ``leangrid eval --json``.
 
     Args:
         model, reference: a leangrid result, a dense checkpoint directory, a hub id or a .gguf file.
-        text: wikitext2, c4 (their test splits), embedded, or a .txt/.jsonl file: its first ``windows`` x ``length`` tokens.
+        text: wikitext2, c4 (their test splits), embedded, or a .txt/.jsonl file: its first ``windows`` x ``length`` tokens. None:
+            wikitext2, or no text where there are tasks and no reference.
         length: tokens a window; None: 1024, or as many as the model takes.
+        tasks: task figures, under "tasks" by name.
 
     Returns:
         perplexity and reference_perplexity over windows x (length - 1) predicted tokens, kl_mean and kl_p99 in nats,
-        top1_agreement as a share; all None where they do not apply. An encoder has embedding_cosine_mean instead.
+        top1_agreement as a share; all None where they do not apply. An encoder has embedding_cosine_mean instead. A task that failed
+        has {"error": sentence}; the others keep their figures.
 
     Raises:
         CalibrationError: too little text, no tokenizer, or a tokenizer that does not fit. CheckpointError: unreadable models.
+        TaskError: unknown tasks, or missing data; nothing was run then.
     """
-    return evaluate_many([model], reference, text, length=length, windows=windows, device=device, progress=progress)[0]
+    if tasks is None:
+        return evaluate_many([model], reference, text or "wikitext2", length=length, windows=windows, device=device, progress=progress)[0]
+    started = time.perf_counter()
+    jobs, kept = prepare(tasks), Kept.open(tasks.out, model_identity(locate_source(str(model))))
+    values = _result(str(model), None, None, {}, None, 0.0)
+    if text is not None or reference is not None:
+        values = evaluate(model, reference, text, length=length, windows=windows, device=device, progress=progress)
+    subject = open_model(model, device)
+    values["bits_per_weight"] = bits_per_weight(subject.path, subject.model)
+    values["tasks"] = run(subject, jobs, kept, progress or (lambda event: None))
+    values["seconds"] = round(time.perf_counter() - started, 1)
+    kept.write(values)
+    return values
 
 
 @torch.no_grad()
@@ -197,12 +217,13 @@ def _text(subject: Opened, name: str, length: int | None, count: int) -> Text:
 
 
 def _result(
-    name: str, reference: str | Path | None, text: Text, figures: dict[str, float], size: float | None, seconds: float
+    name: str, reference: str | Path | None, text: Text | None, figures: dict[str, float], size: float | None, seconds: float
 ) -> dict[str, Any]:
     keys = ("perplexity", "reference_perplexity", "kl_mean", "kl_p99", "top1_agreement")
-    result: dict[str, Any] = {"model": name, "reference": None if reference is None else str(reference), "text": text.name,
-                              "sha256_of_text": text.sha256, "length": text.windows.shape[1], "windows": text.windows.shape[0],
-                              "tokens": text.predicted}  # fmt: skip
+    result: dict[str, Any] = {"model": name, "reference": None if reference is None else str(reference)}
+    result |= dict.fromkeys(("text", "sha256_of_text", "length", "windows", "tokens")) if text is None else {
+        "text": text.name, "sha256_of_text": text.sha256, "length": text.windows.shape[1], "windows": text.windows.shape[0],
+        "tokens": text.predicted}  # fmt: skip
     result |= {key: figures.get(key) for key in keys} | {"tasks": {}, "bits_per_weight": size, "seconds": seconds}
     if "embedding_cosine_mean" in figures:
         result["embedding_cosine_mean"] = figures["embedding_cosine_mean"]

@@ -70,7 +70,11 @@ class Reply:
 
 def _prompt_ids(tokenizer: Any, prompt: str, raw: bool) -> list[int]:
     if not raw and getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return list(encoded["input_ids"])
+        return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
     return [*affixes(tokenizer).prefix, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+
+
+def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """A conversation in the model's own chat template, ready for the next reply."""
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return list(encoded["input_ids"])

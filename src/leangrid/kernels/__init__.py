@@ -14,13 +14,13 @@ from torch import Tensor
 
 from leangrid.errors import ShapeError
 from leangrid.kernels import native, torch_sums
-from leangrid.kernels.checks import block, codes_below, group_index, normalised_importance, per_row, weights
+from leangrid.kernels.checks import block, codes_below, group_index, normalised_importance, per_row, square_beside, weights
 from leangrid.kernels.choice import backend
 from leangrid.kernels.choice import ops as _ops
 
-__all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "descend_offset", "kmeans_dp", "kmeans_lloyd", "level_gram",
-           "outer_block", "outer_sums", "outer_takes_bfloat16", "squares_are_finite", "sweep_affine", "sweep_levels",
-           "sweep_offset"]  # fmt: skip
+__all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "descend_offset", "exact_affine", "exact_levels",
+           "kmeans_dp", "kmeans_lloyd", "level_gram", "outer_block", "outer_sums", "outer_takes_bfloat16", "squares_are_finite",
+           "sweep_affine", "sweep_levels", "sweep_offset"]  # fmt: skip
 
 SCALE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
@@ -150,6 +150,40 @@ def sweep_offset(weight: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, g
     return _ops(weight).sweep_offset(weight, upper, scale, offset, group, bits)
 
 
+def exact_levels(weight: Tensor, inverse: Tensor, levels: Tensor) -> tuple[UInt8[Tensor, "rows n"], Float64[Tensor, "rows"]]:
+    """LeanQuant-Exact (Algorithm 2) on levels of each row's own: the cheapest remaining column is quantized next, in every row another.
+
+    C++ and torch sum in another order: the same codes, except where two costs agree to rounding in float64.
+
+    Args:
+        weight: f32 [rows, n], finite; not changed.
+        inverse: f64 [n, n], (H + lambda I)^-1, symmetric positive definite.
+        levels: f32 [rows, K] sorted, K 1..256.
+
+    Returns:
+        codes u8 [rows, n] and the loss of each row, f64: sum over its columns of (w_j - q_j)^2 / (2 A_jj) as they are removed.
+
+    Raises:
+        ShapeError: shapes, dtypes or values that do not fit.
+    """
+    weight, inverse = weights("exact_levels", weight), square_beside("exact_levels", inverse, weight)
+    levels = per_row("exact_levels", "levels", levels, weight, torch.float32)
+    return _ops(weight).exact_levels(weight, inverse, levels)
+
+
+def exact_affine(weight: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int
+                 ) -> tuple[UInt8[Tensor, "rows n"], Float64[Tensor, "rows"]]:  # fmt: skip
+    """``exact_levels`` for levels S (q - Z), Z any number: code = rint(clamp(w/S + Z, 0, K-1)), half to even.
+
+    Args:
+        scale: f32 [rows, groups], not 0. zero: Z, f64 [rows, groups].
+        group: int [n], which group each column belongs to. bits: 1..8.
+    """
+    weight, inverse = weights("exact_affine", weight), square_beside("exact_affine", inverse, weight)
+    scale, zero, group = _grouped("exact_affine", weight, scale, zero, group, bits, "zero")
+    return _ops(weight).exact_affine(weight, inverse, scale, zero, group, bits)
+
+
 def descend_levels(gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor
                    ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """One round of cyclic coordinate descent on the codes inside a block of columns.
@@ -198,7 +232,7 @@ def _grouped(name: str, weight: Tensor, scale: Tensor, zero: Tensor, group: Tens
     if not 1 <= bits <= 8:
         raise ShapeError(f"{name}: {bits} bits", "bits", "Ask for 1 to 8")
     scale = per_row(name, "scale", scale, weight, torch.float32)
-    zero = per_row(name, kind, zero, weight, torch.float32 if kind == "offset" else torch.uint8)
+    zero = per_row(name, kind, zero, weight, {"offset": torch.float32, "zero": torch.float64}.get(kind, torch.uint8))
     if zero.shape != scale.shape:
         raise ShapeError(f"{name}: scale {tuple(scale.shape)} and {kind} {tuple(zero.shape)} differ", name)
     return scale, zero, group_index(name, group, weight.shape[1], scale.shape[1])

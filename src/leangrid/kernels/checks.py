@@ -47,6 +47,16 @@ def block(op: str, rows: Tensor, square: Tensor, name: str, dtype: torch.dtype =
     return rows.detach().contiguous(), square.detach().contiguous()
 
 
+def square_beside(op: str, inverse: Tensor, weight: Tensor) -> Tensor:
+    """f64 [n, n] for a weight [rows, n], on its device, with a positive diagonal."""
+    _matrix(op, "inverse", inverse, torch.float64)
+    cols = weight.shape[1]
+    if inverse.shape != (cols, cols) or inverse.device != weight.device or not bool((inverse.diagonal() > 0).all()):
+        raise ShapeError(f"{op}: inverse {tuple(inverse.shape)} on {inverse.device} for weight {tuple(weight.shape)} on {weight.device}",
+                         "inverse", "It must be positive definite, one row a column, on the same device")  # fmt: skip
+    return inverse.detach().contiguous()
+
+
 def per_row(op: str, name: str, tensor: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """[rows, 1..] of ``dtype`` on the device of ``rows``, at least one column; at most 256 levels."""
     _matrix(op, name, tensor, dtype)

@@ -144,6 +144,18 @@ def descend_offset(gradient: Tensor, hessian: Tensor, codes: Tensor, scale: Tens
     return codes, delta
 
 
+def exact_levels(weight: Tensor, inverse: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    codes, loss = torch.empty_like(weight, dtype=torch.uint8), torch.empty(len(weight), dtype=torch.float64)
+    _call("exact_levels", weight, inverse, levels, codes, loss)
+    return codes, loss
+
+
+def exact_affine(weight: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    codes, loss = torch.empty_like(weight, dtype=torch.uint8), torch.empty(len(weight), dtype=torch.float64)
+    _call("exact_affine", weight, inverse, scale, zero, group, bits, codes, loss)
+    return codes, loss
+
+
 def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Tensor:
     out = torch.empty(len(codes), levels, levels, dtype=torch.float64)
     _call("level_gram", hessian, codes, out)

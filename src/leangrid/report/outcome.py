@@ -25,12 +25,13 @@ class _Stop(BaseException):
 
 
 @contextlib.contextmanager
-def outcome(quiet: bool = False, resumable: bool = False, debug: bool = False) -> Iterator[None]:
+def outcome(quiet: bool = False, resumable: bool = False, debug: bool = False, kept: str = "finished blocks") -> Iterator[None]:
     """Run a command's body: LeangridError, signals and bugs become messages on stderr and typer.Exit with their code.
 
     Args:
         resumable: the same command goes on where it stopped, so a stop prints it.
         debug: tracebacks for every error, not for our bugs alone.
+        kept: what it goes on with.
     """
     if quiet or not _interactive():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below us
@@ -41,8 +42,8 @@ def outcome(quiet: bool = False, resumable: bool = False, debug: bool = False) -
         except typer.Exit:
             raise
         except (_Stop, KeyboardInterrupt) as stop:
-            kept = "finished blocks are kept" if resumable else "nothing was written"
-            _fail(f"stopped{f' by {stop}' if str(stop) else ''}: {kept}", STOPPED, debug, resume=True)
+            left = f"{kept} are kept" if resumable else "nothing was written"
+            _fail(f"stopped{f' by {stop}' if str(stop) else ''}: {left}", STOPPED, debug, resume=True)
         except LeangridError as error:
             _fail(f"error: {error}", error.exit_code, debug, resume=error.exit_code == STOPPED)
         except OSError as error:

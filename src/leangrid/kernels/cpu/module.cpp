@@ -217,6 +217,37 @@ void level_gram(int isa, int threads, FloatIn hessian, BytesIn codes, Array<doub
     share_rows(rows, grain, threads, [&](int64_t begin, int64_t end) { return kernels.gram(args, begin, end); });
 }
 
+void run_exact(int isa, int threads, const ExactArgs& args, int64_t rows) {
+    const KernelTable& kernels = table(isa);
+    // A range keeps one matrix of its own: its pages are fresh, so a range has more than one row where there are enough.
+    const int64_t grain = std::clamp<int64_t>(rows / (4 * std::max(threads, 1)), 1, 16);
+    share_rows(rows, grain, threads, [&](int64_t begin, int64_t end) { return kernels.exact(args, begin, end); });
+}
+
+void require_exact(const FloatIn& weight, const Array<const double, 2>& inverse, const BytesOut& codes, const Array<double, 1>& loss) {
+    require(inverse.shape(0) == inverse.shape(1) && inverse.shape(0) == weight.shape(1) && codes.shape(0) == weight.shape(0) &&
+            codes.shape(1) == weight.shape(1) && loss.shape(0) == weight.shape(0));
+}
+
+void exact_levels(int isa, int threads, FloatIn weight, Array<const double, 2> inverse, FloatIn levels, BytesOut codes,
+                  Array<double, 1> loss) {
+    require_exact(weight, inverse, codes, loss);
+    require(levels.shape(0) == weight.shape(0) && levels.shape(1) >= 1 && levels.shape(1) <= 256);
+    const ExactArgs args{weight.data(), inverse.data(), static_cast<int64_t>(weight.shape(1)), levels.data(),
+                         static_cast<int>(levels.shape(1)), nullptr, nullptr, nullptr, 0, codes.data(), loss.data()};
+    run_exact(isa, threads, args, weight.shape(0));
+}
+
+void exact_affine(int isa, int threads, FloatIn weight, Array<const double, 2> inverse, FloatIn scale, Array<const double, 2> zero,
+                  Array<const int32_t, 1> group, int bits, BytesOut codes, Array<double, 1> loss) {
+    require_exact(weight, inverse, codes, loss);
+    require(scale.shape(0) == weight.shape(0) && zero.shape(0) == weight.shape(0) && zero.shape(1) == scale.shape(1) &&
+            group.shape(0) == weight.shape(1) && bits >= 1 && bits <= 8);
+    const ExactArgs args{weight.data(), inverse.data(), static_cast<int64_t>(weight.shape(1)), nullptr, 1 << bits, scale.data(),
+                         zero.data(), group.data(), static_cast<int64_t>(scale.shape(1)), codes.data(), loss.data()};
+    run_exact(isa, threads, args, weight.shape(0));
+}
+
 int largest_bits(Array<const uint16_t, 1> x) {
     if (!tiles_available()) throw nb::value_error("this processor does not have bfloat16 matrix tiles");
     nb::gil_scoped_release release;
@@ -282,6 +313,8 @@ NB_MODULE(_cpu, m) {
     m.def("sweep_offset", &block_offset<false>);
     m.def("descend_offset", &block_offset<true>);
     m.def("level_gram", &level_gram);
+    m.def("exact_levels", &exact_levels);
+    m.def("exact_affine", &exact_affine);
     m.def("tiles_available", &tiles_available, "bfloat16 matrix tiles (AMX), granted by the operating system");
     m.def("largest_bits", &largest_bits);
     m.def("outer_sums", &outer_sums, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());

@@ -58,12 +58,27 @@ struct GramArgs {
     double* out;  // [rows, levels, levels]
 };
 
+struct ExactArgs {
+    const float* weight;    // [rows, n]
+    const double* inverse;  // [n, n]
+    int64_t n;
+    const float* levels;  // [rows, K]; or nullptr, then the next four
+    int count;            // K
+    const float* scale;   // [rows, groups]
+    const double* zero;   // [rows, groups]
+    const int32_t* group;  // [n]
+    int64_t groups;
+    uint8_t* codes;
+    double* loss;  // [rows]
+};
+
 struct KernelTable {
     bool (*kmeans)(const KmeansArgs&, int64_t begin, int64_t end) noexcept;
     bool (*affine)(const AffineArgs&, int64_t begin, int64_t end) noexcept;
     bool (*sweep)(const SweepArgs&, int64_t begin, int64_t end) noexcept;
     bool (*descend)(const SweepArgs&, int64_t begin, int64_t end) noexcept;
     bool (*gram)(const GramArgs&, int64_t begin, int64_t end) noexcept;
+    bool (*exact)(const ExactArgs&, int64_t begin, int64_t end) noexcept;
 };
 
 }  // namespace leangrid
