@@ -18,10 +18,10 @@ import torch
 
 import tiny_run
 from forked import status_of
+from leangrid.report.views import TIMED
 from leangrid.storage.writer import verify
 
 Job = Callable[[Path], object]
-_TIMED = ("records.jsonl", "manifest.json")  # hold wall times
 
 
 def jobs(kind: str, work: Path) -> Job:
@@ -38,7 +38,7 @@ def jobs(kind: str, work: Path) -> Job:
 
 
 def contents(out: Path, kind: str) -> dict[str, str]:
-    return {name: sha256 for name, sha256 in tiny_run.digest(out).items() if kind == "storage" or name not in _TIMED}
+    return {name: sha256 for name, sha256 in tiny_run.digest(out).items() if kind == "storage" or name not in TIMED}
 
 
 def main(kind: str, work: Path, count: int, seed: int) -> dict[str, object]:

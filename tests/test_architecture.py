@@ -23,6 +23,7 @@ ONLY_IN = {
     "transformers": ("models/", "data/", "load.py", "hf_quantizer.py"),
     "tokenizers": ("models/", "data/", "load.py", "hf_quantizer.py"),
     "matplotlib": ("report/",),
+    "jinja2": ("report/",),
     "vllm": ("vllm_plugin.py", "vllm_linear.py"),
     "onnx": ("onnx_export.py",),
     "lm_eval": ("evaluate/harness.py",),

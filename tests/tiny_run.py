@@ -86,7 +86,7 @@ def crash_everywhere(source: Path, work: Path, overwrite: bool) -> dict[str, Any
         out = work / f"out{n}"
         if overwrite:
             shutil.copytree(expected_dir, out)
-            amend(out, "older.txt", b"an older result")
+            amend(out, {"older.txt": b"an older result"})
         again = partial(run, source, out, overwrite=overwrite)
         killed = status_of(again, f"*:{n}")
         if out.exists():

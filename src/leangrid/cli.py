@@ -1,6 +1,5 @@
 """The command line: parse, make one call, print what came back. stdout carries the result, stderr everything else."""
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 
 from leangrid.errors import RecipeError
 from leangrid.report.outcome import BAD_INPUT, STOPPED, emit, emit_json, outcome, say
-from leangrid.report.summary import eval_summary, export_summary, quantize_summary, size, table
+from leangrid.report.summary import comparison_summary, eval_summary, export_summary, plan_summary, quantize_summary
 from leangrid.report.terminal import Terminal
 
 _WIDE = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
@@ -53,6 +52,7 @@ def _options(
     leangrid plan org/name --scheme NU4        what it would cost
     leangrid quantize org/name out             the main job
     leangrid eval out --reference org/name     how near it came
+    leangrid report out --open                 what it did, as a page
     leangrid export out out-dense --to dense   for another engine
     leangrid generate out "Why is the sky blue?"
     """
@@ -153,7 +153,7 @@ def plan(
         from leangrid.plan import plan as estimate
 
         values = estimate(source, settings, threads=threads, device=device).to_json()
-        emit_json(values) if as_json else emit(_layer_table(values) + quantize_summary(values))
+        emit_json(values) if as_json else emit(plan_summary(values))
 
 
 @app.command("eval")
@@ -174,6 +174,7 @@ def evaluate_(
     judge_url: Annotated[str | None, typer.Option(metavar="URL", help="API that rates mt_bench; key: LEANGRID_JUDGE_KEY")] = None,
     judge_model: Annotated[str, typer.Option(metavar="NAME", help="of the judge")] = "gpt-4o-2024-05-13",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="keeps each finished task; the same command goes on")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="add the figures to MODEL: its manifest, model card and report")] = False,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: AsJson = False,
@@ -182,20 +183,26 @@ def evaluate_(
     """Perplexity; with --reference also KL(reference || model) per token and top-1 agreement. Encoders: embedding distance. Tasks.
 
     \b
-    leangrid eval out --reference ./model --text wiki.test.raw
+    leangrid eval out --reference ./model --text wiki.test.raw --keep
     leangrid eval out --text wikitext2 --length 2048 --windows 128 --json
     leangrid eval out --tasks arc_easy,hellaswag,mmlu --out results.json
     """
     with outcome(quiet, resumable=out is not None, debug=_debug, kept="finished tasks"):
         _use_threads(threads)
         from leangrid.evaluate import Tasks, evaluate
+        from leangrid.report.views import keep as keep_in
+        from leangrid.storage.writer import require_sound
 
+        if keep:  # refused before the work
+            require_sound(Path(model))
         chosen = None if tasks is None else Tasks.parse(tasks, directory=tasks_dir, limit=limit, batch_size=batch_size, out=out,
                                                         judge_url=judge_url, judge_model=judge_model)  # fmt: skip
         with Terminal(quiet=quiet) as terminal:
             values = evaluate(model, reference, text, length=length, windows=windows, device=device, tasks=chosen, progress=terminal)
-        emit_json(values) if as_json else emit(eval_summary(values))
         failed = {name: found["error"] for name, found in values["tasks"].items() if "error" in found}
+        if keep and not failed:
+            keep_in(Path(model), values)
+        emit_json(values) if as_json else emit(eval_summary(values))
         for name, why in failed.items():
             say(f"error: task {name}: {why}")
         if failed:
@@ -259,6 +266,55 @@ def generate(
 
 
 @app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="a result of quantize or export", show_default=False)],
+    open_: Annotated[bool, typer.Option("--open", help="show it in the browser")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write DIR/report.html again: one file with what the run did, what it cost and how near it came.
+
+    \b
+    leangrid report out --open
+    """
+    with outcome(quiet, debug=_debug):
+        from leangrid.report.views import rewrite
+
+        path = rewrite(directory)
+        emit_json({"directory": str(directory), "report": str(path)}) if as_json else emit(str(path))
+        if open_ and typer.launch(path.absolute().as_uri()) != 0:
+            say("no browser opened; the file is written")
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(help="results of quantize or export", show_default=False)],
+    reference: Annotated[str | None, typer.Option(metavar="SOURCE", help="the original: measures all of them on --text")] = None,
+    text: Annotated[str, typer.Option(help="wikitext2, c4, embedded, or a .txt/.jsonl file")] = "wikitext2",
+    length: Annotated[int | None, typer.Option(metavar="N", help="tokens a window [1024, or what the model takes]")] = None,
+    windows: Annotated[int, typer.Option(metavar="N", help="windows, from the start of the text")] = 12,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.html", help="size against KL, with the table, as one page")] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Several results side by side: size, bits, losses, perplexity, KL, time; a star where no other is smaller and nearer.
+
+    \b
+    leangrid compare out-nu4 out-nu3 --plot compare.html                what eval --keep or the quality gate measured
+    leangrid compare out-nu4 out-nu3 --reference ./model --text wiki.test.raw
+    """
+    with outcome(quiet, debug=_debug):
+        _use_threads(threads)
+        from leangrid.compare import compare as run
+
+        with Terminal(quiet=quiet) as terminal:
+            values = run(directories, reference, text, length=length, windows=windows, plot=plot, device=device, progress=terminal)
+        emit_json(values) if as_json else emit(comparison_summary(values))
+
+
+@app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(help="a result of quantize", show_default=False)],
     as_json: AsJson = False,
@@ -305,18 +361,6 @@ def _recipe(file: Path | None, **options: Any) -> Any:
 
     given = {name: value for name, value in options.items() if value is not None}
     return Recipe.build(**given) if file is None else Recipe.from_file(file, **given)
-
-
-def _layer_table(values: dict[str, Any]) -> str:
-    """Layers that repeat in every block as one row; "" where the plan lists none."""
-    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for layer in values.get("layer_plans") or []:
-        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", layer["name"]), f"{layer['rows']} x {layer['cols']}", layer["scheme"]), []).append(
-            layer
-        )
-    rows = [(name, shape, scheme, len(found), size(sum(la["bytes_before"] for la in found)), size(sum(la["bytes_after"] for la in found)))
-            for (name, shape, scheme), found in kinds.items()]  # fmt: skip
-    return table(("layer", "shape", "scheme", "count", "before", "after"), rows) + "\n\n" if rows else ""
 
 
 def _use_threads(threads: int | None) -> None:

@@ -16,6 +16,7 @@ class Clock:
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self.work = Work()
+        self._lap: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -33,6 +34,12 @@ class Clock:
     def elapsed(self) -> float:
         """Seconds since the clock was made."""
         return time.perf_counter() - self.started
+
+    def lap(self) -> dict[str, float]:
+        """What ``report`` counts since the last lap: a run that is resumed has a lap for every block, in whichever process."""
+        now, before = self.report(), self._lap
+        self._lap = now
+        return {name: round(value - before.get(name, 0.0), 3) for name, value in now.items()}
 
     def report(self) -> dict[str, float]:
         """{"total": ..., stage: ...}, rounded to milliseconds."""

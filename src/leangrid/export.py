@@ -6,7 +6,7 @@ of ``WHOLE``. ``dense`` has no container: it is the dequantized checkpoint.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +21,15 @@ from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeErr
 from leangrid.finished import Finished
 from leangrid.formats import CONFIG_KEYS, FORMATS, Format, config_entries, config_of, stored_as
 from leangrid.progress import Event, Progress
-from leangrid.recipe import OFFSET_FORMATS, Recipe, Scheme
-from leangrid.report.card import model_card
-from leangrid.report.records import read_records
+from leangrid.recipe import OFFSET_FORMATS, Scheme
+from leangrid.report.facts import RECORDS, RUN, Facts
+from leangrid.report.views import views
 from leangrid.storage import files, writer
 from leangrid.storage.config import with_older_ropes
 from leangrid.storage.journal import Journal
 from leangrid.storage.safetensors import TensorInfo
 
 DENSE = "dense"
-RECORDS = "records.jsonl"
 
 # A writer of one whole file: it refuses (LeangridError) what it cannot hold before it writes, puts its files into the staged directory
 # through storage/files.py, and returns the stored bits per quantized weight, or None where that has no meaning.
@@ -174,11 +173,13 @@ class _Work:
         try:
             if self.to in WHOLE:
                 bits = WHOLE[self.to](self.finished, writer.stage(journal), self.like, self.progress)
-                return writer.publish_staged(journal, out, self._texts(bits), self._manifest(bits), overwrite=overwrite)
+                return writer.publish_staged(journal, out, self._texts(), self._manifest(bits), overwrite=overwrite, views=self._views)
             files.require_space(journal.partial, 2 * self._bytes())
             bits, side = self._bits_per_weight(), self.finished.checkpoint.side_files()
-            texts, manifest = self._texts(bits), self._manifest(bits)
-            return writer.publish(journal, out, self._tensors(), self._config(), side, texts, manifest, overwrite=overwrite)
+            texts, manifest = self._texts(), self._manifest(bits)
+            return writer.publish(
+                journal, out, self._tensors(), self._config(), side, texts, manifest, overwrite=overwrite, views=self._views
+            )
         except BaseException:
             journal.discard()  # an export is quick: there is nothing to resume
             raise
@@ -224,14 +225,15 @@ class _Work:
     def _bits_per_weight(self) -> float:
         return round(8 * self._layer_bytes() / sum(rows * cols for rows, cols in self.finished.layers.values()), 4)
 
-    def _texts(self, bits: float | None) -> dict[str, str]:
-        """The records as they are (the codes are the same) and the card of this container."""
-        path = self.finished.directory / RECORDS
-        manifest, records = self.finished.manifest, read_records(path)
-        source = manifest.get("source_name") or "unknown (the manifest has its fingerprint)"
-        card = model_card(source, Recipe.model_validate(manifest["recipe"]), records, bits_per_weight=bits, version=__version__,
-                          container=self.to, exported_from=f"{self.finished.directory.name}, {manifest['result']['format']}")  # fmt: skip
-        return {RECORDS: path.read_text(encoding="utf-8"), "README.md": card}
+    def _texts(self) -> dict[str, str]:
+        """The records and the run as they are: the codes are the same."""
+        kept = (self.finished.directory / name for name in (RECORDS, RUN))
+        return {path.name: path.read_text(encoding="utf-8") for path in kept if path.exists()}
+
+    def _views(self, manifest: Mapping[str, Any]) -> Mapping[str, str]:
+        """Card and report of this container."""
+        facts = Facts.read(self.finished.directory)
+        return views(manifest, facts.records, facts.run)
 
     def _manifest(self, bits: float | None) -> dict[str, Any]:
         """The source's, with what is another here and where it came from."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from leangrid.errors import CheckpointError, FormatError, VerifyError
+from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import Format, format_of, schemes_of
 from leangrid.grids import Grid
 from leangrid.models.architectures import Architecture, architecture_of
@@ -17,9 +17,7 @@ from leangrid.models.skeleton import linear_shapes
 from leangrid.recipe import Scheme
 from leangrid.storage.safetensors import DTYPES, TensorInfo
 from leangrid.storage.source import Checkpoint, open_source
-from leangrid.storage.writer import MANIFEST, verify
-
-_SHOWN = 5  # differences that a refusal names
+from leangrid.storage.writer import MANIFEST, require_sound
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +50,7 @@ class Finished:
             FormatError: it is not quantized, or in a way that leangrid does not read.
             CheckpointError: config and tensors disagree.
         """
-        differences = verify(directory)
-        if differences:
-            more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
-            what = f"the directory is not what its manifest says: {'; '.join(differences[:_SHOWN])}{more}"
-            raise VerifyError(what, directory, "Copy it again, or quantize again")
+        require_sound(directory)
         checkpoint = open_source(directory, allow_quantized=True)
         stored = checkpoint.config.get("quantization_config")
         if not isinstance(stored, dict):

@@ -19,6 +19,7 @@ from leangrid.devices import accelerated, out_of_memory, release_cached
 from leangrid.errors import CheckpointError, Interrupted, LeangridError
 from leangrid.evaluate.divergence import divergence
 from leangrid.evaluate.embedding import cosine_distance
+from leangrid.evaluate.perplexity import negative_log_likelihood, perplexity
 from leangrid.formats import CONFIG_KEYS, format_of, schemes_of
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import embed
@@ -43,7 +44,8 @@ def default_limit(bits: int, measure: str) -> float:
 
 
 def judge(original: Skeleton, directory: Path, windows: Int64[Tensor, "samples length"], bits: int, device: str) -> dict[str, Any]:
-    """What the manifest keeps as ``quality``: measure, value, top1_agreement, windows, tokens, worst_layers; or ``error``, one sentence.
+    """What the manifest keeps as ``quality``: measure, value, windows, tokens, worst_layers; of a decoder top1_agreement and both
+    perplexities on these calibration tokens; or ``error``, one sentence.
 
     A result that cannot be opened or run is an answer, not an exception; Interrupted (the source changed) passes.
     """
@@ -176,13 +178,17 @@ def _distance(original: Skeleton, result: Skeleton, ids: Tensor, theirs: list[Te
         value = cosine_distance(*(torch.cat(states).double().mean(1).cpu() for states in (theirs, ours)))
         return {"measure": "cosine", "value": _rounded(value)}
     reference = list(_logits(original, ids, theirs, device))
-    compared = [divergence(torch.log_softmax(one[:-1].float(), -1), other)
-                for one, other in zip(reference, _logits(result, ids, ours, device), strict=True)]  # fmt: skip
-    agreement = float(torch.cat([one.agrees for one in compared]).double().mean())
+    compared, surprises = [], []
+    for one, other, window in zip(reference, _logits(result, ids, ours, device), ids.cpu(), strict=True):
+        compared.append(divergence(torch.log_softmax(one[:-1].float(), -1), other))
+        surprises.append([negative_log_likelihood(logits, window) for logits in (other, one)])
+    perplexities = [_rounded(perplexity(torch.cat(parts))) for parts in zip(*surprises, strict=True)]
     return {
         "measure": "kl",
         "value": _rounded(float(torch.cat([one.kl for one in compared]).mean())),
-        "top1_agreement": _rounded(agreement),
+        "top1_agreement": _rounded(float(torch.cat([one.agrees for one in compared]).double().mean())),
+        "perplexity": perplexities[0],
+        "reference_perplexity": perplexities[1],
     }
 
 

@@ -1,7 +1,7 @@
 """The end of a run: side texts, the config with its quantization entry, the manifest, and the final name."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from leangrid.memory import peak_bytes
 from leangrid.models.skeleton import Skeleton
 from leangrid.precision import products
 from leangrid.prepare import Prepared
-from leangrid.report.card import model_card
+from leangrid.report.facts import RECORDS, RUN
 from leangrid.report.records import LayerRecord, to_lines, totals
+from leangrid.report.run_log import run_log
+from leangrid.report.views import TIMED, views
 from leangrid.result import QuantizeResult
 from leangrid.sizes import sizes, stored_schemes
 from leangrid.storage import writer
@@ -51,7 +53,6 @@ def publish(
         "determinism": _determinism(infos),
         "result": figures,
     }
-    card = model_card(prepared.source, recipe, records, bits_per_weight=figures["bits_per_weight"], version=__version__)
 
     def judged(staged: Path) -> dict[str, Any]:
         begin = clock.elapsed()
@@ -62,6 +63,13 @@ def publish(
         clock.add("save", -spent)  # the stage in which this happens
         return {"quality": found}
 
+    def told(so_far: Mapping[str, Any]) -> Mapping[str, str]:
+        last = clock.lap()
+        last["save"] += round(clock.elapsed() - began, 3)  # the stage in which this happens is not over
+        took = run_log(infos, last, sizes(skeleton, recipe).bytes_before, device)
+        return {RUN: json.dumps(took) + "\n", **views(so_far, records, took)}
+
+    began = clock.elapsed()
     with clock.stage("save"):
         written = writer.publish(
             journal,
@@ -69,10 +77,11 @@ def publish(
             _outside_blocks(skeleton),
             output_config(prepared),
             prepared.checkpoint.side_files(),
-            {"records.jsonl": to_lines(records), "README.md": card},
+            {RECORDS: to_lines(records)},
             manifest,
             overwrite=prepared.overwrite,
             judge=judged,
+            views=told,
         )
     return _result(prepared.out, written, clock.report(), clock.work.report(), device, max_rescued, max_kl)
 
@@ -91,7 +100,7 @@ def _determinism(infos: list[dict[str, Any]]) -> dict[str, Any]:
     scope: dict[str, Any] = {name: sorted({str(info[name]) for info in infos}) for name in ("device", "threads", "kernels", "products")}
     alike = all(len(values) == 1 for values in scope.values()) and len({json.dumps(i.get("placement"), sort_keys=True) for i in infos}) == 1
     scope |= {"processor": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "leangrid": __version__}
-    return {"claim": "same bytes" if alike else "tolerance", "scope": scope, "except": ["manifest.json", "records.jsonl"]}
+    return {"claim": "same bytes" if alike else "tolerance", "scope": scope, "except": sorted(TIMED)}
 
 
 def _figures(prepared: Prepared, records: list[LayerRecord], windows: Tensor, paths: list[str]) -> dict[str, Any]:

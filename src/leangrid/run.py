@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from leangrid import kernels, memory, work
 from leangrid.clock import Clock
-from leangrid.devices import DeviceClock, accelerated, checked, release_cached, start_counting, to_host
+from leangrid.devices import DeviceClock, accelerated, checked, peak_bytes, release_cached, start_counting, to_host
 from leangrid.errors import Interrupted, LeangridError
 from leangrid.factor import Factor
 from leangrid.footprint import Demand, choose, footprint
@@ -30,6 +31,7 @@ from leangrid.progress import Event, Progress
 from leangrid.publish import publish
 from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord
+from leangrid.report.sample import sample_of, sampled_layer
 from leangrid.rescue import Rescue
 from leangrid.result import QuantizeResult
 from leangrid.sizes import stored_schemes
@@ -49,6 +51,8 @@ class BlockWork:
     run: "Run"
     tensors: dict[str, Tensor] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
+    sample: dict[str, Any] | None = None
+    resident_bytes: int = 0
 
     def weight(self, name: str) -> Tensor:
         """The original weight of a linear, [rows, cols] in the compute dtype."""
@@ -80,6 +84,9 @@ class BlockWork:
         noted = replace(result, rescues=(*result.rescues, *run.steps))
         record = LayerRecord.of(full, run.recipe.for_layer(full), noted, hessian, factor)
         self.records.append(record)
+        if full == run.sampled:
+            self.sample = sample_of(full, self.weight(name), result, factor, run.recipe.for_layer(full))
+        self.resident_bytes = max(self.resident_bytes, memory.resident_bytes())
         run.tell("layer", self.index, layer=full, loss=record.loss)
         return weight.t().contiguous() if run.skeleton.architecture.layer == "conv1d" else weight
 
@@ -114,6 +121,7 @@ class Run:
         self.format = FORMATS[self.recipe.format]
         self.precision = self.format.precision(prepared.skeleton.dtype)
         self.stored_schemes = stored_schemes(prepared.skeleton, self.recipe)
+        self.sampled = sampled_layer(prepared.skeleton)
         self.calls = Calls()
         self.placement = placement
         self.steps: list[Rescue] = []  # what gave way in the block at work
@@ -271,6 +279,11 @@ class Run:
                 "threads": torch.get_num_threads(),
                 "placement": self.placement.to_json(),
                 "memory": [f"{block.name}: {step.detail}" for step in self.steps],
+                "seconds": self.clock.lap(),
+                "resident_bytes": block.resident_bytes,
+                "peak_ram_bytes": memory.peak_bytes(),
+                "peak_gpu_bytes": peak_bytes(self.device),
+                "sample": block.sample,
             }
             self.steps = []
             self.journal.commit_block(block.index, tensors, info)

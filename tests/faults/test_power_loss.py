@@ -59,7 +59,7 @@ def test_the_power_may_fail_after_any_operation(in_memory: Path, share: str, ove
     options = {"overwrite": True} if overwrite else {}
     if overwrite:
         shutil.copytree(in_memory / "expected", disk / "out")
-        amend(disk / "out", "older.txt", b"an older result")
+        amend(disk / "out", {"older.txt": b"an older result"})
         expected.append(digest(disk / "out"))
     states = crashes(source, disk, monkeypatch, **options)
     assert len(states) > 500

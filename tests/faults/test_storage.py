@@ -575,13 +575,13 @@ def test_a_hostile_manifest_leads_nowhere(fast: Path) -> None:
 
 @pytest.mark.fault("O4")
 def test_amended_files_are_in_the_manifest(source: Path, fast: Path, expected: dict[str, str]) -> None:
-    amend(fast / "expected", "report.html", b"first")
-    amend(fast / "expected", "report.html", b"second")
+    amend(fast / "expected", {"report.html": b"first"})
+    amend(fast / "expected", {"report.html": b"second"})
     assert verify(fast / "expected") == []
     assert (fast / "expected" / "report.html").read_bytes() == b"second"
     check_output(fast / "expected", source, overwrite=True)
     with pytest.raises(VerifyError):
-        amend(source, "report.html", b"not ours")
+        amend(source, {"report.html": b"not ours"})
 
 
 @pytest.mark.fault("O9")

@@ -12,6 +12,7 @@ import string
 import subprocess
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 import leangrid
 import tiny_models
+from leangrid.block_types import BLOCK_TYPES
 from leangrid.finished import Finished
 from leangrid.models.gguf_vocab import _LLAMA3, _QWEN2, _TEKKEN
 from leangrid.storage.writer import amend
@@ -48,14 +50,23 @@ def finished(model: str, scheme: str, out: Path) -> Path:
         if model == "gemma3":  # llama.cpp's has one full attention in six blocks, so two blocks have none
             sliding = lambda: hf.Gemma3TextConfig(**tiny_models._GQA, head_dim=16, query_pre_attn_scalar=16, sliding_window=16)  # noqa: E731
             patch.setitem(tiny_models.CONFIGS, "gemma3", sliding)
+        patch.setitem(
+            tiny_models.CONFIGS, "wide", lambda: tiny_models._llama(hidden_size=256, intermediate_size=512, initializer_range=0.04)
+        )
         tiny_models.save(model, out.parent / "source", torch.bfloat16)
     recipe = leangrid.Recipe(scheme=scheme, steps=64, correct=0, refine=0)
     leangrid.quantize(out.parent / "source", out, recipe, windows=tiny_models.tokens(2, 16))
     return out
 
 
-@pytest.mark.parametrize("model", ["llama2", "llama3", "llama3_tied", "mistral", "qwen2", "qwen3", "gemma3"])
-@pytest.mark.parametrize("scheme", ["W4A16_G32", "W4A16_G32_SYM", "W8A16_SYM"])
+MODELS = ["llama2", "llama3", "llama3_tied", "mistral", "qwen2", "qwen3", "gemma3"]
+WIDE = [*BLOCK_TYPES, "W5A16", "W6A16_SYM"]  # blocks of 256 columns; in the narrower models theirs of 32
+
+
+@pytest.mark.parametrize(
+    ("model", "scheme"),
+    [*product(MODELS, ["W4A16_G32", "W4A16_G32_SYM", "W8A16_SYM", "Q4_K"]), *product(["wide"], WIDE)],
+)
 def test_weights_and_logits(model: str, scheme: str, tmp_path: Path, bench: Callable[[str], ModuleType]) -> None:
     source = finished(model, scheme, tmp_path / "out")
     leangrid.export(source, tmp_path / "gguf", to="gguf")
@@ -152,7 +163,7 @@ def test_tokens_are_transformers(small: Path, name: str, tmp_path: Path) -> None
     shutil.copytree(small, source)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     for path in (tmp_path / "tokenizer").iterdir():
-        amend(source, path.name, path.read_bytes())
+        amend(source, {path.name: path.read_bytes()})
     leangrid.export(source, tmp_path / "gguf", to="gguf")
     answer = asked(tmp_path / "gguf", [5, 6], 1, tmp_path, texts=texts())
     wrong = [text for text, ids in zip(texts(), answer["ids"], strict=True) if ids != tokenizer(text)["input_ids"]]

@@ -168,10 +168,22 @@ assert "leangrid" not in sys.modules
 """
 
 
-def test_without_leangrid_no_result_is_ever_loaded_wrong(made: Made, tiny: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def blocks(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A result in llama.cpp's blocks."""
+    out = tmp_path_factory.mktemp("blocks") / "out"
+    leangrid.quantize(tiny("llama2"), out, leangrid.Recipe(scheme="RTN_Q4_0"), windows=tiny_models.tokens(2, 16))
+    return out
+
+
+def test_with_leangrid_transformers_opens_blocks(blocks: Path) -> None:
+    (ours, _), theirs, tokens = leangrid.load(blocks), auto(blocks), tiny_models.tokens()
+    assert type(theirs.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert torch.equal(answer(theirs, tokens), answer(ours, tokens))
+
+
+def test_without_leangrid_no_result_is_ever_loaded_wrong(made: Made, blocks: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Every container that transformers does not know by itself: an error each, and it never begins to answer from random weights."""
-    blocks = tmp_path / "blocks"
-    leangrid.quantize(tiny("llama2"), blocks, leangrid.Recipe(scheme="RTN_Q4_0"), windows=tiny_models.tokens(2, 16))
     leangrid.export(blocks, tmp_path / "file", to="gguf")
     write(tiny("llama2"), tmp_path / "mlx", "W4A16_G32", "mlx")
     done = python(REFUSED, made("llama2", "NU3")[1], blocks, tmp_path / "file", tmp_path / "mlx", path=False)

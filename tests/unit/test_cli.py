@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from leangrid.errors import Interrupted, RecipeError
 from leangrid.progress import Event
 
 Tiny = Callable[..., Path]
-COMMANDS = ("quantize", "plan", "eval", "export", "generate", "verify")
+COMMANDS = ("quantize", "plan", "eval", "export", "generate", "report", "compare", "verify")
 pytestmark = pytest.mark.filterwarnings("ignore:leangrid runs without its C")
 
 
@@ -116,6 +117,10 @@ def test_json_is_one_strict_object_on_stdout(recorded: list) -> None:
         (("eval", "absent/"), "absent"),
         (("generate", "absent/", "hello"), "absent"),
         (("verify", "absent"), "absent"),
+        (("report", "absent"), "absent"),
+        (("compare", "absent"), "absent"),
+        (("compare", "absent", "--plot", "plot.png"), "HTML page"),
+        (("eval", "absent", "--keep"), "no such directory"),
         (("nonsense",), "nonsense"),
     ],
 )
@@ -239,3 +244,35 @@ def test_verify_lists_what_differs(quantized: Path, tmp_path: Path) -> None:
     done = run("verify", tmp_path)
     assert done.exit_code == 2 and "config.json" in done.stdout
     assert json.loads(run("verify", tmp_path, "--json").stdout)["verified"] is False
+
+
+def test_what_eval_keeps_is_in_report_card_and_comparison(
+    quantized: Path, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(quantized, tmp_path / "out"))
+    done = run("eval", out, "--reference", tiny("llama3"), "--text", text, "--length", 32, "--windows", 2, "--keep", "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    figure = f"{json.loads(done.stdout)['kl_mean']:.4g}"
+    assert run("verify", out).exit_code == 0 and figure in (out / "README.md").read_text()
+    opened: list[str] = []
+    monkeypatch.setattr("typer.launch", lambda address: opened.append(address) or 0)
+    done = run("report", out, "--open")
+    assert done.exit_code == 0 and done.stdout == f"{out / 'report.html'}\n" and opened == [(out / "report.html").as_uri()]
+    assert figure in (out / "report.html").read_text(encoding="utf-8")
+    done = run("compare", out, "--plot", tmp_path / "p.html")
+    assert done.exit_code == 0 and figure in done.stdout and "2 windows of 32 tokens of prose.txt" in done.stdout
+    assert figure in (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert json.loads(run("compare", out, "--json").stdout)["rows"][0]["front"] is True
+
+
+def test_a_report_of_a_damaged_directory_is_refused(quantized: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(quantized, tmp_path / "out"))
+    (out / "records.jsonl").write_text("")
+    before = (out / "report.html").read_bytes()
+    done = run("report", out)
+    assert (
+        done.exit_code == 2
+        and done.stdout == ""
+        and "records.jsonl: 0 bytes" in done.stderr
+        and (out / "report.html").read_bytes() == before
+    )

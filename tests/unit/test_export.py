@@ -81,7 +81,7 @@ def test_the_same_codes_in_another_container(result: Results, scheme: str, to: s
     assert manifest["exported"] == {"from": source.name, "format": before["result"]["format"], "seal": before["seal"], "to": to}
     assert manifest["result"]["bits_per_weight"] == done.bits_per_weight and manifest["recipe"] == before["recipe"]
     assert f"| container | {to}, exported from {source.name}" in (out / "README.md").read_text()
-    for name in ("records.jsonl", "tokenizer.json", "generation_config.json"):
+    for name in ("records.jsonl", "run.json", "tokenizer.json", "generation_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
 
 
@@ -227,7 +227,14 @@ def test_a_whole_file_is_staged_verified_and_published(result: Results, tmp_path
     monkeypatch.setitem(WHOLE, "whole", writes)
     done = leangrid.export(result("W4A16"), tmp_path / "out", to="whole")
     assert done.bits_per_weight == 4.5 and leangrid.verify(tmp_path / "out") == []
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "manifest.json", "model.whole", "records.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "manifest.json",
+        "model.whole",
+        "records.jsonl",
+        "report.html",
+        "run.json",
+    ]
     monkeypatch.setitem(WHOLE, "whole", refuses)
     refused(FormatError, "no", result("W4A16"), tmp_path / "none", "whole")
 

@@ -57,6 +57,8 @@ def exported(source: Path, out: Path, like: Path | None = None) -> gguf.GGUFRead
         "manifest.json",
         "model.gguf",
         "records.jsonl",
+        "report.html",
+        "run.json",
     ]
     return gguf.GGUFReader(str(out / "model.gguf"))
 

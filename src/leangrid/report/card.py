@@ -1,135 +1,151 @@
-"""README.md of a result: what it is, how it was made, and only numbers that were measured."""
+"""README.md of a result: what it is, how it was made, and only numbers that were measured; its header in the hub's metadata format."""
 
-import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from leangrid.recipe import Recipe
+from leangrid.report.facts import Facts, finite
 from leangrid.report.records import LayerRecord
+from leangrid.report.serving import snippet
 
 log = logging.getLogger("leangrid")
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WORST = 5  # layers shown by name
-_FIGURES = (
+FIGURES = (
     ("perplexity", "perplexity"),
     ("reference_perplexity", "perplexity of the original"),
     ("kl_mean", "KL from the original, mean (nats)"),
-    ("kl_p99", "KL, 99th percentile"),
+    ("kl_p99", "KL, 99th percentile (nats)"),
     ("top1_agreement", "same most likely token"),
     ("embedding_cosine_mean", "1 - cosine of embeddings"),
 )
-
-# How each container is opened, as a fenced block less its fences: language, then lines.
-_PLAIN = 'python\nfrom transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
-_OURS = 'python\nimport leangrid\nmodel, tokenizer = leangrid.load("DIR")'
-_BLOCKS = "bash\nleangrid export DIR FILE --to gguf\nllama-server -m FILE/model.gguf"
-_GPTQ = 'python\nfrom gptqmodel import GPTQModel\nmodel = GPTQModel.load("DIR")'
-_MLX = """python
-from mlx_lm import generate, load  # pip install mlx-lm
-model, tokenizer = load("DIR")
-print(generate(model, tokenizer, prompt="Once upon a time"))"""
-USE: dict[str, str] = {
-    "compressed-tensors": _PLAIN,
-    "gptq": _GPTQ,
-    "gptq_v1": _GPTQ,
-    "awq": _PLAIN.replace("\n", "\n# transformers reads awq with the help of: pip install gptqmodel\n", 1),
-    "mlx": _MLX,
-    "dense": _PLAIN,
-    "onnx": 'python\nimport onnxruntime_genai as og\nmodel = og.Model("DIR")',
-    "gguf": "bash\nllama-server -m DIR/model.gguf",
-    "lut": _PLAIN.replace("\n", "\nimport leangrid  # registers the format\n", 1),
-}
+_COUNTS = ("n", "seconds", "limit", "version")  # of a task's figures those that measure nothing
+_OF_ORIGINAL = "reference_perplexity"  # no figure of this model
 
 
-@dataclass(frozen=True)
-class _Facts:
-    source: str
-    recipe: Recipe
-    records: Sequence[LayerRecord]
-    bits_per_weight: float | None
-    license_name: str | None
-    evaluation: dict[str, Any] | None
-    version: str
-    container: str
-    exported_from: str | None
-
-
-def model_card(
-    source: str,
-    recipe: Recipe,
-    records: Sequence[LayerRecord],
-    *,
-    bits_per_weight: float | None,
-    license_name: str | None = None,
-    evaluation: dict[str, Any] | None = None,
-    version: str = "",
-    container: str | None = None,
-    exported_from: str | None = None,
-) -> str:
-    """The card as Markdown with the hub's YAML header. It never fails a run: where it cannot be written it says so.
-
-    Args:
-        recipe: the settled recipe.
-        bits_per_weight: of the quantized linears; None where the container has no such figure.
-        license_name: the source's license id where its card names one.
-        evaluation: a dict of ``evaluate``; its figures get a table of their own.
-        container: the format of the files; None: the recipe's.
-        exported_from: the result, and its format, whose codes these are.
-    """
-    container = container or recipe.format
-    facts = _Facts(source, recipe, records, bits_per_weight, license_name, evaluation, version, container, exported_from)
+def model_card(facts: Facts) -> str:
+    """The card as Markdown with the hub's YAML header. It never fails a run: where it cannot be written it says so."""
     try:
         return _card(facts)
     except Exception as error:  # hours of work do not end at a line of prose
         log.warning("the model card could not be written: %s: %s", type(error).__name__, error)
-        return f"# {recipe.scheme}\n\nQuantized with leangrid. The figures of each layer are in records.jsonl.\n"
+        return f"# {facts.result['scheme']}\n\nQuantized with leangrid. The figures of each layer are in records.jsonl.\n"
 
 
-def _card(facts: _Facts) -> str:
-    name = facts.source.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] or "model"
-    parts = [_header(facts.source, facts.license_name, facts.container), f"# {_plain(name)}, {facts.recipe.scheme}"]
-    parts += [_made(facts), _use(facts), _losses(facts.records)]
-    if facts.evaluation is not None:
-        parts.append(_measured(facts.evaluation))
+def _card(facts: Facts) -> str:
+    measured = list(measurements(facts))
+    parts = [f"---\n{_metadata(facts, measured).to_yaml()}\n---", f"# {_plain(facts.name)}, {facts.recipe.scheme}"]
+    language, lines = snippet(facts.container, facts.exported_from is not None)
+    parts += [_made(facts), f"```{language}\n{lines}\n```", _losses(facts.records)]
+    if measured:
+        parts.append("\n\n".join(("## Measured", *(_measured(found) for found in measured))))
     parts.append(_rescues(facts.records))
     return "\n\n".join(parts) + "\n"
 
 
-def _header(source: str, license_name: str | None, container: str) -> str:
-    # JSON strings are YAML strings: a name with a colon or quote cannot break the header.
-    lines = ["---", f"library_name: {'mlx' if container == 'mlx' else 'transformers'}", "tags: [leangrid, quantized]"]
-    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
-        lines.append(f"base_model: {json.dumps(source.split('@')[0])}")
-    if license_name:
-        lines.append(f"license: {json.dumps(license_name)}")
-    return "\n".join([*lines, "---"])
+def measurements(facts: Facts) -> Iterator[dict[str, Any]]:
+    """What was measured, each under the keys of ``eval --json`` and ``on``, what it was measured on: the quality gate's, then eval's.
+
+    The gate's is ``seen``: on text that the run calibrated with, where every quantizer looks better than elsewhere.
+    """
+    gate, recipe = facts.quality, facts.recipe
+    if finite(gate.get("value")):
+        on = f"the first {gate.get('windows')} calibration windows, {gate.get('tokens')} tokens of {calibration_words(recipe)}"
+        key = "kl_mean" if gate["measure"] == "kl" else "embedding_cosine_mean"
+        figures = {name: gate.get(name) for name in ("perplexity", "reference_perplexity", "top1_agreement")}
+        yield {"on": on, "dataset": calibration_words(recipe), key: gate["value"], **figures, "tokens": gate.get("tokens"), "seen": True}
+    for found in facts.evaluations:
+        text = _last(str(found.get("text") or ""))
+        on = f"{found.get('windows')} windows of {found.get('length')} tokens of {text}" if text else "tasks"
+        yield {"seen": False, **found, "on": on, "dataset": text}
 
 
-def _made(facts: _Facts) -> str:
-    recipe, bits = facts.recipe, facts.bits_per_weight
+def calibration_words(recipe: Recipe) -> str:
+    """The calibration corpus in words; of a file its name alone."""
+    words = {"self": "text sampled from the model itself", "embedded": "Python's documentation (a smoke test, not a quality recipe)"}
+    return words.get(recipe.calibration, _last(recipe.calibration))
+
+
+def scheme_words(recipe: Recipe) -> str:
+    """What the scheme stores and how it was found, in words."""
     scheme = recipe.parsed
     kinds = {"affine": "affine grid (scale and zero point)", "offset": "affine grid (scale and offset)",
              "superblock": f"{scheme.block} grid (integer scales in blocks of 256)"}  # fmt: skip
     kind = kinds.get(scheme.grid, f"non-uniform grid of {scheme.levels} levels")
     over = f"each group of {scheme.group_size} weights" if scheme.group_size else "each row"
     learned = {"leanquant": "learned on the inverse Hessian (LeanQuant)", "gptq": "min-max, GPTQ sweep", "rtn": "min-max, rounded"}
-    words = {"self": "text sampled from the model itself", "embedded": "Python's documentation (a smoke test, not a quality recipe)"}
-    calibration = words.get(recipe.calibration, recipe.calibration.replace("\\", "/").rsplit("/", 1)[-1])
-    rows = [("source", _plain(facts.source)), ("weights", f"{scheme.bits} bits, one {kind} for {over}; {learned[scheme.method]}"),
+    return f"{scheme.bits} bits, one {kind} for {over}; {learned[scheme.method]}"
+
+
+def _metadata(facts: Facts, measured: Sequence[Mapping[str, Any]]) -> ModelCardData:
+    """The header: https://huggingface.co/docs/hub/model-cards, with the figures as model-index."""
+    source, encoder = facts.source, facts.quality.get("measure") == "cosine"
+    from_hub = _HUB_ID.fullmatch(source.split("@")[0]) is not None
+    task = "feature-extraction" if encoder else "text-generation"
+    results = [result for found in measured for result in _eval_results(found, task)]
+    return ModelCardData(
+        library_name="mlx" if facts.container == "mlx" else "transformers",
+        tags=[
+            "leangrid",
+            "quantized",
+            *([] if facts.recipe.parsed.method != "leanquant" else ["leanquant"]),
+            f"{facts.recipe.parsed.bits}-bit",
+        ],
+        pipeline_tag=task,
+        base_model=source.split("@")[0] if from_hub else None,
+        base_model_relation="quantized" if from_hub else None,
+        model_name=f"{_one_line(facts.name)}, {facts.recipe.scheme}" if results else None,
+        eval_results=results or None,
+    )
+
+
+def _eval_results(found: Mapping[str, Any], task: str) -> Iterator[EvalResult]:
+    dataset = _one_line(str(found["dataset"])) or "text"
+    for key, label in FIGURES:
+        if key != _OF_ORIGINAL and not (found["seen"] and key == "perplexity") and finite(found.get(key)):
+            label += ", on its own calibration text" if found["seen"] else ""
+            yield EvalResult(task, dataset, _one_line(str(found["on"])), key, _digits(found[key]), metric_name=label)
+    for name, metric, value in task_figures(found):
+        yield EvalResult(task, _one_line(name), _one_line(name), metric, _digits(value), metric_name=f"{metric}, {_one_line(name)}")
+
+
+def task_figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """(task, metric, value) of an evaluation's tasks; counts and standard errors are no metrics."""
+    for name, figures in (found.get("tasks") or {}).items():
+        for metric, value in figures.items():
+            if finite(value) and metric not in _COUNTS and "stderr" not in metric:
+                yield name, metric, value
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _one_line(text: str) -> str:
+    """Printable text of one line: what YAML and the hub take as a name."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+
+
+def _last(path: str) -> str:
+    return path.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def _made(facts: Facts) -> str:
+    recipe, bits = facts.recipe, facts.result.get("bits_per_weight")
+    version = str((facts.manifest.get("versions") or {}).get("leangrid", ""))
+    rows = [("source", _plain(facts.source)), ("weights", scheme_words(recipe)),
             *([("other schemes", "; ".join(f"`{_plain(key)}` {value}" for key, value in recipe.layers.items()))] if recipe.layers else []),
             ("container", facts.container + (f", exported from {_plain(facts.exported_from)}" if facts.exported_from else "")),
             *([("bits per weight", f"{bits:.3f} with grids")] if bits is not None else []),
-            ("calibration", f"{recipe.samples} x {recipe.length} tokens: {_plain(calibration)}, seed {recipe.seed}"),
+            ("calibration", f"{recipe.samples} x {recipe.length} tokens: {_plain(calibration_words(recipe))}, seed {recipe.seed}"),
             ("settings", f"p {recipe.p}, correct {recipe.correct}, refine {recipe.refine}, damping {recipe.damping}"),
-            ("made with", f"leangrid {facts.version}".strip())]  # fmt: skip
+            ("made with", f"leangrid {version}".strip())]  # fmt: skip
     return _table(("", ""), rows)
-
-
-def _use(facts: _Facts) -> str:
-    blocks = facts.container == "gguf" and not facts.exported_from  # the blocks still lie in a directory
-    return f"```{_BLOCKS if blocks else USE.get(facts.container, _OURS)}\n```"
 
 
 def _losses(records: Sequence[LayerRecord]) -> str:
@@ -144,10 +160,11 @@ def _losses(records: Sequence[LayerRecord]) -> str:
     return "\n\n".join(("## Layer losses", what, _table(("", "loss"), rows), "The layers with most of it:", per_layer))
 
 
-def _measured(evaluation: dict[str, Any]) -> str:
-    rows = [(label, f"{evaluation[key]:.4g}") for key, label in _FIGURES if evaluation.get(key) is not None]
-    text = _plain(str(evaluation.get("text", "")).replace("\\", "/").rsplit("/", 1)[-1])
-    return f"## Measured\n\n{evaluation.get('windows')} windows of {evaluation.get('length')} tokens of {text}.\n\n{_table(('', ''), rows)}"
+def _measured(found: Mapping[str, Any]) -> str:
+    rows = [(label, f"{found[key]:.4g}") for key, label in FIGURES if found.get(key) is not None]
+    rows += [(f"{_plain(name)}, {_plain(metric)}", f"{value:.4g}") for name, metric, value in task_figures(found)]
+    caution = " This text was calibrated with; expect more on others." if found["seen"] else ""
+    return f"On {_plain(str(found['on']))}.{caution}\n\n{_table(('', ''), rows)}"
 
 
 def _rescues(records: Sequence[LayerRecord]) -> str:

@@ -67,7 +67,7 @@ def emit(text: str, end: str = "\n") -> None:
 
 def emit_json(value: Mapping[str, Any]) -> None:
     """One strict JSON object on one line; NaN and infinities become null."""
-    emit(json.dumps(_strict(value), allow_nan=False))
+    emit(json.dumps(strict(value), allow_nan=False))
 
 
 def say(text: str) -> None:
@@ -119,9 +119,10 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
         say(f"note: {message}")
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """A value that strict JSON can hold: numbers that are not finite become None."""
     if isinstance(value, float):
         return value if value - value == 0 else None
     if isinstance(value, Mapping):
-        return {key: _strict(item) for key, item in value.items()}
-    return [_strict(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: strict(item) for key, item in value.items()}
+    return [strict(item) for item in value] if isinstance(value, list | tuple) else value

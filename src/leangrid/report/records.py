@@ -1,6 +1,7 @@
 """One line a layer in records.jsonl: what was asked, what came out, and everything that deviated."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from leangrid.factor import Factor
 from leangrid.hessian import Hessian
 from leangrid.linear import LinearResult
 from leangrid.recipe import Recipe
+from leangrid.report.outcome import strict
 from leangrid.rescue import Rescue
 
 
@@ -61,16 +63,18 @@ class LayerRecord:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "LayerRecord":
-        """The inverse of ``to_json``; KeyError or TypeError where a key is missing or of another type."""
+        """The inverse of ``to_json``, and of strict JSON, where a loss that is None was not finite; KeyError or TypeError where a key is
+        missing or of another type."""
         rows, cols = value["shape"]
         rescues = tuple(Rescue(**rescue) for rescue in value["rescues"])
-        fields = {key: value[key] for key in ("name", "scheme", "loss", "loss_minmax", "loss_rounding", "damping", "seconds", "tokens")}
-        return cls(shape=(rows, cols), rescues=rescues, **fields)
+        losses = {key: math.nan if value[key] is None else value[key] for key in ("loss", "loss_minmax", "loss_rounding")}
+        fields = {key: value[key] for key in ("name", "scheme", "damping", "seconds", "tokens")}
+        return cls(shape=(rows, cols), rescues=rescues, **losses, **fields)
 
 
 def to_lines(records: Iterable[LayerRecord]) -> str:
     """The text of records.jsonl: strict JSON, so a loss that is not finite becomes null."""
-    return "".join(json.dumps(_finite(record.to_json()), allow_nan=False) + "\n" for record in records)
+    return "".join(json.dumps(strict(record.to_json()), allow_nan=False) + "\n" for record in records)
 
 
 def read_records(path: Path) -> list[LayerRecord]:
@@ -87,11 +91,3 @@ def read_records(path: Path) -> list[LayerRecord]:
 def totals(records: Sequence[LayerRecord]) -> dict[str, float]:
     """Sums of the three losses over all layers."""
     return {key: sum(getattr(record, key) for record in records) for key in ("loss", "loss_minmax", "loss_rounding")}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,5 +1,6 @@
 """What a command prints on stdout for people: aligned rows, plain text, the same in a file as on a terminal."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,11 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
     ))  # fmt: skip
 
 
+def plan_summary(result: Mapping[str, Any]) -> str:
+    """The JSON of ``plan``: its layers, where it lists them, and what a run would come to."""
+    return _layer_table(result) + quantize_summary(result)
+
+
 def export_summary(result: Mapping[str, Any]) -> str:
     """The JSON of ``export`` as lines."""
     return pairs((
@@ -108,6 +114,42 @@ def _task(found: Mapping[str, Any]) -> str:
         error = found.get(f"{name}_stderr", found.get("stderr") if index == 0 else None)
         shown.append(f"{name} {_cell(value)}" + ("" if error is None else f" ± {error:.2g}"))
     return f"{', '.join(shown)}, n {found['n']}"
+
+
+def comparison_summary(result: Mapping[str, Any]) -> str:
+    """The JSON of ``compare`` as a table; columns that nobody has are left out."""
+    columns = (
+        ("", lambda row: "*" if row["front"] else " "),
+        ("name", lambda row: row["name"]),
+        ("scheme", lambda row: row["scheme"]),
+        ("format", lambda row: row["format"]),
+        ("bits/weight", lambda row: row["bits_per_weight"]),
+        ("size", lambda row: size(row["bytes"])),
+        ("loss", lambda row: row["loss"]),
+        ("perplexity", lambda row: row["perplexity"]),
+        ("KL mean", lambda row: row["kl_mean"]),
+        ("same token", lambda row: None if row["top1_agreement"] is None else f"{row['top1_agreement']:.1%}"),
+        ("1 - cosine", lambda row: row["embedding_cosine_mean"]),
+        ("seconds", lambda row: row["seconds"]),
+    )
+    rows = result["rows"]
+    kept = [(head, [value(row) for row in rows]) for head, value in columns]
+    kept = [(head, values) for head, values in kept if any(value is not None for value in values)]
+    cells = [["-" if value is None else value for value in line] for line in zip(*(values for _, values in kept), strict=True)]
+    notes = [result["measured_on"], "* no other is smaller and nearer"]
+    return table([head for head, _ in kept], cells) + "\n" + "\n".join(note for note in notes if note)
+
+
+def _layer_table(values: Mapping[str, Any]) -> str:
+    """Layers that repeat in every block as one row; "" where the plan lists none."""
+    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for layer in values.get("layer_plans") or []:
+        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", layer["name"]), f"{layer['rows']} x {layer['cols']}", layer["scheme"]), []).append(
+            layer
+        )
+    rows = [(name, shape, scheme, len(found), size(sum(la["bytes_before"] for la in found)), size(sum(la["bytes_after"] for la in found)))
+            for (name, shape, scheme), found in kinds.items()]  # fmt: skip
+    return table(("layer", "shape", "scheme", "count", "before", "after"), rows) + "\n\n" if rows else ""
 
 
 def _quality(found: Mapping[str, Any]) -> list[tuple[str, object]]:

@@ -6,6 +6,7 @@ does the journal go. ``verify`` holds a directory against its manifest; the mani
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,18 +21,23 @@ from leangrid.storage.safetensors import Source, TensorInfo
 
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.[0-9a-f]{8}\.tmp")  # as files.atomic_write names it
+_SHOWN = 5  # differences that a refusal names
+Views = Callable[[Mapping[str, Any]], Mapping[str, str]]  # the manifest so far, with ``files`` -> file name -> text
 
 
 def publish(journal: Journal, out: Path, head_tensors: Iterable[tuple[str, Tensor | TensorInfo]], config: Mapping[str, Any],
             side_files: Mapping[str, Path], texts: Mapping[str, str], manifest: Mapping[str, Any], *, overwrite: bool = False,
-            shard_bytes: int = 2 << 30, judge: Callable[[Path], Mapping[str, Any]] | None = None) -> dict[str, Any]:  # fmt: skip
+            shard_bytes: int = 2 << 30, judge: Callable[[Path], Mapping[str, Any]] | None = None,
+            views: Views | None = None) -> dict[str, Any]:  # fmt: skip
     """Make ``out`` of all committed blocks and what is outside of them; return the manifest.
 
     ``head_tensors``: name and tensor of everything that is in no block (embeddings, final norm, head); a TensorInfo is copied from where
     it lies, a Tensor is spooled to disk before the next is asked for, so memory holds one at a time. ``side_files``: relative name ->
     file to copy. ``texts``: file name -> text (README.md, records.jsonl). ``config`` goes without ``auto_map``. ``manifest`` gets
-    ``files`` (name -> bytes, sha256), ``seal``, and what ``judge`` says of the written directory before it gets its name. Raises
-    OutputError, with every block safe, if anything cannot be written or ``out`` exists and ``overwrite`` is off.
+    ``files`` (name -> bytes, sha256), ``seal``, and what ``judge`` says of the written directory before it gets its name; ``views`` are
+    texts made of all that. Raises OutputError, with every block safe, if anything cannot be written or ``out`` exists and ``overwrite``
+    is off.
     """
     staged = stage(journal)
     try:
@@ -47,7 +53,7 @@ def publish(journal: Journal, out: Path, head_tensors: Iterable[tuple[str, Tenso
         raise Interrupted(f"cannot read: {error.strerror}", error.filename, way_out) from error
     _add(staged, listed, "config.json", files.json_bytes({key: value for key, value in config.items() if key != "auto_map"}))
     judged = {} if judge is None else judge(staged)
-    return _name(journal, staged, out, listed, {**manifest, **judged}, overwrite)
+    return _name(journal, staged, out, listed, {**manifest, **judged}, overwrite, views)
 
 
 def stage(journal: Journal) -> Path:
@@ -59,7 +65,13 @@ def stage(journal: Journal) -> Path:
 
 
 def publish_staged(
-    journal: Journal, out: Path, texts: Mapping[str, str], manifest: Mapping[str, Any], *, overwrite: bool = False
+    journal: Journal,
+    out: Path,
+    texts: Mapping[str, str],
+    manifest: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    views: Views | None = None,
 ) -> dict[str, Any]:
     """Make ``out`` of what already lies in the directory that ``stage`` gave, and ``texts``; return the manifest, as ``publish`` does."""
     staged = journal.partial / "publish"
@@ -68,13 +80,16 @@ def publish_staged(
         listed[path.relative_to(staged).as_posix()] = {"bytes": path.stat().st_size, "sha256": files.hash_file(path)}
     for name, text in texts.items():
         _add(staged, listed, name, text.encode())
-    return _name(journal, staged, out, listed, manifest, overwrite)
+    return _name(journal, staged, out, listed, manifest, overwrite, views)
 
 
 def _name(
-    journal: Journal, staged: Path, out: Path, listed: dict[str, Any], manifest: Mapping[str, Any], overwrite: bool
+    journal: Journal, staged: Path, out: Path, listed: dict[str, Any], manifest: Mapping[str, Any], overwrite: bool, views: Views | None
 ) -> dict[str, Any]:
-    """The end of every result: manifest, rename, and only then no journal."""
+    """The end of every result: what is told of it, manifest, rename, and only then no journal."""
+    told = {} if views is None else views({**manifest, "files": dict(listed)})
+    for name, text in told.items():
+        _add(staged, listed, name, text.encode())
     failpoint("publish.before_manifest")
     sealed = _seal({**manifest, "files": listed})
     sha256 = files.write_json(staged / MANIFEST, sealed)
@@ -237,18 +252,37 @@ def verify(directory: Path) -> list[str]:
     try:
         raw = (directory / MANIFEST).read_bytes()
         manifest = json.loads(raw)
-        listed = dict(manifest["files"])
+        listed, pending = dict(manifest["files"]), dict(manifest.get("pending", {}))
         sealed = _seal(manifest)["seal"] == manifest["seal"] and raw == files.json_bytes(manifest)
     except FileNotFoundError:
         return [f"{MANIFEST}: missing, so this is not a finished leangrid result"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{MANIFEST}: damaged ({type(error).__name__})"]
     differences = [] if sealed else [f"{MANIFEST}: changed since it was written"]
-    for name, entry in sorted(listed.items()):
-        differences += _differences(directory, name, entry)
+    for name in sorted({*listed, *pending}):
+        entries = [entries[name] for entries in (listed, pending) if name in entries]
+        found = [_differences(directory, name, entry) for entry in entries]
+        not_yet = name not in listed and found[0] == [f"{name}: missing"]  # what ``amend`` announced, and a kill came first
+        differences += found[0] if all(found) and not not_yet else []
     present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()}
-    differences += [f"{name}: not in the manifest" for name in sorted(present - {*listed, MANIFEST})]
+    known = {*listed, *pending, MANIFEST}
+    differences += [f"{name}: not in the manifest" for name in sorted(present - known) if not _begun(name, {*pending, MANIFEST})]
     return differences
+
+
+def _begun(name: str, coming: set[str]) -> bool:
+    """Whether a file is what a killed ``amend`` left of one that it was writing; the next one sweeps it."""
+    match = _TEMPORARY.fullmatch(name)
+    return match is not None and match[1] in coming
+
+
+def require_sound(directory: Path, but: str = "") -> None:
+    """VerifyError, in one sentence, where a directory is not what its manifest says; differences of the file ``but`` are none."""
+    differences = [difference for difference in verify(directory) if not (but and difference.startswith(f"{but}: "))]
+    if differences:
+        more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        what = f"the directory is not what its manifest says: {'; '.join(differences[:_SHOWN])}{more}"
+        raise VerifyError(what, directory, "Copy it again, or quantize again")
 
 
 def _differences(directory: Path, name: str, entry: Any) -> list[str]:
@@ -267,15 +301,27 @@ def _differences(directory: Path, name: str, entry: Any) -> list[str]:
         return [f"{name}: cannot be read ({error.strerror})"]
 
 
-def amend(directory: Path, name: str, data: bytes) -> None:
-    """Add or replace a small file (a report, a measured model card) of a finished directory, manifest included. Raises VerifyError if
-    the manifest is not ours."""
+def amend(directory: Path, texts: Mapping[str, bytes], facts: Mapping[str, Any] | None = None) -> None:
+    """Add or replace small files (a report, a model card) of a finished directory, and set ``facts`` in its manifest.
+
+    The manifest first says what is coming, so that a directory whose amendment was killed still verifies, as before or as after. Raises
+    VerifyError if the manifest is not ours, OutputError for a name that no result can have.
+    """
     if not _ours(directory):
         raise VerifyError("no leangrid manifest, or a changed one", directory, "leangrid verify shows what differs")
     manifest = json.loads((directory / MANIFEST).read_bytes())
-    _add(directory, {key: entry for key, entry in manifest["files"].items() if key != name}, name, data)
-    manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    files.write_json(directory / MANIFEST, _seal(manifest))
+    for name in texts:
+        if not _plain(name) or name == MANIFEST:
+            raise OutputError(f"the result cannot hold a file called '{name}'", directory)
+    arrived = {name: entry for name, entry in manifest.get("pending", {}).items() if not _differences(directory, name, entry)}
+    manifest["files"] |= arrived
+    files.sweep_temporaries(directory)
+    coming = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in texts.items()}
+    files.write_json(directory / MANIFEST, _seal({**manifest, "pending": coming}))
+    for name, data in texts.items():
+        files.atomic_write(directory / name, data)
+    done = {key: value for key, value in manifest.items() if key != "pending"} | dict(facts or {})
+    files.write_json(directory / MANIFEST, _seal({**done, "files": {**manifest["files"], **coming}}))
 
 
 def _plain(name: str) -> bool:

@@ -1,0 +1,126 @@
+"""What is known of a finished result: its manifest, one record a layer, and what the run took. Card, page and comparison are made of it."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from leangrid.errors import VerifyError
+from leangrid.recipe import Recipe
+from leangrid.report.records import LayerRecord, read_records
+from leangrid.storage.writer import MANIFEST
+
+RECORDS, RUN = "records.jsonl", "run.json"
+_WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx.data")
+_BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One result. ``run`` is the JSON of run.json (report/run_log.py), empty for results that have none."""
+
+    manifest: Mapping[str, Any]
+    records: Sequence[LayerRecord]
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Facts":
+        """Of a directory that verifies; VerifyError for one whose files are of another kind all the same."""
+        try:
+            manifest = json.loads((directory / MANIFEST).read_bytes())
+            run = json.loads((directory / RUN).read_bytes()) if (directory / RUN).exists() else {}
+            facts = cls(manifest, read_records(directory / RECORDS), run)
+            _ = facts.recipe, facts.result["scheme"], facts.bytes_after
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"the result cannot be described: {type(error).__name__}: {error}"
+            raise VerifyError(what, directory, "Give a finished result of leangrid quantize or export") from error
+        return facts
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settled recipe."""
+        return Recipe.model_validate(self.manifest["recipe"])
+
+    @property
+    def result(self) -> Mapping[str, Any]:
+        """The manifest's own figures: scheme, format, layers, bits_per_weight, losses, rescues."""
+        return self.manifest["result"]
+
+    @property
+    def source(self) -> str:
+        """As it was given to quantize: a path or a hub id."""
+        return self.manifest.get("source_name") or "unknown (the manifest has its fingerprint)"
+
+    @property
+    def name(self) -> str:
+        """The last part of the source's name."""
+        return (self.manifest.get("source_name") or "").rstrip("/").replace("\\", "/").rsplit("/", 1)[-1] or "model"
+
+    @property
+    def container(self) -> str:
+        """How the files hold the codes: a key of ``formats.FORMATS``, dense, or a whole file's."""
+        return self.result["format"]
+
+    @property
+    def exported_from(self) -> str | None:
+        """The result, and its format, whose codes these are; None where quantize wrote them."""
+        came = self.manifest.get("exported")
+        return f"{came['from']}, {came['format']}" if came else None
+
+    @property
+    def quality(self) -> Mapping[str, Any]:
+        """What the gate found (gate.py), or nothing."""
+        return self.manifest.get("quality") or {}
+
+    @property
+    def evaluations(self) -> Sequence[Mapping[str, Any]]:
+        """Results of ``eval --keep``, oldest first."""
+        return self.manifest.get("evaluations") or []
+
+    @property
+    def bytes_after(self) -> int:
+        """Of the files with the weights."""
+        return sum(entry["bytes"] for name, entry in self.manifest["files"].items() if name.endswith(_WEIGHTS))
+
+
+@dataclass(frozen=True)
+class LossMap:
+    """Losses by linear and block. ``losses[linear][block]`` is (ours, min-max GPTQ, rounding), or None where there is no such layer."""
+
+    linears: list[str]
+    blocks: list[str]
+    losses: list[list[tuple[float, float, float] | None]]
+
+    @classmethod
+    def of(cls, records: Sequence[LayerRecord]) -> "LossMap":
+        """Layers of one block that differ in a number alone (experts) are summed in one cell: ``experts.*.up_proj``."""
+        cells: dict[tuple[str, str], tuple[float, float, float]] = {}
+        for record in records:
+            block, linear = place(record.name)
+            before = cells.get((linear, block), (0.0, 0.0, 0.0))
+            mine = (record.loss, record.loss_minmax, record.loss_rounding)
+            cells[linear, block] = (before[0] + mine[0], before[1] + mine[1], before[2] + mine[2])
+        linears, blocks = (list(dict.fromkeys(key[axis] for key in cells)) for axis in (0, 1))
+        return cls(_short(linears), blocks, [[cells.get((linear, block)) for block in blocks] for linear in linears])
+
+
+def place(name: str) -> tuple[str, str]:
+    """(block, linear) of a layer's name: ("12", "self_attn.q_proj"); further numbers become ``*``. Without a number: ("", name)."""
+    match = _BLOCK.match(name)
+    if match is None:
+        return "", name
+    return match[2], re.sub(r"(?<=\.)\d+(?=\.)", "*", match[3])
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a number that can be shown."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _short(linears: list[str]) -> list[str]:
+    """Last parts alone where they are enough to tell the linears apart."""
+    last = [linear.rsplit(".", 1)[-1] for linear in linears]
+    return last if len(set(last)) == len(last) else linears

@@ -1,0 +1,44 @@
+"""How each container is opened and served, as lines to type. What of it was tried where: docs/serving.md."""
+
+_PLAIN = 'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
+_GPTQ = 'from gptqmodel import GPTQModel\nmodel = GPTQModel.load("DIR")'
+_MLX = """from mlx_lm import generate, load  # pip install mlx-lm
+model, tokenizer = load("DIR")
+print(generate(model, tokenizer, prompt="Once upon a time"))"""
+_VLLM = "vllm serve DIR"
+BLOCKS = "gguf blocks"  # llama.cpp's blocks that still lie in a directory
+
+# Container -> (language, lines): what a model card shows.
+OPEN: dict[str, tuple[str, str]] = {
+    "compressed-tensors": ("python", _PLAIN),
+    "gptq": ("python", _GPTQ),
+    "gptq_v1": ("python", _GPTQ),
+    "awq": ("python", _PLAIN.replace("\n", "\n# transformers reads awq with the help of: pip install gptqmodel\n", 1)),
+    "mlx": ("python", _MLX),
+    "dense": ("python", _PLAIN),
+    "onnx": ("python", 'import onnxruntime_genai as og\nmodel = og.Model("DIR")'),
+    "gguf": ("bash", "llama-server -m DIR/model.gguf"),
+    "lut": ("python", _PLAIN.replace("\n", "\nimport leangrid  # registers the format\n", 1)),
+    BLOCKS: ("bash", "leangrid export DIR FILE --to gguf\nllama-server -m FILE/model.gguf"),
+}
+
+# Container -> (engine, lines) of servers.
+SERVE: dict[str, tuple[str, str]] = {
+    "compressed-tensors": ("vLLM", _VLLM),
+    "awq": ("vLLM", _VLLM),
+    "dense": ("vLLM", _VLLM),
+    "lut": ("vLLM", "pip install --no-deps leangrid jaxtyping wadler-lindig  # beside vLLM; it registers itself\n" + _VLLM),
+    "mlx": ("mlx-lm", "mlx_lm.server --model DIR"),
+}
+
+GENERATES = frozenset({"compressed-tensors", "lut", "gptq", "gptq_v1", "awq", "mlx", "dense", BLOCKS})  # what leangrid.load opens
+
+
+def kind_of(container: str, exported: bool) -> str:
+    """The key of the tables above: quantize's ``gguf`` is blocks in a directory, export's is one file."""
+    return BLOCKS if container == "gguf" and not exported else container
+
+
+def snippet(container: str, exported: bool) -> tuple[str, str]:
+    """(language, lines) that open a result."""
+    return OPEN.get(kind_of(container, exported), ("python", 'import leangrid\nmodel, tokenizer = leangrid.load("DIR")'))
