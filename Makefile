@@ -17,11 +17,20 @@ CALIBRATION ?= self
 TEXT ?= embedded
 SAMPLES ?= 8
 LENGTH ?= 512
+# What `make experiments` runs on (experiments/README.md): a size, and data by path, or by name where they can be fetched
+SIZE ?= small
+C4 ?= c4
+WIKITEXT ?= wikitext2
+WIKITEXT_TRAIN ?= wikitext2
+STORIES ?= .models/stories260k
+STS ?=
+SQUAD ?= .models/minilm_squad
+TASKS_DIR ?=
 RESULTS := benchmarks/results
 KEEP := $(BIN)/python benchmarks/lines.py $(RESULTS)
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help setup models demo check format test test-slow test-gpu interop bench race docs clean
+.PHONY: help setup models demo check format test test-slow test-gpu interop bench race experiments docs clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
 
@@ -75,9 +84,19 @@ bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a 
 	$(BIN)/python benchmarks/table.py
 race: $(SETUP) $(MODELS)  ## against GPTQModel and llm-compressor, side by side; installs them in .peers (3 GB, needs a network)
 	$(BIN)/python benchmarks/race.py --calibration $(CALIBRATION) --text $(TEXT) --out $(RESULTS)/race.jsonl
-docs: $(SETUP)  ## rewrite the generated tables of README.md and docs, and the figures, from benchmarks/results
+experiments: $(SETUP) $(MODELS)  ## the paper's experiments: SIZE=small here, in an hour; SIZE=paper on a GPU; goes on where it was stopped
+	$(BIN)/python experiments/run.py --size $(SIZE) --c4 $(C4) --wikitext $(WIKITEXT) --wikitext-train $(WIKITEXT_TRAIN) \
+		--stories $(STORIES) --squad $(SQUAD) $(if $(STS),--sts $(STS)) $(if $(TASKS_DIR),--tasks-dir $(TASKS_DIR))
+	$(BIN)/python benchmarks/table.py
+# mkdocs and its theme are installed here, where they are needed, and nowhere else
+$(VENV)/.docs: $(SETUP)
+	$(PIP) --no-build-isolation --editable '.[docs]'
+	@touch $@
+docs: $(VENV)/.docs  ## the generated tables and figures again from the results, then the site, into site/
 	$(BIN)/python benchmarks/table.py
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python scripts/reliability.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site  # the notice is in docs/decisions/0017
+	@echo "site/index.html"
 clean:  ## what make made, except .venv and .models
-	rm -rf build demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf build site demo .pytest_cache .ruff_cache .hypothesis

@@ -26,7 +26,7 @@ from leangrid.evaluate import Tasks, evaluate
 from leangrid.recipe import Recipe, Scheme
 
 _PLAIN = {"correct": "0", "refine": "0", "guard": "false"}
-_RUNS = "RTN4,GPTQ4,W4A16,W4A16_EXACT,NU4,NU4_EXACT,NU4:default,RTN3,GPTQ3,W3A16,NU3,NU3_EXACT,NU3:default"
+RUNS = "RTN4,GPTQ4,W4A16,W4A16_EXACT,NU4,NU4_EXACT,NU4:default,RTN3,GPTQ3,W3A16,NU3,NU3_EXACT,NU3:default"
 _METHODS = {"gptq": "GPTQ", "rtn": "rounding"}
 
 
@@ -49,7 +49,7 @@ def measured(model: Path, data: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--schemes", default=_RUNS)
+    parser.add_argument("--schemes", default=RUNS)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--threads", type=int)

@@ -96,7 +96,7 @@ def summed(model: nn.Module, names: list[str]) -> Iterator[dict[str, HessianSum]
 def hessians(model: Any, names: list[str], windows: Tensor) -> dict[str, Hessian]:
     with summed(model, names) as sums:
         for window in windows:
-            model(input_ids=window[None])
+            model(input_ids=window[None].to(model.device))
     return {name: total.finish() for name, total in sums.items()}
 
 

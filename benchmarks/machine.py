@@ -59,9 +59,12 @@ def _commit() -> str:
     head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode:
         return ""
-    # Results do not count: the line that is being written is one.
+    # Results do not count: the line that is being written is one of them.
     changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"], capture_output=True, text=True, check=False
+        [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!experiments/results"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 

@@ -1,6 +1,7 @@
 """One quantization in a process of its own, so that its peak memory is its own: a JSON job on stdin, the result's JSON on stdout.
 
-quality.py and quantize_time.py start it. The job: {"source", "out", "recipe": {...}, "windows": FILE.safetensors, "threads": n or null}.
+quality.py, quantize_time.py and the experiments start it. The job: {"source", "out", "recipe": {...}, "windows": FILE.safetensors,
+"threads": n or null, "device"}.
 """
 
 import json
@@ -17,13 +18,15 @@ class Failed(RuntimeError):
     """The process did not finish; its own words are on stderr."""
 
 
-def quantize(source: Path, out: Path, recipe: dict[str, Any], windows: Path, threads: int | None = None) -> dict[str, Any]:
+def quantize(
+    source: Path, out: Path, recipe: dict[str, Any], windows: Path, threads: int | None = None, device: str = "cpu"
+) -> dict[str, Any]:
     """Start this file and return what ``leangrid quantize --json`` would print. The child's progress goes to our stderr.
 
     Raises:
         Failed: it was refused or stopped.
     """
-    job = {"source": str(source), "out": str(out), "recipe": recipe, "windows": str(windows), "threads": threads}
+    job = {"source": str(source), "out": str(out), "recipe": recipe, "windows": str(windows), "threads": threads, "device": device}
     done = subprocess.run([sys.executable, __file__], input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise Failed(f"{recipe['scheme']}: the quantizing process ended with {done.returncode}")
@@ -57,7 +60,7 @@ def main() -> None:
     try:
         with Terminal() as terminal:
             result = leangrid.quantize(job["source"], job["out"], leangrid.Recipe.build(**job["recipe"]), windows=windows,
-                                       threads=job["threads"], progress=terminal)  # fmt: skip
+                                       threads=job["threads"], device=job["device"], progress=terminal)  # fmt: skip
     except LeangridError as error:
         raise SystemExit(f"leangrid: {error}") from error
     used = {"cpu_seconds": round(cpu_seconds() - begin, 3), "process_cpu_seconds": round(cpu_seconds(), 3)}

@@ -52,7 +52,8 @@ class Yardstick(Protocol):
 class Causal:
     """Next-token figures, by the functions of ``leangrid eval``, with the original's log-probabilities kept."""
 
-    def __init__(self, model: Any, tokenizer: Any, text: str, windows: int, length: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, text: str, windows: int, length: int, device: str = "cpu") -> None:
+        self.device = device
         whole, around = joined(text), affixes(tokenizer)
         ids = tokenize(tokenizer, whole, around)
         self.windows = cut(ids, length, around)[:windows].clone()
@@ -64,9 +65,13 @@ class Causal:
                       "length": length, "windows": windows, "tokens": windows * (length - 1),
                       "reference_perplexity": perplexity(self.reference.nll)}  # fmt: skip
 
-    @torch.no_grad()
     def figures(self, directory: Path) -> dict[str, Any]:
-        logits = self._logits(leangrid.load(directory, dtype=torch.float32, dense=True)[0])
+        return self.of(opened(directory, self.device)[0])
+
+    @torch.no_grad()
+    def of(self, model: Any) -> dict[str, Any]:
+        """The figures of a model that is open."""
+        logits = self._logits(model)
         nll, kl, agrees = [], [], []
         for index, window in enumerate(self.windows):
             found = logits(window)
@@ -82,7 +87,7 @@ class Causal:
     def _logits(self, model: Any) -> Any:
         @torch.no_grad()
         def logits(window: Tensor) -> Tensor:
-            return model(input_ids=window[None], use_cache=False).logits[0].float()
+            return model(input_ids=window[None].to(model.device), use_cache=False).logits[0].float().cpu()
 
         return logits
 
@@ -99,15 +104,20 @@ class Encoder:
                       "reference_sts_spearman": sts.figures(self.original, self.pairs, None)["sts_spearman"]}  # fmt: skip
 
     def figures(self, directory: Path) -> dict[str, Any]:
-        model, tokenizer = leangrid.load(directory, dtype=torch.float32, dense=True)
+        model, tokenizer = opened(directory)
         return sts.figures(embed(model, tokenizer, self.pairs.sentences), self.pairs, self.original)
 
 
-def yardstick(source: Path, text: str, windows: int, length: int) -> Yardstick:
-    model, tokenizer = leangrid.load(source, dtype=torch.float32)
+def opened(directory: Path, device: str = "cpu") -> tuple[Any, Any]:
+    """Model and tokenizer, dense: float32 on a CPU, where rounding would be measured too, else as stored."""
+    return leangrid.load(directory, device=device, dtype=torch.float32 if device == "cpu" else None, dense=True)
+
+
+def yardstick(source: Path, text: str, windows: int, length: int, device: str = "cpu") -> Yardstick:
+    model, tokenizer = opened(source, device)
     if tokenizer is None:
         raise SystemExit(f"{source} has no tokenizer")
-    return Causal(model, tokenizer, text, windows, length) if model.can_generate() else Encoder(model, tokenizer, text)
+    return Causal(model, tokenizer, text, windows, length, device) if model.can_generate() else Encoder(model, tokenizer, text)
 
 
 def runs(work: Workload, schemes: list[str], chosen: dict[str, dict[str, str]]) -> Iterator[tuple[str, Recipe]]:

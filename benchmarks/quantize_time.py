@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["W4A16_G64", "NU4", "GPTQ4_G64"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
     options = parser.parse_args()
     if options.rounds < 1:
@@ -76,7 +77,7 @@ def main() -> None:
         for turn in range(options.rounds):
             for number, (key, recipe) in enumerate(chosen.items()):
                 fields = recipe.model_dump(exclude={"calibration"})
-                result = once.quantize(work.source, folder / f"{turn}-{number}", fields, work.windows_file, options.threads)
+                result = once.quantize(work.source, folder / f"{turn}-{number}", fields, work.windows_file, options.threads, options.device)
                 results[key].append(result)
                 print(f"round {turn + 1}: {'@'.join(key)} {result['seconds']['total']:.1f} s", file=sys.stderr, flush=True)
         origin = provenance()

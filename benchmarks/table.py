@@ -1,4 +1,4 @@
-"""Fill the generated tables of README.md and docs/performance.md from benchmarks/results: their numbers are never typed.
+"""Fill the generated tables of README.md, docs and experiments from the committed result lines: their numbers are never typed.
 
     python benchmarks/table.py            # rewrites the pages
     python benchmarks/table.py --check    # exit 1 where it is not up to date
@@ -15,7 +15,7 @@ cell shows, several values with a slash between them. A head of its own is writt
     <!-- end -->
 
 Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p, a value with spaces in
-double quotes: machine.cpu="AMD EPYC".
+double quotes: machine.cpu="AMD EPYC". A file lies in benchmarks/results, or where its path from the project's root says.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/choosing.md", "experiments/README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(r"(?P<open><!-- (?P<kind>table|pivot): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)", re.DOTALL)
 Line = dict[str, Any]
@@ -57,7 +57,7 @@ def field(line: Line, name: str) -> Any:
 
 def rows(file: str, where: str, results: Path = RESULTS) -> list[Line]:
     """The JSON lines of ``file`` (or the "rows" of a .json file) whose fields equal every ``name=value`` in ``where``."""
-    text = (results / file).read_text(encoding="utf-8")
+    text = (ROOT / file if "/" in file else results / file).read_text(encoding="utf-8")
     wanted = dict(part.split("=", 1) for part in shlex.split(where))
     lines = json.loads(text)["rows"] if file.endswith(".json") else [json.loads(line) for line in text.splitlines() if line.strip()]
     chosen = [line for line in lines if all(str(field(line, name)) == value for name, value in wanted.items())]
@@ -97,7 +97,9 @@ def rendered(text: str, results: Path = RESULTS) -> str:
             raise SystemExit(f"cannot read {found['open'].strip()}")
         lines = rows(found["file"], where, results)
         table = listed(lines, *parts) if found["kind"] == "table" else pivoted(lines, *parts)
-        numeric = [re.fullmatch(r"[-+0-9.,%/ einf]*", cell) is not None for cell in table[1]] if len(table) > 1 else [False] * len(table[0])
+        numeric = (
+            [re.fullmatch(r"[-+0-9._,%/ einf]*", cell) is not None for cell in table[1]] if len(table) > 1 else [False] * len(table[0])
+        )
         rule = ["---:" if number else "---" for number in numeric]
         body = "\n".join(f"| {' | '.join(cells)} |" for cells in (table[0], rule, *table[1:]))
         return f"{found['open']}{body}\n{found['close']}"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "ARCHITECTURE.md", "benchmarks/README.md", "docs/performance.md", "docs/serving.md", "docs/tasks.md")
+PAGES = ("README.md", "ARCHITECTURE.md", "benchmarks/README.md", "experiments/README.md", "docs/index.md", "docs/performance.md",
+         "docs/serving.md", "docs/tasks.md")  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

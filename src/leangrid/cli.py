@@ -165,6 +165,7 @@ def evaluate_(
     ] = None,
     length: Annotated[int | None, typer.Option(metavar="N", help="tokens a window [1024, or what the model takes]")] = None,
     windows: Annotated[int, typer.Option(metavar="N", help="windows, from the start of the text")] = 12,
+    keep: Annotated[bool, typer.Option("--keep", help="add the figures to MODEL: its manifest, model card and report")] = False,
     tasks: Annotated[
         str | None, typer.Option(metavar="NAMES", help="arc_easy,mmlu,... of lm-evaluation-harness; sts, squad, mt_bench")
     ] = None,
@@ -174,7 +175,6 @@ def evaluate_(
     judge_url: Annotated[str | None, typer.Option(metavar="URL", help="API that rates mt_bench; key: LEANGRID_JUDGE_KEY")] = None,
     judge_model: Annotated[str, typer.Option(metavar="NAME", help="of the judge")] = "gpt-4o-2024-05-13",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="keeps each finished task; the same command goes on")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="add the figures to MODEL: its manifest, model card and report")] = False,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: AsJson = False,
@@ -199,10 +199,10 @@ def evaluate_(
                                                         judge_url=judge_url, judge_model=judge_model)  # fmt: skip
         with Terminal(quiet=quiet) as terminal:
             values = evaluate(model, reference, text, length=length, windows=windows, device=device, tasks=chosen, progress=terminal)
-        failed = {name: found["error"] for name, found in values["tasks"].items() if "error" in found}
-        if keep and not failed:
+        if keep:
             keep_in(Path(model), values)
         emit_json(values) if as_json else emit(eval_summary(values))
+        failed = {name: found["error"] for name, found in values["tasks"].items() if "error" in found}
         for name, why in failed.items():
             say(f"error: task {name}: {why}")
         if failed:

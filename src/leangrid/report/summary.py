@@ -104,18 +104,6 @@ def eval_summary(result: Mapping[str, Any]) -> str:
     ))  # fmt: skip
 
 
-def _task(found: Mapping[str, Any]) -> str:
-    """One task's figures in a line: acc 0.512 ± 0.01, acc_norm ..., n 2376."""
-    if "error" in found:
-        return f"failed: {found['error']}"
-    shown = []
-    metrics = [(name, value) for name, value in found.items() if isinstance(value, float) and "stderr" not in name and name != "seconds"]
-    for index, (name, value) in enumerate(metrics):
-        error = found.get(f"{name}_stderr", found.get("stderr") if index == 0 else None)
-        shown.append(f"{name} {_cell(value)}" + ("" if error is None else f" ± {error:.2g}"))
-    return f"{', '.join(shown)}, n {found['n']}"
-
-
 def comparison_summary(result: Mapping[str, Any]) -> str:
     """The JSON of ``compare`` as a table; columns that nobody has are left out."""
     columns = (
@@ -150,6 +138,18 @@ def _layer_table(values: Mapping[str, Any]) -> str:
     rows = [(name, shape, scheme, len(found), size(sum(la["bytes_before"] for la in found)), size(sum(la["bytes_after"] for la in found)))
             for (name, shape, scheme), found in kinds.items()]  # fmt: skip
     return table(("layer", "shape", "scheme", "count", "before", "after"), rows) + "\n\n" if rows else ""
+
+
+def _task(found: Mapping[str, Any]) -> str:
+    """One task's figures in a line: acc 0.512 ± 0.01, acc_norm ..., n 2376."""
+    if "error" in found:
+        return f"failed: {found['error']}"
+    shown = []
+    metrics = [(name, value) for name, value in found.items() if isinstance(value, float) and "stderr" not in name and name != "seconds"]
+    for index, (name, value) in enumerate(metrics):
+        error = found.get(f"{name}_stderr", found.get("stderr") if index == 0 else None)
+        shown.append(f"{name} {_cell(value)}" + ("" if error is None else f" ± {error:.2g}"))
+    return f"{', '.join(shown)}, n {found['n']}"
 
 
 def _quality(found: Mapping[str, Any]) -> list[tuple[str, object]]:

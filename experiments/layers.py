@@ -1,0 +1,50 @@
+"""Weights and Hessians of some blocks of the original model, for experiments that need no whole model: tensors, nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import quality
+import torch
+from gguf_native import hessians
+from sizes import Subject
+from torch import Tensor
+from whole import Bench
+
+from leangrid.factor import Factor, factorize
+from leangrid.grids import Grid
+from leangrid.models.skeleton import Skeleton
+from leangrid.storage.source import open_source
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """``weight`` float32 [rows, cols], ``matrix`` = H of the original's inputs, undamped, and its factor."""
+
+    name: str
+    weight: Tensor
+    matrix: Tensor
+    factor: Factor
+
+    def objective(self, grid: Grid, weights: Tensor) -> float:
+        """sum_j g_j (nearest(w_j) - w_j)^2 over the layer's rows, float64."""
+        error = grid.dequantize(grid.nearest(self.weight)).double() - self.weight.double()
+        return float((error.square() * weights).sum())
+
+
+@cache
+@torch.no_grad()
+def of_blocks(bench: Bench, subject: Subject) -> list[Layer]:
+    """The linears of the subject's blocks."""
+    work = bench.original(subject).workload(subject)
+    skeleton = Skeleton(open_source(work.source))
+    names = [name for index in subject.blocks for name in skeleton.linear_names(index)]
+    model = quality.opened(work.source, bench.size.device)[0]
+    found: Mapping[str, Any] = hessians(model, names, work.windows)
+    layers = []
+    for name in names:
+        matrix = found[name].matrix
+        weight = model.get_submodule(name).weight.detach().float().to(matrix.device)
+        layers.append(Layer(name, weight.contiguous(), matrix, factorize(matrix)))
+    return layers

@@ -1,0 +1,108 @@
+"""Run the paper's experiments, line by line: ``make experiments SIZE=small``, or some of them by name.
+
+    python experiments/run.py --size small --c4 c4.jsonl --wikitext wiki.test.raw --sts STS                 # all
+    python experiments/run.py power start --size small --stories .models/stories260k                        # two
+
+Each line goes to experiments/results/NAME.jsonl as soon as it is measured. A line that this machine and this version of leangrid have
+made is kept, so the same command goes on where it was stopped (--again measures anew); lines of another processor stay beside it. Data
+by name (c4, wikitext2) are fetched; everything else is a path. experiments/README.md shows the lines: python benchmarks/table.py.
+"""
+
+import argparse
+import importlib
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
+
+EXPERIMENTS = ("perplexity", "zero_shot", "losses", "power", "steps", "start", "calibration", "groups", "cost", "search", "exact")
+SHOWN = ("benchmark", "model", "scheme", "bits", "variant", "steps")
+
+
+def arguments() -> argparse.Namespace:
+    from sizes import SIZES, Data
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}; all where none is given")
+    parser.add_argument("--size", default="small", choices=tuple(SIZES))
+    parser.add_argument("--model", help="only this one")
+    for option, default in vars(Data()).items():
+        parser.add_argument(
+            f"--{option.replace('_', '-')}", default=default, help=f"a path or a corpus; {default}" if default else "a folder"
+        )
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--again", action="store_true", help="measure lines that are there")
+    parser.add_argument("--list", action="store_true", help="say which lines there are to make, and make none")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(EXPERIMENTS):
+        parser.error(f"no such experiment: {', '.join(sorted(unknown))}")
+    return options
+
+
+def missing(path: Path, tasks: Iterable[Any], options: argparse.Namespace, ours: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
+    """The tasks whose line this machine has not made yet."""
+    import lines
+    from machine import machine
+
+    here = {"machine": machine()}
+    for task in tasks:
+        done = {lines.identity(line) for line in lines.read(path) if ours(line)}
+        if options.model in (None, task.head.get("model")) and (options.again or lines.identity(task.head | here) not in done):
+            yield task
+
+
+def line_of(task: Any, again: bool, ours: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The task's line, measured, or taken from another experiment that measured the same here."""
+    from machine import provenance
+    from whole import WholeModel
+
+    shared = task.elsewhere() if isinstance(task, WholeModel) and not again else None
+    found = shared if shared and ours(shared) else {**task.measure(), **provenance()}
+    return task.head | {key: value for key, value in found.items() if key not in task.head}
+
+
+def main() -> None:
+    import lines
+    import torch
+    from machine import machine
+    from sizes import Data, size
+    from whole import RESULTS, Bench
+
+    import leangrid
+
+    options = arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    data = Data(**{name: getattr(options, name) for name in vars(Data())})
+    here, failed = (machine(), leangrid.__version__), []
+
+    def ours(line: dict[str, Any]) -> bool:
+        return (line["machine"], line["versions"]["leangrid"]) == here
+
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(size(options.size, data, Path(temporary)), Path(temporary), options.threads)
+        for sentence in bench.size.left_out:
+            print(f"left out: {sentence}", file=sys.stderr)
+        for name in options.names or EXPERIMENTS:
+            path = RESULTS / f"{name}.jsonl"
+            for task in missing(path, importlib.import_module(name).tasks(bench), options, ours):
+                shown = " ".join(str(task.head[key]) for key in SHOWN if key in task.head)
+                print(shown, file=sys.stderr, flush=True)
+                if options.list:
+                    continue
+                try:
+                    lines.add(path, line_of(task, options.again, ours))
+                except Exception:  # one line that cannot be made does not cost the others
+                    traceback.print_exc()
+                    failed.append(shown)
+    if failed:
+        sys.exit("not made:\n" + "\n".join(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Where the k-means of a non-uniform grid begins: uniform, k-means++, ours, or no start to choose (the optimum).
+
+"uniform" and "k-means++" are scikit-learn's Lloyd iteration from that start, one run, a call a row, as the authors' code does it
+(it takes the first for up to 8 levels, the second for 16); "lloyd" is ours (``search = "lloyd"``), "optimal" the dynamic program. The
+paper's procedure around it: p = 4, no refit, no guard. Objectives are relative to the optimum's.
+"""
+
+from collections.abc import Iterator
+from time import process_time
+from typing import Any
+
+import numpy as np
+import torch
+from layers import Layer, of_blocks
+from sklearn.cluster import KMeans
+from torch import Tensor
+from whole import Bench, Measurement, Task
+
+from leangrid.grids import NonuniformGrid, fit_nonuniform
+from leangrid.linear import row_losses
+from leangrid.solver import sweep
+
+STARTS = ("uniform", "k-means++", "lloyd", "optimal")
+POWER = 4.0
+
+
+def tasks(bench: Bench) -> Iterator[Task]:
+    for subject in bench.size.subjects:
+        for bits in (4, 3, 2):
+            for start in STARTS:
+                head = {"benchmark": "start", "size": bench.size.name, "model": subject.name, "bits": bits, "variant": start,
+                        "base": {"blocks": list(subject.blocks), "samples": subject.samples, "length": subject.length}}  # fmt: skip
+                yield Measurement(head, lambda s=subject, b=bits, start=start: measured(of_blocks(bench, s), b, start))
+
+
+def measured(layers: list[Layer], bits: int, start: str) -> dict[str, Any]:
+    objective = best = loss = spent = 0.0
+    for layer in layers:
+        weights = layer.factor.loss_error_weights(POWER)
+        begin = process_time()
+        grid = fitted(layer.weight, weights, 2**bits, start)
+        spent += process_time() - begin
+        objective += layer.objective(grid, weights)
+        best += layer.objective(fit_nonuniform(layer.weight, weights, 2**bits), weights)
+        codes = sweep(layer.weight, layer.factor, grid).codes
+        loss += float(row_losses(grid.dequantize(codes), layer.weight, layer.matrix).sum())
+    return {"layers": len(layers), "objective": objective / best, "loss": loss, "grid_cpu_seconds": round(spent, 3)}
+
+
+def fitted(weight: Tensor, weights: Tensor, levels: int, start: str) -> NonuniformGrid:
+    """The grid of a layer from one start."""
+    if start in ("lloyd", "optimal"):
+        return fit_nonuniform(weight, weights, levels, start)  # pyright: ignore[reportArgumentType]
+    found = torch.empty(len(weight), levels)
+    share = weights.cpu().numpy()
+    for number, row in enumerate(weight.cpu().double().numpy()):
+        init: Any = start if start == "k-means++" else np.linspace(row.min(), row.max(), levels)[:, None]
+        centres = KMeans(levels, init=init, n_init=1, random_state=0).fit(row[:, None], sample_weight=share).cluster_centers_[:, 0]
+        found[number] = torch.from_numpy(np.sort(centres)).float()
+    return NonuniformGrid(found)

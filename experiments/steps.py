@@ -1,0 +1,43 @@
+"""T, the steps of the affine search: grid objective, layer loss after the sweep, CPU seconds of the grid, over the layers of some blocks.
+
+The paper's procedure: whole rows, p = 4, no refit, no guard; objectives are relative to those of T = 2048.
+"""
+
+from collections.abc import Iterator
+from time import process_time
+from typing import Any
+
+from layers import Layer, of_blocks
+from variants import KNOWN
+from whole import Bench, Measurement, Task
+
+from leangrid.grids import fit_affine
+from leangrid.linear import solve_linear
+from leangrid.recipe import Recipe
+
+STEPS = (16, 64, 256, 1024, 2048, 4096)
+
+
+def tasks(bench: Bench) -> Iterator[Task]:
+    for subject in bench.size.subjects:
+        for bits in (4, 3, 2):
+            for steps in STEPS:
+                head = {"benchmark": "steps", "size": bench.size.name, "model": subject.name, "bits": bits, "steps": steps,
+                        "base": {"blocks": list(subject.blocks), "samples": subject.samples, "length": subject.length}}  # fmt: skip
+                yield Measurement(head, lambda s=subject, b=bits, t=steps: measured(of_blocks(bench, s), b, t))
+
+
+def measured(layers: list[Layer], bits: int, steps: int) -> dict[str, Any]:
+    recipe = Recipe.build(scheme=f"W{bits}A16", **{**KNOWN["paper"], "steps": str(steps)}).resolved()
+    objective = best = loss = minmax = spent = 0.0
+    for layer in layers:
+        weights = layer.factor.loss_error_weights(recipe.p or 0.0)
+        begin = process_time()
+        grid = fit_affine(layer.weight, weights, bits, steps)
+        spent += process_time() - begin
+        objective += layer.objective(grid, weights)
+        best += layer.objective(fit_affine(layer.weight, weights, bits), weights)
+        result = solve_linear(layer.weight, layer.factor, layer.matrix, recipe)
+        loss, minmax = loss + result.loss, minmax + result.loss_minmax
+    return {"layers": len(layers), "objective": objective / best, "loss": loss, "loss_minmax": minmax, "of_minmax": loss / minmax,
+            "grid_cpu_seconds": round(spent, 4)}  # fmt: skip

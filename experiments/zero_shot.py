@@ -1,0 +1,42 @@
+"""Zero-shot accuracy by bits and method (the paper's Table 1): lm-evaluation-harness's tasks on each whole model.
+
+Whole rows, as in the paper, and the original in the same table. The harness comes with ``leangrid[tasks]``; --tasks-dir holds its yaml and
+documents where there is no network (benchmarks/local_tasks.py makes them from the published files).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from perplexity import METHODS
+from sizes import Subject
+from whole import Bench, Measurement, Task
+
+from leangrid.evaluate import Tasks, evaluate
+
+
+def tasks(bench: Bench) -> Iterator[Task]:
+    for subject in bench.causal():
+        if not subject.tasks:
+            continue
+        head = {"benchmark": "zero_shot", "size": bench.size.name, "model": subject.name, "variant": "original", "method": "original",
+                "base": {"tasks": list(subject.tasks), "documents": subject.documents}}  # fmt: skip
+        yield Measurement(head, lambda subject=subject: accuracies(bench, subject, bench.original(subject).source))
+        for bits in subject.bits:
+            for method, (scheme, fields) in METHODS.items():
+                whole = bench.whole("zero_shot", subject, scheme.format(bits=bits), {"method": method, "bits": bits}, **fields)
+                yield Measurement(whole.head | {"base": head["base"]}, lambda whole=whole: measured(bench, whole.subject, whole))
+
+
+def measured(bench: Bench, subject: Subject, whole: Any) -> dict[str, Any]:
+    result = whole.quantized()
+    return accuracies(bench, subject, whole.out) | {"bits_per_weight": result["bits_per_weight"]}
+
+
+def accuracies(bench: Bench, subject: Subject, model: Path) -> dict[str, Any]:
+    """Accuracy, standard error and documents of each task, and the mean accuracy in percent."""
+    asked = Tasks(subject.tasks, directory=bench.size.tasks, limit=subject.documents)
+    found = evaluate(model, tasks=asked, device=bench.size.device)["tasks"]
+    if failed := {name: figures["error"] for name, figures in found.items() if "error" in figures}:
+        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
+    return {"tasks": found, "mean_accuracy": 100 * sum(figures["acc"] for figures in found.values()) / len(found)}
