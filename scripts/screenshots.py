@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
 from browser import browser, find  # noqa: E402
-
 from leangrid.report.views import rewrite  # noqa: E402
 
 HEIGHT = {1280: 2560, 390: 2560}
