@@ -14,6 +14,7 @@ import leangrid
 import tiny_models
 from leangrid.errors import ArchitectureError, CheckpointError, FormatError, LeangridError
 from leangrid.finished import Finished
+from leangrid.models import gguf as gguf_source
 from leangrid.models.gguf_names import ROPE_FREQS, describe
 from leangrid.storage.journal import partial_of
 
@@ -132,6 +133,18 @@ def test_header_and_tokenizer(result: Results, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["result"]["format"] == "gguf" and manifest["result"]["bits_per_weight"] == 4.5
     assert "llama-server -m DIR/model.gguf" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_file_is_read_back_with_the_rule_that_it_names(result: Results, tmp_path: Path) -> None:
+    exported(result("W4A16_G32_SYM", "llama2"), tmp_path / "out")
+    path = tmp_path / "out" / "model.gguf"
+    said = gguf_source._said(path)
+    assert said["tokenizer.ggml.pre"] == "gpt-2"
+    for name, split in (("gpt-2", "ByteLevel"), ("smollm", "Digits")):
+        tokenizer = gguf_source._tokenizer(path, {**said, "tokenizer.ggml.pre": name})
+        assert split in str(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
+    with pytest.raises(CheckpointError, match="rule 'deepseek-llm'"):
+        gguf_source._tokenizer(path, {**said, "tokenizer.ggml.pre": "deepseek-llm"})
 
 
 def test_like_takes_the_header_of_the_same_model_only(result: Results, tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ def test_a_rule_that_nobody_here_knows_is_refused() -> None:
         split_by_name(byte_level(BYTES), "deepseek-llm")
 
 
+@pytest.mark.slow
 def test_the_demo_models_file_splits_digits_one_by_one() -> None:
     path = next(Path(".models/smollm2").glob("*.gguf"))
     tokenizer = gguf._tokenizer(path, gguf._said(path))
