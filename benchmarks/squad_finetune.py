@@ -3,8 +3,8 @@
     python benchmarks/squad_finetune.py FILE.json OUT [--source .models/minilm] [--held-out 12] [--epochs 4]
 
 The sentence encoder MiniLM gets a span head and is trained on a SQuAD 1.1 file (XQuAD's English part has 1,190 questions on 48 articles).
-Articles are shuffled by --seed; the last --held-out of them are never trained on and end as OUT-data/heldout.json, the contexts of the
-others as OUT-data/train.txt (calibration). AdamW, linear warm-up and decay, the embeddings of words fixed. One thread: about a quarter of
+Articles are shuffled by --seed; the last --held-out of them are never trained on and end as OUT-data/heldout, the contexts of the
+others as OUT-data/train.txt (calibration). AdamW, linear warm-up and decay, the embeddings of words fixed. One thread: about half
 an hour.
 """
 

@@ -14,6 +14,8 @@ cell shows, several values with a slash between them. A head of its own is writt
     <!-- pivot: quality.jsonl model=stories260K | scheme, bits_per_weight:.2f=bits | variant: default, paper | kl_mean:.3f -->
     <!-- end -->
 
+With a question mark (``table?:``, ``pivot?:``) the lines may be missing still: "Not run yet" stands there until they are measured.
+
 Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p, a value with spaces in
 double quotes: machine.cpu="AMD EPYC". A file lies in benchmarks/results, or where its path from the project's root says.
 """
@@ -28,9 +30,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/performance.md", "docs/choosing.md", "experiments/README.md")
+PAGES = ("README.md", "docs/performance.md", "docs/choosing.md", "docs/tasks.md", "experiments/README.md")
 RESULTS = ROOT / "benchmarks" / "results"
-MARKER = re.compile(r"(?P<open><!-- (?P<kind>table|pivot): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)", re.DOTALL)
+MARKER = re.compile(
+    r"(?P<open><!-- (?P<kind>table|pivot)(?P<planned>\??): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)", re.DOTALL
+)
 Line = dict[str, Any]
 
 
@@ -55,13 +59,19 @@ def field(line: Line, name: str) -> Any:
     return value
 
 
-def rows(file: str, where: str, results: Path = RESULTS) -> list[Line]:
-    """The JSON lines of ``file`` (or the "rows" of a .json file) whose fields equal every ``name=value`` in ``where``."""
-    text = (ROOT / file if "/" in file else results / file).read_text(encoding="utf-8")
+def rows(file: str, where: str, results: Path = RESULTS, planned: bool = False) -> list[Line]:
+    """The JSON lines of ``file`` (or the "rows" of a .json file) whose fields equal every ``name=value`` in ``where``.
+
+    SystemExit where there is none, unless the table is ``planned``.
+    """
+    path = ROOT / file if "/" in file else results / file
+    if planned and not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
     wanted = dict(part.split("=", 1) for part in shlex.split(where))
     lines = json.loads(text)["rows"] if file.endswith(".json") else [json.loads(line) for line in text.splitlines() if line.strip()]
     chosen = [line for line in lines if all(str(field(line, name)) == value for name, value in wanted.items())]
-    if not chosen:
+    if not chosen and not planned:
         raise SystemExit(f"no line of {file} has {where.strip() or 'anything'}")
     return chosen
 
@@ -95,7 +105,9 @@ def rendered(text: str, results: Path = RESULTS) -> str:
         where, *parts = found["rest"].split("|")
         if len(parts) != (1 if found["kind"] == "table" else 3):
             raise SystemExit(f"cannot read {found['open'].strip()}")
-        lines = rows(found["file"], where, results)
+        lines = rows(found["file"], where, results, bool(found["planned"]))
+        if not lines:
+            return f"{found['open']}*Not run yet.*\n{found['close']}"
         table = listed(lines, *parts) if found["kind"] == "table" else pivoted(lines, *parts)
         numeric = (
             [re.fullmatch(r"[-+0-9._,%/ einf]*", cell) is not None for cell in table[1]] if len(table) > 1 else [False] * len(table[0])

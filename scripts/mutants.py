@@ -73,7 +73,7 @@ MUTANTS: dict[str, Mutant] = {
                    'return "error" not in quality and value is not None and allowed is not None and value <= allowed', "return True",
                    "faults/test_quality_gate.py"),
     "values": Mutant("values of a loaded result are checked", "hf_quantizer.py",
-                     "                self.format.check(tensors, self.scheme, (layer.out_features, layer.in_features), name)\n", "",
+                     "                self.format.check(dict(layer.named_buffers()), self.schemes[name], (layer.out_features, layer.in_features), name)\n", "",
                      "interop/test_transformers.py"),
 }  # fmt: skip
 

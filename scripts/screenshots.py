@@ -1,6 +1,6 @@
 """``python scripts/screenshots.py RESULT``: docs/figures/report-1280.png and report-390.png, the report of a result in Chromium.
 
-The first HEIGHT pixels of each, in 64 colours: a page of flat colours loses nothing, and the files stay small.
+The first HEIGHT pixels of each, in 256 colours: a page of flat colours loses little, and the files stay small.
 """
 
 import sys
@@ -28,7 +28,7 @@ def main() -> None:
             opened.open(page.as_uri(), width)
             shot = Path(folder) / f"{width}.png"
             opened.screenshot(shot, height)
-            image = Image.open(shot).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+            image = Image.open(shot).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
             image.save(ROOT / "docs" / "figures" / f"report-{width}.png", optimize=True)
 
 

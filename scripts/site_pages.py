@@ -20,6 +20,7 @@ PAGES = {
     "experiments/README.md": "experiments.md",
 }
 _LINK = re.compile(r"(?P<image>!?)\[(?P<label>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")
+_ATTRIBUTE = re.compile(r'(?<= )(?P<name>src|href)="(?P<target>[^"]+)"')
 _CODE = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 
 
@@ -45,22 +46,32 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def rewritten(markdown: str, source: str) -> str:
     """``markdown`` of the repository's file ``source``, its links between pages and files turned into the site's; not inside code."""
 
-    def link(found: re.Match[str]) -> str:
-        target, _, anchor = found["target"].partition("#")
+    def address(target: str) -> str | None:
+        """Where the site has it; None: it is a file that a site has not."""
+        target, _, anchor = target.partition("#")
         if not target or re.match(r"[a-z]+:", target):
-            return found[0]
+            return target + (f"#{anchor}" if anchor else "")
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if path.startswith("..") or not (ROOT / path).exists():
-            raise DeadLink(f"{source}: [{found['label']}]({found['target']}) leads to nothing")
+            raise DeadLink(f"{source}: {target} leads to nothing")
         name = path.removeprefix("docs/") if path.startswith("docs/") else PAGES.get(path)
         if name is None or not (ROOT / path).is_file():
-            return found["label"]
+            return None
         here = posixpath.dirname(PAGES.get(source, source.removeprefix("docs/")))
-        address = posixpath.relpath(name, here or ".") + (f"#{anchor}" if anchor else "")
-        return f"{found['image']}[{found['label']}]({address})"
+        return posixpath.relpath(name, here or ".") + (f"#{anchor}" if anchor else "")
+
+    def link(found: re.Match[str]) -> str:
+        there = address(found["target"])
+        return found["label"] if there is None else f"{found['image']}[{found['label']}]({there})"
+
+    def attribute(found: re.Match[str]) -> str:
+        return f'{found["name"]}="{address(found["target"]) or "#"}"'
+
+    def fresh(part: str) -> str:
+        return _ATTRIBUTE.sub(attribute, _LINK.sub(link, part))
 
     parts = _CODE.split(markdown)
-    return "".join(part if index % 2 else _LINK.sub(link, part) for index, part in enumerate(parts))
+    return "".join(part if index % 2 else fresh(part) for index, part in enumerate(parts))
 
 
 def on_post_build(config: Any) -> None:

@@ -71,6 +71,7 @@ def test_links_lead_to_pages_and_headings(name: str) -> None:
         ("benchmarks/README.md", "[p](../docs/performance.md)", "[p](performance.md)"),
         ("docs/performance.md", "![f](figures/scaling-rows.svg)", "![f](figures/scaling-rows.svg)"),
         ("docs/faq.md", "[x](https://example.org/a) [y](#before)", "[x](https://example.org/a) [y](#before)"),
+        ("README.md", '<img src="docs/figures/scaling-rows.svg" alt="a">', '<img src="figures/scaling-rows.svg" alt="a">'),
         ("docs/faq.md", "`[a](nothing.md)`", "`[a](nothing.md)`"),
     ],
 )

@@ -199,10 +199,10 @@ def evaluate_(
                                                         judge_url=judge_url, judge_model=judge_model)  # fmt: skip
         with Terminal(quiet=quiet) as terminal:
             values = evaluate(model, reference, text, length=length, windows=windows, device=device, tasks=chosen, progress=terminal)
-        if keep:
+        failed = {name: found["error"] for name, found in values["tasks"].items() if "error" in found}
+        if keep and not failed:
             keep_in(Path(model), values)
         emit_json(values) if as_json else emit(eval_summary(values))
-        failed = {name: found["error"] for name, found in values["tasks"].items() if "error" in found}
         for name, why in failed.items():
             say(f"error: task {name}: {why}")
         if failed:

@@ -1,6 +1,6 @@
 """Several results side by side: one table, and size against distance from the original with the front that no other beats."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def _kept(facts: Sequence[Facts]) -> tuple[list[dict[str, Any]], str]:
     return figures, what
 
 
-def _words(found: dict[str, Any]) -> str:
+def _words(found: Mapping[str, Any]) -> str:
     name = str(found.get("text", "")).replace("\\", "/").rsplit("/", 1)[-1]
     return f"on {found.get('windows')} windows of {found.get('length')} tokens of {name}"
 

@@ -10,7 +10,8 @@ class Event:
 
     Attributes:
         stage: "notice" (``message`` is a sentence for the user), "load", "calibrate", "layer" (one linear is done),
-            "block" (a whole block is done and committed), "save", "done"; "export" (one linear of ``blocks`` is written).
+            "block" (a whole block is done and committed), "save", "done"; "export" (one linear of ``blocks`` is written);
+            "window" and "task" of an evaluation.
         block: index of the block at work, from 0.
         blocks: how many blocks there are; 0 while unknown.
         layer: name of the linear layer at work, or "".

@@ -113,6 +113,9 @@ def test_a_pivot(bench: Any, results: Path) -> None:
 def test_a_table_without_lines_is_refused(bench: Any, results: Path) -> None:
     with pytest.raises(SystemExit, match=r"no line of quality\.jsonl has model=C"):
         bench("table").rendered("<!-- table: quality.jsonl model=C | scheme -->\n<!-- end -->", results)
+    for lacking in ("quality.jsonl model=C", "experiments/results/none.jsonl"):
+        shown = bench("table").rendered(f"<!-- pivot?: {lacking} | scheme | variant: a | kl_mean -->\nold\n<!-- end -->", results)
+        assert shown == f"<!-- pivot?: {lacking} | scheme | variant: a | kl_mean -->\n*Not run yet.*\n<!-- end -->"
     with pytest.raises(SystemExit, match="cannot read"):
         bench("table").rendered("<!-- pivot: quality.jsonl | scheme | kl_mean -->\n<!-- end -->", results)
 

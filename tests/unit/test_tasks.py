@@ -1,6 +1,7 @@
 """Tasks: the harness on our packed layers beside the harness itself, and everything that can be wrong with a task's files."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,15 @@ from typer.testing import CliRunner
 import leangrid
 import tiny_models
 from leangrid.cli import app
-from leangrid.errors import OutputError, TaskError
+from leangrid.errors import CheckpointError, OutputError, TaskError
 from leangrid.evaluate import Tasks, evaluate, harness
 from leangrid.evaluate.job import Job, Step
-from leangrid.evaluate.kept import Kept
+from leangrid.evaluate.kept import Kept, model_identity
 from leangrid.evaluate.opened import Opened
 from leangrid.evaluate.tasks import run
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
+from leangrid.report.views import keep
 
 Tiny = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore:leangrid runs without its C", "ignore::ResourceWarning")
@@ -230,3 +232,18 @@ def test_the_promised_names_are_the_harness_s() -> None:
     tasks = pytest.importorskip("lm_eval.tasks")
     index = tasks.TaskManager().task_index
     assert {"arc_easy", "arc_challenge", "lambada", "lambada_openai", "mmlu", "hellaswag", "piqa", "winogrande"} <= set(index)
+
+
+def test_a_result_stays_the_same_model_when_figures_are_kept_in_it(quantized: Path, tmp_path: Path) -> None:
+    shutil.copytree(quantized, tmp_path / "copy")
+    before = model_identity(tmp_path / "copy")
+    assert before == model_identity(quantized)
+    keep(tmp_path / "copy", {"text": "t", "perplexity": 3.0, "tasks": {}})
+    assert model_identity(tmp_path / "copy") == before
+    manifest = json.loads((quantized / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"]["sha256"] = "0" * 64
+    (tmp_path / "copy" / "manifest.json").write_text(json.dumps(manifest))
+    assert model_identity(tmp_path / "copy") != before
+    (tmp_path / "copy" / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="leangrid verify"):
+        model_identity(tmp_path / "copy")

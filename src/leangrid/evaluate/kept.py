@@ -6,17 +6,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leangrid.errors import OutputError
+from leangrid.errors import CheckpointError, OutputError
 from leangrid.storage.files import make_dir, write_json
 
 
 def model_identity(path: Path) -> str:
-    """Of a finished result, the sha256 of its manifest; of anything else, of its files' names, sizes and times."""
+    """Of a finished result, from the sha256 of the files that decide what it answers; of anything else, from its files' names, sizes
+    and times. Model card, report and figures of a result may change.
+    """
     manifest = path / "manifest.json"
     if manifest.is_file():
-        return hashlib.sha256(manifest.read_bytes()).hexdigest()
-    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        try:
+            files = json.loads(manifest.read_bytes())["files"]
+            facts = [(name, files[name]["sha256"]) for name in sorted(files) if name.endswith((".safetensors", ".json", ".jinja"))]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError("the manifest cannot be read", manifest, "Compare it with the files: leangrid verify DIR") from error
+    else:
+        places = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in places]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

@@ -193,9 +193,11 @@ def _title(linear: str, block: str, cell: tuple[Number, Number, Number] | None) 
 
 def _blocks(losses: LossMap) -> list[tuple[str, Number, Number, Number]]:
     """Sums over each block, as a table for those who do not see the maps."""
-    columns = zip(*losses.losses, strict=True)
-    return [(block, *(sum(cell[which] for cell in column if cell) for which in range(3)))
-            for block, column in zip(losses.blocks, columns, strict=True)]  # fmt: skip
+    rows = []
+    for block, column in zip(losses.blocks, zip(*losses.losses, strict=True), strict=True):
+        ours, minmax, rounding = (sum(cell[which] for cell in column if cell) for which in range(3))
+        rows.append((block, ours, minmax, rounding))
+    return rows
 
 
 def _sample(sample: Mapping[str, Any] | None, recipe: Recipe) -> dict[str, Any] | None:
