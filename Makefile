@@ -70,7 +70,7 @@ test-slow: $(SETUP) $(MODELS)  ## the slow tests: real models, every power cut, 
 	$(BIN)/python scripts/sanitize.py
 test-gpu: $(SETUP)  ## the GPU kernels: on the GPU, or anywhere with TRITON_INTERPRET=1
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
-interop: $(SETUP) $(MODELS)  ## every format in its engine, beside our own model; installs the engines in .peers (8 GB, needs a network)
+interop: $(SETUP) $(MODELS)  ## every format in its engine, beside our own model; installs the engines in .peers (12 GB, needs a network)
 	$(BIN)/python benchmarks/interop.py --out $(RESULTS)/interop.jsonl
 	test ! -x .peers/llama/bin/python || LLAMA_PYTHON=$(abspath .peers/llama/bin/python) $(BIN)/python -m pytest -q tests/interop/test_llama.py
 bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a quarter of an hour; then the tables (benchmarks/README.md)
