@@ -488,7 +488,7 @@ def test_another_recipe_is_another_run(fast: Path, field: str) -> None:
 
 
 @pytest.mark.fault("C12")
-@pytest.mark.parametrize(("field", "value"), [("version", "9.9"), ("format_version", 2), ("windows", "other"), ("new_field", 1)])
+@pytest.mark.parametrize(("field", "value"), [("version", "9.9"), ("format_version", 99), ("windows", "other"), ("new_field", 1)])
 def test_another_version_or_calibration_is_another_run(
     source: Path, fast: Path, field: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
