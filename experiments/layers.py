@@ -1,6 +1,6 @@
 """Weights and Hessians of some blocks of the original model, for experiments that need no whole model: tensors, nothing else."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from gguf_native import hessians
 from sizes import Subject
 from torch import Tensor
-from whole import Bench
+from whole import Bench, Measurement, Task
 
 from leangrid.factor import Factor, factorize
 from leangrid.grids import Grid
@@ -31,6 +31,18 @@ class Layer:
         """sum_j g_j (nearest(w_j) - w_j)^2 over the layer's rows, float64."""
         error = grid.dequantize(grid.nearest(self.weight)).double() - self.weight.double()
         return float((error.square() * weights).sum())
+
+
+def each(
+    bench: Bench, benchmark: str, field: str, values: Sequence[Any], measured: Callable[[list[Layer], int, Any], Any]
+) -> Iterator[Task]:
+    """``measured(layers, bits, value)`` for every subject, 4, 3 and 2 bits, and value of the line's ``field``."""
+    for subject in bench.size.subjects:
+        for bits in (4, 3, 2):
+            for value in values:
+                head = {"benchmark": benchmark, "size": bench.size.name, "model": subject.name, "bits": bits, field: value,
+                        "base": {"blocks": list(subject.blocks), "samples": subject.samples, "length": subject.length}}  # fmt: skip
+                yield Measurement(head, lambda s=subject, b=bits, v=value: measured(of_blocks(bench, s), b, v))
 
 
 @cache

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from layers import Layer, of_blocks
+from layers import Layer, each
 from sklearn.cluster import KMeans
 from torch import Tensor
-from whole import Bench, Measurement, Task
+from whole import Bench, Task
 
 from leangrid.grids import NonuniformGrid, fit_nonuniform
 from leangrid.linear import row_losses
@@ -25,12 +25,7 @@ POWER = 4.0
 
 
 def tasks(bench: Bench) -> Iterator[Task]:
-    for subject in bench.size.subjects:
-        for bits in (4, 3, 2):
-            for start in STARTS:
-                head = {"benchmark": "start", "size": bench.size.name, "model": subject.name, "bits": bits, "variant": start,
-                        "base": {"blocks": list(subject.blocks), "samples": subject.samples, "length": subject.length}}  # fmt: skip
-                yield Measurement(head, lambda s=subject, b=bits, start=start: measured(of_blocks(bench, s), b, start))
+    return each(bench, "start", "variant", STARTS, measured)
 
 
 def measured(layers: list[Layer], bits: int, start: str) -> dict[str, Any]:

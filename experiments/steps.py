@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from time import process_time
 from typing import Any
 
-from layers import Layer, of_blocks
+from layers import Layer, each
 from variants import KNOWN
-from whole import Bench, Measurement, Task
+from whole import Bench, Task
 
 from leangrid.grids import fit_affine
 from leangrid.linear import solve_linear
@@ -19,12 +19,7 @@ STEPS = (16, 64, 256, 1024, 2048, 4096)
 
 
 def tasks(bench: Bench) -> Iterator[Task]:
-    for subject in bench.size.subjects:
-        for bits in (4, 3, 2):
-            for steps in STEPS:
-                head = {"benchmark": "steps", "size": bench.size.name, "model": subject.name, "bits": bits, "steps": steps,
-                        "base": {"blocks": list(subject.blocks), "samples": subject.samples, "length": subject.length}}  # fmt: skip
-                yield Measurement(head, lambda s=subject, b=bits, t=steps: measured(of_blocks(bench, s), b, t))
+    return each(bench, "steps", "steps", STEPS, measured)
 
 
 def measured(layers: list[Layer], bits: int, steps: int) -> dict[str, Any]:

@@ -70,3 +70,8 @@ class Interrupted(LeangridError):
     """The run stopped early and kept all finished blocks; the same command resumes."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line of at most 200 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

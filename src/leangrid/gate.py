@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from leangrid.devices import accelerated, out_of_memory, release_cached
-from leangrid.errors import CheckpointError, Interrupted, LeangridError
+from leangrid.errors import CheckpointError, Interrupted, LeangridError, first_line
 from leangrid.evaluate.divergence import divergence
 from leangrid.evaluate.embedding import cosine_distance
 from leangrid.evaluate.perplexity import negative_log_likelihood, perplexity
@@ -61,8 +61,7 @@ def judge(original: Skeleton, directory: Path, windows: Int64[Tensor, "samples l
     except Interrupted:
         raise
     except (LeangridError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        return {"error": f"the result cannot be opened again and run: {reason}"}
+        return {"error": f"the result cannot be opened again and run: {first_line(error)}"}
     kind = found["measure"]
     if found["value"] is None:
         found["error"] = "the result's predictions are not finite"

@@ -32,7 +32,7 @@ from leangrid.grids import (
     minmax_superblock,
 )
 from leangrid.grids.protocol import check_weight
-from leangrid.recipe import Recipe
+from leangrid.recipe import Recipe, Scheme
 from leangrid.refine import refine
 from leangrid.rescue import Rescue
 from leangrid.solver import Swept, sweep
@@ -57,6 +57,15 @@ class LinearResult:
     rescues: tuple[Rescue, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
+
+
+def minmax_grid(weight: Float[Tensor, "rows cols"], scheme: Scheme, precision: Precision) -> GroupedGrid:
+    """The baselines' grid, as the scheme stores one; for a non-uniform scheme the affine one of whole rows."""
+    if scheme.grid == "superblock":
+        return minmax_superblock(weight, BLOCK_TYPES[scheme.block or ""])
+    if scheme.grid == "offset":
+        return minmax_offset(weight, scheme.bits, scheme.group_size, precision.dtype).clamped(precision)
+    return fit_minmax(weight, scheme.bits, scheme.group_size, scheme.symmetric, precision.dtype).clamped(precision)
 
 
 def row_losses(
@@ -207,14 +216,8 @@ class _Layer:
             return found.clamped(self.precision)
 
     def minmax(self) -> GroupedGrid:
-        """The baselines' grid, as the scheme stores one; for a non-uniform scheme the affine one of whole rows."""
         with self.timed("baseline"):
-            if self.scheme.grid == "superblock":
-                return minmax_superblock(self.target, BLOCK_TYPES[self.scheme.block or ""])
-            bits, group_size = self.scheme.bits, self.scheme.group_size
-            if self.scheme.grid == "offset":
-                return minmax_offset(self.target, bits, group_size, self.dtype).clamped(self.precision)
-            return fit_minmax(self.target, bits, group_size, self.scheme.symmetric, self.dtype).clamped(self.precision)
+            return minmax_grid(self.target, self.scheme, self.precision)
 
     def as_kind(self, minmax: GroupedGrid) -> Grid:
         """A min-max grid in the scheme's own format (whole rows, where that is non-uniform)."""

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leangrid import hf_quantizer
-from leangrid.errors import ArchitectureError, CheckpointError, LeangridError
+from leangrid.errors import ArchitectureError, CheckpointError, LeangridError, first_line
 from leangrid.formats import schemes_of
 from leangrid.layers import PackedLinear
 from leangrid.models.tokenizer import load_tokenizer
@@ -94,9 +94,8 @@ def _transformers_errors(directory: Path) -> Iterator[None]:
     except (LeangridError, MemoryError):
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         way_out = "Compare it with its manifest: leangrid verify DIR"
-        raise CheckpointError(f"transformers cannot load it: {reason}", directory, way_out) from error
+        raise CheckpointError(f"transformers cannot load it: {first_line(error)}", directory, way_out) from error
 
 
 def _from_pretrained(model_class: type[PreTrainedModel], directory: Path, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from leangrid.errors import CalibrationError
+from leangrid.errors import CalibrationError, first_line
 
 log = logging.getLogger("leangrid")
 
@@ -83,8 +83,7 @@ def _hub(repository: str, config: str | None, split: str, files: dict[str, str] 
     except ImportError as error:
         raise CalibrationError("the package 'datasets' is not installed", repository, f"pip install datasets. {_OFFLINE}") from error
     except Exception as error:  # hub, http, fsspec and pyarrow errors have no common base class
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise CalibrationError(f"the corpus cannot be read: {first_line}", repository, _OFFLINE) from error
+        raise CalibrationError(f"the corpus cannot be read: {first_line(error)}", repository, _OFFLINE) from error
 
 
 def _plain(path: Path) -> Iterator[str]:

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from leangrid.errors import TaskError
+from leangrid.errors import TaskError, first_line
 from leangrid.evaluate.job import Job, Results, Step, Tasks
 from leangrid.evaluate.opened import Opened
 from leangrid.evaluate.task_files import read_json_lines
@@ -77,9 +77,7 @@ def run(subject: Opened, task: Any, batch_size: int, limit: int | None) -> dict[
         try:
             found: Any = evaluate(model, {"tasks": {name: task}, "groups": {}}, limit=limit, log_samples=False)  # pyright: ignore
         except Exception as error:  # of the harness, its metrics and its templates: no common base class
-            raise TaskError(
-                f"the harness could not run it: {_first_line(error)}", name, "Look at its yaml, or take another task"
-            ) from error
+            raise TaskError(f"the harness could not run it: {first_line(error)}", name, "Look at its yaml, or take another task") from error
     return dict(found["results"][name])
 
 
@@ -138,7 +136,7 @@ def _loaded(manager: Any, name: str) -> list[Benchmark]:
     try:
         found = manager.load([name])
     except Exception as error:  # hub, http, datasets and yaml errors have no common base class
-        raise TaskError(f"its data cannot be read: {_first_line(error)}", name, _OFFLINE) from error
+        raise TaskError(f"its data cannot be read: {first_line(error)}", name, _OFFLINE) from error
     if any(getattr(task, "UNSAFE_CODE", False) for task in found["tasks"].values()):
         raise TaskError("it runs what the model writes as a program, which leangrid never does", name, "Take another task")
     group, source = found["groups"].get(name), f"lm_eval {version('lm_eval')}"
@@ -165,7 +163,7 @@ def _configs(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, OSError, ValueError) as error:
             way_out = "It must be plain yaml: no !function, no include"
-            raise TaskError(f"the task file cannot be read: {_first_line(error)}", path, way_out) from error
+            raise TaskError(f"the task file cannot be read: {first_line(error)}", path, way_out) from error
         if not isinstance(config, dict) or not isinstance(config.get("task"), str) or "include" in config:
             raise TaskError("the task file describes no single task", path, "It needs task: NAME, and no include")
         yield path, config
@@ -191,17 +189,13 @@ def _from_file(name: str, path: Path, config: dict[str, Any]) -> Benchmark:
         config["custom_dataset"] = lambda **_: {split: Dataset.from_list(rows) for split, rows in splits.items()}
         task = ConfigurableTask(config=config)
     except Exception as error:  # of the harness, of templates and of pyarrow: no common base class
-        raise TaskError(f"the task cannot be made from its file: {_first_line(error)}", path, "Compare its fields with its data") from error
+        raise TaskError(f"the task cannot be made from its file: {first_line(error)}", path, "Compare its fields with its data") from error
     return Benchmark(name, {name: task}, None, f"lm_eval {version('lm_eval')}, sha256 {digest.hexdigest()}")
 
 
 def _unknown(name: str, known: Sequence[str], where: str) -> TaskError:
     near = difflib.get_close_matches(name, known, 4, 0.5) or sorted(known)[:8]
     return TaskError(f"there is no task '{name}'", where, f"Near to it: {', '.join(near)}" if near else "It holds no .yaml file")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager

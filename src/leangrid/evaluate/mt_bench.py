@@ -145,9 +145,7 @@ def answers(subject: Opened, question: Question) -> dict[str, Any]:
         ids = chat_ids(subject.tokenizer, messages)
         room = ANSWER if not isinstance(limit, int) else min(ANSWER, limit - len(ids))
         reply = Reply(subject.name, turn, subject.model, subject.tokenizer, ids)
-        for _ in reply.pieces(room, question.temperature, seed=0) if room > 0 else ():
-            pass
-        turns.append(reply.text.strip())
+        turns.append("".join(reply.pieces(room, question.temperature, seed=0)).strip() if room > 0 else "")
         messages.append({"role": "assistant", "content": turns[-1]})
     return {"turns": turns}
 

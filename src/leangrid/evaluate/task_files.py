@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from leangrid.errors import TaskError
+from leangrid.errors import TaskError, first_line
 
 
 def read_bytes(path: Path) -> bytes:
@@ -60,6 +60,5 @@ def hub_rows(task: str, repository: str, split: str) -> list[dict[str, Any]]:
 
         return list(datasets.load_dataset(repository, split=split))  # pyright: ignore[reportArgumentType, reportReturnType]
     except Exception as error:  # hub, http, fsspec and pyarrow errors have no common base class
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         way_out = "Without a network give the file in a directory: --tasks-dir DIR"
-        raise TaskError(f"the data of task {task} cannot be read: {first_line}", repository, way_out) from error
+        raise TaskError(f"the data of task {task} cannot be read: {first_line(error)}", repository, way_out) from error

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from leangrid.block_types import BLOCK_TYPES
 from leangrid.factor import Factor
-from leangrid.grids import fit_minmax, minmax_superblock
-from leangrid.linear import LinearResult
+from leangrid.grids import Precision
+from leangrid.linear import LinearResult, minmax_grid
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
 
@@ -50,6 +49,7 @@ def sample_of(name: str, weight: Float[Tensor, "rows cols"], result: LinearResul
     kept = inside[_kept(costs[inside])]
     grid = result.grid.take(torch.tensor([row], device=result.codes.device))
     levels = grid.levels.cpu().reshape(-1, grid.levels.shape[-1])[int(group[inside[0]])]
+    minmax = minmax_grid(values[None], recipe.scheme_for(cols), Precision(torch.float32))  # not rounded to what a container stores
     stored = grid.dequantize(result.codes[row : row + 1])[0].float().cpu()
     return {
         "name": name,
@@ -60,18 +60,8 @@ def sample_of(name: str, weight: Float[Tensor, "rows cols"], result: LinearResul
         "stored": _short(stored[kept]),
         "costs": _short(costs[kept]),
         "levels": _short(levels.unique()),
-        "levels_minmax": _short(_minmax_levels(values, int(group[inside[0]]), recipe).unique()),
+        "levels_minmax": _short(minmax.levels[0, int(group[inside[0]])].unique()),
     }
-
-
-def _minmax_levels(values: Float[Tensor, " cols"], group: int, recipe: Recipe) -> Float[Tensor, " levels"]:
-    """The baselines' levels of this group, float32, not rounded to what a container stores."""
-    scheme = recipe.scheme_for(len(values))
-    if scheme.grid == "superblock":
-        grid = minmax_superblock(values[None], BLOCK_TYPES[scheme.block or ""])
-    else:
-        grid = fit_minmax(values[None], scheme.bits, scheme.group_size, scheme.symmetric, torch.float32)
-    return grid.levels[0, group]
 
 
 def _kept(costs: Float[Tensor, " cols"]) -> Tensor:
