@@ -46,8 +46,9 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def identity(line: Mapping[str, Any]) -> str:
-    """Equal for two runs of one measurement on one kind of processor."""
-    return json.dumps([line.get(name) for name in _IDENTITY] + [line.get("machine", {}).get("cpu")], sort_keys=True)
+    """Equal for two runs of one measurement on one kind of processor: its name and its instruction sets, since names repeat."""
+    machine = line.get("machine", {})
+    return json.dumps([line.get(name) for name in _IDENTITY] + [machine.get("cpu"), machine.get("isa")], sort_keys=True)
 
 
 def text(line: Mapping[str, Any]) -> str:
