@@ -1,4 +1,4 @@
-"""Sums of outer products: matrix tiles, where the processor has them, against float64 and against the torch twin."""
+"""Sums of outer products: bfloat16 units, where the processor has them, against float64 and against the torch twin."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from leangrid.kernels import native, torch_sums
 from math_problems import generator
 
 SHAPES = [(1, 1), (5, 3), (31, 16), (33, 17), (64, 32), (100, 40), (1025, 33), (2100, 70), (0, 4)]
-needs_tiles = pytest.mark.skipif(not native.tiles_available(), reason="this processor has no bfloat16 matrix tiles")
+needs_units = pytest.mark.skipif(not native.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
 
 
 def stream(tokens: int, cols: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -36,9 +36,9 @@ def test_sums_are_added_to_what_was_there(tokens: int, cols: int, dtype: torch.d
 
 
 @pytest.mark.fault("N14")
-@needs_tiles
+@needs_units
 @pytest.mark.parametrize(("tokens", "cols"), SHAPES)
-def test_tiles_agree_with_torch_and_any_number_of_threads_gives_the_same_bits(tokens: int, cols: int) -> None:
+def test_bfloat16_units_agree_with_torch_and_any_number_of_threads_gives_the_same_bits(tokens: int, cols: int) -> None:
     x, y = stream(tokens, cols, 1), stream(tokens, cols, 2)
     sums = []
     before = torch.get_num_threads()
@@ -56,7 +56,7 @@ def test_tiles_agree_with_torch_and_any_number_of_threads_gives_the_same_bits(to
         assert close(cross, twin[1].double(), tokens)
 
 
-@needs_tiles
+@needs_units
 def test_other_users_of_the_tiles_are_not_disturbed() -> None:
     a, b = stream(256, 192, 5), stream(192, 320, 6)
     before = a @ b

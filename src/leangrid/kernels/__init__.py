@@ -260,7 +260,7 @@ def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Float64[Tensor, "
 
 def squares_are_finite(x: Tensor) -> bool:
     """Whether the squares of all entries of ``x`` (bfloat16 or float32, any shape) surely sum to a float32; False: look closer."""
-    if x.dtype == torch.bfloat16 and _ops(x) is native and native.tiles_available():
+    if x.dtype == torch.bfloat16 and _ops(x) is native and native.multiplies_bfloat16():
         return bool(native.largest_magnitude(x.detach()) * max(x.numel(), 1) ** 0.5 < 1e19)
     return bool(torch.linalg.vector_norm(x.detach(), dtype=torch.float32).square().isfinite())
 
@@ -272,13 +272,13 @@ def outer_block(device: torch.device | str = "cpu") -> int:
 
 def outer_takes_bfloat16(device: torch.device | str = "cpu") -> bool:
     """Whether ``outer_sums`` reads bfloat16 inputs there as they are; elsewhere it makes a float32 copy of each batch."""
-    return torch.device(device).type == "cpu" and native.available() and native.tiles_available()
+    return torch.device(device).type == "cpu" and native.available() and native.multiplies_bfloat16()
 
 
 def outer_sums(x: Tensor, matrix: Tensor, original: Tensor | None = None, cross: Tensor | None = None) -> None:
     """matrix += x^T x and, with two streams, cross += original^T x, in place; of ``matrix`` only the upper triangle counts.
 
-    Products of two bfloat16 numbers are exact in float32, and sums are float32: what the matrix tiles of a processor do in one pass is
+    Products of two bfloat16 numbers are exact in float32, and sums are float32: what the bfloat16 units of a processor do in one pass is
     what a float32 product does slowly.
 
     Args:
@@ -296,5 +296,5 @@ def outer_sums(x: Tensor, matrix: Tensor, original: Tensor | None = None, cross:
                          "Give both streams of the same tokens, and a sum for each")  # fmt: skip
     if any(s.shape != (x.shape[1],) * 2 or s.dtype != torch.float32 or s.device != x.device or not s.is_contiguous() for s in sums):
         raise ShapeError(f"outer_sums: sums {[(tuple(s.shape), s.dtype) for s in sums]} for {x.shape[1]} columns", "outer_sums")
-    tiles = x.dtype == torch.bfloat16 and _ops(x) is native and outer_takes_bfloat16(x.device)
-    (native if tiles else torch_sums).outer_sums(x.detach(), matrix, None if original is None else original.detach(), cross)
+    direct = x.dtype == torch.bfloat16 and _ops(x) is native and outer_takes_bfloat16(x.device)
+    (native if direct else torch_sums).outer_sums(x.detach(), matrix, None if original is None else original.detach(), cross)

@@ -162,10 +162,10 @@ def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Tensor:
     return out
 
 
-def tiles_available() -> bool:
-    """Whether this processor multiplies bfloat16 matrix tiles, with the extension's widest instruction set in use."""
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16, in matrix tiles or vectors, with the extension's widest instruction set in use."""
     module = _extension()
-    return module is not None and _chosen() == module.best_isa() and bool(module.tiles_available())
+    return module is not None and _chosen() == module.best_isa() and bool(module.multiplies_bfloat16())
 
 
 def largest_magnitude(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
-#ifdef LEANGRID_TILES
+#ifdef LEANGRID_BFLOAT16
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -67,23 +67,25 @@ const KernelTable& table(int isa) {
     return portable_table;
 }
 
-// Whether this process may use the tiles of tiles.cpp; asks the operating system for them once. (Here and not there: that file's
-// compiler flags are not for every processor.)
-bool tiles_available() {
-#ifdef LEANGRID_TILES
-    static const bool granted = [] {
-        __builtin_cpu_init();
+// What of tiles.cpp this process may use; asks the operating system for the matrix tiles once. (Here and not there: that file's compiler
+// flags are not for every processor.)
+Units bfloat16_units() {
+#ifdef LEANGRID_BFLOAT16
+    static const Units granted = [] {
+        if (best_isa() != 2) return Units::none;
         uint32_t a = 7, b = 0, c = 0, d = 0;  // leaf 7 of cpuid: EDX bit 22 bfloat16 tiles, bit 24 tiles
         __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-        const bool present = (d >> 22 & 1) && (d >> 24 & 1) && best_isa() == 2;
         constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-        return present && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+        if ((d >> 22 & 1) && (d >> 24 & 1) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return Units::tiles;
+        return __builtin_cpu_supports("avx512bf16") ? Units::dots : Units::none;
     }();
     return granted;
 #else
-    return false;
+    return Units::none;
 #endif
 }
+
+constexpr const char* kNoUnits = "this processor does not multiply bfloat16";
 
 void require(bool fits) {
     if (!fits) throw nb::value_error("array shapes do not fit together");
@@ -249,7 +251,7 @@ void exact_affine(int isa, int threads, FloatIn weight, Array<const double, 2> i
 }
 
 int largest_bits(Array<const uint16_t, 1> x) {
-    if (!tiles_available()) throw nb::value_error("this processor does not have bfloat16 matrix tiles");
+    if (bfloat16_units() == Units::none) throw nb::value_error(kNoUnits);
     nb::gil_scoped_release release;
     return largest_magnitude(x.data(), x.shape(0));
 }
@@ -261,7 +263,8 @@ void outer_sums(int threads, Array<const uint16_t, 2> x, std::optional<Array<con
     require(matrix.shape(0) == x.shape(1) && matrix.shape(1) == x.shape(1) && cross.has_value() == original.has_value());
     if (cross) require(cross->shape(0) == x.shape(1) && cross->shape(1) == x.shape(1));
     if (original) require(original->shape(0) == x.shape(0) && original->shape(1) == x.shape(1));
-    if (!tiles_available()) throw nb::value_error("this processor does not have bfloat16 matrix tiles");
+    const Units units = bfloat16_units();
+    if (units == Units::none) throw nb::value_error(kNoUnits);
     // Packed tiles of one stretch of tokens. Kept between calls: fresh pages cost as much as the products.
     static std::mutex one_at_a_time;
     static std::unique_ptr<char, void (*)(void*)> scratch(nullptr, std::free);
@@ -287,8 +290,8 @@ void outer_sums(int threads, Array<const uint16_t, 2> x, std::optional<Array<con
         const OuterArgs own{left, right, count, cols, true, matrix.data()};
         const OuterArgs mixed{other, right, count, cols, false, cross ? cross->data() : nullptr};
         share_released(squares, 4, threads, [&](int64_t begin, int64_t end) {
-            add_outer(own, begin, end);
-            if (before) add_outer(mixed, begin, end);
+            add_outer(own, begin, end, units);
+            if (before) add_outer(mixed, begin, end, units);
             return true;
         });
     }
@@ -315,7 +318,7 @@ NB_MODULE(_cpu, m) {
     m.def("level_gram", &level_gram);
     m.def("exact_levels", &exact_levels);
     m.def("exact_affine", &exact_affine);
-    m.def("tiles_available", &tiles_available, "bfloat16 matrix tiles (AMX), granted by the operating system");
+    m.def("multiplies_bfloat16", [] { return bfloat16_units() != Units::none; }, "matrix tiles (AMX) or vectors (AVX512_BF16)");
     m.def("largest_bits", &largest_bits);
     m.def("outer_sums", &outer_sums, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none());
     bind_decode(m);
