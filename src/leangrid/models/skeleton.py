@@ -117,6 +117,11 @@ class Skeleton:
             if full in self._sources and not (skip and full.startswith(skip)):
                 buffer.copy_(self.stored(full).to(buffer.dtype))
 
+    def block_sources(self, index: int) -> list[str]:
+        """The checkpoint's names of all tensors of block ``index``."""
+        prefix = f"{self.block_name(index)}."
+        return [source for name, source in self._sources.items() if name.startswith(prefix)]
+
     def block_weights(self, index: int) -> dict[str, Tensor]:
         """The parameters of block ``index``, named from the block, in the compute dtype in host memory."""
         prefix = f"{self.block_name(index)}."
@@ -190,6 +195,13 @@ def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path) if path else module
     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def empty_model(checkpoint: Weights) -> PreTrainedModel:
+    """The model that a checkpoint's config describes, wholly on the meta device; errors as ``Skeleton``."""
+    architecture = architecture_of(checkpoint.config)
+    with torch.device("meta"):
+        return _empty_model(_read_config(checkpoint), architecture)
 
 
 def _read_config(checkpoint: Weights) -> PreTrainedConfig:

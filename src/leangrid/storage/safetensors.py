@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -198,9 +198,9 @@ def memoryview_of(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def load(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """All tensors of a file, in file order, in one pass. With ``sha256`` the file's bytes are hashed on the way and CheckpointError is
-    raised when they differ."""
+def load(path: Path, sha256: str | None = None, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+    """All tensors of a file, in file order, in one pass; of each what ``keep`` makes of it. With ``sha256`` the file's bytes are hashed
+    on the way and CheckpointError is raised when they differ."""
     header = open_header(path)
     digest, tensors = hashlib.sha256(), {}
     try:
@@ -209,11 +209,12 @@ def load(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
                 first = min((info.start for info in header.tensors.values()), default=header.file_bytes)
                 digest.update(file.read(first))
             for name, info in header.tensors.items():
-                tensors[name] = torch.empty(info.shape, dtype=info.torch_dtype)
-                view = _fill(file, info, tensors[name])
+                tensor = torch.empty(info.shape, dtype=info.torch_dtype)
+                view = _fill(file, info, tensor)
                 if sha256 is not None:
                     for start in range(0, len(view), CHUNK):
                         digest.update(view[start : start + CHUNK])
+                tensors[name] = keep(tensor)
     except (OSError, EOFError) as error:
         raise CheckpointError(f"cannot read: {error}", path, "Check the disk") from error
     if sha256 is not None and digest.hexdigest() != sha256:

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -94,6 +95,14 @@ class Checkpoint:
         if check and tensor.is_floating_point():
             check_finite(tensor, name, info.file)
         return tensor
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Say that these tensors will be read next. The system may then read them into its page cache, which counts as nobody's memory;
+        where it does not, they are read later."""
+        for name in names:
+            info = self.tensors[name]
+            with suppress(OSError), info.file.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def check_shapes(self, expected: Mapping[str, Sequence[int]], optional: Collection[str] = ()) -> None:
         """Compare with the tensors a model of this config has; CheckpointError lists every one that is missing, of another shape, or
