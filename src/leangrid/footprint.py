@@ -192,7 +192,7 @@ def _moving(work: Demand, placement: Placement, number: int, tokens: int) -> dic
         other = work.itemsize * tokens * (work.hidden if out else work.groups[number].cols) * (work.streams - 1)
         away = placement.disk_streams or (placement.host_streams and work.accelerated)
         leaving = work.states if out and not away else 0
-        read = work.itemsize * tokens * work.hidden if placement.disk_streams else 0
+        read = work.itemsize * tokens * work.hidden if away else 0
         parts = {"one pass": widest + read, "other stream's input": other, "streams out": leaving}
         return parts | {"new weights": _new_weights(work, number)}
     most = max(work.held(number), work.held(number - 1) if number else 0)  # batch after batch changes from the one to the other

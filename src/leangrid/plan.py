@@ -112,7 +112,7 @@ def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, abse
     ram, thrifty = (ranks * (here + _peak_ram(skeleton, settled, one, kind)) for one in (held, on_disk))
     rates = measured(skeleton, settled, kind) if absent is None else absent.rates(settled)
     times = seconds(skeleton, settled, sized.layers, placement, rates)
-    available = None if absent else memory.available_bytes()
+    available = None if absent else here + memory.available_bytes()  # both of the whole process
     return Plan(
         source=source,
         samples=settled.samples,
@@ -169,7 +169,7 @@ def _refuse_what_is_not_here(result: Plan, out: Path) -> None:
     if result.available_ram_bytes is not None and result.peak_ram_bytes > result.available_ram_bytes:
         fewer = max(1, int(result.samples * result.available_ram_bytes / result.peak_ram_bytes / 1.2))
         raise OutputError(
-            f"the run needs {result.peak_ram_bytes / 2**30:.1f} GiB of memory, {result.available_ram_bytes / 2**30:.1f} GiB are free",
+            f"the run needs {result.peak_ram_bytes / 2**30:.1f} GiB of memory, {result.available_ram_bytes / 2**30:.1f} GiB can be had",
             result.source,
             f"Try --samples {fewer}, or a machine with more memory",
         )
