@@ -31,7 +31,7 @@ def measure(model: str, scheme: str, options: argparse.Namespace, folder: Path) 
     placement = Placement.from_json(planned.placement)
     done = leangrid.quantize(source, folder / "out", recipe, windows=windows, threads=1, placement=placement)
     ratios = {name: round(planned.seconds[name] / took, 2) for name, took in done.seconds.items()
-              if name in planned.seconds and name not in ("load", "save", "pack") and took >= _LEAST}  # fmt: skip
+              if name in planned.seconds and name not in ("load", "save", "pack", "check") and took >= _LEAST}  # fmt: skip
     return {
         "blocks": options.blocks,
         "tokens": windows.numel(),
@@ -50,7 +50,7 @@ def measure(model: str, scheme: str, options: argparse.Namespace, folder: Path) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2-135m", "narrow"])
-    parser.add_argument("--schemes", nargs="+", default=["W4A16_G64", "NU4"])
+    parser.add_argument("--schemes", nargs="+", default=["W4A16_G64", "W4A16", "NU4"])
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)

@@ -21,20 +21,20 @@ from leangrid.recipe import Recipe
 from leangrid.sizes import LayerSize, hidden_size, state_bytes
 
 _REPLAYED = 2.6  # forward passes that replaying takes instead of one: up to each group, and once to the end
-# Sweeps' worth of rows*cols^2 work: ours, min-max GPTQ's, two losses, and for each refit round about two more.
-_SWEEPS, _SWEEPS_A_ROUND = 4.0, 3.0
-# One thread with the native kernels.
-_GRID_SECONDS_A_WEIGHT = {"affine": 1.5e-7, "offset": 2.0e-7, "superblock": 5.0e-7, "nonuniform": 3.5e-7}
-_KERNEL_EFFICIENCY = 0.25  # share of the GEMM rate that sweeps and factorizations reach
-_EXACT_EFFICIENCY = 0.125  # likewise LeanQuant-Exact: float64
-_DISK = 5e8  # bytes/s that a commit reaches: written, hashed, synced
+# One thread with the native kernels: benchmarks/cost_model.py on AVX-512; AVX2 takes about twice as long.
+_GRID_SECONDS_A_WEIGHT = {"affine": 3.5e-8, "offset": 6e-8, "superblock": 3.5e-7, "nonuniform": 4.5e-8}
+# Shares of a large product's rate that the stages reach (the same benchmark): sweeps in blocks with their descents, the baseline's
+# sweep and losses, factorizations, the correction's products, forward passes; LeanQuant-Exact in float64.
+_SOLVE, _BASELINE, _FACTOR, _CORRECT, _FORWARD, _EXACT = 0.4, 0.6, 0.36, 0.8, 0.7, 0.125
+_SUMS_PANEL = 512  # columns of the squares in which Hessians are summed
+_DISK, _READ = 5e8, 2e9  # bytes/s that a commit reaches: written, hashed, synced; and that reading reaches
 _F32 = 4
 
 # Of a device that is only described. Products on 16-bit and TF32 units relative to float32: the ratios of NVIDIA's 48 GB cards
 # (RTX A6000 38.7, 77, 155 TFLOP/s; L40S 91.6, 183, 362: their data sheets, dense); larger ratios on A100 and H100.
 _STATED_TFLOPS, _TF32, _HALF = 30.0, 2.0, 4.0
 _ATTAINED = 0.7  # share of a data sheet's rate that a large product reaches
-_THREAD = 1e11  # float32 FLOP/s of the CPU thread behind the grids' seconds
+_THREAD, _GRID_SHARE = 1e11, 0.25  # float32 FLOP/s of the CPU thread behind the grids' seconds; what a GPU makes of its own there
 _LINK = 2e10  # bytes/s between ranks: PCIe 4, 16 lanes
 _DESCRIBED = re.compile(r"(?:(?P<count>[1-9]\d{0,3})x)?(?P<memory>\d{1,5}(?:\.\d+)?)gi?b(?:@(?P<rate>\d{1,6}(?:\.\d+)?)tf)?", re.IGNORECASE)
 
@@ -46,7 +46,7 @@ class Rates:
     Attributes:
         forward, sums, algebra: FLOP/s of large products in forward passes, in the Hessians' sums, in float32.
         threads: CPU threads' worth of speed at the grids.
-        disk: bytes/s of commits. link: bytes/s between ranks. ranks: how many share the work.
+        disk, read: bytes/s of commits and of reading. link: bytes/s between ranks. ranks: how many share the work.
         assumed: whether they are stated, not measured.
     """
 
@@ -55,6 +55,7 @@ class Rates:
     algebra: float
     threads: float
     disk: float = _DISK
+    read: float = _READ
     link: float = _LINK
     ranks: int = 1
     assumed: bool = False
@@ -99,7 +100,7 @@ class Described:
         """What is assumed of them."""
         half, attained = recipe.products == "bfloat16", _ATTAINED * self.flops
         fast = _TF32 * attained if recipe.products != "float32" else attained
-        return Rates(_HALF * attained if half else fast, fast, attained, attained * _KERNEL_EFFICIENCY / _THREAD,
+        return Rates(_HALF * attained if half else fast, fast, attained, attained * _GRID_SHARE / _THREAD,
                      ranks=self.count, assumed=True)  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def measured(skeleton: Skeleton, recipe: Recipe, device: str) -> Rates:
     with products(recipe.products):
         forward, sums = _gemm_rate(device, skeleton.compute_dtype), _gemm_rate(device)
     algebra = _gemm_rate(device)
-    threads = algebra * _KERNEL_EFFICIENCY / _THREAD if accelerated(device) else float(torch.get_num_threads())
+    threads = algebra * _GRID_SHARE / _THREAD if accelerated(device) else float(torch.get_num_threads())
     return Rates(forward, sums, algebra, threads)
 
 
@@ -127,32 +128,43 @@ def _gemm_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
 
 
 def seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placement: Placement, rates: Rates) -> dict[str, float]:
-    """Estimated seconds by stage, and ``total``; with several ranks also ``exchange``."""
+    """Estimated seconds by stage and ``total``; with several ranks also ``exchange``."""
     streams, tokens, blocks = 2 if recipe.correct else 1, recipe.samples * recipe.length, len(skeleton.blocks)
-    weights = sum(layer.rows * layer.cols for layer in layers)
-    firsts = (f"{skeleton.block_name(i)}.{group[0]}" for i in range(blocks) for group in skeleton.architecture.groups)
-    widths = [skeleton.shape(name)[1] for name in firsts]
-    sweeps = _SWEEPS + _SWEEPS_A_ROUND * (recipe.refine or 0)
-    attention = blocks * 2 * tokens * recipe.length * hidden_size(skeleton)
-    algebra, states = rates.algebra * _KERNEL_EFFICIENCY, state_bytes(skeleton, recipe, tokens)
-    stages = dict.fromkeys(STAGES, 0.0)
+    weights, states = sum(layer.rows * layer.cols for layer in layers), state_bytes(skeleton, recipe, tokens)
+    before, after = sum(layer.bytes_before for layer in layers), sum(layer.bytes_after for layer in layers)
+    groups = [_shape(skeleton, index, group) for index in range(blocks) for group in skeleton.architecture.groups]
+    attention = blocks * 2 * recipe.length * hidden_size(skeleton)  # of a token
+    forward, algebra = _FORWARD * rates.forward, rates.algebra
+    solved = sum((0 if recipe.parsed.method == "rtn" else work.sweep(la.rows, la.cols)) + work.refine(la.rows, la.cols, recipe.refine or 0)
+                 for la in layers)  # fmt: skip
+    baseline = sum(work.sweep(la.rows, la.cols) + work.layer_loss(la.rows, la.cols) for la in layers)
     passes = _REPLAYED if placement.replay else 1
-    if placement.disk_streams:  # read for each group and for the way out
-        stages["load"] = (len(skeleton.architecture.groups) + 1) * blocks * states / rates.disk
-    stages["calibrate"] = passes * streams * (2 * weights * tokens / rates.forward + attention / min(rates.forward, rates.algebra))
-    stages["hessian"] = sum(streams * 2 * tokens * cols**2 for cols in widths) / rates.sums
-    stages["solve"] = sum(sweeps * la.rows * la.cols**2 for la in layers) / algebra
+    again = (len(skeleton.architecture.groups) + 1) * blocks * states if placement.disk_streams else 0  # for each group and the way out
+    shared = {
+        "calibrate": passes * streams * tokens * (2 * weights + attention) / forward,
+        "hessian": sum(work.hessian(tokens, cols, streams, min(_SUMS_PANEL, cols)) for _, cols in groups) / rates.sums,
+        "grid": weights * _GRID_SECONDS_A_WEIGHT[recipe.parsed.grid] / rates.threads,
+        "solve": solved / (_SOLVE * algebra),
+        "baseline": baseline / (_BASELINE * algebra),
+    }
     if recipe.parsed.exact:
-        stages["solve"] += sum(work.exact(la.rows, la.cols) for la in layers) / (rates.algebra * _EXACT_EFFICIENCY)
-    stages["grid"] = weights * _GRID_SECONDS_A_WEIGHT[recipe.parsed.grid] / rates.threads
-    shared = {name: stages[name] / rates.ranks for name in ("calibrate", "hessian", "solve", "grid")}
-    # The factor is not shared: every rank needs it whole. What was written above is.
+        shared["solve"] += sum(work.exact(la.rows, la.cols) for la in layers) / (_EXACT * algebra)
+    # Not shared: every rank needs the factor and the correction whole, and one of them writes.
+    corrected = sum(work.correction(rows, cols, True) for rows, cols in groups) * (streams - 1)
     alone = {
-        "factor": sum((3 + 3 * (streams - 1)) * cols**3 for cols in widths) / algebra,
-        "save": (2 * sum(la.bytes_after for la in layers) + (1 + placement.disk_streams) * blocks * states) / rates.disk,
+        "load": (before + again) / rates.read,
+        "factor": sum(work.factor(cols, True) for _, cols in groups) / (_FACTOR * algebra) + corrected / (_CORRECT * algebra),
+        "save": (2 * after + (1 + placement.disk_streams) * blocks * states) / rates.disk,
+        "check": (before + after) / rates.read,
     }
     if rates.ranks > 1:  # a ring: H and G added up, new weights given to all
-        moved = sum(streams * _F32 * cols**2 for cols in widths) * 2 + sum(layer.bytes_before for layer in layers)
+        moved = sum(streams * _F32 * cols**2 for _, cols in groups) * 2 + before
         alone["exchange"] = moved * (rates.ranks - 1) / rates.ranks / rates.link
-    stages |= shared | alone
+    stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
+
+
+def _shape(skeleton: Skeleton, index: int, group: tuple[str, ...]) -> tuple[int, int]:
+    """Rows of all linears of a group, and its columns."""
+    shapes = [skeleton.shape(f"{skeleton.block_name(index)}.{name}") for name in group]
+    return sum(rows for rows, _ in shapes), shapes[0][1]

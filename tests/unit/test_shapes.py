@@ -58,7 +58,7 @@ def test_a_large_model_on_devices_that_are_not_here() -> None:
     one, two, fast = (plan(None, shape="llama-3.1-405b", device=device) for device in ("48GB", "2x48GB", "2x48GB@90TF"))
     assert two.layers == 126 * 7 and two.peak_gpu_bytes < 0.94 * 48 * 2**30 and two.placement["lean"]
     assert two.available_ram_bytes is None and two.bound == "compute" and two.devices == 2 and one.devices == 1
-    for stage in ("calibrate", "hessian", "solve", "grid"):
+    for stage in ("calibrate", "hessian", "solve", "grid", "baseline"):
         assert two.seconds[stage] == pytest.approx(one.seconds[stage] / 2, rel=1e-3)
         assert fast.seconds[stage] == pytest.approx(two.seconds[stage] / 3, rel=1e-3)
     assert two.seconds["factor"] == one.seconds["factor"] > 0, "every rank factors the whole matrix"
