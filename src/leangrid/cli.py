@@ -20,7 +20,9 @@ app = typer.Typer(
     context_settings=_WIDE,
 )
 
-Source = Annotated[str, typer.Argument(help="checkpoint directory, hub id org/name[@revision], or .gguf file", show_default=False)]
+Source = Annotated[
+    str, typer.Argument(help="checkpoint directory, hub id org/name[@revision], stream:org/name, or .gguf file", show_default=False)
+]
 Scheme = Annotated[str | None, typer.Option(help="W4A16_G64 in groups, W4A16 whole rows, NU4 NU3 NU2 non-uniform, _SYM, _EXACT [auto]")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE.toml", help="settings from a file; options win over it")]
 FormatName = Annotated[str | None, typer.Option("--format", help="compressed-tensors, lut, gptq, awq or mlx [by scheme]")]

@@ -24,7 +24,7 @@ from leangrid.precision import compute_dtype
 from leangrid.prepare import refuse_impossible, settle
 from leangrid.recipe import Recipe
 from leangrid.sizes import LayerSize, disk_bytes, sizes
-from leangrid.storage.hub import locate_source
+from leangrid.storage.hub import locate_stream
 from leangrid.storage.source import open_source
 
 _F32 = 4
@@ -143,8 +143,8 @@ def _opened(source: str | Path | None, named: str | None) -> Weights:
         raise LeangridError("plan takes a SOURCE or a --shape, one of them", "SOURCE", f"Known shapes: {', '.join(SHAPES)}")
     if named is not None:
         return shape_of(named)
-    path = locate_source(str(source))
-    return describe(path) if is_gguf(path) else open_source(path)
+    path, remote = locate_stream(str(source))
+    return describe(path) if is_gguf(path) else open_source(path, remote=remote)
 
 
 def _peak_ram(skeleton: Skeleton, recipe: Recipe, held: Footprint, device: str) -> int:

@@ -37,7 +37,7 @@ def test_groups_of_the_first_generation(tmp_path: Path) -> None:
     assert _left_in_groups(tmp_path, tmp_path / "not Linux") == []
 
 
-@pytest.mark.parametrize("limit", ["RLIMIT_DATA", "RLIMIT_AS"])
+@pytest.mark.parametrize("limit", ["RLIMIT_DATA", pytest.param("RLIMIT_AS", marks=pytest.mark.slow)])
 def test_the_process_own_limits(limit: str) -> None:
     program = f"""
 import json, resource, torch

@@ -31,7 +31,10 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+_FAST = ("llama-3-8b", "mistral-7b", "qwen2.5-0.5b", "smollm2-135m")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in _FAST else pytest.mark.slow) for name in SHAPES])
 def test_every_row_has_the_published_number_of_parameters(name: str) -> None:
     described = shape(name)
     assert sum(torch.Size(tensor.shape).numel() for tensor in described.tensors.values()) == PARAMETERS[name]
