@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_block.py --model llama-3-8b --scheme W4A16_G128 --out benchmarks/results/gpu_block.jsonl
     python benchmarks/gpu_block.py --model llama-3.1-405b --blocks 1 --card 48            # as on a card of 48 GiB; 40 GB of disk
-    python benchmarks/gpu_block.py --model llama-3.1-405b --card 48 --planned             # the plan's sums for it, without a GPU
+    python benchmarks/gpu_block.py --model llama-3.1-405b --planned 2x48GB                # the plan's sums for it, without a GPU
     python benchmarks/gpu_block.py --model tiny --device cpu                              # runs anywhere: is the script sound?
 
 Random weights in the model's shapes, two blocks of them as a checkpoint on disk, go through ``leangrid.quantize`` itself on 128 windows
@@ -136,17 +136,19 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def sums(options: argparse.Namespace) -> dict[str, Any]:
-    """What the plan says of a card that is not here, as the fields of a line."""
+    """What the plan says of cards that are not here, as the fields of a line."""
     recipe = Recipe.build(scheme=options.scheme, damping=options.damping, samples=options.samples, length=options.length)
-    found = leangrid.plan(None, recipe, device=f"{options.card or 48:g}GB", shape=options.model)
+    found = leangrid.plan(None, recipe, device=options.planned, shape=options.model)
     phase = found.memory["peak_phase"]
     return {
         "tokens": options.samples * options.length,
-        "card_bytes": int((options.card or 48) * 2**30),
+        "devices": found.devices,
+        "projected_hours": round(found.seconds["total"] / 3600, 2),
         "planned_bytes": found.peak_gpu_bytes,
         "planned_phase": phase,
         "planned_parts": found.memory["phases"][phase],
         "peak_ram_bytes": found.peak_ram_bytes,
+        "disk_bytes": found.disk_bytes,
         "ram_with_states_on_disk": found.memory["ram_with_states_on_disk"],
         "placement": found.placement,
         "seconds": found.seconds,
@@ -164,7 +166,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="windows [128; 8 for tiny]")
     parser.add_argument("--length", type=int, help="tokens a window [2048; 64 for tiny]")
     parser.add_argument("--card", type=float, metavar="GIB", help="plan for, and stay within, a card of this size")
-    parser.add_argument("--planned", action="store_true", help="only what the plan says of a card of --card GiB [48]; needs no GPU")
+    parser.add_argument("--planned", metavar="DEVICES", help="only what the plan says of these, such as 2x48GB@16TF; needs no GPU")
     parser.add_argument("--folder", type=Path, help="where the checkpoint and the result are written; a temporary one where none is given")
     parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
     options = parser.parse_args()
@@ -175,7 +177,7 @@ def main() -> None:
             "benchmark": "gpu_block",
             "model": options.model,
             "scheme": options.scheme,
-            "variant": f"planned, {options.card or 48:g} GiB",
+            "variant": f"planned, {options.planned}",
         }
         _show(line | sums(options) | provenance(), options.out)
         return

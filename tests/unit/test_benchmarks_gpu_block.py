@@ -39,10 +39,10 @@ def test_tiny_runs_anywhere(
 def test_a_405b_block_fits_a_card_of_48_gib_by_the_plan(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _main(script, monkeypatch, "--model", "llama-3.1-405b", "--card", "48", "--planned")
+    _main(script, monkeypatch, "--model", "llama-3.1-405b", "--planned", "2x48GB")
     line = json.loads(capsys.readouterr().out)
     assert line["planned_bytes"] == sum(line["planned_parts"].values()) < 48 * 2**30 and line["placement"]["lean"]
-    assert line["variant"] == "planned, 48 GiB" and line["tokens"] == 128 * 2048
+    assert line["variant"] == "planned, 2x48GB" and line["devices"] == 2 and line["tokens"] == 128 * 2048
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test says is missing")
