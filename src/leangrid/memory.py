@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20
 _GROUPS = Path("/sys/fs/cgroup")
 # Limit, use, and the part of the use that is page cache, in both generations of control groups.
 _CACHE = ("total_inactive_file", "total_active_file", "inactive_file", "active_file")
@@ -46,11 +47,22 @@ def available_bytes() -> int:
     """What the process may still take: what the machine has left, and no more than its control groups (containers, Slurm, systemd) and
     its own limits leave. Page cache counts as free: the system gives it up when it is needed."""
     left = [psutil.virtual_memory().available, *_left_in_groups()]
-    for limit, field in ((resource.RLIMIT_DATA, "VmData:"), (resource.RLIMIT_AS, "VmSize:")):
-        soft = resource.getrlimit(limit)[0]
-        if soft != resource.RLIM_INFINITY:
-            left.append(soft - _status(field))
+    left += [limit - _status(field) for field, limit in _own_limits().items()]
     return max(0, min(left))
+
+
+def spare_addresses() -> None:
+    """Where the process's addresses are limited, let the C library map each large piece by itself and give it back when it is freed: in
+    its heap they leave holes that are no memory, but count. It costs page faults, so not elsewhere."""
+    if _own_limits():
+        with contextlib.suppress(OSError, AttributeError):  # glibc alone has the call
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def _own_limits() -> dict[str, int]:
+    """Bytes that the process may have, by the field of /proc/self/status that counts them."""
+    limits = {"VmData:": resource.getrlimit(resource.RLIMIT_DATA)[0], "VmSize:": resource.getrlimit(resource.RLIMIT_AS)[0]}
+    return {field: limit for field, limit in limits.items() if limit != resource.RLIM_INFINITY}
 
 
 def _left_in_groups(root: Path = _GROUPS, mine: Path = Path("/proc/self/cgroup")) -> list[int]:

@@ -62,6 +62,7 @@ def prepare(
     dequantized into ``out.partial/source`` once the output is locked).
     """
     checked(device)
+    memory.spare_addresses()
     (path, remote), final = locate_stream(str(source)), Path(out)
     if remote is not None and recipe.calibration == "self":
         raise CalibrationError(

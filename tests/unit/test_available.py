@@ -46,11 +46,21 @@ before = memory.available_bytes()
 resource.setrlimit(resource.{limit}, (3 << 30, 3 << 30))
 first = memory.available_bytes()
 held = bytearray(500 << 20)
-print(json.dumps([before, first, memory.available_bytes()]))
+later = memory.available_bytes()
+torch.empty(30 << 20, dtype=torch.uint8)  # freed: from now on the C library takes pieces of up to 30 MB from its heap
+memory.spare_addresses()
+pieces, pins = [], []
+for _ in range(16):
+    pieces.append(torch.ones(1 << 20))
+    pins.append(bytearray(1000))
+kept = memory.available_bytes()
+pieces.clear()
+print(json.dumps([before, first, later, memory.available_bytes() - kept]))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
-    before, first, later = json.loads(done.stdout)
+    before, first, later, given_back = json.loads(done.stdout)
+    assert given_back > 16 * (4 << 20) - (1 << 20), "freed pieces leave no holes"
     assert later < first < min(before, 3 << 30) and first - later == pytest.approx(500 << 20, rel=0.05)
 
 
