@@ -2,8 +2,8 @@
 
 A Llama of 126 tiny blocks, its states in mapped files of a state directory, is killed, resumed, killed while the disk is slow, stopped by
 a state directory that is full, and resumed again, until it ends: with the bytes of an undisturbed run whose states were in memory.
-Each trouble is a row of TROUBLES: what happens to one attempt, and the exit status by which it must end. One process that forks, as
-random_kills.py.
+Each trouble is a row of TROUBLES: what happens to one attempt, and the exit status by which it must end; a rank that dies is one more
+row. One process that forks, as random_kills.py.
 """
 
 import errno

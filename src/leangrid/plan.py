@@ -161,7 +161,7 @@ def _refuse_small_device(result: Plan, device: str, free: int) -> None:
         raise OutputError(
             f"the run needs {result.peak_gpu_bytes / 2**30:.1f} GiB on {device} at its thriftiest, {free / 2**30:.1f} GiB can be used",
             result.source,
-            "Free the device, or use --device cpu",
+            "Describe a larger one" if result.rates["assumed"] else "Free the device, or use --device cpu",
         )
 
 

@@ -58,8 +58,8 @@ def test_weights_of_a_description_cannot_be_read() -> None:
 
 
 def test_a_large_model_on_devices_that_are_not_here() -> None:
-    one, two, fast = (plan(None, shape="llama-3.1-405b", device=device) for device in ("48GB", "2x48GB", "2x48GB@90TF"))
-    assert two.layers == 126 * 7 and two.peak_gpu_bytes < 0.94 * 48 * 2**30 and two.placement["lean"]
+    one, two, fast = (plan(None, shape="llama-3-70b", device=device) for device in ("16GB", "2x16GB", "2x16GB@90TF"))
+    assert two.layers == 80 * 7 and two.peak_gpu_bytes < 0.94 * 16 * 2**30 and two.placement["lean"]
     assert two.available_ram_bytes is None and two.bound == "compute" and two.devices == 2 and one.devices == 1
     for stage in ("calibrate", "hessian", "solve", "grid", "baseline"):
         assert two.seconds[stage] == pytest.approx(one.seconds[stage] / 2, rel=1e-3)
@@ -67,7 +67,7 @@ def test_a_large_model_on_devices_that_are_not_here() -> None:
     assert two.seconds["factor"] == one.seconds["factor"] > 0, "every rank factors the whole matrix"
     assert "exchange" not in one.seconds and two.seconds["exchange"] > 0
     assert one.seconds["total"] / 2 < two.seconds["total"] < one.seconds["total"]
-    states = 2 * 128 * 2048 * 16384 * 2
+    states = 2 * 128 * 2048 * 8192 * 2
     assert one.peak_ram_bytes - one.memory["ram_with_states_on_disk"] == pytest.approx(1.1 * 2 * states)
     assert two.rates["assumed"] and two.rates["forward"] == 4 * two.rates["algebra"]
 
