@@ -42,4 +42,4 @@ class MappedTensors:
         return copy
 
     def _area(self, tensor: Tensor) -> mmap.mmap | None:
-        return self._areas.get(tensor.untyped_storage().data_ptr())
+        return self._areas.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None
