@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_block.py --model llama-3-8b --scheme W4A16_G128 --out benchmarks/results/gpu_block.jsonl
     python benchmarks/gpu_block.py --model llama-3.1-405b --blocks 1 --card 48            # as on a card of 48 GiB; 40 GB of disk
+    python benchmarks/gpu_block.py --model llama-3.1-405b --planned 2x48GB                # the plan's sums for it, without a GPU
     python benchmarks/gpu_block.py --model tiny --device cpu                              # runs anywhere: is the script sound?
 
 Random weights in the model's shapes, two blocks of them as a checkpoint on disk, go through ``leangrid.quantize`` itself on 128 windows
@@ -36,7 +37,9 @@ from leangrid.storage import files, safetensors
 
 _LLAMA = {"num_key_value_heads": 8, "rope_theta": 500000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 MODELS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "layers": 4},
+    "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "layers": 4, "vocab_size": 512},
+    "narrow": {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 32, "layers": 249, "vocab_size": 512},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "layers": 30},
     "llama-3-8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "layers": 32},
     "llama-3-70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "layers": 80},
     "llama-3.1-405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "layers": 126},
@@ -47,12 +50,11 @@ _OUTLIERS, _OUTLIER = 0.005, 20.0  # share of channels, and how much larger they
 
 def checkpoint(directory: Path, model: str, blocks: int, device: str, seed: int = 0) -> Path:
     """Write ``blocks`` random blocks of ``model`` with a small embedding in bfloat16, one shard each; never more than one in memory."""
-    shapes = dict(MODELS[model])
+    shapes = {"vocab_size": VOCABULARY, **_LLAMA, **MODELS[model], "num_hidden_layers": blocks}
     shapes.pop("layers")
-    vocabulary = VOCABULARY if model != "tiny" else 512
-    config = transformers.LlamaConfig(vocab_size=vocabulary, num_hidden_layers=blocks, dtype="bfloat16", **shapes, **_LLAMA)
+    config = transformers.LlamaConfig(dtype="bfloat16", **shapes)
     config.architectures = ["LlamaForCausalLM"]
-    hidden, inner = config.hidden_size, config.intermediate_size
+    vocabulary, hidden, inner = config.vocab_size, config.hidden_size, config.intermediate_size
     kv = hidden // config.num_attention_heads * config.num_key_value_heads
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -133,6 +135,27 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def sums(options: argparse.Namespace) -> dict[str, Any]:
+    """What the plan says of cards that are not here, as the fields of a line."""
+    recipe = Recipe.build(scheme=options.scheme, damping=options.damping, samples=options.samples, length=options.length)
+    found = leangrid.plan(None, recipe, device=options.planned, shape=options.model)
+    phase = found.memory["peak_phase"]
+    return {
+        "tokens": options.samples * options.length,
+        "devices": found.devices,
+        "projected_hours": round(found.seconds["total"] / 3600, 2),
+        "planned_bytes": found.peak_gpu_bytes,
+        "planned_phase": phase,
+        "planned_parts": found.memory["phases"][phase],
+        "peak_ram_bytes": found.peak_ram_bytes,
+        "disk_bytes": found.disk_bytes,
+        "ram_with_states_on_disk": found.memory["ram_with_states_on_disk"],
+        "placement": found.placement,
+        "seconds": found.seconds,
+        "rates": found.rates,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b", help="whose shapes")
@@ -143,11 +166,21 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="windows [128; 8 for tiny]")
     parser.add_argument("--length", type=int, help="tokens a window [2048; 64 for tiny]")
     parser.add_argument("--card", type=float, metavar="GIB", help="plan for, and stay within, a card of this size")
+    parser.add_argument("--planned", metavar="DEVICES", help="only what the plan says of these, such as 2x48GB@16TF; needs no GPU")
     parser.add_argument("--folder", type=Path, help="where the checkpoint and the result are written; a temporary one where none is given")
     parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
     options = parser.parse_args()
     options.samples = options.samples or (8 if options.model == "tiny" else 128)
     options.length = options.length or (64 if options.model == "tiny" else 2048)
+    if options.planned:
+        line = {
+            "benchmark": "gpu_block",
+            "model": options.model,
+            "scheme": options.scheme,
+            "variant": f"planned, {options.planned}",
+        }
+        _show(line | sums(options) | provenance(), options.out)
+        return
     if options.device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise SystemExit("no CUDA device here: run this on a machine with one, or try the script with --model tiny --device cpu")
@@ -158,9 +191,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         found = measure(options, Path(temporary))
     line = {"benchmark": "gpu_block", "model": options.model, "scheme": options.scheme, "variant": _variant(options)} | found | provenance()
+    _show(line, options.out)
+
+
+def _show(line: dict[str, Any], out: Path | None) -> None:
     print(lines.text(line), flush=True)
-    if options.out:
-        lines.add(options.out, line)
+    if out:
+        lines.add(out, line)
 
 
 def _variant(options: argparse.Namespace) -> str:

@@ -20,7 +20,9 @@ app = typer.Typer(
     context_settings=_WIDE,
 )
 
-Source = Annotated[str, typer.Argument(help="checkpoint directory, hub id org/name[@revision], or .gguf file", show_default=False)]
+Source = Annotated[
+    str, typer.Argument(help="checkpoint directory, hub id org/name[@revision], stream:org/name, or .gguf file", show_default=False)
+]
 Scheme = Annotated[str | None, typer.Option(help="W4A16_G64 in groups, W4A16 whole rows, NU4 NU3 NU2 non-uniform, _SYM, _EXACT [auto]")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE.toml", help="settings from a file; options win over it")]
 FormatName = Annotated[str | None, typer.Option("--format", help="compressed-tensors, lut, gptq, awq or mlx [by scheme]")]
@@ -123,7 +125,8 @@ def quantize(
 
 @app.command()
 def plan(
-    source: Source,
+    source: Annotated[str | None, typer.Argument(help="as for quantize; or --shape", show_default=False)] = None,
+    shape: Annotated[str | None, typer.Option(metavar="NAME", help="llama-3.1-405b, ... or a config.json: no weights needed")] = None,
     scheme: Scheme = None,
     recipe: RecipeFile = None,
     format_: FormatName = None,
@@ -136,7 +139,7 @@ def plan(
     correct: Correct = None,
     refine: Refine = None,
     damping: Damping = None,
-    device: Device = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or devices you do not have: 2x48GB, 80GB@67TF")] = "cpu",
     threads: Threads = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -144,15 +147,15 @@ def plan(
     """What quantize would do and cost, from the headers alone. Exit 2 if it cannot fit.
 
     \b
-    leangrid plan org/name
     leangrid plan ./model --scheme NU3 --samples 64
+    leangrid plan --shape llama-3.1-405b --device 2x48GB
     """
     with outcome(quiet, debug=_debug):
         settings = _recipe(recipe, scheme=scheme, format=format_, calibration=calibration, samples=samples, length=length, seed=seed, p=p,
                            steps=steps, correct=correct, refine=refine, damping=damping)  # fmt: skip
         from leangrid.plan import plan as estimate
 
-        values = estimate(source, settings, threads=threads, device=device).to_json()
+        values = estimate(source, settings, threads=threads, device=device, shape=shape).to_json()
         emit_json(values) if as_json else emit(plan_summary(values))
 
 

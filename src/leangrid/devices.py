@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 import torch
 from torch import Tensor
 
+from leangrid import memory
 from leangrid.clock import Clock
 from leangrid.errors import LeangridError
 
@@ -39,9 +39,14 @@ def accelerated(device: torch.device | str) -> bool:
 def available_bytes(device: torch.device | str) -> int:
     """What a run may take on ``device``: of the device's own memory, or of the machine's."""
     if not accelerated(device):
-        return int(_USABLE_HOST * psutil.virtual_memory().available)
+        return int(_USABLE_HOST * memory.available_bytes())
     free, _ = torch.cuda.mem_get_info(device)
-    return int(_USABLE * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)))
+    return usable_bytes(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def usable_bytes(free: int) -> int:
+    """Of ``free`` bytes of an accelerator, what a run may take."""
+    return int(_USABLE * free)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -142,7 +142,8 @@ def footprint(work: Demand, placement: Placement) -> Footprint:
     """The sums for one placement."""
     result = Footprint(host=_host(work, placement) if work.accelerated else {})
     tokens = min(placement.windows, work.samples) * work.length
-    streams = 0 if placement.host_streams and work.accelerated else work.states
+    away = placement.disk_streams or (placement.host_streams and work.accelerated)
+    streams = 0 if away else work.states
     base = {"weights": work.weights, "streams": streams}
     if work.accelerated and not placement.lean:
         base["next block"] = work.weights
@@ -189,8 +190,10 @@ def _moving(work: Demand, placement: Placement, number: int, tokens: int) -> dic
     if placement.replay:  # one pass from the block's input on, and the other stream's input of the same batch
         widest = max(tokens * work.held(n) + work.transient(n, tokens) for n in range(number + 1))
         other = work.itemsize * tokens * (work.hidden if out else work.groups[number].cols) * (work.streams - 1)
-        leaving = work.states if out and not (placement.host_streams and work.accelerated) else 0
-        parts = {"one pass": widest, "other stream's input": other, "streams out": leaving}
+        away = placement.disk_streams or (placement.host_streams and work.accelerated)
+        leaving = work.states if out and not away else 0
+        read = work.itemsize * tokens * work.hidden if away else 0
+        parts = {"one pass": widest + read, "other stream's input": other, "streams out": leaving}
         return parts | {"new weights": _new_weights(work, number)}
     most = max(work.held(number), work.held(number - 1) if number else 0)  # batch after batch changes from the one to the other
     before = work.groups[number - 1] if number else Group(0, 0, 0)
@@ -233,7 +236,7 @@ def _refit(work: Demand, cols: int, rows: int) -> dict[str, int]:
 def _host(work: Demand, placement: Placement) -> dict[str, int]:
     """What waits in host memory beside a device."""
     parts = {"next block": work.weights, "packed block": work.packed, "table": work.vocabulary * work.hidden * work.stored_itemsize}
-    if placement.host_streams:
+    if placement.host_streams and not placement.disk_streams:
         parts["streams in and out"] = 2 * work.states
     if placement.host_groups or placement.host_block:
         alone = replace(placement, host_groups=(), host_block=False)
@@ -245,15 +248,14 @@ def _host(work: Demand, placement: Placement) -> dict[str, int]:
 
 
 def choose(
-    skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str, budget: int | None = None
+    skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str, budget: int | None = None, host_budget: int | None = None
 ) -> tuple[Placement, Footprint]:
-    """The first placement whose peak fits ``budget`` bytes (what is free on the device, where None), else the thriftiest."""
+    """The first placement that fits ``budget`` bytes on the device and ``host_budget`` beside it (what is free there, where None), else
+    the thriftiest."""
     work = Demand.of(skeleton, recipe, samples, length, device)
     budget = available_bytes(device) if budget is None else budget
+    host_budget = available_bytes("cpu") if host_budget is None else host_budget
     first = Placement(max(1, min(samples, TOKENS_A_BATCH["cuda" if work.accelerated else "cpu"] // length)))
-    found = (first, footprint(work, first))
-    for option in first.options():
-        found = (option, footprint(work, option))
-        if found[1].peak <= budget:
-            break
-    return found
+    every = [(option, footprint(work, option)) for option in first.options()]
+    here = [found for found in every if found[1].peak <= budget] or every[-1:]
+    return next((found for found in here if found[1].host_peak <= host_budget), min(here, key=lambda found: found[1].host_peak))

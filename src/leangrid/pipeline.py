@@ -98,7 +98,7 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
 def _quantize_block(run: Run, index: int, streams: Streams) -> Streams:
     with run.block(index) as block:
         replay, lean = run.placement.replay, run.placement.lean
-        walk = BlockWalk(block.module, run.skeleton.architecture.groups, run.calls, index, streams, replay, park=lean)
+        walk = BlockWalk(block.module, run.skeleton.architecture.groups, run.calls, index, streams, replay, lean, run.take, run.keep)
         groups = enumerate(walk)
         while True:
             with run.stage("calibrate"):
@@ -163,3 +163,4 @@ def _summed(run: Run, group: GroupInputs, number: int, kind: type[_Sum]) -> _Sum
                 total.add(quantized)
             else:
                 total.add_pair(original, quantized)
+        del original, quantized  # or they would wait for the next batch's pass to end

@@ -19,6 +19,7 @@ class Placement:
         windows: calibration windows a forward pass.
         replay: walk blocks by replaying (models/walk.py) instead of pausing.
         host_streams: hidden states wait in host memory between their turns.
+        disk_streams: they wait in mapped files beside the journal's states instead.
         lean: the algebra of wide.py.
         host_groups: groups of linears whose Hessian, factor and solve are on the CPU.
         host_block: the whole block is on the CPU.
@@ -27,18 +28,22 @@ class Placement:
     windows: int
     replay: bool = False
     host_streams: bool = False
+    disk_streams: bool = False
     lean: bool = False
     host_groups: tuple[int, ...] = ()
     host_block: bool = False
 
     def options(self) -> "Iterator[Placement]":
         """This placement and ever thriftier ones, in the order in which they cost time; what the plan chooses from."""
-        base = replace(self, replay=False, host_streams=False, lean=False, host_groups=(), host_block=False)
-        for replay, host_streams, lean in ((False, False, False), (True, False, False), (True, True, False), (True, True, True)):
-            yield replace(base, replay=replay, host_streams=host_streams, lean=lean)
+        base = Placement(self.windows)
+        yield from (base, replace(base, replay=True))
+        for lean in (False, True):
+            for disk in (False, True):
+                yield replace(base, replay=True, host_streams=True, disk_streams=disk, lean=lean)
         while base.windows > 1:
             base = replace(base, windows=base.windows // 2)
-            yield replace(base, replay=True, host_streams=True, lean=True)
+            for disk in (False, True):
+                yield replace(base, replay=True, host_streams=True, disk_streams=disk, lean=True)
 
     def thriftier(self, failed: Failed, group: int, groups: int, accelerated: bool) -> "tuple[Placement, str] | None":
         """One step down the ladder after running out of memory, and the step in words; None at its end.
@@ -54,6 +59,8 @@ class Placement:
             return replace(self, replay=True, host_streams=True), "forward passes replayed for each group instead of paused"
         if not self.lean:
             return replace(self, lean=True, host_streams=True), "three matrices of the Hessian's size at once, rows in tiles"
+        if not accelerated and not self.disk_streams:
+            return replace(self, disk_streams=True), "hidden states in mapped files"
         if accelerated and not self.host_block and len(self.host_groups) < groups:
             moved = tuple(range(groups)) if failed == "forward" or group in self.host_groups else tuple(sorted({*self.host_groups, group}))
             which = "all groups" if len(moved) == groups else f"group {group}"

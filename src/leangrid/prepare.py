@@ -24,8 +24,9 @@ from leangrid.progress import Event, Progress
 from leangrid.recipe import Recipe
 from leangrid.sizes import disk_bytes, stored_schemes
 from leangrid.storage import files
-from leangrid.storage.hub import locate_source
+from leangrid.storage.hub import locate_stream
 from leangrid.storage.journal import Journal
+from leangrid.storage.remote import Remote
 from leangrid.storage.source import Checkpoint, open_source
 from leangrid.storage.writer import check_output
 
@@ -61,7 +62,12 @@ def prepare(
     dequantized into ``out.partial/source`` once the output is locked).
     """
     checked(device)
-    path, final = locate_source(str(source)), Path(out)
+    memory.spare_addresses()
+    (path, remote), final = locate_stream(str(source)), Path(out)
+    if remote is not None and recipe.calibration == "self":
+        raise CalibrationError(
+            "a model that is streamed cannot write its own text", "--calibration self", "Give a text, or download the model"
+        )
     check_output(final, path, overwrite)
     notices: list[str] = []
     if is_gguf(path):
@@ -78,7 +84,7 @@ def prepare(
             _give_up(journal)
             raise
     else:
-        checkpoint, skeleton, settled = open_model(path, recipe, device)
+        checkpoint, skeleton, settled = open_model(path, recipe, device, remote)
         side = {name: _file_hash(file) for name, file in checkpoint.side_files().items()}  # another tokenizer is another run
         journal = _open_journal(final, recipe, checkpoint.identity | {"side_files": side}, windows, restart, state_dir)
     tokens = recipe.samples * recipe.length if windows is None else windows.numel()
@@ -93,9 +99,9 @@ def prepare(
     return Prepared(str(source), final, checkpoint, skeleton, settled, journal, overwrite, notices)
 
 
-def open_model(directory: Path, recipe: Recipe, device: str = "cpu") -> tuple[Checkpoint, Skeleton, Recipe]:
+def open_model(directory: Path, recipe: Recipe, device: str = "cpu", remote: Remote | None = None) -> tuple[Checkpoint, Skeleton, Recipe]:
     """A directory as checkpoint and skeleton, with the recipe settled for its shapes; refuses what cannot be done."""
-    checkpoint = open_source(directory)
+    checkpoint = open_source(directory, remote=remote)
     skeleton = Skeleton(checkpoint)
     settled = settle(recipe, skeleton, device)
     skeleton.compute_dtype = compute_dtype(settled.products, skeleton.dtype)

@@ -162,9 +162,9 @@ def output_config(prepared: Prepared) -> dict[str, Any]:
     return json.loads(json.dumps(config, default=str))
 
 
-def _outside_blocks(skeleton: Skeleton) -> Iterator[tuple[str, TensorInfo]]:
-    """Embeddings, final norm, head: copied from where the checkpoint stores them, after a look for NaN."""
+def _outside_blocks(skeleton: Skeleton) -> Iterator[tuple[str, TensorInfo | Tensor]]:
+    """Embeddings, final norm, head: copied from where the checkpoint stores them, after a look for NaN; what is not on disk as it is."""
     for name in skeleton.parameter_names():
         if not name.startswith(skeleton.blocks_prefix):
-            skeleton.stored(name)
-            yield name, skeleton.stored_info(name)
+            tensor, info = skeleton.stored(name), skeleton.stored_info(name)
+            yield name, info if info.file.is_file() else tensor

@@ -36,6 +36,7 @@ from leangrid.rescue import Rescue
 from leangrid.result import QuantizeResult
 from leangrid.sizes import stored_schemes
 from leangrid.storage.journal import Journal
+from leangrid.storage.mapped import MappedTensors
 
 _TILE = 1 << 24  # weights dequantized at once
 _PRODUCTS = ("calibrate", "hessian")
@@ -126,6 +127,7 @@ class Run:
         self.placement = placement
         self.steps: list[Rescue] = []  # what gave way in the block at work
         self.at: tuple[Failed, int] = ("forward", 0)
+        self._mapped = MappedTensors(journal.states)
         self._ahead = Ahead(prepared.skeleton, device, whole_way=not placement.lean) if accelerated(device) else None
         self._progress = progress
         self._done_at_start = journal.resume_point()
@@ -199,32 +201,34 @@ class Run:
 
     def streams(self) -> Streams:
         """The hidden states that enter the first block that is not committed yet."""
-        batches: Sequence[Tensor] = self.windows.split(self.placement.windows)
-        keep = to_host if self.placement.host_streams else _unchanged
-        with self.stage("calibrate"):
-            hidden, self.calls = embed(self.skeleton, batches, self.device, keep)
         done = self.journal.committed()
         if done:
             self.tell("notice", done, message=f"resuming after block {done} of {len(self.skeleton.blocks)}")
-            state = self.journal.load_state(done)
+            state = self.journal.load_state(done, lambda x: self.keep(x.to(self.skeleton.compute_dtype)))
             if state is None:
                 raise Interrupted("the hidden states of the unfinished run were lost", self.journal.partial, "Run the same command again")
-            streams = Streams.from_tensors({name: x.to(self.skeleton.compute_dtype) for name, x in state.items()})
-            streams.move(self._home)
-            return streams
+            return Streams.from_tensors(state)
+        with self.stage("calibrate"):
+            hidden, self.calls = embed(self.skeleton, self.windows.split(self.placement.windows), self.device, self.keep)
         return Streams(hidden, list(hidden) if self.strength > 0 else None)
 
     def place(self, streams: Streams) -> None:
         """Cut and move the streams, where they are, to what the placement asks for."""
         streams.rebatch(self.placement.windows)
-        streams.move(self._home)
+        streams.move(self.keep)
         for size in {len(x) for x in streams.quantized} - self.calls.by_batch.keys():
             with self.stage("calibrate"):
                 self.calls.by_batch |= embed(self.skeleton, [self.windows[:size]], self.device)[1].by_batch
 
-    def _home(self, hidden: Tensor) -> Tensor:
+    def keep(self, hidden: Tensor) -> Tensor:
         """A batch of hidden states where it waits for its turn."""
+        if self.placement.disk_streams:
+            return self._mapped.keep(hidden)
         return to_host(hidden) if self.placement.host_streams else hidden.to(self.device)
+
+    def take(self, hidden: Tensor, device: torch.device) -> Tensor:
+        """A batch that waited, where it is needed now."""
+        return self._mapped.take(hidden, device) if self.placement.disk_streams else hidden.to(device, non_blocking=True)
 
     def give_way(self, index: int) -> None:
         """After block ``index`` ran out of memory: one step down the ladder, said and recorded. Interrupted at its end."""
@@ -260,6 +264,8 @@ class Run:
             module = context.__enter__()
         if self._ahead is not None:
             self._ahead.start(index + 1)
+        elif index + 1 < len(self.skeleton.blocks):
+            self.prepared.checkpoint.expect(self.skeleton.block_sources(index + 1))
         try:
             yield BlockWork(index, self.skeleton.block_name(index), module, self)
         finally:
@@ -317,7 +323,3 @@ def _placement(prepared: Prepared, windows: Tensor, device: str) -> Placement:
     if kept.get("device") == device and "placement" in kept:
         return Placement.from_json(kept["placement"])
     return choose(prepared.skeleton, prepared.recipe, windows.shape[0], windows.shape[1], device)[0]
-
-
-def _unchanged(hidden: Tensor) -> Tensor:
-    return hidden

@@ -56,12 +56,17 @@ def sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
     return Sizes(layers, before, before + sum(layer.bytes_after - layer.bytes_before for layer in layers))
 
 
+def hidden_size(skeleton: Skeleton) -> int:
+    """Numbers of a token's hidden state between two blocks."""
+    return skeleton.base.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+
 def state_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
     """The hidden states of all ``tokens`` between two blocks: two streams where the input's error is corrected."""
-    hidden = skeleton.base.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    return (2 if recipe.correct else 1) * tokens * hidden * skeleton.compute_dtype.itemsize
+    return (2 if recipe.correct else 1) * tokens * hidden_size(skeleton) * skeleton.compute_dtype.itemsize
 
 
-def disk_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
-    """What a run needs on disk at most: the journal's blocks, the finished shards beside them, and two sets of states."""
-    return 2 * sizes(skeleton, recipe).bytes_after + 2 * state_bytes(skeleton, recipe, tokens)
+def disk_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int, mapped: bool = False) -> int:
+    """What a run needs on disk at most: the journal's blocks, the finished shards beside them, and two sets of states; two more of
+    those where they are worked on in ``mapped`` files."""
+    return 2 * sizes(skeleton, recipe).bytes_after + (4 if mapped else 2) * state_bytes(skeleton, recipe, tokens)

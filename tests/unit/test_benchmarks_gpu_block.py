@@ -36,6 +36,15 @@ def test_tiny_runs_anywhere(
     assert {"command", "versions", "machine", "date", "placement", "seconds", "planned_parts"} <= line.keys()
 
 
+def test_a_405b_block_fits_a_card_of_48_gib_by_the_plan(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _main(script, monkeypatch, "--model", "llama-3.1-405b", "--planned", "2x48GB")
+    line = json.loads(capsys.readouterr().out)
+    assert line["planned_bytes"] == sum(line["planned_parts"].values()) < 48 * 2**30 and line["placement"]["lean"]
+    assert line["variant"] == "planned, 2x48GB" and line["devices"] == 2 and line["tokens"] == 128 * 2048
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test says is missing")
 def test_a_missing_gpu_is_one_sentence(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="no CUDA device here"):

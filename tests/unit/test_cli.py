@@ -212,6 +212,18 @@ def test_plan_estimates_from_headers(tiny: Tiny) -> None:
     assert values["bound"] in ("memory", "compute", "disk") and values["layers"] == 14
 
 
+def test_plan_of_a_shape_on_devices_that_are_not_here() -> None:
+    asked = ("plan", "--shape", "smollm2-135m", "--device", "2x24GB")
+    done = run(*asked)
+    assert done.exit_code == 0, done.output
+    assert re.search(r"assumed +forward .* TFLOP/s", done.stdout) and "2, each as above" in done.stdout and "hidden states" in done.stdout
+    values = json.loads(run(*asked, "--json").stdout)
+    assert values["layers"] == 210 and values["devices"] == 2 and values["rates"]["assumed"] and values["source"] == "smollm2-135m"
+    for wrong in (("--shape", "nothing"), ("--shape", "smollm2-135m", "--device", "2x24"), ()):
+        refused = run("plan", *wrong)
+        assert refused.exit_code == 2 and refused.stderr.startswith("error: ") and len(refused.stderr.splitlines()) <= 3, refused.output
+
+
 def test_eval_compares_with_the_original(quantized: Path, tiny: Tiny, text: Path) -> None:
     done = run("eval", quantized, "--reference", tiny("llama3"), "--text", text, "--length", 32, "--windows", 2, "--json")
     assert done.exit_code == 0, done.output

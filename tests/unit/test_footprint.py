@@ -50,6 +50,7 @@ def test_the_sum_with_rounded_products(placement: Placement, tmp_path: Path) -> 
         (128, 32, 256, "NU4", replace(REPLAY, windows=4)),
         (384, 4, 64, "W4A16_G64", Placement(4)),  # matrices decide
         pytest.param(384, 4, 64, "GPTQ4", REPLAY, marks=pytest.mark.slow),
+        (128, 32, 256, "W4A16_G64", replace(REPLAY, windows=4, disk_streams=True)),
         (384, 4, 64, "NU4", replace(REPLAY, lean=True)),
         pytest.param(384, 4, 64, "W3A16_G32", replace(REPLAY, lean=True), marks=pytest.mark.slow),
         (256, 8, 256, "NU3", Placement(4)),  # both
@@ -99,7 +100,23 @@ def test_the_first_that_fits_is_chosen(tmp_path: Path) -> None:
     paused = footprint(Demand.of(skeleton, settled, 64, 128, "cpu"), rich).peak
     tight, needed = choose(skeleton, settled, 64, 128, "cpu", budget=paused - 1)
     assert tight.replay and needed.peak < paused
-    assert choose(skeleton, settled, 64, 128, "cpu", budget=0)[0] == Placement(1, replay=True, host_streams=True, lean=True)
+    last = Placement(1, replay=True, host_streams=True, disk_streams=True, lean=True)
+    assert choose(skeleton, settled, 64, 128, "cpu", budget=0)[0] == last
+
+
+def test_states_go_to_disk_where_neither_device_nor_host_holds_them(tmp_path: Path) -> None:
+    _, skeleton, settled = open_model(tiny_models.save("llama2", tmp_path), Recipe(scheme="NU4"))
+    states = Demand.of(skeleton, settled, 512, 512, "cuda").states
+    device = states + (1 << 28)  # holds the states; not the activations of a paused walk beside them
+    roomy, _ = choose(skeleton, settled, 512, 512, "cuda", budget=device, host_budget=4 * states)
+    assert roomy.replay and not roomy.host_streams
+    small = 1 << 28
+    beside, held = choose(skeleton, settled, 512, 512, "cuda", budget=small, host_budget=4 * states)
+    assert beside.host_streams and not beside.disk_streams and held.host["streams in and out"] == 2 * states
+    away, held = choose(skeleton, settled, 512, 512, "cuda", budget=small, host_budget=states)
+    assert away.disk_streams and held.host_peak < states and held.peak <= small
+    alone, held = choose(skeleton, settled, 512, 512, "cpu", budget=small)
+    assert alone.disk_streams and held.peak <= small
 
 
 def test_parts_have_names_and_sizes() -> None:

@@ -26,13 +26,16 @@ def test_what_failed_decides_what_gives_way() -> None:
     assert two is not None and two[0].host_groups == (1, 3)
     everything = Placement(1, replay=True, host_streams=True, lean=True).thriftier("forward", 0, 4, True)
     assert everything is not None and everything[0].host_groups == (0, 1, 2, 3)
-    assert lean.thriftier("algebra", 3, 4, False) is None, "on the CPU there is no other place"
+    last = lean.thriftier("algebra", 3, 4, False)
+    assert last is not None and last[0].disk_streams, "on the CPU states can only go to the disk"
+    assert last[0].thriftier("algebra", 3, 4, False) is None
 
 
 def test_options_begin_with_the_fastest_and_never_repeat() -> None:
     options = list(Placement(8, host_block=True).options())
-    assert options[0] == Placement(8) and options[-1] == Placement(1, replay=True, host_streams=True, lean=True)
-    assert len(options) == len(set(options)) == 7
+    assert options[0] == Placement(8) and options[-1] == Placement(1, replay=True, host_streams=True, disk_streams=True, lean=True)
+    assert options[-2] == Placement(1, replay=True, host_streams=True, lean=True)
+    assert len(options) == len(set(options)) == 12
 
 
 def test_json_and_back() -> None:

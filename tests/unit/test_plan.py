@@ -47,7 +47,7 @@ def test_nothing_is_written_and_nothing_impossible_is_planned(tmp_path: Path) ->
 def test_too_little_memory_is_refused_with_what_would_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_models.save("llama2", tmp_path / "source")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    with pytest.raises(OutputError, match=r"GiB are free.*--samples"):
+    with pytest.raises(OutputError, match=r"GiB can be had.*--samples"):
         plan(source, Recipe(scheme="NU4"))
 
 

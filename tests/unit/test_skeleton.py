@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models
 from leangrid.errors import ArchitectureError, CheckpointError
+from leangrid.memory import _status
 from leangrid.models.architectures import ARCHITECTURES
+from leangrid.models.shapes import shape
 from leangrid.models.skeleton import Skeleton
 from leangrid.storage.source import open_source
 
@@ -34,6 +36,14 @@ def test_materialised_block_holds_the_checkpoint(sharded: bool, tmp_path: Path) 
     with skeleton.block(1) as block:
         for name, parameter in block.named_parameters():
             assert torch.equal(parameter, model.get_parameter(f"{skeleton.block_name(1)}.{name}")), name
+
+
+def test_a_skeleton_allocates_no_weights_on_its_way(tmp_path: Path) -> None:
+    """Not even addresses: a limit on a process's memory counts those."""
+    described = shape("llama-2-7b")
+    before = _status("VmData:")
+    Skeleton(described)
+    assert _status("VmData:") - before < 1 << 30
 
 
 def test_a_headless_checkpoint_may_lack_the_base_prefix(tmp_path: Path) -> None:

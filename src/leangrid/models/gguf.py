@@ -4,24 +4,22 @@ GGUF holds llama.cpp's names and its permuted q/k rows; transformers undoes both
 converted (float32), the one place where leangrid does not go block by block.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from leangrid.errors import CheckpointError
 from leangrid.models.gguf_vocab import split_by_name
+from leangrid.models.shapes import DescribedCheckpoint
 from leangrid.storage import files, safetensors
 from leangrid.storage.gguf import Field
 
 # File types (GGUF's general.file_type) that hold plain floats keep their dtype; all others become bfloat16.
 _PLAIN = {0: torch.float32, 1: torch.float16, 32: torch.bfloat16}
-_NAMES = {torch.float32: ("F32", 4), torch.float16: ("F16", 2), torch.bfloat16: ("BF16", 2)}
 _MAGIC = b"GGUF"
 
 
@@ -120,27 +118,6 @@ def header(path: Path) -> dict[str, Field]:
     return fields
 
 
-@dataclass(frozen=True)
-class _Shape:
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class DescribedCheckpoint:
-    """What a GGUF file will be once it is dequantized: the config and the shapes, no weights (for ``plan``)."""
-
-    directory: Path
-    config: dict[str, Any]
-    tensors: dict[str, _Shape]
-    notices: tuple[str, ...] = ()
-
-    def read(self, name: str) -> Tensor:
-        """Never: a description holds no weights."""
-        raise CheckpointError("a described GGUF file holds no weights", name, "Dequantize it first")
-
-
 def describe(path: Path) -> DescribedCheckpoint:
     """The checkpoint that ``dequantize(path, ...)`` would write, from the file's header alone."""
     _check_magic(path)
@@ -150,8 +127,5 @@ def describe(path: Path) -> DescribedCheckpoint:
             model = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(f"the GGUF file cannot be read: {error}", path, "Check the download") from error
-    name, size = _NAMES[_PLAIN.get(_said(path).get("general.file_type", -1), torch.bfloat16)]
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    tensors = {n: _Shape(name, tuple(t.shape), t.numel() * size) for n, t in model.state_dict().items() if n not in tied}
-    fields = {**config.to_dict(), "architectures": [type(model).__name__]}
-    return DescribedCheckpoint(path, fields, tensors)
+    dtype = _PLAIN.get(_said(path).get("general.file_type", -1), torch.bfloat16)
+    return DescribedCheckpoint.of(path, {**config.to_dict(), "architectures": [type(model).__name__]}, model, dtype)

@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -117,6 +118,11 @@ class Skeleton:
             if full in self._sources and not (skip and full.startswith(skip)):
                 buffer.copy_(self.stored(full).to(buffer.dtype))
 
+    def block_sources(self, index: int) -> list[str]:
+        """The checkpoint's names of all tensors of block ``index``."""
+        prefix = f"{self.block_name(index)}."
+        return [source for name, source in self._sources.items() if name.startswith(prefix)]
+
     def block_weights(self, index: int) -> dict[str, Tensor]:
         """The parameters of block ``index``, named from the block, in the compute dtype in host memory."""
         prefix = f"{self.block_name(index)}."
@@ -192,6 +198,13 @@ def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
 
+def empty_model(checkpoint: Weights) -> PreTrainedModel:
+    """The model that a checkpoint's config describes, wholly on the meta device; errors as ``Skeleton``."""
+    architecture = architecture_of(checkpoint.config)
+    with torch.device("meta"):
+        return _empty_model(_read_config(checkpoint), architecture)
+
+
 def _read_config(checkpoint: Weights) -> PreTrainedConfig:
     kind = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
     try:
@@ -217,7 +230,7 @@ def _empty_model(config: PreTrainedConfig, architecture: Architecture) -> PreTra
         )
     try:
         # Parameters stay empty; buffers (rotary tables, position ids) are small and computed for real.
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _NothingAllocated():
             model = model_class(config)
     except MemoryError:
         raise
@@ -225,6 +238,17 @@ def _empty_model(config: PreTrainedConfig, architecture: Architecture) -> PreTra
         raise CheckpointError(f"no model can be built from the config: {error}", "config.json") from error
     model.tie_weights()
     return model.eval()
+
+
+class _NothingAllocated(TorchFunctionMode):
+    """``torch.empty``, of which parameters are made, gives meta tensors at once. Parameters that are allocated and then put on the
+    meta device leave holes in the heap: 9 GB of addresses for 249 small blocks, which a limit on memory counts."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.empty and given.get("device") is None:
+            given["device"] = "meta"
+        return func(*args, **given)
 
 
 def _base_prefix(model: PreTrainedModel) -> str:

@@ -166,8 +166,9 @@ class BlockWalk:
     """Walks both streams through one block.
 
     Iterating yields a GroupInputs for each group, in order; read it before ``replace`` is called for each of its linears,
-    and both before the next step. Afterwards ``finished`` gives the streams that enter the next block, on the device (and
-    in the memory) of those that came in. With ``replay`` and ``park`` new weights wait on the host between groups.
+    and both before the next step. Afterwards ``finished`` gives the streams that enter the next block. With ``replay`` and
+    ``park`` new weights wait on the host between groups. ``take`` gives a batch of hidden states on the block's device when
+    its pass begins, ``keep`` what to hold of one that leaves the block.
 
     Raises:
         CalibrationError: a group saw no tokens (its linears were never called).
@@ -175,11 +176,21 @@ class BlockWalk:
     """
 
     def __init__(
-        self, block: nn.Module, groups: Groups, calls: Calls, index: int, streams: Streams, replay: bool = False, park: bool = False
+        self,
+        block: nn.Module,
+        groups: Groups,
+        calls: Calls,
+        index: int,
+        streams: Streams,
+        replay: bool = False,
+        park: bool = False,
+        take: Callable[[Tensor, torch.device], Tensor] = Tensor.to,
+        keep: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         self._block, self._groups, self._calls, self._index, self._streams = block, groups, calls, index, streams
         self._device = next(block.parameters()).device
         self._replay, self._park = replay, replay and park
+        self._take, self._keep = take, keep
         self._replacements: dict[str, Tensor] = {}
         self._outputs: Streams | None = None
         self.flops = 0.0  # of the groups' linears, as they were called
@@ -273,8 +284,8 @@ class BlockWalk:
 
         def forward() -> Tensor:
             args, kwargs = self._calls.of(self._index, hidden.shape[0], self._device)
-            result = self._block(hidden.to(self._device, non_blocking=True), *args, **kwargs)
-            return _home(result[0] if isinstance(result, tuple) else result, hidden)
+            result = self._block(self._take(hidden, self._device), *args, **kwargs)
+            return self._keep(result[0] if isinstance(result, tuple) else result)
 
         return _Pass(forward)
 
@@ -319,10 +330,3 @@ def _end(one: _Pass) -> None:
     if not one.dead:
         one.throw(GreenletExit)
     one.input = None
-
-
-def _home(result: Tensor, hidden: Tensor) -> Tensor:
-    """``result`` where ``hidden`` came from: the same device, and pinned if that was."""
-    if result.device == hidden.device:
-        return result
-    return torch.empty_like(result, device=hidden.device, pin_memory=hidden.is_pinned()).copy_(result)

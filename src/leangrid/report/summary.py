@@ -1,7 +1,7 @@
 """What a command prints on stdout for people: aligned rows, plain text, the same in a file as on a terminal."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -64,11 +64,27 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
         ("peak RAM", _size(result, "peak_ram_bytes")),
         ("peak GPU memory", _size(result, "peak_gpu_bytes") if result.get("peak_gpu_bytes") else None),
         ("kernels", ", ".join(f"{name} {path}" for name, path in (result.get("kernels") or {}).items()) or None),
+        *_planned(result),
     ))  # fmt: skip
 
 
+def _planned(result: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """What a plan alone says: disk, where hidden states wait, how many devices, what was assumed of them."""
+    yield "disk", _size(result, "disk_bytes")
+    placement, rates = result.get("placement") or {}, result.get("rates") or {}
+    if result.get("layer_plans"):
+        held = "in RAM" if placement.get("host_streams") or not result.get("peak_gpu_bytes") else "on the device"
+        instead = f" ({size(result['memory']['ram_with_states_on_disk'])} of RAM with them in files)"
+        yield "hidden states", "in files" if placement.get("disk_streams") else held + instead
+    if result.get("devices", 1) > 1:
+        yield "devices", f"{result['devices']}, each as above; RAM is of all together"
+    if rates.get("assumed"):
+        speeds = ", ".join(f"{name} {rates[name] / 1e12:.1f} TFLOP/s" for name in ("forward", "sums", "algebra"))
+        yield "assumed", f"{speeds}, {size(rates['link'])}/s between devices, {size(rates['disk'])}/s to disk"
+
+
 def plan_summary(result: Mapping[str, Any]) -> str:
-    """The JSON of ``plan``: its layers, where it lists them, and what a run would come to."""
+    """The JSON of ``plan``: its layers, where it lists them, what a run would come to, and what was assumed."""
     return _layer_table(result) + quantize_summary(result)
 
 

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import secrets
 import shutil
@@ -101,6 +102,24 @@ def read_chunks(path: Path, start: int = 0, length: int | None = None) -> Iterat
         raise
     except OSError as error:
         raise SourceReadError(error.errno, error.strerror, str(path)) from error
+
+
+def scratch(directory: Path, size: int) -> mmap.mmap:
+    """``size`` bytes of a file that has no name any more, mapped for reading and writing. It goes with its last reference, also in a kill.
+
+    The space is taken at once: a mapped hole that the disk cannot fill would end the process. Raises OutputError (exit code 3).
+    """
+    path, descriptor = directory / f".scratch.{os.getpid()}.{secrets.token_hex(4)}.tmp", -1
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        os.unlink(path)
+        os.posix_fallocate(descriptor, 0, size)
+        return mmap.mmap(descriptor, size)
+    except OSError as error:
+        raise _stopped("reserve", path, error, size) from error
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:

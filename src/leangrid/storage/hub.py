@@ -1,17 +1,28 @@
-"""From what the user typed to a place on disk: a directory, a .gguf file, or a hub id such as ``org/name@revision``."""
+"""From what the user typed to a place on disk: a directory, a .gguf file, or a hub id such as ``org/name@revision``.
+
+``stream:org/name`` is a hub id whose weights stay on the hub: ``locate_stream`` gives the small files' directory and the way to the rest.
+"""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from leangrid.errors import CheckpointError
+from leangrid.storage.remote import Remote
 from leangrid.storage.source import ALLOWED_DOWNLOADS
 
+STREAM = "stream:"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
 def locate_source(text: str) -> Path:
     """The checkpoint directory or .gguf file meant by ``text``; a hub id is downloaded (or found in the hub's cache, also offline),
     only files that leangrid reads. Raises CheckpointError saying what was tried."""
+    if text.startswith(STREAM):
+        raise CheckpointError(
+            "only plan and quantize read a model as a stream", text, f"Give {text.removeprefix(STREAM)}: it is downloaded"
+        )
     path = Path(text).expanduser()
     if path.is_dir():
         return path
@@ -22,15 +33,35 @@ def locate_source(text: str) -> Path:
     match = _HUB_ID.fullmatch(text)
     if match is None or path.suffix in (".gguf", ".safetensors"):
         raise CheckpointError("there is no such directory or .gguf file", text, "A hub id looks like org/name or org/name@revision")
-    return _download(match["repo"], match["revision"])
+    return _download(match["repo"], match["revision"], ALLOWED_DOWNLOADS)
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download  # heavy, and only hub ids need it
+def locate_stream(text: str) -> tuple[Path, Remote | None]:
+    """As ``locate_source``, also for ``stream:org/name[@revision]``: the directory with everything but the weights, and those."""
+    if not text.startswith(STREAM):
+        return locate_source(text), None
+    match = _HUB_ID.fullmatch(text.removeprefix(STREAM))
+    if match is None:
+        raise CheckpointError("what is streamed is a hub id", text, "It looks like stream:org/name or stream:org/name@revision")
+    with _in_our_words(text.removeprefix(STREAM)):
+        remote = Remote.of(match["repo"], match["revision"])
+    small = tuple(pattern for pattern in ALLOWED_DOWNLOADS if not pattern.endswith(".safetensors"))
+    return _download(match["repo"], remote.commit, small), remote
 
-    name = f"{repo}@{revision}" if revision else repo
+
+def _download(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download  # heavy, and only hub ids need it
+
+    with _in_our_words(f"{repo}@{revision}" if revision else repo):
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+
+
+@contextmanager
+def _in_our_words(name: str) -> Iterator[None]:
+    from huggingface_hub import errors
+
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(ALLOWED_DOWNLOADS)))
+        yield
     except errors.GatedRepoError:
         raise CheckpointError("the hub wants its terms accepted first", name, "Accept them there, then: hf auth login") from None
     except errors.RevisionNotFoundError:

@@ -16,7 +16,7 @@ A tensor file counts only if its .json is there and its bytes have the hash writ
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,7 +36,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 class Journal:
     """The run directory ``OUT.partial``; a context manager whose end releases the lock and sweeps temporaries, however it is left.
 
-    ``notices`` holds sentences for the user. ``state_dir`` puts the hidden states on another disk.
+    ``notices`` holds sentences for the user. ``state_dir`` puts the hidden states on another disk; ``states`` is their directory.
     """
 
     def __init__(self, partial: Path, state_dir: Path | None = None) -> None:
@@ -44,7 +44,7 @@ class Journal:
         self.notices: list[str] = []
         self.identity: dict[str, Any] = {}
         self.is_fresh = False  # True for a run that this process began: nothing of an earlier one can be lost
-        self._states = partial / "state" if state_dir is None else state_dir / f"{partial.name}.state"
+        self.states = partial / "state" if state_dir is None else state_dir / f"{partial.name}.state"
         self._lock = files.FileLock(partial / "LOCK")
         self._committed: int | None = None
 
@@ -87,7 +87,7 @@ class Journal:
         if not path.exists():
             files.write_json(path, self.identity)
             self.is_fresh = True
-        for directory in (self.partial / "blocks", self.partial / "named", self._states):
+        for directory in (self.partial / "blocks", self.partial / "named", self.states):
             files.make_dir(directory)
 
     def _compare(self, path: Path) -> None:
@@ -162,13 +162,13 @@ class Journal:
         self._put(self._state(index), tensors, {})
         failpoint("journal.after_state")
         keep = min(index, self.committed())
-        for path in self._states.glob("[0-9]*.safetensors"):
+        for path in self.states.glob("[0-9]*.safetensors"):
             if int(path.stem) < keep:
                 self._remove(path)
 
-    def load_state(self, index: int) -> dict[str, Tensor] | None:
-        """The hidden states that enter block ``index``, or None if they are absent or damaged."""
-        return self._get(self._state(index))
+    def load_state(self, index: int, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor] | None:
+        """The hidden states that enter block ``index``, of each tensor what ``keep`` makes of it; None if they are absent or damaged."""
+        return self._get(self._state(index), keep)
 
     def resume_point(self) -> int:
         """The block to go on with: the last one whose hidden states are good and all of whose predecessors are committed, else 0.
@@ -199,7 +199,7 @@ class Journal:
         return self.partial / "blocks" / f"{index:04d}.safetensors"
 
     def _state(self, index: int) -> Path:
-        return self._states / f"{index:04d}.safetensors"
+        return self.states / f"{index:04d}.safetensors"
 
     def _put(self, path: Path, tensors: Mapping[str, Tensor], entry: dict[str, Any]) -> None:
         files.remove(path.with_suffix(".json"))  # from here until the new one is written, the file does not count
@@ -207,11 +207,11 @@ class Journal:
         failpoint("journal.before_commit")
         files.write_json(path.with_suffix(".json"), {"sha256": sha256, "bytes": path.stat().st_size, **entry})
 
-    def _get(self, path: Path) -> dict[str, Tensor] | None:
+    def _get(self, path: Path, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor] | None:
         if not path.with_suffix(".json").exists():
             return None
         try:
-            return safetensors.load(path, json.loads(path.with_suffix(".json").read_bytes())["sha256"])
+            return safetensors.load(path, json.loads(path.with_suffix(".json").read_bytes())["sha256"], keep)
         except (OSError, ValueError, KeyError, TypeError, CheckpointError):
             self.notices.append(f"{path.name} in the journal's {path.parent.name} is damaged and is made again")
             return None
@@ -246,7 +246,7 @@ class Journal:
                               "Move them away, or choose another output directory")  # fmt: skip
 
     def _sweep(self) -> None:
-        for directory in (self.partial, self.partial / "blocks", self.partial / "named", self.partial / "head", self._states):
+        for directory in (self.partial, self.partial / "blocks", self.partial / "named", self.partial / "head", self.states):
             files.sweep_temporaries(directory)
 
     def _wipe(self) -> None:
@@ -256,7 +256,7 @@ class Journal:
             files.move_dir(replaced, out)  # a kill came between moving the old result away and the new one in
         for name in ("publish", "head", "blocks", "named", "replaced", "source"):
             files.remove_tree(self.partial / name)
-        files.remove_tree(self._states)
+        files.remove_tree(self.states)
         files.sync_names(self.partial)  # a power cut must not bring the blocks back and leave out whose they are
         for name in ("identity.json", "sealed.json"):
             files.remove(self.partial / name)

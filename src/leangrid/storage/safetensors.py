@@ -12,11 +12,10 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +34,16 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _MAX_ENTRIES = 4_000_000  # commas and brackets; about 500,000 tensors. Bounds the memory that parsing can take
 _WAY_OUT = "Download the file again, or convert the checkpoint with the library that wrote it"
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """An open file that gives what there is, unbuffered: here, or at the other end of a network."""
+
+    def seek(self, offset: int, /) -> int: ...
+    def read(self, size: int, /) -> bytes | None: ...
+    def readinto(self, buffer: Any, /) -> int | None: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -79,16 +88,16 @@ def open_header(path: Path) -> Header:
         if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block for ever, a device would never end
             raise _broken(path, "is not a regular file")
         with path.open("rb", buffering=0) as file:
-            return _checked(path, file)
+            return checked_header(path, file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         raise CheckpointError("the file does not exist", path, _WAY_OUT) from None
     except OSError as error:
         raise CheckpointError(f"cannot read: {error.strerror or error}", path, "Check the file's permissions and the disk") from error
 
 
-def _checked(path: Path, file: FileIO) -> Header:
-    size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
+def checked_header(path: Path, file: Readable, size: int) -> Header:
+    """The header of an open file of ``size`` bytes that stands at its start; ``path`` is for messages and for what the header describes."""
+    prefix = file.read(8) or b""
     if len(prefix) < 8:
         raise _broken(path, f"is truncated: {size} bytes, a header needs at least 8")
     (length,) = struct.unpack("<Q", prefix)
@@ -175,14 +184,14 @@ def _broken(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(f"'{path.name}' {problem}", path, _WAY_OUT)
 
 
-def read_tensor(file: FileIO, info: TensorInfo) -> Tensor:
+def read_tensor(file: Readable, info: TensorInfo) -> Tensor:
     """Copy one tensor out of an open, unbuffered file, in its own dtype; EOFError if the file ends first."""
     tensor = torch.empty(info.shape, dtype=info.torch_dtype)
     _fill(file, info, tensor)
     return tensor
 
 
-def _fill(file: FileIO, info: TensorInfo, tensor: Tensor) -> memoryview:
+def _fill(file: Readable, info: TensorInfo, tensor: Tensor) -> memoryview:
     file.seek(info.start)
     view, filled = memoryview_of(tensor), 0
     while filled < len(view):
@@ -198,9 +207,9 @@ def memoryview_of(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def load(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """All tensors of a file, in file order, in one pass. With ``sha256`` the file's bytes are hashed on the way and CheckpointError is
-    raised when they differ."""
+def load(path: Path, sha256: str | None = None, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+    """All tensors of a file, in file order, in one pass; of each what ``keep`` makes of it. With ``sha256`` the file's bytes are hashed
+    on the way and CheckpointError is raised when they differ."""
     header = open_header(path)
     digest, tensors = hashlib.sha256(), {}
     try:
@@ -209,11 +218,12 @@ def load(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
                 first = min((info.start for info in header.tensors.values()), default=header.file_bytes)
                 digest.update(file.read(first))
             for name, info in header.tensors.items():
-                tensors[name] = torch.empty(info.shape, dtype=info.torch_dtype)
-                view = _fill(file, info, tensors[name])
+                tensor = torch.empty(info.shape, dtype=info.torch_dtype)
+                view = _fill(file, info, tensor)
                 if sha256 is not None:
                     for start in range(0, len(view), CHUNK):
                         digest.update(view[start : start + CHUNK])
+                tensors[name] = keep(tensor)
     except (OSError, EOFError) as error:
         raise CheckpointError(f"cannot read: {error}", path, "Check the disk") from error
     if sha256 is not None and digest.hexdigest() != sha256:

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
-from io import FileIO
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, Interrupted
 from leangrid.storage.config import check_layers, custom_code, read_config
-from leangrid.storage.safetensors import Header, TensorInfo, open_header, read_tensor, strict_json
+from leangrid.storage.remote import Remote, here
+from leangrid.storage.safetensors import Header, Readable, TensorInfo, checked_header, open_header, read_tensor, strict_json
 
 _INDEX = "model.safetensors.index.json"
 _MAX_INDEX = 100 << 20
@@ -49,17 +50,19 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path, config: dict[str, Any], headers: Mapping[str, Header], tensors: dict[str, TensorInfo],
-                 notices: list[str]) -> None:  # fmt: skip
-        self.directory, self.config, self.tensors, self.notices = directory, config, tensors, notices
+                 notices: list[str], remote: Remote | None = None) -> None:  # fmt: skip
+        self.directory, self.config, self.tensors, self.notices, self.remote = directory, config, tensors, notices, remote
         self.custom_code = custom_code(config)
         if self.custom_code:
             self.notices.append(f"config.json asks for code of its own ({', '.join(self.custom_code)}): it is neither run nor copied")
-        self._stamps = {name: _stamp(directory / name) for name in headers}
+        self._stamps = {name: _stamp(directory / name) for name in headers if here(remote, directory / name)}
         self._header_bytes = {name: header.sha256 for name, header in headers.items()}
-        self._open: tuple[str, FileIO] | None = None
+        self._open: tuple[str, Readable] | None = None
         self.identity: dict[str, Any] = {
             "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-            "files": {n: {"bytes": h.file_bytes, "header": h.sha256, "sample": _sample(directory / n, h)} for n, h in headers.items()},
+            "files": {
+                n: {"bytes": h.file_bytes, "header": h.sha256, "sample": _sample(directory / n, h, remote)} for n, h in headers.items()
+            },
         }
         self.fingerprint = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
@@ -94,6 +97,13 @@ class Checkpoint:
         if check and tensor.is_floating_point():
             check_finite(tensor, name, info.file)
         return tensor
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Say that these tensors will be read next. The system may then read them into its page cache, which counts as nobody's memory;
+        where it does not, they are read later."""
+        for info in (self.tensors[name] for name in names):
+            with suppress(OSError), info.file.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def check_shapes(self, expected: Mapping[str, Sequence[int]], optional: Collection[str] = ()) -> None:
         """Compare with the tensors a model of this config has; CheckpointError lists every one that is missing, of another shape, or
@@ -132,8 +142,10 @@ class Checkpoint:
         if text not in self.notices:
             self.notices.append(text)
 
-    def _file(self, path: Path) -> FileIO:
+    def _file(self, path: Path) -> Readable:
         """The shard, opened once and kept until another is asked for; its header is checked again at each opening."""
+        if self.remote is not None and not here(self.remote, path):  # a commit of the hub does not change
+            return self.remote.open(path.name)
         if self._open is None or self._open[0] != path.name:
             self.close()
             self._check_unchanged(path)
@@ -149,6 +161,8 @@ class Checkpoint:
         return self._open[1]
 
     def _check_unchanged(self, path: Path) -> None:
+        if not here(self.remote, path):
+            return
         try:
             now = _stamp(path)
         except FileNotFoundError:
@@ -173,9 +187,12 @@ def check_finite(tensor: Tensor, name: str, where: object) -> None:
                               "The checkpoint is damaged or its training diverged: get another copy")  # fmt: skip
 
 
-def open_source(directory: Path, *, allow_quantized: bool = False) -> Checkpoint:
-    """Open a checkpoint directory and check all of its headers. Raises CheckpointError for everything that is not a sound, unquantized
-    safetensors checkpoint; reads headers and samples only, so it takes well under a second for one of any size."""
+def open_source(directory: Path, *, allow_quantized: bool = False, remote: Remote | None = None) -> Checkpoint:
+    """Open a checkpoint directory, whose weights may be ``remote``, and check all of its headers.
+
+    Reads headers and samples only, so it takes well under a second for a local one of any size. Raises CheckpointError for everything
+    that is not a sound, unquantized safetensors checkpoint.
+    """
     if not directory.is_dir():
         raise CheckpointError("there is no such directory", directory, "Give a checkpoint directory, a hub id or a .gguf file")
     config = read_config(directory / "config.json")
@@ -185,16 +202,23 @@ def open_source(directory: Path, *, allow_quantized: bool = False) -> Checkpoint
         raise CheckpointError(f"the checkpoint is already quantized ({quantized}: {str(method)[:40]})", directory,
                               "Give the original, unquantized one")  # fmt: skip
     notices: list[str] = []
-    shards, listed = _shards(directory, notices)
-    headers = {name: open_header(directory / name) for name in shards}
+    shards, listed = _shards(directory, notices, remote)
+    headers = {name: _header(directory / name, remote) for name in shards}
     tensors = _collect(directory, headers, listed, notices)
     check_layers(config, len(tensors), directory / "config.json")
-    return Checkpoint(directory, config, headers, tensors, notices)
+    return Checkpoint(directory, config, headers, tensors, notices, remote)
 
 
-def _shards(directory: Path, notices: list[str]) -> tuple[list[str], dict[str, str] | None]:
+def _header(path: Path, remote: Remote | None) -> Header:
+    if remote is None or here(remote, path):
+        return open_header(path)
+    return checked_header(path, remote.open(path.name), remote.sizes[path.name])
+
+
+def _shards(directory: Path, notices: list[str], remote: Remote | None) -> tuple[list[str], dict[str, str] | None]:
     """The files that make up the checkpoint and, for an indexed one, tensor name -> file."""
-    present = sorted(p.name for p in directory.iterdir() if p.name.endswith(".safetensors"))
+    elsewhere = remote.sizes if remote is not None else {}
+    present = sorted({*elsewhere, *(p.name for p in directory.iterdir() if p.name.endswith(".safetensors"))})
     listed = None
     if "model.safetensors" in present:
         shards = ["model.safetensors"]
@@ -203,7 +227,7 @@ def _shards(directory: Path, notices: list[str]) -> tuple[list[str], dict[str, s
     elif (directory / _INDEX).exists():
         listed = _index(directory / _INDEX)
         shards = sorted(set(listed.values()))
-        missing = [name for name in shards if not (directory / name).is_file()]
+        missing = [name for name in shards if name not in elsewhere and not (directory / name).is_file()]
         if missing:
             raise CheckpointError(f"{_INDEX} names shards that are missing: {', '.join(missing[:5])} ({len(missing)} of {len(shards)})",
                                   directory, "Finish the download")  # fmt: skip
@@ -274,13 +298,13 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _sample(path: Path, header: Header) -> str:
+def _sample(path: Path, header: Header, remote: Remote | None) -> str:
     digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as file:
+        with closing(path.open("rb", buffering=0) if remote is None or here(remote, path) else remote.open(path.name)) as file:
             for index in range(_SAMPLES):
                 file.seek(index * max(header.file_bytes - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+                digest.update(file.read(_SAMPLE_BYTES) or b"")
     except OSError as error:
         raise CheckpointError(f"cannot read: {error.strerror or error}", path, "Check the disk") from error
     return digest.hexdigest()
