@@ -137,7 +137,7 @@ def _seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placem
     weights = sum(layer.rows * layer.cols for layer in layers)
     widths = {}
     for index in range(len(skeleton.blocks)):
-        for group in skeleton.architecture.groups:
+        for group in skeleton.groups(index):
             first = f"{skeleton.block_name(index)}.{group[0]}"
             widths[first] = skeleton.shape(first)[1]
     sweeps = _SWEEPS + _SWEEPS_A_ROUND * (recipe.refine or 0)
