@@ -26,13 +26,17 @@ class Hessian:
     cross: Float[Tensor, "cols cols"] | None
     tokens: int
     dropped: int
+    blended: tuple[Rescue, ...] = ()
 
     @property
     def rescues(self) -> tuple[Rescue, ...]:
-        """The dropped tokens, if there were any."""
+        """The dropped tokens, if there were any, and what else it was made of."""
         if not self.dropped:
-            return ()
-        return (Rescue("nonfinite_tokens", f"{self.dropped} of {self.tokens + self.dropped} tokens were not finite", self.dropped),)
+            return self.blended
+        return (
+            *self.blended,
+            Rescue("nonfinite_tokens", f"{self.dropped} of {self.tokens + self.dropped} tokens were not finite", self.dropped),
+        )
 
 
 class HessianSum:

@@ -152,7 +152,7 @@ def _refuse_mixture(recipe: Recipe, skeleton: Skeleton) -> None:
     if idle:
         raise RecipeError(f"'{min(idle)}' names no layer that is quantized", "layers", f"Names are such as {names[-1]}, or its end")
     for index in range(len(skeleton.blocks)):
-        for group in skeleton.architecture.groups:
+        for group in skeleton.groups(index):
             fused = [f"{skeleton.block_name(index)}.{name}" for name in group]
             schemes = {recipe.for_layer(name).scheme for name in fused}
             if len(schemes) > 1:

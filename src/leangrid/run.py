@@ -182,7 +182,7 @@ class Run:
 
     def count_forward(self, block: BlockWork, done: float) -> None:
         """Count a walked block: each linear once a token and stream is what must be done."""
-        names = [name for group in self.skeleton.architecture.groups for name in group]
+        names = [name for group in self.skeleton.groups(block.index) for name in group]
         weights = sum(math.prod(self.skeleton.shape(f"{block.name}.{name}")) for name in names)
         streams = 2 if self.strength > 0 else 1
         self.clock.work.add("calibrate", streams * work.product(weights, 1, self.windows.numel()), done)
@@ -234,7 +234,7 @@ class Run:
         """After block ``index`` ran out of memory: one step down the ladder, said and recorded. Interrupted at its end."""
         gc.collect()
         release_cached(self.device)
-        step = self.placement.thriftier(*self.at, len(self.skeleton.architecture.groups), accelerated(self.device))
+        step = self.placement.thriftier(*self.at, len(self.skeleton.groups(index)), accelerated(self.device))
         if step is None:
             needed = footprint(
                 Demand.of(self.skeleton, self.recipe, self.windows.shape[0], self.windows.shape[1], self.device), self.placement
