@@ -21,6 +21,7 @@ from leangrid.models.walk import BlockWalk, GroupInputs, Streams
 from leangrid.placement import Placement
 from leangrid.progress import Event
 from leangrid.publish import finished_result
+from leangrid.ranks import joined
 from leangrid.recipe import Recipe
 from leangrid.result import QuantizeResult
 from leangrid.run import BlockWork, Run
@@ -69,15 +70,17 @@ def quantize(
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = recipe or Recipe.build()
-    complete = finished_result(Path(out), None if state_dir is None else Path(state_dir), max_rescued, max_kl)
-    if complete is not None:
-        return complete
-    opened = Run.open(source, out, recipe, windows, device, overwrite, restart, state_dir, progress, placement)
-    with torch.no_grad(), opened as run:
-        streams = run.streams()
-        for index in run.remaining_blocks():
-            streams = quantize_block(run, index, streams)
-        return run.publish(max_rescued, max_kl)
+    with joined(device) as (ranks, own_device), torch.no_grad():
+        kept = None if state_dir is None else Path(state_dir)
+        complete = ranks.from_first(finished_result(Path(out), kept, max_rescued, max_kl) if ranks.first else None)
+        if complete is not None:
+            return complete
+        opened = Run.open(source, out, recipe, windows, own_device, overwrite, restart, state_dir, progress, placement, ranks)
+        with opened as run:
+            streams = run.streams()
+            for index in run.remaining_blocks():
+                streams = quantize_block(run, index, streams)
+            return ranks.from_first(run.publish(max_rescued, max_kl) if ranks.first else None)
 
 
 def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
@@ -90,7 +93,7 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
             run.place(streams)
             return _quantize_block(run, index, streams)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if run.ranks.count > 1 or not out_of_memory(error):
                 raise
         run.give_way(index)  # after the except: an error holds on to every tensor of the attempt
 
@@ -125,19 +128,20 @@ def _solve(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[
             correction = Correction.of(hessian.matrix, hessian.cross, factor, block.rows(group.names))
         hessian = replace(hessian, cross=None)
     run.count_group(hessian, block.rows(group.names), correction is not None)
-    new = {}
-    for name in group.names:
+    solved: dict[str, LinearResult] = {}
+    for name in group.names[run.ranks.rank :: run.ranks.count]:
         with run.stage("factor", number):
             weight = block.weight(name).to(hessian.matrix.device, torch.float32).contiguous()
             target = correct(weight, correction, run.strength)
             del weight
-        result: LinearResult = solve_linear(target, factor, hessian.matrix, run.recipe.for_layer(f"{block.name}.{name}"), run.precision)
-        new[name] = block.keep(name, result, hessian, factor)
-    return new
+        solved[name] = solve_linear(target, factor, hessian.matrix, run.recipe.for_layer(f"{block.name}.{name}"), run.precision)
+    everyone = {name: result for part in run.ranks.all(solved) for name, result in part.items()}
+    return {name: block.keep(name, everyone[name], hessian, factor) for name in group.names}
 
 
 def _solve_lean(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[str, Tensor]:
     """The same for groups whose matrices hardly fit (wide.py)."""
+    run.ranks.refuse_lean()
     total = _summed(run, group, number, WideSum)
     with run.stage("factor", number):
         wide = WideGroup(total, {name: block.weight(name) for name in group.names}, run.recipe, run.strength)
@@ -157,7 +161,7 @@ def _summed(run: Run, group: GroupInputs, number: int, kind: type[_Sum]) -> _Sum
         with run.stage("calibrate"):
             original, quantized = next(pairs, (None, None))
         if quantized is None:
-            return total
+            return run.ranks.sum(total)
         with run.stage("hessian", number):
             if original is None:
                 total.add(quantized)

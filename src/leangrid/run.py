@@ -16,6 +16,7 @@ from leangrid.clock import Clock
 from leangrid.devices import DeviceClock, accelerated, checked, peak_bytes, release_cached, start_counting, to_host
 from leangrid.errors import Interrupted, LeangridError
 from leangrid.factor import Factor
+from leangrid.follower import prepare_all
 from leangrid.footprint import Demand, choose, footprint
 from leangrid.formats import FORMATS
 from leangrid.grids import Grid
@@ -26,9 +27,10 @@ from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import Calls, Streams, embed
 from leangrid.placement import Failed, Placement
 from leangrid.precision import products
-from leangrid.prepare import Prepared, calibration_windows, prepare
+from leangrid.prepare import Prepared, calibration_windows
 from leangrid.progress import Event, Progress
 from leangrid.publish import publish
+from leangrid.ranks import Ranks
 from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord
 from leangrid.report.sample import sample_of, sampled_layer
@@ -38,6 +40,7 @@ from leangrid.sizes import stored_schemes
 from leangrid.storage.journal import Journal
 
 _TILE = 1 << 24  # weights dequantized at once
+_ALONE = Ranks()
 _PRODUCTS = ("calibrate", "hessian")
 
 
@@ -113,7 +116,9 @@ class Run:
         clock: Clock,
         progress: Progress | None,
         placement: Placement,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.prepared, self.journal, self.windows, self.device, self.clock = prepared, journal, windows, device, clock
         self.skeleton: Skeleton = prepared.skeleton
         self.recipe: Recipe = prepared.recipe
@@ -145,6 +150,7 @@ class Run:
         state_dir: str | Path | None,
         progress: Progress | None,
         placement: Placement | None = None,
+        ranks: Ranks = _ALONE,
     ) -> Iterator["Run"]:
         """Check everything that can be checked, lock the output, get the calibration windows.
 
@@ -154,13 +160,15 @@ class Run:
         clock = DeviceClock(checked(device))
         start_counting(device)
         with clock.stage("load"):
-            prepared = prepare(source, out, recipe, windows, device, overwrite, restart, state_dir, progress)
+            prepared = prepare_all(source, out, recipe, windows, device, overwrite, restart, state_dir, progress, ranks)
         journal = prepared.journal
         run = None
         try:
             with clock.stage("calibrate"):
-                tokens = calibration_windows(prepared, windows, progress)
-            run = cls(prepared, journal, tokens, device, clock, progress, placement or _placement(prepared, tokens, device))
+                tokens = ranks.from_first(calibration_windows(prepared, windows, progress) if ranks.first else None)
+            placement = ranks.from_first(placement or _placement(prepared, tokens, device) if ranks.first else None)
+            ranks.own(tokens)  # refuses fewer windows than ranks, before any work
+            run = cls(prepared, journal, tokens, device, clock, progress if ranks.first else None, placement, ranks)
             yield run
         except LeangridError as error:
             if error.exit_code == 2 and journal.is_fresh and not journal.committed():
@@ -199,17 +207,18 @@ class Run:
 
     def streams(self) -> Streams:
         """The hidden states that enter the first block that is not committed yet."""
-        batches: Sequence[Tensor] = self.windows.split(self.placement.windows)
+        batches: Sequence[Tensor] = self.ranks.own(self.windows).split(self.placement.windows)
         keep = to_host if self.placement.host_streams else _unchanged
         with self.stage("calibrate"):
             hidden, self.calls = embed(self.skeleton, batches, self.device, keep)
         done = self.journal.committed()
         if done:
             self.tell("notice", done, message=f"resuming after block {done} of {len(self.skeleton.blocks)}")
-            state = self.journal.load_state(done)
+            state = self.ranks.from_first(self.journal.load_state(done) if self.ranks.first else None)
             if state is None:
                 raise Interrupted("the hidden states of the unfinished run were lost", self.journal.partial, "Run the same command again")
             streams = Streams.from_tensors({name: x.to(self.skeleton.compute_dtype) for name, x in state.items()})
+            self.ranks.keep_own(streams)
             streams.move(self._home)
             return streams
         return Streams(hidden, list(hidden) if self.strength > 0 else None)
@@ -267,6 +276,9 @@ class Run:
 
     def commit(self, block: BlockWork, streams: Streams) -> Streams:
         """Make the block durable, then the streams that leave it; return them."""
+        whole = self.ranks.whole(streams)
+        if not self.ranks.first:
+            return streams
         with self.clock.stage("save"):
             quantized = {f"{r.name}.weight" for r in block.records}
             rest = [n for n in self.skeleton.parameter_names() if n.startswith(f"{block.name}.") and n not in quantized]
@@ -288,7 +300,7 @@ class Run:
             self.steps = []
             self.journal.commit_block(block.index, tensors, info)
             if block.index + 1 < len(self.skeleton.blocks):
-                self.journal.save_state(block.index + 1, streams.tensors())
+                self.journal.save_state(block.index + 1, whole.tensors())
         self.tell("block", block.index, loss=sum(record.loss for record in block.records))
         return streams
 
