@@ -166,9 +166,9 @@ class Run:
         try:
             with clock.stage("calibrate"):
                 tokens = ranks.from_first(calibration_windows(prepared, windows, progress) if ranks.first else None)
-            placement = ranks.from_first(placement or _placement(prepared, tokens, device) if ranks.first else None)
+            chosen: Placement = ranks.from_first(placement or _placement(prepared, tokens, device) if ranks.first else None)
             ranks.own(tokens)  # refuses fewer windows than ranks, before any work
-            run = cls(prepared, journal, tokens, device, clock, progress if ranks.first else None, placement, ranks)
+            run = cls(prepared, journal, tokens, device, clock, progress if ranks.first else None, chosen, ranks)
             yield run
         except LeangridError as error:
             if error.exit_code == 2 and journal.is_fresh and not journal.committed():
