@@ -67,6 +67,10 @@ class HessianSum:
         self.tokens += other.tokens
         self.dropped += other.dropped
 
+    def parts(self) -> list[Tensor]:
+        """The unscaled sums themselves, float32 [cols, cols] each: what ranks add up in place."""
+        return [self._matrix] if self._cross is None else [self._matrix, self._cross]
+
     def finish(self) -> Hessian:
         """The Hessian of all tokens so far.
 

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from leangrid.correction import Correction, correct
 from leangrid.devices import out_of_memory
+from leangrid.expert_sums import expert_hessians
 from leangrid.factor import factorize
 from leangrid.hessian import Hessian, HessianSum
 from leangrid.linear import LinearResult, solve_linear
-from leangrid.expert_sums import expert_hessians
 from leangrid.models.walk import BlockWalk, ExpertInputs, GroupInputs, Streams
 from leangrid.placement import Placement
 from leangrid.progress import Event
 from leangrid.publish import finished_result
+from leangrid.ranks import joined
 from leangrid.recipe import Recipe
 from leangrid.result import QuantizeResult
 from leangrid.run import BlockWork, Run
@@ -70,15 +71,17 @@ def quantize(
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = recipe or Recipe.build()
-    complete = finished_result(Path(out), None if state_dir is None else Path(state_dir), max_rescued, max_kl)
-    if complete is not None:
-        return complete
-    opened = Run.open(source, out, recipe, windows, device, overwrite, restart, state_dir, progress, placement)
-    with torch.no_grad(), opened as run:
-        streams = run.streams()
-        for index in run.remaining_blocks():
-            streams = quantize_block(run, index, streams)
-        return run.publish(max_rescued, max_kl)
+    with joined(device) as (ranks, own_device), torch.no_grad():
+        kept = None if state_dir is None else Path(state_dir)
+        complete = ranks.from_first(finished_result(Path(out), kept, max_rescued, max_kl) if ranks.first else None)
+        if complete is not None:
+            return complete
+        opened = Run.open(source, out, recipe, windows, own_device, overwrite, restart, state_dir, progress, placement, ranks)
+        with opened as run:
+            streams = run.streams()
+            for index in run.remaining_blocks():
+                streams = quantize_block(run, index, streams)
+            return ranks.from_first(run.publish(max_rescued, max_kl) if ranks.first else None)
 
 
 def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
@@ -91,7 +94,7 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
             run.place(streams)
             return _quantize_block(run, index, streams)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if run.ranks.count > 1 or not out_of_memory(error):
                 raise
         run.give_way(index)  # after the except: an error holds on to every tensor of the attempt
 
@@ -106,8 +109,11 @@ def _quantize_block(run: Run, index: int, streams: Streams) -> Streams:
                 number, group = next(groups, (-1, None))
             if group is None:
                 break
-            solve = _solve_experts if isinstance(group, ExpertInputs) else _solve_lean if lean else _solve
-            for name, weight in solve(run, block, group, number).items():
+            if isinstance(group, ExpertInputs):
+                new = _solve_experts(run, block, group, number)
+            else:
+                new = (_solve_lean if lean else _solve)(run, block, group, number)
+            for name, weight in new.items():
                 walk.replace(name, weight)
         run.count_forward(block, walk.flops)
         return run.commit(block, walk.finished())
@@ -124,6 +130,7 @@ def _solve(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[
 
 def _solve_experts(run: Run, block: BlockWork, group: ExpertInputs, number: int) -> dict[str, Tensor]:
     """The same expert by expert, each with the Hessian of the tokens that were routed to it."""
+    run.ranks.alone("a mixture's experts")
     new, cols = {}, run.skeleton.shape(f"{block.name}.{group.names[0]}")[1]
     for names, hessian in expert_hessians(run, group, number, cols):
         new |= _solve_with(run, block, names, number, hessian)
@@ -139,19 +146,20 @@ def _solve_with(run: Run, block: BlockWork, names: Sequence[str], number: int, h
             correction = Correction.of(hessian.matrix, hessian.cross, factor, block.rows(names))
         hessian = replace(hessian, cross=None)
     run.count_group(hessian, block.rows(names), correction is not None)
-    new = {}
-    for name in names:
+    solved: dict[str, LinearResult] = {}
+    for name in names[run.ranks.rank :: run.ranks.count]:
         with run.stage("factor", number):
             weight = block.weight(name).to(hessian.matrix.device, torch.float32).contiguous()
             target = correct(weight, correction, run.strength)
             del weight
-        result: LinearResult = solve_linear(target, factor, hessian.matrix, run.recipe.for_layer(f"{block.name}.{name}"), run.precision)
-        new[name] = block.keep(name, result, hessian, factor)
-    return new
+        solved[name] = solve_linear(target, factor, hessian.matrix, run.recipe.for_layer(f"{block.name}.{name}"), run.precision)
+    everyone = {name: result for part in run.ranks.all(solved) for name, result in part.items()}
+    return {name: block.keep(name, everyone[name], hessian, factor) for name in names}
 
 
 def _solve_lean(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[str, Tensor]:
     """The same for groups whose matrices hardly fit (wide.py)."""
+    run.ranks.alone("a group whose matrices hardly fit in memory")
     total = _summed(run, block, group, number, WideSum)
     with run.stage("factor", number):
         wide = WideGroup(total, {name: block.weight(name) for name in group.names}, run.recipe, run.strength)
@@ -171,7 +179,7 @@ def _summed(run: Run, block: BlockWork, group: GroupInputs, number: int, kind: t
         with run.stage("calibrate"):
             original, quantized = next(pairs, (None, None))
         if quantized is None:
-            return total
+            return run.ranks.sum(total)
         with run.stage("hessian", number):
             if original is None:
                 total.add(quantized)

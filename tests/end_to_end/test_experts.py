@@ -1,6 +1,5 @@
 """Mixtures of experts: a checkpoint in, every expert's linears quantized under their own names, opened by leangrid."""
 
-import json
 from pathlib import Path
 
 import pytest
