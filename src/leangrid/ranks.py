@@ -25,6 +25,7 @@ _Sum = TypeVar("_Sum", bound=HessianSum)
 _TIMEOUT = timedelta(hours=1)  # a rank that is gone is noticed at once, by its closed connection; this is for one that hangs
 _START = timedelta(minutes=2)
 _PANEL = 1 << 22  # numbers sent at once
+_OF_THE_EXCHANGE = ("gloo", "Connection", "Broken pipe", "Timed out", "timed out")  # in what torch says when another rank is lost
 
 
 class Ranks:
@@ -139,12 +140,18 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
         mine = device
         if device == "cuda":
             mine = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        checked(mine)
+        try:
+            checked(mine)
+        except LeangridError as error:
+            raise LeangridError(f"rank {rank}: {error}") from None
         yield Ranks(rank, count), mine
     except LeangridError as error:
         _tell(store, rank, str(error), error.exit_code)
         raise
     except RuntimeError as error:
+        if not any(word in str(error) for word in _OF_THE_EXCHANGE):
+            _tell(store, rank, first_line(error), 1)
+            raise
         raise _first_error(store, rank, error) from None
     finally:
         if dist.is_initialized():
