@@ -79,8 +79,8 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
 NAMES = tuple(CONFIGS)
 
 _MOE = {**_GQA, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "tie_word_embeddings": False}
-_MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4, "first_k_dense_replace": 1,
-        "n_shared_experts": 1, "n_routed_experts": 4}  # fmt: skip
+_MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+        "first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4}  # fmt: skip
 # Mixtures of experts; beyond the first block of DeepSeek's and the second of Qwen2's every block has one.
 MIXTURES: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "mixtral": lambda: hf.MixtralConfig(**_GQA, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from leangrid.correction import Correction, correct
 from leangrid.devices import out_of_memory
+from leangrid.expert_sums import expert_hessians
 from leangrid.factor import factorize
 from leangrid.hessian import Hessian, HessianSum
 from leangrid.linear import LinearResult, solve_linear
-from leangrid.expert_sums import expert_hessians
 from leangrid.models.walk import BlockWalk, ExpertInputs, GroupInputs, Streams
 from leangrid.placement import Placement
 from leangrid.progress import Event
@@ -106,9 +106,13 @@ def _quantize_block(run: Run, index: int, streams: Streams) -> Streams:
                 number, group = next(groups, (-1, None))
             if group is None:
                 break
-            solve = _solve_experts if isinstance(group, ExpertInputs) else _solve_lean if lean else _solve
-            for name, weight in solve(run, block, group, number).items():
+            if isinstance(group, ExpertInputs):
+                solved = _solve_experts(run, block, group, number)
+            else:
+                solved = (_solve_lean if lean else _solve)(run, block, group, number)
+            for name, weight in solved.items():
                 walk.replace(name, weight)
+            del solved
         run.count_forward(block, walk.flops)
         return run.commit(block, walk.finished())
 

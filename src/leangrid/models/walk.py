@@ -184,7 +184,8 @@ class ExpertInputs:
 class BlockWalk:
     """Walks both streams through one block.
 
-    Iterating yields a GroupInputs (ExpertInputs where experts are routed to) for each group, in order; read it before ``replace`` is called for each of its linears,
+    Iterating yields a GroupInputs (ExpertInputs where tokens are routed to experts) for each group, in order;
+    read it before ``replace`` is called for each of its linears,
     and both before the next step. Afterwards ``finished`` gives the streams that enter the next block, on the device (and
     in the memory) of those that came in. With ``replay`` and ``park`` new weights wait on the host between groups.
 
