@@ -110,11 +110,12 @@ def _quantize_block(run: Run, index: int, streams: Streams) -> Streams:
             if group is None:
                 break
             if isinstance(group, ExpertInputs):
-                new = _solve_experts(run, block, group, number)
+                solved = _solve_experts(run, block, group, number)
             else:
-                new = (_solve_lean if lean else _solve)(run, block, group, number)
-            for name, weight in new.items():
+                solved = (_solve_lean if lean else _solve)(run, block, group, number)
+            for name, weight in solved.items():
                 walk.replace(name, weight)
+            del solved
         run.count_forward(block, walk.flops)
         return run.commit(block, walk.finished())
 
