@@ -77,6 +77,20 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "bert": lambda: hf.BertConfig(**_COMMON),
 }
 NAMES = tuple(CONFIGS)
+
+_MOE = {**_GQA, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+_MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+        "first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4}  # fmt: skip
+# Mixtures of experts; beyond the first block of DeepSeek's and the second of Qwen2's every block has one.
+MIXTURES: dict[str, Callable[[], hf.PreTrainedConfig]] = {
+    "mixtral": lambda: hf.MixtralConfig(**_GQA, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+    "qwen2_moe": lambda: hf.Qwen2MoeConfig(**_MOE, num_experts=4, shared_expert_intermediate_size=64, mlp_only_layers=[1]),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**_MOE, num_experts=4, head_dim=16, norm_topk_prob=True),
+    "olmoe": lambda: hf.OlmoeConfig(**_GQA, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False),
+    "deepseek_v2": lambda: hf.DeepseekV2Config(**_MOE | _MLA, q_lora_rank=None, n_group=1, topk_group=1, topk_method="greedy"),
+    "deepseek_v3": lambda: hf.DeepseekV3Config(**_MOE | _MLA, q_lora_rank=32, n_group=2, topk_group=1, head_dim=8),
+}
+CONFIGS |= MIXTURES
 ENCODERS = ("bert",)
 
 

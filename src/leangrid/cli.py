@@ -1,5 +1,6 @@
 """The command line: parse, make one call, print what came back. stdout carries the result, stderr everything else."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,9 +111,12 @@ def quantize(
         from leangrid.gate import verdict
         from leangrid.pipeline import quantize as run
 
-        with Terminal(quiet=quiet) as terminal:
+        follows = os.environ.get("RANK", "0") != "0"  # rank 0 alone speaks
+        with Terminal(quiet=quiet or follows) as terminal:
             result = run(source, out, settings, device=device, threads=threads, overwrite=overwrite, restart=restart, max_rescued=limit,
                          max_kl=distance, state_dir=state_dir, progress=terminal)  # fmt: skip
+        if follows:
+            raise typer.Exit(result.exit_code)
         values = result.to_json()
         emit_json(values) if as_json else emit(quantize_summary(values))
         if result.exit_code:

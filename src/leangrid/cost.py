@@ -132,7 +132,7 @@ def seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placeme
     streams, tokens, blocks = 2 if recipe.correct else 1, recipe.samples * recipe.length, len(skeleton.blocks)
     weights, states = sum(layer.rows * layer.cols for layer in layers), state_bytes(skeleton, recipe, tokens)
     before, after = sum(layer.bytes_before for layer in layers), sum(layer.bytes_after for layer in layers)
-    groups = [_shape(skeleton, index, group) for index in range(blocks) for group in skeleton.architecture.groups]
+    groups = [_shape(skeleton, index, group) for index in range(blocks) for group in skeleton.groups(index)]
     attention = blocks * 2 * recipe.length * hidden_size(skeleton)  # of a token
     forward, algebra = _FORWARD * rates.forward, rates.algebra
     solved = sum((0 if recipe.parsed.method == "rtn" else work.sweep(la.rows, la.cols)) + work.refine(la.rows, la.cols, recipe.refine or 0)

@@ -85,9 +85,8 @@ class Demand:
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Demand":
         """From a skeleton and a settled recipe."""
         groups = []
-        for names in skeleton.architecture.groups:
-            shapes = [skeleton.shape(f"{skeleton.block_name(0)}.{name}") for name in names]
-            groups.append(Group(shapes[0][1], sum(rows for rows, _ in shapes), max(rows for rows, _ in shapes)))
+        for shapes in skeleton.four_groups():
+            groups.append(Group(max(cols for _, cols in shapes), sum(rows for rows, _ in shapes), max(rows for rows, _ in shapes)))
         vocabulary, hidden = skeleton.base.get_input_embeddings().weight.shape  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
         weights = sum(g.rows * g.cols for g in groups)
         itemsize = compute_dtype(recipe.products, skeleton.dtype).itemsize

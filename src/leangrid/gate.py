@@ -135,7 +135,7 @@ def _measure(original: Skeleton, directory: Path, ids: Int64[Tensor, "windows le
         errors: dict[str, float] = {}
         for index in range(len(original.blocks)):
             with original.block(index, device) as block, result.block(index, device) as quantized:
-                names = [name for group in original.architecture.groups for name in group]
+                names = [name for group in original.groups(index) for name in group]
                 with _probed(block, quantized, names, f"{original.block_name(index)}.", errors):
                     theirs = [_through(block, x, *their_calls.of(index, 1, x.device)) for x in theirs]
                 ours = [_through(quantized, x, *our_calls.of(index, 1, x.device)) for x in ours]

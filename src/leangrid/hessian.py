@@ -26,13 +26,17 @@ class Hessian:
     cross: Float[Tensor, "cols cols"] | None
     tokens: int
     dropped: int
+    blended: tuple[Rescue, ...] = ()
 
     @property
     def rescues(self) -> tuple[Rescue, ...]:
-        """The dropped tokens, if there were any."""
+        """The dropped tokens, if there were any, and what else it was made of."""
         if not self.dropped:
-            return ()
-        return (Rescue("nonfinite_tokens", f"{self.dropped} of {self.tokens + self.dropped} tokens were not finite", self.dropped),)
+            return self.blended
+        return (
+            *self.blended,
+            Rescue("nonfinite_tokens", f"{self.dropped} of {self.tokens + self.dropped} tokens were not finite", self.dropped),
+        )
 
 
 class HessianSum:
@@ -62,6 +66,10 @@ class HessianSum:
             self._cross += other._cross.to(self._cross.device)
         self.tokens += other.tokens
         self.dropped += other.dropped
+
+    def parts(self) -> list[Tensor]:
+        """The unscaled sums themselves, float32 [cols, cols] each: what ranks add up in place."""
+        return [self._matrix] if self._cross is None else [self._matrix, self._cross]
 
     def finish(self) -> Hessian:
         """The Hessian of all tokens so far.

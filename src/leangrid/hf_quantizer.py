@@ -23,6 +23,7 @@ from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS, Format, compressed_tensors, format_of, schemes_of
 from leangrid.grids import AffineGrid
 from leangrid.layers import AffineLinear, LutLinear, OffsetLinear, PackedLinear
+from leangrid.models import experts
 from leangrid.recipe import Scheme
 from leangrid.storage.safetensors import TensorInfo, read_header
 
@@ -77,11 +78,14 @@ class LeangridQuantizer(HfQuantizer):
         self.stored = quantization_config.stored
         self.format: Format = format_of(self.stored)
         schemes_of(self.stored, ())  # refused here, by name
+        self._separate = False  # a mixture of experts, an expert's linears apart
         self.schemes: dict[str, Scheme] = {}  # of the layers made, by module
         known = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
         self.model_dtype: torch.dtype | None = known.get(str(quantization_config.model_dtype))
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        if experts.separate(model, model.config.model_type == "mixtral"):
+            self._separate = True
         headers = _headers(kwargs.get("checkpoint_files") or [])
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         for name, layer in list(model.named_modules()):
@@ -150,6 +154,10 @@ class LeangridQuantizer(HfQuantizer):
         scaled = {n.removesuffix(".scales") for n in headers if n.endswith(".scales")} if self.format is FORMATS["mlx"] else set[str]()
         if others := sorted(scaled - made):
             raise FormatError("leangrid reads quantized linears only, and this is another layer", others[0], "Load it with mlx-lm")
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """A mixture is already as the checkpoint stores it: transformers must not stack or rename its experts."""
+        return [] if self._separate else super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Values, before anything runs: finite grids in order, padding bits zero. Then the layout that the kernels read."""

@@ -4,7 +4,7 @@ For each decoder block, for each group of linears that share an input: collect t
 linear correct the target, fit the grid, solve, pack; replace; let the activations go on; commit the block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from leangrid.correction import Correction, correct
 from leangrid.devices import out_of_memory
+from leangrid.expert_sums import expert_hessians
 from leangrid.factor import factorize
-from leangrid.hessian import HessianSum
+from leangrid.hessian import Hessian, HessianSum
 from leangrid.linear import LinearResult, solve_linear
-from leangrid.models.walk import BlockWalk, GroupInputs, Streams
+from leangrid.models.walk import BlockWalk, ExpertInputs, GroupInputs, Streams
 from leangrid.placement import Placement
 from leangrid.progress import Event
 from leangrid.publish import finished_result
+from leangrid.ranks import joined
 from leangrid.recipe import Recipe
 from leangrid.result import QuantizeResult
 from leangrid.run import BlockWork, Run
@@ -69,15 +71,17 @@ def quantize(
     if threads is not None:
         torch.set_num_threads(threads)
     recipe = recipe or Recipe.build()
-    complete = finished_result(Path(out), None if state_dir is None else Path(state_dir), max_rescued, max_kl)
-    if complete is not None:
-        return complete
-    opened = Run.open(source, out, recipe, windows, device, overwrite, restart, state_dir, progress, placement)
-    with torch.no_grad(), opened as run:
-        streams = run.streams()
-        for index in run.remaining_blocks():
-            streams = quantize_block(run, index, streams)
-        return run.publish(max_rescued, max_kl)
+    with joined(device) as (ranks, own_device), torch.no_grad():
+        kept = None if state_dir is None else Path(state_dir)
+        complete = ranks.from_first(finished_result(Path(out), kept, max_rescued, max_kl) if ranks.first else None)
+        if complete is not None:
+            return complete
+        opened = Run.open(source, out, recipe, windows, own_device, overwrite, restart, state_dir, progress, placement, ranks)
+        with opened as run:
+            streams = run.streams()
+            for index in run.remaining_blocks():
+                streams = quantize_block(run, index, streams)
+            return ranks.from_first(run.publish(max_rescued, max_kl) if ranks.first else None)
 
 
 def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
@@ -90,7 +94,7 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
             run.place(streams)
             return _quantize_block(run, index, streams)
         except RuntimeError as error:
-            if not out_of_memory(error):
+            if run.ranks.count > 1 or not out_of_memory(error):
                 raise
         run.give_way(index)  # after the except: an error holds on to every tensor of the attempt
 
@@ -98,47 +102,66 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
 def _quantize_block(run: Run, index: int, streams: Streams) -> Streams:
     with run.block(index) as block:
         replay, lean = run.placement.replay, run.placement.lean
-        walk = BlockWalk(block.module, run.skeleton.architecture.groups, run.calls, index, streams, replay, lean, run.take, run.keep)
+        walk = BlockWalk(block.module, run.skeleton.groups(index), run.calls, index, streams, replay, lean, run.take, run.keep)
         groups = enumerate(walk)
         while True:
             with run.stage("calibrate"):
                 number, group = next(groups, (-1, None))
             if group is None:
                 break
-            solve = _solve_lean if lean else _solve
-            for name, weight in solve(run, block, group, number).items():
+            if isinstance(group, ExpertInputs):
+                solved = _solve_experts(run, block, group, number)
+            else:
+                solved = (_solve_lean if lean else _solve)(run, block, group, number)
+            for name, weight in solved.items():
                 walk.replace(name, weight)
+            del solved
         run.count_forward(block, walk.flops)
         return run.commit(block, walk.finished())
 
 
 def _solve(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[str, Tensor]:
     """The new weights of a group, as the module stores them; everything else is gone when this returns."""
-    total = _summed(run, group, number, HessianSum)
+    total = _summed(run, block, group, number, HessianSum)
     with run.stage("hessian", number):
         hessian = total.finish()
     del total
+    return _solve_with(run, block, group.names, number, hessian)
+
+
+def _solve_experts(run: Run, block: BlockWork, group: ExpertInputs, number: int) -> dict[str, Tensor]:
+    """The same expert by expert, each with the Hessian of the tokens that were routed to it."""
+    run.ranks.alone("a mixture's experts")
+    new, cols = {}, run.skeleton.shape(f"{block.name}.{group.names[0]}")[1]
+    for names, hessian in expert_hessians(run, group, number, cols):
+        new |= _solve_with(run, block, names, number, hessian)
+    return new
+
+
+def _solve_with(run: Run, block: BlockWork, names: Sequence[str], number: int, hessian: Hessian) -> dict[str, Tensor]:
+    """Factor, correct, fit, solve and pack the linears ``names``, which share an input with this Hessian."""
     with run.stage("factor", number):
         factor = factorize(hessian.matrix, run.recipe.damping, run.recipe.act_order)
         correction = None
         if hessian.cross is not None and not factor.is_diagonal:
-            correction = Correction.of(hessian.matrix, hessian.cross, factor, block.rows(group.names))
+            correction = Correction.of(hessian.matrix, hessian.cross, factor, block.rows(names))
         hessian = replace(hessian, cross=None)
-    run.count_group(hessian, block.rows(group.names), correction is not None)
-    new = {}
-    for name in group.names:
+    run.count_group(hessian, block.rows(names), correction is not None)
+    solved: dict[str, LinearResult] = {}
+    for name in names[run.ranks.rank :: run.ranks.count]:
         with run.stage("factor", number):
             weight = block.weight(name).to(hessian.matrix.device, torch.float32).contiguous()
             target = correct(weight, correction, run.strength)
             del weight
-        result: LinearResult = solve_linear(target, factor, hessian.matrix, run.recipe.for_layer(f"{block.name}.{name}"), run.precision)
-        new[name] = block.keep(name, result, hessian, factor)
-    return new
+        solved[name] = solve_linear(target, factor, hessian.matrix, run.recipe.for_layer(f"{block.name}.{name}"), run.precision)
+    everyone = {name: result for part in run.ranks.all(solved) for name, result in part.items()}
+    return {name: block.keep(name, everyone[name], hessian, factor) for name in names}
 
 
 def _solve_lean(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[str, Tensor]:
     """The same for groups whose matrices hardly fit (wide.py)."""
-    total = _summed(run, group, number, WideSum)
+    run.ranks.alone("a group whose matrices hardly fit in memory")
+    total = _summed(run, block, group, number, WideSum)
     with run.stage("factor", number):
         wide = WideGroup(total, {name: block.weight(name) for name in group.names}, run.recipe, run.strength)
     run.count_group(wide.hessian, block.rows(group.names), group.paired)
@@ -149,15 +172,15 @@ def _solve_lean(run: Run, block: BlockWork, group: GroupInputs, number: int) -> 
     return new
 
 
-def _summed(run: Run, group: GroupInputs, number: int, kind: type[_Sum]) -> _Sum:
+def _summed(run: Run, block: BlockWork, group: GroupInputs, number: int, kind: type[_Sum]) -> _Sum:
     """H (and, with two streams, G) of the input that the group's linears share, batch by batch as the walk gives them."""
-    total = kind(run.skeleton.shape(f"{run.skeleton.block_name(0)}.{group.names[0]}")[1], run.algebra_device(number), cross=group.paired)
+    total = kind(run.skeleton.shape(f"{block.name}.{group.names[0]}")[1], run.algebra_device(number), cross=group.paired)
     pairs = iter(group)
     while True:
         with run.stage("calibrate"):
             original, quantized = next(pairs, (None, None))
         if quantized is None:
-            return total
+            return run.ranks.sum(total)
         with run.stage("hessian", number):
             if original is None:
                 total.add(quantized)

@@ -71,7 +71,7 @@ def prepare(
     check_output(final, path, overwrite)
     notices: list[str] = []
     if is_gguf(path):
-        identity = {"files": {path.name: {"sha256": _file_hash(path)}}}
+        identity = {"files": {path.name: {"sha256": file_hash(path)}}}
         journal = _open_journal(final, recipe, identity, windows, restart, state_dir)
         try:
             notices.append(f"{path.name}: dequantized before quantizing; the original of all comparisons is the dequantized model")
@@ -85,7 +85,7 @@ def prepare(
             raise
     else:
         checkpoint, skeleton, settled = open_model(path, recipe, device, remote)
-        side = {name: _file_hash(file) for name, file in checkpoint.side_files().items()}  # another tokenizer is another run
+        side = {name: file_hash(file) for name, file in checkpoint.side_files().items()}  # another tokenizer is another run
         journal = _open_journal(final, recipe, checkpoint.identity | {"side_files": side}, windows, restart, state_dir)
     tokens = recipe.samples * recipe.length if windows is None else windows.numel()
     _require_disk(journal, skeleton, settled, tokens)
@@ -152,7 +152,7 @@ def _refuse_mixture(recipe: Recipe, skeleton: Skeleton) -> None:
     if idle:
         raise RecipeError(f"'{min(idle)}' names no layer that is quantized", "layers", f"Names are such as {names[-1]}, or its end")
     for index in range(len(skeleton.blocks)):
-        for group in skeleton.architecture.groups:
+        for group in skeleton.groups(index):
             fused = [f"{skeleton.block_name(index)}.{name}" for name in group]
             schemes = {recipe.for_layer(name).scheme for name in fused}
             if len(schemes) > 1:
@@ -231,21 +231,22 @@ def _open_journal(
     identity = {
         "recipe": recipe.model_dump(),
         "source": source,
-        "windows": _windows_identity(recipe, windows),
+        "windows": windows_identity(recipe, windows),
         "version": __version__,
     }
     return Journal.beside(out, None if state_dir is None else Path(state_dir)).open(identity, restart)
 
 
-def _windows_identity(recipe: Recipe, windows: Tensor | None) -> str:
+def windows_identity(recipe: Recipe, windows: Tensor | None) -> str:
     """What the calibration is, known before it is read: the tokens' hash, the file's hash, or the corpus by name."""
     if windows is not None:
         return windows_hash(windows)
     path = Path(recipe.calibration)
-    return _file_hash(path) if path.is_file() else recipe.calibration
+    return file_hash(path) if path.is_file() else recipe.calibration
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """sha256 of a file, as hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -15,9 +15,11 @@ KINDS = {
     "nonfinite_tokens": "calibration tokens with NaN or infinite activations were left out",
     "dead_columns": "input columns that calibration never touched",
     "guarded_rows": "rows that fell behind min-max GPTQ and took another grid",
+    "starved_expert": "an expert saw fewer tokens than its linears have columns: its Hessian was blended with that of all experts",
+    "unseen_expert": "an expert saw no token: the Hessian of all experts' inputs was used instead",
     "memory": "memory ran out and something gave way: the same work in smaller pieces or on the CPU",
 }
-NOTES = frozenset({"dead_columns", "guarded_rows", "memory"})
+NOTES = frozenset({"dead_columns", "guarded_rows", "starved_expert", "memory"})
 
 
 @dataclass(frozen=True)

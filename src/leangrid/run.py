@@ -16,6 +16,7 @@ from leangrid.clock import Clock
 from leangrid.devices import DeviceClock, accelerated, checked, peak_bytes, release_cached, start_counting, to_host
 from leangrid.errors import Interrupted, LeangridError
 from leangrid.factor import Factor
+from leangrid.follower import prepare_all
 from leangrid.footprint import Demand, choose, footprint
 from leangrid.formats import FORMATS
 from leangrid.grids import Grid
@@ -26,9 +27,10 @@ from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import Calls, Streams, embed
 from leangrid.placement import Failed, Placement
 from leangrid.precision import products
-from leangrid.prepare import Prepared, calibration_windows, prepare
+from leangrid.prepare import Prepared, calibration_windows
 from leangrid.progress import Event, Progress
 from leangrid.publish import publish
+from leangrid.ranks import Ranks
 from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord
 from leangrid.report.sample import sample_of, sampled_layer
@@ -39,6 +41,7 @@ from leangrid.storage.journal import Journal
 from leangrid.storage.mapped import MappedTensors
 
 _TILE = 1 << 24  # weights dequantized at once
+_ALONE = Ranks()
 _PRODUCTS = ("calibrate", "hessian")
 
 
@@ -114,7 +117,9 @@ class Run:
         clock: Clock,
         progress: Progress | None,
         placement: Placement,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.prepared, self.journal, self.windows, self.device, self.clock = prepared, journal, windows, device, clock
         self.skeleton: Skeleton = prepared.skeleton
         self.recipe: Recipe = prepared.recipe
@@ -147,6 +152,7 @@ class Run:
         state_dir: str | Path | None,
         progress: Progress | None,
         placement: Placement | None = None,
+        ranks: Ranks = _ALONE,
     ) -> Iterator["Run"]:
         """Check everything that can be checked, lock the output, get the calibration windows.
 
@@ -156,13 +162,15 @@ class Run:
         clock = DeviceClock(checked(device))
         start_counting(device)
         with clock.stage("load"):
-            prepared = prepare(source, out, recipe, windows, device, overwrite, restart, state_dir, progress)
+            prepared = prepare_all(source, out, recipe, windows, device, overwrite, restart, state_dir, progress, ranks)
         journal = prepared.journal
         run = None
         try:
             with clock.stage("calibrate"):
-                tokens = calibration_windows(prepared, windows, progress)
-            run = cls(prepared, journal, tokens, device, clock, progress, placement or _placement(prepared, tokens, device))
+                tokens = ranks.from_first(calibration_windows(prepared, windows, progress) if ranks.first else None)
+            chosen: Placement = ranks.from_first(placement or _placement(prepared, tokens, device) if ranks.first else None)
+            ranks.own(tokens)  # refuses fewer windows than ranks, before any work
+            run = cls(prepared, journal, tokens, device, clock, progress if ranks.first else None, chosen, ranks)
             yield run
         except LeangridError as error:
             if error.exit_code == 2 and journal.is_fresh and not journal.committed():
@@ -182,7 +190,7 @@ class Run:
 
     def count_forward(self, block: BlockWork, done: float) -> None:
         """Count a walked block: each linear once a token and stream is what must be done."""
-        names = [name for group in self.skeleton.architecture.groups for name in group]
+        names = [name for group in self.skeleton.groups(block.index) for name in group]
         weights = sum(math.prod(self.skeleton.shape(f"{block.name}.{name}")) for name in names)
         streams = 2 if self.strength > 0 else 1
         self.clock.work.add("calibrate", streams * work.product(weights, 1, self.windows.numel()), done)
@@ -204,12 +212,16 @@ class Run:
         done = self.journal.committed()
         if done:
             self.tell("notice", done, message=f"resuming after block {done} of {len(self.skeleton.blocks)}")
-            state = self.journal.load_state(done, lambda x: self.keep(x.to(self.skeleton.compute_dtype)))
+            found = self.journal.load_state(done, lambda x: self.keep(x.to(self.skeleton.compute_dtype))) if self.ranks.first else None
+            state = self.ranks.from_first(found)
             if state is None:
                 raise Interrupted("the hidden states of the unfinished run were lost", self.journal.partial, "Run the same command again")
-            return Streams.from_tensors(state)
+            streams = Streams.from_tensors(state)
+            self.ranks.keep_own(streams)
+            return streams
+        batches = self.ranks.own(self.windows).split(self.placement.windows)
         with self.stage("calibrate"):
-            hidden, self.calls = embed(self.skeleton, self.windows.split(self.placement.windows), self.device, self.keep)
+            hidden, self.calls = embed(self.skeleton, batches, self.device, self.keep)
         return Streams(hidden, list(hidden) if self.strength > 0 else None)
 
     def place(self, streams: Streams) -> None:
@@ -234,7 +246,7 @@ class Run:
         """After block ``index`` ran out of memory: one step down the ladder, said and recorded. Interrupted at its end."""
         gc.collect()
         release_cached(self.device)
-        step = self.placement.thriftier(*self.at, len(self.skeleton.architecture.groups), accelerated(self.device))
+        step = self.placement.thriftier(*self.at, len(self.skeleton.groups(index)), accelerated(self.device))
         if step is None:
             needed = footprint(
                 Demand.of(self.skeleton, self.recipe, self.windows.shape[0], self.windows.shape[1], self.device), self.placement
@@ -273,6 +285,9 @@ class Run:
 
     def commit(self, block: BlockWork, streams: Streams) -> Streams:
         """Make the block durable, then the streams that leave it; return them."""
+        whole = self.ranks.whole(streams)
+        if not self.ranks.first:
+            return streams
         with self.clock.stage("save"):
             quantized = {f"{r.name}.weight" for r in block.records}
             rest = [n for n in self.skeleton.parameter_names() if n.startswith(f"{block.name}.") and n not in quantized]
@@ -294,7 +309,7 @@ class Run:
             self.steps = []
             self.journal.commit_block(block.index, tensors, info)
             if block.index + 1 < len(self.skeleton.blocks):
-                self.journal.save_state(block.index + 1, streams.tensors())
+                self.journal.save_state(block.index + 1, whole.tensors())
         self.tell("block", block.index, loss=sum(record.loss for record in block.records))
         return streams
 

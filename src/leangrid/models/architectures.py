@@ -8,6 +8,8 @@ To add an architecture, add its row here and a tiny model of it in tests/tiny_mo
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from leangrid.errors import ArchitectureError
 
 Groups = tuple[tuple[str, ...], ...]
@@ -22,12 +24,27 @@ class Architecture:
         groups: linears of a block by shared input, in the order of the forward pass; paths from the block.
         kind: "decoder" (causal, has perplexity) or "encoder".
         layer: "linear" (nn.Linear, weight [out, in]) or "conv1d" (GPT-2's transposed twin).
+        sparse: a mixture of experts; ``*`` in a name is every expert, and blocks differ: names that a block lacks are left out.
     """
 
     blocks: str
     groups: Groups
     kind: Literal["decoder", "encoder"] = "decoder"
     layer: Literal["linear", "conv1d"] = "linear"
+    sparse: bool = False
+
+    def groups_of(self, block: nn.Module) -> Groups:
+        """The groups of one block. All linears that read the experts' inputs at one point make one group (walk.py, experts.py)."""
+        if not self.sparse:
+            return self.groups
+        there = {name for name, _ in block.named_modules()}
+        found = []
+        for names in self.groups:
+            mixture = names[0].partition(".*.")[0]
+            experts = range(sum(name.rpartition(".")[0] == mixture and name.rpartition(".")[2].isdigit() for name in there))
+            every = [name.replace("*", str(e)) for e in experts for name in names] if "*" in names[0] else names
+            found.append(tuple(name for name in every if name in there))
+        return tuple(names for names in found if names)
 
 
 _LLAMA: Groups = (
@@ -50,6 +67,27 @@ _BERT: Groups = (
     ("intermediate.dense",),
     ("output.dense",),
 )
+_ATTENTION = _LLAMA[:2]
+_DENSE = _LLAMA[2:]  # of the blocks without experts
+_EXPERTS: Groups = (("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), ("mlp.experts.*.down_proj",))
+_MIXTRAL: Groups = (
+    ("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"),
+    ("block_sparse_moe.experts.*.w2",),
+)
+_DEEPSEEK_ATTENTION: Groups = (
+    ("self_attn.q_a_proj",),
+    ("self_attn.q_b_proj",),
+    ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"),  # q_proj instead of the two where queries are not compressed
+    ("self_attn.kv_b_proj",),
+    ("self_attn.o_proj",),
+)
+
+
+def _shared(name: str) -> Groups:
+    return (f"mlp.{name}.gate_proj", f"mlp.{name}.up_proj"), (f"mlp.{name}.down_proj",)
+
+
+_DEEPSEEK = Architecture("layers", (*_DEEPSEEK_ATTENTION, *_DENSE, *_EXPERTS, *_shared("shared_experts")), sparse=True)
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("layers", _LLAMA),
@@ -58,6 +96,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture("layers", _LLAMA),
     "gemma2": Architecture("layers", _LLAMA),
     "gemma3_text": Architecture("layers", _LLAMA),
+    "mixtral": Architecture("layers", (*_ATTENTION, *_MIXTRAL), sparse=True),
+    "qwen2_moe": Architecture("layers", (*_ATTENTION, *_DENSE, *_shared("shared_expert"), *_EXPERTS), sparse=True),
+    "qwen3_moe": Architecture("layers", (*_ATTENTION, *_DENSE, *_EXPERTS), sparse=True),
+    "olmoe": Architecture("layers", (*_ATTENTION, *_EXPERTS), sparse=True),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
     "phi3": Architecture("layers", _PHI3),
     "opt": Architecture("decoder.layers", _OPT),
     "gpt2": Architecture("h", _GPT2, layer="conv1d"),

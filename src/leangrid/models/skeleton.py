@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from leangrid.errors import ArchitectureError, CheckpointError
-from leangrid.models.architectures import Architecture, architecture_of
+from leangrid.models.architectures import Architecture, Groups, architecture_of
+from leangrid.models.experts import separate
 from leangrid.storage.safetensors import TensorInfo
 
 # Names that old checkpoints use for today's parameters.
@@ -83,9 +84,28 @@ class Skeleton:
         """Path of the list of blocks with a final dot, e.g. ``model.layers.``."""
         return f"{self._base_dot}{self.architecture.blocks}."
 
+    def groups(self, index: int) -> Groups:
+        """The linears of block ``index`` by shared input, from the block."""
+        return self.architecture.groups_of(self.blocks[index])
+
+    def four_groups(self) -> list[list[tuple[int, int]]]:
+        """Shapes of the linears into attention, out of it, into the MLP and out of it, for the block with the most weights.
+
+        Where a block has more groups (compressed queries, experts, shared experts) each is counted with the one it runs beside.
+        """
+        if not self.architecture.sparse:
+            return [[self.shape(f"{self.block_name(0)}.{name}") for name in names] for names in self.architecture.groups]
+        largest = max(range(len(self.blocks)), key=lambda index: sum(p.numel() for p in self.blocks[index].parameters()))
+        parts: list[list[tuple[int, int]]] = [[], [], [], []]
+        for name in (name for names in self.groups(largest) for name in names):
+            leaf = name.rpartition(".")[2]
+            place = (1 if leaf == "o_proj" else 0) if name.startswith("self_attn.") else 3 if leaf in ("down_proj", "w2") else 2
+            parts[place].append(self.shape(f"{self.block_name(largest)}.{name}"))
+        return parts
+
     def linear_names(self, index: int) -> list[str]:
         """Full paths of the linears of block ``index`` that are quantized, in the order of the groups."""
-        return [f"{self.block_name(index)}.{name}" for group in self.architecture.groups for name in group]
+        return [f"{self.block_name(index)}.{name}" for group in self.groups(index) for name in group]
 
     def shape(self, linear: str) -> tuple[int, int]:
         """(rows, cols) = (out_features, in_features) of a linear."""
@@ -232,6 +252,8 @@ def _empty_model(config: PreTrainedConfig, architecture: Architecture) -> PreTra
         # Parameters stay empty; buffers (rotary tables, position ids) are small and computed for real.
         with init_empty_weights(include_buffers=False), _NothingAllocated():
             model = model_class(config)
+            if architecture.sparse:
+                separate(model, config.model_type == "mixtral")
     except MemoryError:
         raise
     except Exception as error:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from leangrid.devices import to_host
 from leangrid.errors import ArchitectureError, CalibrationError
+from leangrid.models import experts
 from leangrid.models.architectures import Groups
 from leangrid.models.skeleton import Skeleton
 from leangrid.work import product
@@ -144,7 +145,7 @@ class _Pass(greenlet):
     """One batch's forward pass, and the group at which it stands."""
 
     group: int = -1
-    input: Tensor | None = None
+    input: Any = None  # a tensor, or a list of one an expert
 
 
 @dataclass
@@ -162,13 +163,31 @@ class GroupInputs:
         return self.read()
 
 
+@dataclass
+class ExpertInputs:
+    """What the experts' linears of one stage read: iterating gives, batch by batch, one tensor [tokens, cols] an expert.
+
+    Which tokens an expert sees differs between the streams; these are the quantized stream's, as when the result is served.
+
+    Attributes:
+        names: all linears of the group, as for GroupInputs. experts: the same, an expert at a time.
+    """
+
+    names: tuple[str, ...]
+    experts: tuple[tuple[str, ...], ...]
+    read: Callable[[], Iterator[tuple[Any, Any]]]
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return (ours for _, ours in self.read())
+
+
 class BlockWalk:
     """Walks both streams through one block.
 
-    Iterating yields a GroupInputs for each group, in order; read it before ``replace`` is called for each of its linears,
-    and both before the next step. Afterwards ``finished`` gives the streams that enter the next block. With ``replay`` and
-    ``park`` new weights wait on the host between groups. ``take`` gives a batch of hidden states on the block's device when
-    its pass begins, ``keep`` what to hold of one that leaves the block.
+    Iterating yields a GroupInputs (ExpertInputs where experts are routed to) for each group, in order; read it before
+    ``replace`` is called for each of its linears, and both before the next step. Afterwards ``finished`` gives the streams
+    that enter the next block. With ``replay`` and ``park`` new weights wait on the host between groups. ``take`` gives a
+    batch of hidden states on the block's device when its pass begins, ``keep`` what to hold of one that leaves the block.
 
     Raises:
         CalibrationError: a group saw no tokens (its linears were never called).
@@ -205,25 +224,41 @@ class BlockWalk:
             raise RuntimeError("the walk has not reached the end of its block")
         return self._outputs
 
-    def __iter__(self) -> Iterator[GroupInputs]:
+    def __iter__(self) -> Iterator[GroupInputs | ExpertInputs]:
+        mixtures = [experts.of_group(self._block, names) for names in self._groups]
         hooks = [
             self._block.get_submodule(name).register_forward_pre_hook(self._pause_at(group, name))
             for group, names in enumerate(self._groups)
+            if mixtures[group] is None
             for name in names
         ]
+        for first, mixture in enumerate(mixtures):
+            if mixture is not None and mixture[2] == 0:
+                mixture[1].stop = self._pause_experts(first)
         try:
             yield from self._replayed() if self._replay else self._paused()
         finally:
             for hook in hooks:
                 hook.remove()
+            for mixture in mixtures:
+                if mixture is not None:
+                    mixture[1].stop = None
 
-    def _paused(self) -> Iterator[GroupInputs]:
+    def _inputs(self, group: int, paired: bool, read: Callable[[], Iterator[tuple[Any, Any]]]) -> GroupInputs | ExpertInputs:
+        mixture = experts.of_group(self._block, self._groups[group])
+        if mixture is None:
+            return GroupInputs(self._groups[group], paired, read)
+        path, module, stage = mixture
+        each = tuple(tuple(f"{path}.{name}" for name in names) for names in module.stage(stage))
+        return ExpertInputs(self._groups[group], each, read)
+
+    def _paused(self) -> Iterator[GroupInputs | ExpertInputs]:
         quantized = [self._start(x) for x in self._streams.quantized]
         original = None if self._streams.original is None else [self._start(x) for x in self._streams.original]
         try:
             reached = self._together(original, quantized, 0)
-            for group, names in enumerate(self._groups):
-                yield GroupInputs(names, original is not None, lambda held=reached: iter(held))
+            for group in range(len(self._groups)):
+                yield self._inputs(group, original is not None, lambda held=reached: iter(held))
                 reached.clear()  # whoever still holds the group must not keep its inputs alive while the next one grows
                 reached = self._together(original, quantized, group + 1)
         finally:
@@ -231,17 +266,17 @@ class BlockWalk:
                 _end(one)
         self._outputs = Streams([q for _, q in reached], None if original is None else [o for o, _ in reached if o is not None])
 
-    def _together(self, original: list[_Pass] | None, quantized: list[_Pass], group: int) -> list[tuple[Tensor | None, Tensor]]:
+    def _together(self, original: list[_Pass] | None, quantized: list[_Pass], group: int) -> list[tuple[Any, Any]]:
         """Let the original stream run to ``group`` with the weights that are there, then the other one with the new ones."""
         originals = [None] * len(quantized) if original is None else [self._resume(p, group) for p in original]
         self._set(self._replacements)
         self._replacements.clear()
         return list(zip(originals, [self._resume(p, group) for p in quantized], strict=True))
 
-    def _replayed(self) -> Iterator[GroupInputs]:
+    def _replayed(self) -> Iterator[GroupInputs | ExpertInputs]:
         paired = self._streams.original is not None
-        for group, names in enumerate(self._groups):
-            yield GroupInputs(names, paired, lambda group=group: self._pairs(group))
+        for group in range(len(self._groups)):
+            yield self._inputs(group, paired, lambda group=group: self._pairs(group))
             if not paired:  # no stream needs the original weights any more
                 self._set({name: weight.to(self._device) for name, weight in self._replacements.items()})
                 self._replacements.clear()
@@ -252,7 +287,7 @@ class BlockWalk:
             original += [] if theirs is None else [theirs]
         self._outputs = Streams(quantized, original if paired else None)
 
-    def _pairs(self, group: int) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def _pairs(self, group: int) -> Iterator[tuple[Any, Any]]:
         """Run batch after batch from the block's input to ``group``."""
         before = {name: self._block.get_submodule(name).weight.data for name in self._replacements}
         new = {name: weight.to(self._device, non_blocking=True) for name, weight in self._replacements.items()}
@@ -264,7 +299,7 @@ class BlockWalk:
         finally:
             self._set(before)
 
-    def _once(self, hidden: Tensor, group: int, weights: Mapping[str, Any]) -> Tensor:
+    def _once(self, hidden: Tensor, group: int, weights: Mapping[str, Any]) -> Any:
         """What a fresh pass with ``weights`` holds at ``group``; its other activations are gone when this returns."""
         self._set(weights)
         once = self._start(hidden)
@@ -289,7 +324,7 @@ class BlockWalk:
 
         return _Pass(forward)
 
-    def _resume(self, one: _Pass, group: int) -> Tensor:
+    def _resume(self, one: _Pass, group: int) -> Any:
         """Let a pass run to ``group`` (or to its end, one past the last group); return what it holds there."""
         reached = one.switch()
         at_end = group == len(self._groups)
@@ -306,6 +341,24 @@ class BlockWalk:
                 "The architecture's row does not fit this model",
             )
         return reached
+
+    def _pause_experts(self, first: int) -> Callable[[int, list[Tensor]], None]:
+        """What an Experts module calls before a stage: its stages are the groups ``first`` and the one after."""
+
+        def stop(stage: int, inputs: list[Tensor]) -> None:
+            current = getcurrent()
+            if not isinstance(current, _Pass):
+                return
+            current.group, current.input = first + stage, inputs
+            current.parent.switch(inputs)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
+            mixture = experts.of_group(self._block, self._groups[first + stage])
+            if mixture is not None:
+                for names, x in zip(mixture[1].stage(stage), inputs, strict=True):
+                    shapes = [mixture[1].get_parameter(f"{name}.weight").shape for name in names]
+                    self.flops += sum(product(rows, cols, len(x)) for rows, cols in shapes)
+            current.input = None
+
+        return stop
 
     def _pause_at(self, group: int, name: str) -> Any:
         """A forward pre-hook: the first linear of ``group`` that is called stops its pass; the others must read the same input."""
