@@ -7,7 +7,10 @@ import time
 import traceback
 from collections.abc import Callable
 
+import torch
+
 from leangrid.errors import OutputError
+from leangrid.storage import failpoints
 
 
 def status_of(job: Callable[[], object], failpoint: str | None = None, delay: float | None = None) -> int:
@@ -20,6 +23,8 @@ def status_of(job: Callable[[], object], failpoint: str | None = None, delay: fl
     if pid == 0:
         status = 70
         try:
+            torch.set_num_threads(1)  # the parent's other threads do not exist here: waiting for one would never end
+            failpoints.reset()  # earlier tests of this process may have passed some
             if failpoint:
                 os.environ["LEANGRID_FAILPOINT"] = failpoint
             job()
