@@ -149,9 +149,9 @@ def compared(ours: Ours, theirs: dict[str, Any], logits: torch.Tensor | None) ->
     if said != expected:
         place = next((i for i, pair in enumerate(zip(said, expected, strict=False)) if pair[0] != pair[1]), min(len(said), len(expected)))
         found["first_difference"] = place
-        if place < len(said) and place < len(expected):
-            row = ours.steps[place]
-            found["margin"] = float(row[expected[place]] - row[said[place]])
+        chosen, other = (tokens[place : place + 1] or list(ours.ends) for tokens in (expected, said))  # one may end the text here
+        if chosen and other:
+            found["margin"] = float(ours.steps[place, chosen].max() - ours.steps[place, other].max())
     return found
 
 

@@ -52,6 +52,13 @@ def test_what_follows_the_end_of_a_text_does_not_count(interop: Any) -> None:
     assert interop.verdict(short | {"dtype": "float32"}, interop.KNOWN["vllm"]) == "differs"
 
 
+def test_a_text_that_ends_in_one_of_them_has_a_margin_too(interop: Any) -> None:
+    goes_on = interop.compared(ours(interop, [3, 1, 1], ends=(2,)), {"tokens": [3, 2]}, None)
+    assert goes_on["first_difference"] == 1 and goes_on["margin"] == 1.0
+    stopped = interop.compared(ours(interop, [3, 2, 1], ends=(2,)), {"tokens": [3, 0, 1]}, None)
+    assert stopped["first_difference"] == 1 and stopped["margin"] == 1.0
+
+
 def test_every_engine_has_its_packages_and_its_runner(interop: Any) -> None:
     from leangrid.export import targets
     from leangrid.recipe import Scheme
