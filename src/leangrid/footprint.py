@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 
 from leangrid import kernels
 from leangrid.devices import accelerated, available_bytes
+from leangrid.evaluate.perplexity import CHUNK
+from leangrid.gate import LENGTH, WINDOWS
 from leangrid.models.skeleton import Skeleton
 from leangrid.placement import Placement
 from leangrid.precision import compute_dtype
@@ -79,6 +81,7 @@ class Demand:
     refined: bool = True
     group_size: int = 0  # columns of an affine grid; 0: whole rows
     levels: int = 0  # of a non-uniform grid
+    head: bool = True  # the quality gate compares logits; an encoder's states
     tiled: bool = False  # Hessians take 16-bit inputs as they are: no copy in float32
 
     @classmethod
@@ -95,7 +98,7 @@ class Demand:
         return cls(tuple(groups), hidden, vocabulary, samples, length, 2 if recipe.correct else 1, itemsize, skeleton.dtype.itemsize,
                    weights * (bits + 1) // 8, accelerated(device), bool(recipe.refine),
                    group_size, recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0,
-                   kernels.outer_takes_bfloat16(device))  # fmt: skip
+                   skeleton.architecture.kind != "encoder", kernels.outer_takes_bfloat16(device))  # fmt: skip
 
     @property
     def tokens(self) -> int:
@@ -166,7 +169,21 @@ def footprint(work: Demand, placement: Placement) -> Footprint:
         for phase, parts in _algebra(work, placement, group).items():
             result.phases[f"{phase} {number}"] = waiting | parts
     result.phases["forward out"] = base | _moving(work, placement, len(work.groups), tokens)
+    if work.head and not work.accelerated:
+        result.phases["check"] = _check(work)
     return result
+
+
+def _check(work: Demand) -> dict[str, int]:
+    """The quality gate at its end: the head's table as it is read and as it computes, logits of its windows and of one more, a few
+    chunks in float32. On a device the logits wait in host memory, and a block there is larger than the table."""
+    window = min(work.length, LENGTH) * work.vocabulary
+    table = work.vocabulary * work.hidden * (work.itemsize + work.stored_itemsize)
+    return {
+        "table": table,
+        "logits": (min(work.samples, WINDOWS) + 1) * window * work.itemsize,
+        "chunks": 5 * min(window, CHUNK * work.vocabulary) * _F32,
+    }
 
 
 def _waiting(work: Demand, placement: Placement, number: int) -> dict[str, int]:

@@ -20,7 +20,7 @@ from leangrid.devices import accelerated, out_of_memory, release_cached
 from leangrid.errors import CheckpointError, Interrupted, LeangridError, first_line
 from leangrid.evaluate.divergence import divergence
 from leangrid.evaluate.embedding import cosine_distance
-from leangrid.evaluate.perplexity import negative_log_likelihood, perplexity
+from leangrid.evaluate.perplexity import CHUNK, negative_log_likelihood, perplexity
 from leangrid.formats import CONFIG_KEYS, format_of, schemes_of
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import embed
@@ -181,7 +181,9 @@ def _distance(original: Skeleton, result: Skeleton, ids: Tensor, theirs: list[Te
     reference = list(_logits(original, ids, theirs, device))
     compared, surprises = [], []
     for one, other, window in zip(reference, _logits(result, ids, ours, device), ids.cpu(), strict=True):
-        compared.append(divergence(torch.log_softmax(one[:-1].float(), -1), other))
+        for start in range(0, len(window) - 1, CHUNK):
+            part = slice(start, min(start + CHUNK, len(window) - 1))
+            compared.append(divergence(torch.log_softmax(one[part].float(), -1), other[start:]))
         surprises.append([negative_log_likelihood(logits, window) for logits in (other, one)])
     perplexities = [_rounded(perplexity(torch.cat(parts))) for parts in zip(*surprises, strict=True)]
     return {
@@ -194,7 +196,7 @@ def _distance(original: Skeleton, result: Skeleton, ids: Tensor, theirs: list[Te
 
 
 def _logits(skeleton: Skeleton, ids: Tensor, hidden: list[Tensor], device: str) -> Iterator[Float[Tensor, "length vocab"]]:
-    """The rest of the model after its blocks, window by window: they hand ``hidden`` on, whatever comes in."""
+    """The rest of the model after its blocks, window by window, in its dtype: they hand ``hidden`` on, whatever comes in."""
     with skeleton.without_blocks(device, head=True) as model:
         for window, states in zip(ids.split(1), hidden, strict=True):
             for block in skeleton.blocks:
@@ -204,7 +206,7 @@ def _logits(skeleton: Skeleton, ids: Tensor, hidden: list[Tensor], device: str) 
             finally:
                 for block in skeleton.blocks:
                     del block.forward
-            yield output.logits[0].float().cpu()
+            yield output.logits[0].cpu()
 
 
 def _rounded(value: float) -> float | None:

@@ -185,6 +185,7 @@ def calibration_windows(prepared: Prepared, given: Tensor | None, progress: Prog
         tokens = _checked(given, rows, positions)
     else:
         tokens = corpus_windows(recipe, tokenizer, _sampler(prepared, progress), vocab_rows=rows, max_positions=positions)
+        memory.return_free()  # a corpus of tokens with their places in the text is large, and gone now
     journal.save_named("windows", {"windows": tokens})
     if tokenizer is not None and progress is not None:
         for doubt in doubts(tokenizer, prepared.checkpoint.config, rows):
