@@ -6,6 +6,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from leangrid.cli import app
+from leangrid.errors import LeangridError
 from leangrid.storage import failpoints
 
 
@@ -51,12 +53,23 @@ def start(rank: int, count: int, port: int, job: Callable[[], object], said: Pat
         status = 0
     except SystemExit as ended:
         status = int(ended.code or 0)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
 
-def run(count: int, job: Callable[[int], object], failing: Mapping[int, str] | None = None, within: float = 60) -> list[Ended]:
-    """``job(rank)`` on every rank, some with a failpoint; AssertionError where one is still there after ``within`` seconds."""
+def run(
+    count: int,
+    job: Callable[[int], object],
+    failing: Mapping[int, str] | None = None,
+    kill: tuple[int, Callable[[], bool]] | None = None,
+    within: float = 60,
+) -> list[Ended]:
+    """``job(rank)`` on every rank, some with a failpoint, one killed as soon as its condition holds.
+
+    AssertionError where a rank is still there after ``within`` seconds.
+    """
     failing, port = failing or {}, free_port()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, str(rank)) for rank in range(count)]
@@ -65,10 +78,12 @@ def run(count: int, job: Callable[[int], object], failing: Mapping[int, str] | N
             start(rank, count, port, lambda rank=rank: job(rank), files[rank], failing.get(rank)): rank for rank in reversed(range(count))
         }
         ended: dict[int, int] = {}
-        deadline = time.monotonic() + within
+        began = time.monotonic()
         try:
-            while left and time.monotonic() < deadline:
+            while left and time.monotonic() < began + within:
                 for pid in list(left):
+                    if kill is not None and left[pid] == kill[0] and kill[1]():
+                        os.kill(pid, signal.SIGKILL)
                     found, status = os.waitpid(pid, os.WNOHANG)
                     if found:
                         ended[left.pop(pid)] = os.waitstatus_to_exitcode(status)
@@ -81,6 +96,19 @@ def run(count: int, job: Callable[[int], object], failing: Mapping[int, str] | N
         results = [Ended(ended.get(rank, -9), file.read_text() if file.exists() else "") for rank, file in enumerate(files)]
     assert not stuck, f"ranks {stuck} did not end: {results}"
     return results
+
+
+def as_command(job: Callable[[int], object]) -> Callable[[int], object]:
+    """``job`` that ends as the command line does, for what no option asks for: a LeangridError's sentence and exit code."""
+
+    def ending(rank: int) -> object:
+        try:
+            return job(rank)
+        except LeangridError as error:
+            print(f"error: {error}")
+            raise SystemExit(error.exit_code) from None
+
+    return ending
 
 
 def command(*words: Any) -> Callable[[int], object]:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import forked_ranks
 import tiny_models
-from forked_ranks import Ended, command
+from forked_ranks import Ended, as_command, command
 from leangrid import ranks as ranks_module
+from leangrid.errors import LeangridError
 from leangrid.pipeline import quantize
 from leangrid.placement import Placement
 from leangrid.recipe import Recipe
@@ -228,16 +229,9 @@ def test_ranks_that_disagree_on_a_file_or_a_version_refuse(tmp_path: Path, chang
 
 
 def python(source: Path, out: Path, **arguments: Any) -> Callable[[int], object]:
-    """The same from Python, for what no option asks for."""
-
-    def job(rank: int) -> object:
-        try:
-            return quantize(source, out, Recipe(scheme="W4A16_G32"), **{name: value[rank] for name, value in arguments.items()})
-        except ranks_module.LeangridError as error:
-            print(f"error: {error}")
-            raise SystemExit(error.exit_code) from None
-
-    return job
+    """The same from Python; of each argument the rank's own value."""
+    recipe = Recipe(scheme="W4A16_G32")
+    return as_command(lambda rank: quantize(source, out, recipe, **{name: value[rank] for name, value in arguments.items()}))
 
 
 @pytest.mark.fault("R5")
@@ -304,7 +298,7 @@ def test_an_address_in_use_is_named(source: Path, tmp_path: Path, monkeypatch: p
 def test_a_world_without_a_rank_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ranks_module.LeangridError, match="RANK"):
+    with pytest.raises(LeangridError, match="RANK"):
         quantize(source, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
