@@ -97,6 +97,7 @@ def summary(runs: list[list[dict[str, Any]]], outs: list[Path], first: tuple[flo
         "seconds": used[0]["seconds"],
         "every_seconds": [ranks[0]["used"]["seconds"] for ranks in runs],
         "cpu_seconds": [rank["cpu_seconds"] for rank in used],
+        "busiest_cpu_seconds": max(rank["cpu_seconds"] for rank in used),
         "stages": result["seconds"],
         "peak_ram_bytes": [rank["peak_ram_bytes"] for rank in used],
         "largest_peak_bytes": max(rank["peak_ram_bytes"] for rank in used),
