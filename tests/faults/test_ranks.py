@@ -253,15 +253,13 @@ def test_fewer_windows_than_ranks_are_refused(source: Path, tmp_path: Path) -> N
     refused(together(source, tmp_path / "out", 2, "--samples", "1"), "1 calibration windows for 2 ranks", tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
 def test_mixtures_of_experts_are_refused(tmp_path: Path, name: str) -> None:
     source = tiny_models.save(name, tmp_path / "mixture")
     sentence = "a mixture of experts: 2 ranks do not handle this (torchrun). Use one process"
     refused(together(source, tmp_path / "out", 2), sentence, tmp_path)
 
 
-@pytest.mark.slow
 def test_the_thrifty_algebra_is_refused(source: Path, tmp_path: Path) -> None:
     lean = Placement(2, replay=True, host_streams=True, lean=True)
     job = python(source, tmp_path / "out", windows=[tiny_models.tokens(4, 32)] * 2, placement=[lean] * 2)
