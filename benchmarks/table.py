@@ -30,7 +30,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/performance.md", "docs/choosing.md", "docs/tasks.md", "docs/scale.md", "experiments/README.md")
+PAGES = (
+    "README.md",
+    "docs/performance.md",
+    "docs/choosing.md",
+    "docs/tasks.md",
+    "docs/scale.md",
+    "docs/distributed.md",
+    "experiments/README.md",
+)
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(
     r"(?P<open><!-- (?P<kind>table|pivot)(?P<planned>\??): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)", re.DOTALL

@@ -11,7 +11,7 @@ from leangrid.prepare import Prepared, file_hash, open_model, prepare, windows_i
 from leangrid.progress import Progress
 from leangrid.ranks import Ranks
 from leangrid.recipe import Recipe
-from leangrid.storage.hub import locate_source
+from leangrid.storage.hub import STREAM, locate_source
 from leangrid.storage.journal import Journal
 from leangrid.storage.source import open_source
 
@@ -19,8 +19,8 @@ from leangrid.storage.source import open_source
 class Follower(Journal):
     """What rank 0's journal held at the start; it writes nothing."""
 
-    def __init__(self, partial: Path, done: int) -> None:
-        super().__init__(partial)
+    def __init__(self, partial: Path, state_dir: Path | None, done: int) -> None:
+        super().__init__(partial, state_dir)
         self._done = done
 
     def committed(self) -> int:
@@ -53,6 +53,8 @@ def prepare_all(
         LeangridError: the ranks differ in recipe, source, calibration or version.
     """
     if ranks.count > 1:
+        if str(source).startswith(STREAM):
+            ranks.alone("a model that stays on the hub")
         path = locate_source(str(source))
         identity = file_hash(path) if is_gguf(path) else json.dumps(open_source(path).identity, sort_keys=True, default=str)
         ranks.agree(recipe=recipe.model_dump_json(), source=identity, calibration=windows_identity(recipe, windows), output=str(Path(out)))
@@ -66,8 +68,9 @@ def prepare_all(
         if prepared is not None:
             return prepared
         directory, settled, partial, done = told
+        follower = Follower(partial, None if state_dir is None else Path(state_dir), done)
         checkpoint, skeleton, settled = open_model(directory, settled, device)
-        return Prepared(str(source), Path(out), checkpoint, skeleton, settled, Follower(partial, done), overwrite, [])
+        return Prepared(str(source), Path(out), checkpoint, skeleton, settled, follower, overwrite, [])
     except BaseException:
         if prepared is not None:
             prepared.journal.close()

@@ -94,7 +94,7 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
             run.place(streams)
             return _quantize_block(run, index, streams)
         except RuntimeError as error:
-            if run.ranks.count > 1 or not out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         run.give_way(index)  # after the except: an error holds on to every tensor of the attempt
 
@@ -131,7 +131,6 @@ def _solve(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[
 
 def _solve_experts(run: Run, block: BlockWork, group: ExpertInputs, number: int) -> dict[str, Tensor]:
     """The same expert by expert, each with the Hessian of the tokens that were routed to it."""
-    run.ranks.alone("a mixture's experts")
     new, cols = {}, run.skeleton.shape(f"{block.name}.{group.names[0]}")[1]
     for names, hessian in expert_hessians(run, group, number, cols):
         new |= _solve_with(run, block, names, number, hessian)
@@ -160,7 +159,6 @@ def _solve_with(run: Run, block: BlockWork, names: Sequence[str], number: int, h
 
 def _solve_lean(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[str, Tensor]:
     """The same for groups whose matrices hardly fit (wide.py)."""
-    run.ranks.alone("a group whose matrices hardly fit in memory")
     total = _summed(run, block, group, number, WideSum)
     with run.stage("factor", number):
         wide = WideGroup(total, {name: block.weight(name) for name in group.names}, run.recipe, run.strength)

@@ -97,7 +97,9 @@ def _determinism(infos: list[dict[str, Any]]) -> dict[str, Any]:
 
     ``scope`` is what has to be the same for that; ``except`` the files that hold seconds.
     """
-    scope: dict[str, Any] = {name: sorted({str(info[name]) for info in infos}) for name in ("device", "threads", "kernels", "products")}
+    scope: dict[str, Any] = {
+        name: sorted({str(info[name]) for info in infos}) for name in ("device", "threads", "ranks", "kernels", "products")
+    }
     alike = all(len(values) == 1 for values in scope.values()) and len({json.dumps(i.get("placement"), sort_keys=True) for i in infos}) == 1
     scope |= {"processor": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "leangrid": __version__}
     return {"claim": "same bytes" if alike else "tolerance", "scope": scope, "except": sorted(TIMED)}

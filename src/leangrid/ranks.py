@@ -1,38 +1,52 @@
 """Several processes for one run, started by torchrun: who they are, and the few things they say to each other.
 
 Calibration windows are split; partial sums meet on rank 0, which adds them in the order of ranks, a panel at a time; the linears
-of a group are split and their results shared. All goes through gloo in host memory. Rank 0 alone touches the output.
+of a group are split and their results shared. Everything goes through rank 0, from one rank to one other, by gloo in host memory: so
+that whoever loses another knows which. Rank 0 alone touches the output.
 """
 
 import json
 import os
-from collections.abc import Iterator
+import re
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from leangrid._version import __version__
-from leangrid.devices import checked
+from leangrid.devices import checked, out_of_memory
 from leangrid.errors import Interrupted, LeangridError, first_line
 from leangrid.hessian import HessianSum
 from leangrid.models.walk import Streams
+from leangrid.storage.failpoints import failpoint
 
 _Sum = TypeVar("_Sum", bound=HessianSum)
-_TIMEOUT = timedelta(hours=1)  # a rank that is gone is noticed at once, by its closed connection; this is for one that hangs
-_START = timedelta(minutes=2)
+# A rank that dies closes its connections and is noticed at once; these are for one that hangs. Rank 0 waits for a part of the work that
+# it shares, the others for all that rank 0 does alone: drawing the calibration text, writing and judging the result.
+_FOR_OTHERS, _FOR_FIRST = timedelta(hours=1), timedelta(days=1)
+_START, _READ = timedelta(minutes=2), timedelta(seconds=5)
+_MOMENT = 0.5  # seconds
 _PANEL = 1 << 22  # numbers sent at once
-_OF_THE_EXCHANGE = ("gloo", "Connection", "Broken pipe", "Timed out", "timed out")  # in what torch says when another rank is lost
 
 
 class Ranks:
-    """This process among ``count``; with one, every call gives back what it was given."""
+    """This process among ``count``; with one, every call gives back what it was given.
 
-    def __init__(self, rank: int = 0, count: int = 1) -> None:
+    Calls that exchange something raise what ended another rank, as "rank 1: ...", with its exit code; Interrupted where it is gone.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, store: Any = None) -> None:
         self.rank, self.count = rank, count
+        self._others = range(1, count)  # of rank 0
+        self._store: Any = store  # torch's, where the first error is kept
+        self._gone: set[int] = set()
 
     @property
     def first(self) -> bool:
@@ -55,15 +69,20 @@ class Ranks:
         """``total`` with the tokens of all ranks: rank 0 adds 0, 1, 2, ... and everyone gets its bits."""
         if self.count == 1:
             return total
+        failpoint("ranks.sum")
         for part in total.parts():
             for panel in part.view(-1).split(_PANEL):
                 host = panel.cpu()
-                pieces = [torch.empty_like(host) for _ in range(self.count)] if self.first else None
-                dist.gather(host, pieces)
-                for piece in (pieces or [])[1:]:
-                    pieces[0] += piece  # pyright: ignore[reportOptionalSubscript]  # a loop over no pieces does not come here
-                host = host if pieces is None else pieces[0]
-                dist.broadcast(host, 0)
+                if self.first:
+                    piece = torch.empty_like(host)
+                    for other in self._others:
+                        self._receive(piece, other)
+                        host += piece
+                    for other in self._others:
+                        self._send(host, other)
+                else:
+                    self._send(host, 0)
+                    self._receive(host, 0)
                 panel.copy_(host)
         counts = self.all((total.tokens, total.dropped))
         total.tokens, total.dropped = sum(c[0] for c in counts), sum(c[1] for c in counts)
@@ -71,17 +90,21 @@ class Ranks:
 
     def all(self, value: Any) -> list[Any]:
         """``value`` of every rank, in order."""
-        values = [value] * self.count
-        if self.count > 1:
-            dist.all_gather_object(values, value)
-        return values
+        return self.from_first(self._on_first(value))
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's ``value``, on every rank."""
-        values = [value]
-        if self.count > 1:
-            dist.broadcast_object_list(values, 0)
-        return values[0]
+        if not self.first:
+            return self._receive_object(0)
+        for other in self._others:
+            self._send_object(value, other)
+        return value
+
+    def _on_first(self, value: Any) -> list[Any]:
+        """``value`` of every rank on rank 0; this rank's alone elsewhere."""
+        if not self.first:
+            self._send_object(value, 0)
+        return [value, *(self._receive_object(other) for other in (self._others if self.first else ()))]
 
     def keep_own(self, streams: Streams) -> None:
         """Cut the whole streams, where they are, to this rank's windows."""
@@ -94,17 +117,17 @@ class Ranks:
         if self.count == 1:
             return streams
         host = Streams([x.cpu() for x in streams.quantized], None if streams.original is None else [x.cpu() for x in streams.original])
-        parts: list[Any] | None = [None] * self.count if self.first else None
-        dist.gather_object(host, parts)
-        if parts is None:
+        failpoint("ranks.whole")
+        parts = self._on_first(host)
+        if not self.first:
             return streams
         original = None if host.original is None else [x for part in parts for x in part.original]
         return Streams([x for part in parts for x in part.quantized], original)
 
     def alone(self, what: str) -> None:
-        """LeangridError with more ranks than one: sums of ``what`` are not exchanged."""
+        """LeangridError with more ranks than one, which do not handle ``what``."""
         if self.count > 1:
-            raise LeangridError(f"{what}: several ranks do not handle this", "torchrun", "Use one process")
+            raise LeangridError(f"{what}: {self.count} ranks do not handle this", "torchrun", "Use one process")
 
     def agree(self, **facts: str) -> None:
         """LeangridError naming the first of ``facts`` in which the ranks differ, and the ranks."""
@@ -115,70 +138,129 @@ class Ranks:
                 who = ", ".join(f"rank {rank}" for rank in others)
                 raise LeangridError(f"{who} and rank 0 differ in {name}", "torchrun", "Start all ranks with the same command and files")
 
+    def tell(self, error: BaseException) -> None:
+        """Leave word of what ends this rank, and close its connections: the others stop waiting, and read the first word that was left.
+
+        Rank 0, whose process may hold the store, waits until they have.
+        """
+        if self._store is None:
+            return  # gone with rank 0, and nobody is left to read
+        try:
+            self._store.compare_set("error", "", json.dumps([self.rank, *_in_words(error)]))
+            self._store.set(f"ends{self.rank}", "1")
+            dist.destroy_process_group()
+            if self.first:
+                self._store.wait([f"ends{other}" for other in self._others if other not in self._gone], _READ)
+        except RuntimeError:
+            return  # as above
+
+    def _send(self, tensor: Tensor, other: int) -> None:
+        self._with(other, dist.send, tensor)
+
+    def _receive(self, tensor: Tensor, other: int) -> None:
+        self._with(other, dist.recv, tensor)
+
+    def _send_object(self, value: Any, other: int) -> None:
+        self._with(other, dist.send_object_list, [value])
+
+    def _receive_object(self, other: int) -> Any:
+        values: list[Any] = [None]
+        self._with(other, dist.recv_object_list, values)
+        return values[0]
+
+    def _with(self, other: int, exchange: Callable[[Any, int], object], what: Any) -> None:
+        """``exchange`` with ``other``; where that fails, the word that was left is raised, or that ``other`` is gone."""
+        try:
+            exchange(what, other)
+            return
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            why = first_line(error)
+        # After the except: an error holds on to the frames of the exchange, and they to the connections that tell() closes.
+        self._gone.add(other)
+        why = re.sub(r"^\[[^]]*\] ", "", why).partition(". ")[0]  # without gloo's own source line and advice
+        raise self._told() or Interrupted(f"rank {other} is lost", why, "Finished blocks are kept: run the same command again")
+
+    def _told(self) -> LeangridError | None:
+        """The word that the first rank to fail has left, if any did."""
+        try:
+            if 0 in self._gone and not _listening():
+                raise ConnectionError  # before torch writes a page of warnings about it
+            if not self._store.check(["error"]):
+                return None
+            whose, sentence, code = json.loads(self._store.get("error"))
+        except (OSError, RuntimeError):
+            self._store = None
+            return None
+        told = LeangridError(f"rank {whose}: {sentence}")
+        told.exit_code = code
+        return told
+
+
+def _listening() -> bool:
+    """Whether the process that holds the store, rank 0's or torchrun's, is there, and still is a moment later."""
+    try:
+        with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=_MOMENT) as store:
+            return bool(store.recv(1))
+    except TimeoutError:  # it waits for us to begin
+        return True
+    except OSError:
+        return False
+
+
+def _in_words(error: BaseException) -> tuple[str, int]:
+    """What ends a rank in one sentence, and its exit code."""
+    if isinstance(error, LeangridError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}", Interrupted.exit_code
+    if isinstance(error, Exception):
+        return f"{type(error).__name__}: {first_line(error)}", 1
+    return f"stopped{f' by {error}' if str(error) else ''}", Interrupted.exit_code
+
+
+def checksum(module: nn.Module) -> str:
+    """Of a module's weights, on whatever device: another for any one that is changed."""
+    return str([int(weight.detach().contiguous().view(torch.int16).sum(dtype=torch.int64)) for weight in module.parameters()])
+
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Ranks, str]]:
     """The ranks of this run and this rank's device; one, and torch.distributed untouched, where torchrun did not start us.
 
     Raises:
-        LeangridError: the address is in use or no rank answers; what another rank raised, as "rank 1: ...".
+        LeangridError: the address is in use or a rank does not come; this rank has no such device.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(), device
         return
-    rank = int(os.environ["RANK"])
+    ranks = _join()
     try:
-        dist.init_process_group("gloo", timeout=_START)
-    except (RuntimeError, ValueError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise LeangridError(f"rank {rank} cannot join the others: {first_line(error)}", where, "Choose a free --master-port") from None
-    store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]  # no public name in torch 2
-    dist.distributed_c10d._set_pg_timeout(_TIMEOUT, dist.group.WORLD)  # pyright: ignore[reportPrivateUsage]
-    store.set_timeout(timedelta(seconds=10))
-    try:
-        mine = device
-        if device == "cuda":
-            mine = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        try:
-            checked(mine)
-        except LeangridError as error:
-            raise LeangridError(f"rank {rank}: {error}") from None
-        yield Ranks(rank, count), mine
-    except LeangridError as error:
-        _tell(store, rank, str(error), error.exit_code)
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+        checked(own)
+        yield ranks, own
+    except BaseException as error:
+        ranks.tell(error)
         raise
-    except RuntimeError as error:
-        if not any(word in str(error) for word in _OF_THE_EXCHANGE):
-            _tell(store, rank, first_line(error), 1)
-            raise
-        raise _first_error(store, rank, error) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _tell(store: Any, rank: int, sentence: str, code: int) -> None:
-    """Leave word for the others; rank 0, whose process may hold the store, waits until they have read it."""
+def _join() -> Ranks:
+    """All ranks, once all of them are there; LeangridError otherwise."""
     try:
-        store.compare_set("error", "", json.dumps([rank, sentence, code]))
-        count = dist.get_world_size()
-        dist.destroy_process_group()  # closes the connections: the others stop waiting, and read
-        if rank == 0:
-            store.wait([f"read{other}" for other in range(1, count)], timedelta(seconds=5))
-    except RuntimeError:
-        return  # nobody is left to read it
-
-
-def _first_error(store: Any, rank: int, error: RuntimeError) -> LeangridError:
-    """What ended a rank whose collective failed: the word another rank left, or that it is gone."""
-    try:
-        whose, sentence, code = json.loads(store.get("error"))
-        store.set(f"read{rank}", "1")
-    except (RuntimeError, ValueError):
-        return Interrupted(
-            f"another rank is gone: {first_line(error)}", f"rank {rank}", "Finished blocks are kept: run the same command again"
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store: Any = next(rendezvous("env://", timeout=_START))[0]
+        store.set(f"here{rank}", "1")
+        store.wait([f"here{other}" for other in range(count)], _START)
+        dist.init_process_group(
+            "gloo", store=PrefixStore("gloo", store), rank=rank, world_size=count, timeout=_FOR_FIRST if rank else _FOR_OTHERS
         )
-    told = LeangridError(f"rank {whose}: {sentence}")
-    told.exit_code = code
-    return told
+    except (RuntimeError, ValueError, KeyError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        who = f"rank {os.environ.get('RANK')} cannot join the others"
+        raise LeangridError(f"{who}: {first_line(error)}", where, "Start all ranks, and choose a free --master-port") from None
+    store.set_timeout(timedelta(seconds=10))
+    return Ranks(rank, count, store)

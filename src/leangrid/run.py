@@ -30,7 +30,7 @@ from leangrid.precision import products
 from leangrid.prepare import Prepared, calibration_windows
 from leangrid.progress import Event, Progress
 from leangrid.publish import publish
-from leangrid.ranks import Ranks
+from leangrid.ranks import Ranks, checksum
 from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord
 from leangrid.report.sample import sample_of, sampled_layer
@@ -166,10 +166,14 @@ class Run:
         journal = prepared.journal
         run = None
         try:
+            if prepared.skeleton.architecture.sparse:
+                ranks.alone("a mixture of experts")
             with clock.stage("calibrate"):
                 tokens = ranks.from_first(calibration_windows(prepared, windows, progress) if ranks.first else None)
             chosen: Placement = ranks.from_first(placement or _placement(prepared, tokens, device) if ranks.first else None)
             ranks.own(tokens)  # refuses fewer windows than ranks, before any work
+            if chosen.lean:
+                ranks.alone("matrices that fit in memory only one at a time")
             run = cls(prepared, journal, tokens, device, clock, progress if ranks.first else None, chosen, ranks)
             yield run
         except LeangridError as error:
@@ -244,6 +248,9 @@ class Run:
 
     def give_way(self, index: int) -> None:
         """After block ``index`` ran out of memory: one step down the ladder, said and recorded. Interrupted at its end."""
+        if self.ranks.count > 1:
+            what = f"out of memory, and {self.ranks.count} ranks do not give way"
+            raise Interrupted(what, self.skeleton.block_name(index), "Finished blocks are kept: free memory, or go on with one process")
         gc.collect()
         release_cached(self.device)
         step = self.placement.thriftier(*self.at, len(self.skeleton.groups(index)), accelerated(self.device))
@@ -274,6 +281,8 @@ class Run:
             context = self.skeleton.block(index, "cpu" if self.placement.host_block else self.device, weights)
             del weights
             module = context.__enter__()
+            if self.ranks.count > 1:  # a look at 16 places of each file has shown them to be alike; this is all of it
+                self.ranks.agree(**{f"the weights of {self.skeleton.block_name(index)}": checksum(module)})
         if self._ahead is not None:
             self._ahead.start(index + 1)
         elif index + 1 < len(self.skeleton.blocks):
@@ -298,6 +307,7 @@ class Run:
                 "kernels": kernels.backend(self.device),
                 "products": self.recipe.products,
                 "threads": torch.get_num_threads(),
+                "ranks": self.ranks.count,
                 "placement": self.placement.to_json(),
                 "memory": [f"{block.name}: {step.detail}" for step in self.steps],
                 "seconds": self.clock.lap(),

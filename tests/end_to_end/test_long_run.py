@@ -21,6 +21,7 @@ def _last_line(*command: str | Path) -> dict:
 
 @pytest.mark.fault("C2")
 @pytest.mark.fault("C5")
+@pytest.mark.fault("R4")
 @pytest.mark.slow
 def test_a_long_run_on_its_bad_days(tmp_path: Path) -> None:
     report = _last_line(ROOT / "tests" / "long_run.py", tmp_path)

@@ -1,0 +1,159 @@
+"""What do several ranks cost and give on one machine? One JSON line for each number of ranks.
+
+    python benchmarks/ranks.py                                                                   # the demo model
+    python benchmarks/ranks.py --source DIR --counts 1,2,4 --samples 8 --length 512 --out benchmarks/results/ranks.jsonl
+
+Each run is started by torchrun (one rank by Python itself) with one thread a rank, one after the other, on the same windows. --twice
+runs one of the counts a second time and says whether the bytes are the same; a line holds both times, and the sha256 over all of the
+result's weight files. Losses are held against those of the first count, layer by layer. Bytes are those that the ranks send
+each other, memory is each process's own peak. The KL is the quality gate's, on its windows.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lines
+import once
+import torch
+import torch.distributed as dist
+from machine import provenance
+from workload import Workload, default_source
+
+
+class Sent:
+    """Counts the bytes of every tensor that this process sends; torch sends objects as tensors too."""
+
+    def __init__(self) -> None:
+        self.bytes, self._send = 0, dist.send
+        dist.send = dist.distributed_c10d.send = self._counted
+
+    def _counted(self, tensor: torch.Tensor, *where: Any, **named: Any) -> None:
+        self.bytes += tensor.nbytes
+        self._send(tensor, *where, **named)
+
+
+def worker(job: dict[str, Any]) -> None:
+    """One rank: the run, and what this process used, into the job's folder."""
+    import leangrid
+    from leangrid.report.terminal import Terminal
+    from leangrid.storage import safetensors
+
+    rank = os.environ.get("RANK", "0")
+    sent = Sent()
+    windows = safetensors.load(Path(job["windows"]))["windows"]
+    begin, processor = time.perf_counter(), time.process_time()
+    with Terminal(quiet=rank != "0") as terminal:
+        result = leangrid.quantize(job["source"], job["out"], leangrid.Recipe.build(**job["recipe"]), windows=windows, threads=1,
+                                   progress=terminal)  # fmt: skip
+    used = {"seconds": round(time.perf_counter() - begin, 2), "cpu_seconds": round(time.process_time() - processor, 2),
+            "peak_ram_bytes": once.own_peak() or result.peak_ram_bytes, "sent_bytes": sent.bytes}  # fmt: skip
+    Path(job["folder"], f"{rank}.json").write_text(json.dumps({"used": used, "result": result.to_json()}))
+
+
+def run(job: dict[str, Any], count: int, folder: Path) -> list[dict[str, Any]]:
+    """Start ``count`` ranks; what each of them used and got."""
+    folder.mkdir()
+    torchrun = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    told = folder / "job.json"
+    told.write_text(json.dumps(job | {"folder": str(folder), "out": str(folder / "out")}))
+    done = subprocess.run(
+        [sys.executable, *torchrun, __file__, "--worker", str(told)], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{count} ranks ended with {done.returncode}")
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+def weights_sha256(out: Path) -> str:
+    """Over the names and bytes of all weight files."""
+    digest = hashlib.sha256()
+    for path in sorted(out.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def losses(out: Path) -> dict[str, float]:
+    """Name -> loss of every layer."""
+    found = (json.loads(line) for line in (out / "records.jsonl").read_text(encoding="utf-8").splitlines())
+    return {record["name"]: record["loss"] for record in found}
+
+
+def summary(runs: list[list[dict[str, Any]]], outs: list[Path], first: tuple[float, dict[str, float]] | None) -> dict[str, Any]:
+    """One line's figures from the runs of one count and their results; ``first``: seconds and losses of the first count."""
+    used, result = [rank["used"] for rank in runs[0]], runs[0][0]["result"]
+    hashes, mine = [weights_sha256(out) for out in outs], losses(outs[0])
+    figures = {
+        "ranks": len(used),
+        "seconds": used[0]["seconds"],
+        "every_seconds": [ranks[0]["used"]["seconds"] for ranks in runs],
+        "cpu_seconds": [rank["cpu_seconds"] for rank in used],
+        "busiest_cpu_seconds": max(rank["cpu_seconds"] for rank in used),
+        "stages": result["seconds"],
+        "peak_ram_bytes": [rank["peak_ram_bytes"] for rank in used],
+        "largest_peak_bytes": max(rank["peak_ram_bytes"] for rank in used),
+        "sent_bytes": [rank["sent_bytes"] for rank in used],
+        "all_sent_bytes": sum(rank["sent_bytes"] for rank in used),
+        "weights_sha256": hashes[0],
+        "same_bytes_twice": None if len(hashes) == 1 else len(set(hashes)) == 1,
+        "same_twice": "" if len(hashes) == 1 else "yes" if len(set(hashes)) == 1 else "no",
+        "loss": result["loss"],
+        "quality": result["quality"],
+        "layers": result["layers"],
+    }
+    if first is None:
+        return figures
+    ratios = sorted(mine[name] / loss for name, loss in first[1].items())
+    return figures | {"speedup": round(first[0] / used[0]["seconds"], 2), "loss_ratio_least": round(ratios[0], 4),
+                      "loss_ratio_most": round(ratios[-1], 4)}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given")
+    parser.add_argument("--name", help="of the model in the tables; the source's own where none is given")
+    parser.add_argument("--calibration", default="embedded")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scheme", default="W4A16_G64")
+    parser.add_argument("--counts", default="1,2,4", help="numbers of ranks, with commas between them")
+    parser.add_argument("--twice", type=int, default=2, help="the count that is run a second time")
+    parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(json.loads(options.worker.read_text()))
+        return
+    origin = provenance()  # before the minutes in which files may change
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        source = options.source or default_source()
+        work = Workload.open(source, options.calibration, options.samples, options.length, options.seed, folder, options.name)
+        recipe = work.recipe(options.scheme, {})
+        job = {"source": str(work.source), "windows": str(work.windows_file), "recipe": recipe.model_dump(exclude={"calibration"})}
+        first: tuple[float, dict[str, float]] | None = None
+        for count in map(int, options.counts.split(",")):
+            folders = [folder / f"{count}-{turn}" for turn in range(2 if count == options.twice else 1)]
+            runs = [run(job, count, one) for one in folders]
+            figures = summary(runs, [one / "out" for one in folders], first)
+            first = first or (figures["seconds"], losses(folders[0] / "out"))
+            line = {"benchmark": "ranks", "model": work.name, "scheme": options.scheme, "variant": f"{count} rank{'s' * (count > 1)}",
+                    "length": options.length, "windows": options.samples, "threads": 1, "recipe": recipe.model_dump(),
+                    "windows_sha256": work.windows_sha256, **figures} | origin  # fmt: skip
+            print(lines.text(line), flush=True)
+            if options.out:
+                lines.add(options.out, line)
+
+
+if __name__ == "__main__":
+    main()
