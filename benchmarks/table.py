@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/performance.md", "docs/choosing.md", "docs/tasks.md", "docs/scale.md", "experiments/README.md")
+PAGES = ("README.md", "docs/performance.md", "docs/choosing.md", "docs/tasks.md", "docs/scale.md", "docs/moe.md", "experiments/README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(
     r"(?P<open><!-- (?P<kind>table|pivot)(?P<planned>\??): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)", re.DOTALL
@@ -52,10 +52,13 @@ class Column:
 
 
 def field(line: Line, name: str) -> Any:
-    """``line["a"]["b"]`` for ``a.b``; None where there is none."""
+    """``line["a"]["b"]`` for ``a.b``, of a list by number as in ``a.0``; None where there is none."""
     value: Any = line
     for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            value = dict(enumerate(value)).get(int(part)) if part.isdigit() else None
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
