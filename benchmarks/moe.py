@@ -44,7 +44,7 @@ from leangrid.hessian import Hessian, HessianSum
 from leangrid.models.tokenizer import load_tokenizer
 
 EXPERTS, CHOSEN, HIDDEN, INNER, BLOCKS, VOCABULARY, LENGTH = 64, 8, 256, 128, 2, 1024, 256
-NAME, SCHEMES, FILLS = "qwen3-moe-64x8", ("NU4", "W4A16", "GPTQ4", "RTN4", "NU3", "W3A16", "GPTQ3"), ("prior", "own", "weights")
+NAME, SCHEMES, FILLS = "qwen3-moe-64x8", ("NU4", "W4A16", "GPTQ4", "RTN4", "NU3"), ("prior", "own", "weights")
 STARVING = ("NU4", "W4A16", "NU3")  # those that are run with few tokens too
 _BATCH, _TRAINED = 4, 0.9  # windows of a step; share of the text that is trained on, the rest calibrates
 
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=2, help="the same where experts starve")
     parser.add_argument("--windows", type=int, default=64, help="windows that are measured on")
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="with commas between them")
+    parser.add_argument("--only", choices=("enough", "few"), help="one of the two calibrations")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
     options = parser.parse_args()
@@ -163,6 +164,8 @@ def main() -> None:
         yard = Causal(opened(source)[0], load_tokenizer(source), str(options.evaluate), options.windows, LENGTH)
         failed = []
         for calibration, scheme, fill in runs(options.schemes.split(",")):
+            if options.only not in (None, calibration):
+                continue
             work = works[calibration]
             print(f"{calibration} {scheme} {fill}", file=sys.stderr, flush=True)
             line = {"benchmark": "moe", "model": NAME, "scheme": scheme, "variant": f"{calibration}, {fill}", "calibration": calibration,
