@@ -51,7 +51,7 @@ class Engine:
     rounds: bool = True  # its weights are rounded to the model's dtype; else they are S (q - Z) in float32
 
 
-TINY, GEMMA, MOE, REAL = "tiny-llama", "tiny-gemma3", "tiny-qwen3-moe", "SmolLM2-135M-Instruct"
+TINY, GEMMA, REAL = "tiny-llama", "tiny-gemma3", "SmolLM2-135M-Instruct"
 KNOWN: dict[str, Engine] = {
     "transformers": Engine(
         (
@@ -71,7 +71,6 @@ KNOWN: dict[str, Engine] = {
             ("W4A16_G64", "compressed-tensors", REAL),
             ("W4A16", "compressed-tensors", TINY),
             ("W4A16_G64_SYM", "compressed-tensors", TINY),
-            ("W4A16_G64_SYM", "compressed-tensors", MOE),
             ("W4A16_G64", "awq", REAL),
             ("NU4", "lut", REAL),
             ("NU3", "lut", TINY),
