@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help="windows that are measured on")
     parser.add_argument("--schemes", default=",".join(SCHEMES), help="with commas between them")
     parser.add_argument("--only", choices=("enough", "few"), help="one of the two calibrations")
+    parser.add_argument("--fills", default=",".join(FILLS), help="of the few, with commas between them")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
     options = parser.parse_args()
@@ -164,7 +165,7 @@ def main() -> None:
         yard = Causal(opened(source)[0], load_tokenizer(source), str(options.evaluate), options.windows, LENGTH)
         failed = []
         for calibration, scheme, fill in runs(options.schemes.split(",")):
-            if options.only not in (None, calibration):
+            if options.only not in (None, calibration) or (calibration == "few" and fill not in options.fills.split(",")):
                 continue
             work = works[calibration]
             print(f"{calibration} {scheme} {fill}", file=sys.stderr, flush=True)
