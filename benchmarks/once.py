@@ -8,6 +8,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,23 @@ class Failed(RuntimeError):
 
 
 def quantize(
-    source: Path, out: Path, recipe: dict[str, Any], windows: Path, threads: int | None = None, device: str = "cpu"
+    source: Path,
+    out: Path,
+    recipe: dict[str, Any],
+    windows: Path,
+    threads: int | None = None,
+    device: str = "cpu",
+    program: Sequence[str] = (__file__,),
 ) -> dict[str, Any]:
     """Start this file and return what ``leangrid quantize --json`` would print. The child's progress goes to our stderr.
+
+    ``program`` is another file that ends in ``main`` here, with its arguments.
 
     Raises:
         Failed: it was refused or stopped.
     """
     job = {"source": str(source), "out": str(out), "recipe": recipe, "windows": str(windows), "threads": threads, "device": device}
-    done = subprocess.run([sys.executable, __file__], input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([sys.executable, *program], input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise Failed(f"{recipe['scheme']}: the quantizing process ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

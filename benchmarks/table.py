@@ -37,6 +37,7 @@ PAGES = (
     "docs/tasks.md",
     "docs/scale.md",
     "docs/distributed.md",
+    "docs/moe.md",
     "experiments/README.md",
 )
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,10 +61,13 @@ class Column:
 
 
 def field(line: Line, name: str) -> Any:
-    """``line["a"]["b"]`` for ``a.b``; None where there is none."""
+    """``line["a"]["b"]`` for ``a.b``, of a list by number as in ``a.0``; None where there is none."""
     value: Any = line
     for part in name.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, list):
+            value = dict(enumerate(value)).get(int(part)) if part.isdigit() else None
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
     return value
 
 

@@ -125,7 +125,7 @@ def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, abse
         peak_ram_bytes=ram,
         available_ram_bytes=available,
         peak_gpu_bytes=held.peak if accelerated(kind) else 0,
-        disk_bytes=int(disk_bytes(skeleton, settled, tokens, placement.disk_streams) * _MARGIN),
+        disk_bytes=int(sum(disk_bytes(skeleton, settled, tokens, placement.disk_streams)) * _MARGIN),
         seconds=times,
         kernels=dict.fromkeys(("grid", "solve"), "triton" if absent else kernels.backend(kind)),
         bound="memory" if available is not None and ram > available else "compute" if times["total"] > 2 * times["save"] else "disk",

@@ -15,6 +15,7 @@ from leangrid.data.calibration import decoded_start, doubts, windows_hash
 from leangrid.data.calibration import windows as corpus_windows
 from leangrid.devices import checked
 from leangrid.errors import CalibrationError, FormatError, RecipeError, ShapeError
+from leangrid.footprint import choose
 from leangrid.formats import EXPORT_ONLY, FORMATS, config_of, mlx
 from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.models.skeleton import Skeleton
@@ -87,8 +88,10 @@ def prepare(
         checkpoint, skeleton, settled = open_model(path, recipe, device, remote)
         side = {name: file_hash(file) for name, file in checkpoint.side_files().items()}  # another tokenizer is another run
         journal = _open_journal(final, recipe, checkpoint.identity | {"side_files": side}, windows, restart, state_dir)
-    tokens = recipe.samples * recipe.length if windows is None else windows.numel()
-    _require_disk(journal, skeleton, settled, tokens)
+    samples, length = recipe.samples, recipe.length
+    if windows is not None and windows.ndim == 2 and windows.numel():  # others are refused as calibration, later
+        samples, length = windows.shape
+    _require_disk(journal, skeleton, settled, samples, length, device)
     notices += [*checkpoint.notices, *journal.notices]
     notices += narrowed(settled, skeleton)
     if recipe.scheme == "auto":
@@ -252,10 +255,17 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _require_disk(journal: Journal, skeleton: Skeleton, recipe: Recipe, tokens: int) -> None:
-    """Refuse a run that would fill the disk, before any work."""
+def _require_disk(journal: Journal, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> None:
+    """Refuse a run that would fill a disk, before any work; what an unfinished one has written already is not asked for again."""
+    mapped = choose(skeleton, recipe, samples, length, device)[0].disk_streams
+    needed = disk_bytes(skeleton, recipe, samples * length, mapped)
+    result = max(0, needed.result - files.bytes_in(journal.partial / "blocks"))
+    states = max(0, needed.states - files.bytes_in(journal.states))
     try:
-        files.require_space(journal.partial, disk_bytes(skeleton, recipe, tokens))
+        if files.same_disk(journal.partial, journal.states):
+            result, states = result + states, 0
+        files.require_space(journal.partial, result)
+        files.require_space(journal.states, states)
     except BaseException:
         _give_up(journal)
         raise

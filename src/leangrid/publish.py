@@ -18,6 +18,7 @@ from leangrid.memory import peak_bytes
 from leangrid.models.skeleton import Skeleton
 from leangrid.precision import products
 from leangrid.prepare import Prepared
+from leangrid.report.experts import expert_figures
 from leangrid.report.facts import RECORDS, RUN
 from leangrid.report.records import LayerRecord, to_lines, totals
 from leangrid.report.run_log import run_log
@@ -109,6 +110,7 @@ def _figures(prepared: Prepared, records: list[LayerRecord], windows: Tensor, pa
     """What the manifest keeps of the run: the same for every run of the same recipe, so no times and no memory."""
     real = [(record.name, r) for record in records for r in record.rescues if not r.is_note]
     notes = [r.kind for record in records for r in record.rescues if r.is_note]
+    experts = expert_figures(records)
     return {
         "scheme": prepared.recipe.scheme,
         "format": prepared.recipe.format,
@@ -119,6 +121,7 @@ def _figures(prepared: Prepared, records: list[LayerRecord], windows: Tensor, pa
         "rescued_layers": sum(record.rescued for record in records),
         "rescue_lines": [f"{name}: {r.kind}: {r.detail}" for name, r in real],
         "notes": {kind: notes.count(kind) for kind in sorted(set(notes))},
+        **({"experts": experts} if experts else {}),
         "kernels": dict.fromkeys(("grid", "solve"), ", ".join(paths)),
         "windows_sha256": windows_hash(windows),
     }
@@ -153,8 +156,9 @@ def output_config(prepared: Prepared) -> dict[str, Any]:
     """The source's config.json with ``quantization_config``; code of the checkpoint's own is not handed on."""
     skeleton, recipe = prepared.skeleton, prepared.recipe
     quantized = stored_schemes(skeleton, recipe)
-    linears = (n for n, m in skeleton.model.named_modules() if isinstance(m, nn.Linear))
-    ignore = sorted(set(linears) - set(quantized))
+    # A router is a linear to engines, whatever class it has here; what is not named as ignored they take to be quantized.
+    matrices = (n for n, m in skeleton.model.named_modules() if not isinstance(m, nn.Embedding) and _is_matrix(m._parameters.get("weight")))
+    ignore = sorted(set(matrices) - set(quantized))
     config = {key: value for key, value in prepared.checkpoint.config.items() if key not in _NOT_COPIED}
     config["architectures"] = [type(skeleton.model).__name__]
     config["dtype"] = str(skeleton.dtype).removeprefix("torch.")
@@ -162,6 +166,10 @@ def output_config(prepared: Prepared) -> dict[str, Any]:
     stored = config_of(FORMATS[recipe.format], quantized, ignore, skeleton.dtype)
     config = with_older_ropes(config) | config_entries(recipe.format, stored)
     return json.loads(json.dumps(config, default=str))
+
+
+def _is_matrix(weight: Tensor | None) -> bool:
+    return weight is not None and weight.ndim == 2
 
 
 def _outside_blocks(skeleton: Skeleton) -> Iterator[tuple[str, TensorInfo | Tensor]]:

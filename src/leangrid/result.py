@@ -9,7 +9,8 @@ from typing import Any
 class QuantizeResult:
     """Figures of one run. Losses are sums over layers of tr(E H E^T)/2; ``bits_per_weight`` counts codes and grids of the
     quantized linears; ``bytes`` is the size of the published directory; ``flops`` are needed and done by stage (work.py);
-    ``quality`` is what the gate found (gate.py): measure, value, limit, passed, top1_agreement, worst_layers, or error.
+    ``quality`` is what the gate found (gate.py): measure, value, limit, passed, top1_agreement, worst_layers, or error;
+    ``experts`` is what the routers of a mixture did (report/experts.py), empty without one.
     """
 
     out: str
@@ -32,6 +33,7 @@ class QuantizeResult:
     windows_sha256: str
     max_rescued: float = 0.01
     rescue_lines: list[str] = field(default_factory=list)
+    experts: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=lambda: {"passed": True})
 
     @property

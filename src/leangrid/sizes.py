@@ -1,6 +1,7 @@
 """Bytes before and after, from shapes alone: what the plan estimates, the door checks, and the result reports."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -66,7 +67,14 @@ def state_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
     return (2 if recipe.correct else 1) * tokens * hidden_size(skeleton) * skeleton.compute_dtype.itemsize
 
 
-def disk_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int, mapped: bool = False) -> int:
-    """What a run needs on disk at most: the journal's blocks, the finished shards beside them, and two sets of states; two more of
-    those where they are worked on in ``mapped`` files."""
-    return 2 * sizes(skeleton, recipe).bytes_after + (4 if mapped else 2) * state_bytes(skeleton, recipe, tokens)
+class DiskBytes(NamedTuple):
+    """What a run needs on disk at most, where the result is made and where hidden states wait (often one disk)."""
+
+    result: int
+    states: int
+
+
+def disk_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int, mapped: bool = False) -> DiskBytes:
+    """The journal's blocks and the finished shards beside them; two sets of states, and two more (those that enter a block and those
+    that leave it) where they are worked on in ``mapped`` files."""
+    return DiskBytes(2 * sizes(skeleton, recipe).bytes_after, (4 if mapped else 2) * state_bytes(skeleton, recipe, tokens))

@@ -1,5 +1,6 @@
 """Mixtures of experts: a checkpoint in, every expert's linears quantized under their own names, opened by leangrid."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from leangrid.models.walk import BlockWalk, Streams, embed
 from leangrid.pipeline import quantize
 from leangrid.recipe import Recipe
 from leangrid.report.records import read_records
+from leangrid.report.summary import quantize_summary
 from leangrid.storage.safetensors import read_header
 from leangrid.storage.source import open_source
 from leangrid.storage.writer import verify
@@ -45,6 +47,9 @@ def test_every_expert_is_quantized_under_the_names_of_its_checkpoint(name: str, 
     same = {n for n, info in before.items() if n in after and after[n].dtype == info.dtype}
     assert not [n for n in same if ".experts." in n], "an expert stayed as it was"
     assert {n for n in before if ".gate." in n or "expert_gate" in n} <= same, "a router was quantized"
+    if scheme == "W4A16_G32":  # engines take every linear that is not named here to be quantized, and a router is one to them
+        ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+        assert {n.removesuffix(".weight") for n in before if n.endswith(".gate.weight")} <= set(ignored)
     packed, _ = leangrid.load(tmp_path / "out")
     dense = tiny_models.build(name)
     _put(dense, {n: packed.get_submodule(n).weight_hat for n in linears})
@@ -78,6 +83,16 @@ def test_experts_that_the_router_never_or_hardly_chooses(tmp_path: Path) -> None
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     result = quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=tiny_models.tokens(1, 48))
     assert result.exit_code == 4  # experts without a token count against the limit of rescues
+    everything = {"experts": 4, "min": 0, "median": 24, "max": 48, "starved": 2, "unseen": 2}
+    assert result.to_json()["experts"] == everything | {"blocks": [{"block": "model.layers.1", **everything}]}
+    summary = quantize_summary(result.to_json())
+    assert "0 / 24 / 48 (least, median, most of 4)" in summary and "2, and 2 that saw no token" in summary
+    assert "| `model.layers.1` | 4 | 0 | 24 | 48 | 2 | 2 |" in (tmp_path / "out" / "README.md").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert (
+        ">Tokens per expert</h2>" in page
+        and '<th class="name" scope="row">model.layers.1</th><td class="n">4</td><td class="n">0</td>' in page
+    )
     found = {r.name.partition("experts.")[2]: r for r in read_records(tmp_path / "out" / "records.jsonl") if ".experts." in r.name}
     kinds = {name: [rescue.kind for rescue in record.rescues if "expert" in rescue.kind] for name, record in found.items()}
     for part in ("gate_proj", "up_proj", "down_proj"):
@@ -120,8 +135,9 @@ def test_walks_that_pause_and_replay_give_the_model_and_the_same_bits(name: str,
         assert all(map(torch.equal, read[False], read[True])) and len(read[False]) == len(read[True])
         for one, other in zip(streams[False].tensors().values(), streams[True].tensors().values(), strict=True):
             assert torch.equal(one, other)
-        assert streams[False].original is not None
-        torch.testing.assert_close(streams[False].original[0], seen[index], rtol=0, atol=1e-5)
+        original = streams[False].original
+        assert original is not None
+        torch.testing.assert_close(original[0], seen[index], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
@@ -145,6 +161,66 @@ def test_the_dense_export_of_a_mixture_opens_in_plain_transformers(tmp_path: Pat
     ours, _ = leangrid.load(tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     torch.testing.assert_close(_logits(theirs, WINDOWS[:2]), _logits(ours, WINDOWS[:2]), rtol=1e-4, atol=1e-4)
+
+
+def _save_fused(name: str, directory: Path) -> Path:
+    """``name`` as transformers stores it where it is asked not to take the fused tensors apart."""
+    tiny_models.save(name, directory)
+    tiny_models.build(name).save_pretrained(directory, save_original_format=False)
+    return directory
+
+
+@pytest.mark.parametrize("name", tiny_models.MIXTURES)
+def test_fused_experts_are_read_one_by_one(name: str, tmp_path: Path) -> None:
+    fused, plain = _save_fused(name, tmp_path / "fused"), tiny_models.save(name, tmp_path / "plain")
+    assert any(n.endswith(".mlp.experts.gate_up_proj") for n in read_header(fused / "model.safetensors"))
+    ours, theirs = Skeleton(open_source(fused)), Skeleton(open_source(plain))
+    assert ours.parameter_names() == theirs.parameter_names()
+    assert all(torch.equal(ours.stored(n), theirs.stored(n)) for n in theirs.parameter_names())
+    assert any("one by one" in notice for notice in ours.checkpoint.notices) and not theirs.checkpoint.notices
+
+
+def test_fused_experts_give_the_same_result(tmp_path: Path) -> None:
+    sources = _save_fused("mixtral", tmp_path / "fused"), tiny_models.save("mixtral", tmp_path / "plain")
+    for source in sources:
+        quantize(source, tmp_path / f"{source.name}-out", Recipe(scheme="NU4"), windows=WINDOWS)
+    one, other = ((tmp_path / f"{source.name}-out" / "model.safetensors").read_bytes() for source in sources)
+    assert one == other
+
+
+def test_fused_experts_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    source = _save_fused("qwen3_moe", tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    for wrong, expected in (
+        (tensors[name][:3].contiguous(), r"experts\.3\.gate_proj\.weight is missing"),
+        (tensors[name][:, :62].contiguous(), r"experts\.0\.gate_proj\.weight has shape \[31, 64\], the config asks for \[32, 64\]"),
+        (tensors[name][:, :63].contiguous(), r"experts\.0\.gate_proj\.weight is missing"),
+        (torch.zeros(1 << 40, 0, 4), r"experts\.0\.gate_proj\.weight is missing"),
+    ):
+        save_file(tensors | {name: wrong}, source / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=expected):
+            quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
+    alone = {"model.layers.1.mlp.experts.3.up_proj.weight": torch.zeros(32, 64)}
+    save_file(tensors | alone, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"'model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight' is stored twice, .* in '{name}'"):
+        quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_index_that_names_experts_that_are_missing(tmp_path: Path) -> None:
+    source = tiny_models.save("qwen3_moe", tmp_path / "source", sharded=True)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    shard = source / index["weight_map"][name]
+    kept = {n: tensor for n, tensor in load_file(shard).items() if n != name}
+    save_file(kept, shard, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"index\.json lists tensors that their shards do not hold: {name} \(1 in all\)"):
+        quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=rf"index\.json names shards that are missing: {shard.name}"):
+        quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import torch
 
 import tiny_models
 from forked import status_of
+from leangrid import footprint
 from leangrid.errors import OutputError
 from leangrid.pipeline import quantize
 from leangrid.placement import Placement
+from leangrid.prepare import open_model
 from leangrid.recipe import Recipe
 from leangrid.report.views import TIMED
 from leangrid.run import Run
+from leangrid.sizes import disk_bytes, state_bytes
 from leangrid.storage import files
 from leangrid.storage.source import Checkpoint
 from tiny_run import digest
@@ -102,6 +106,61 @@ def test_a_state_directory_that_fills_stops_the_run_which_goes_on(
     assert caught.value.exit_code == 3 and str(states) in str(caught.value) and not (tmp_path / "out").exists()
     assert not list(states.rglob("*.tmp"))
     assert _run(source, tmp_path / "out", ON_DISK, states) == expected
+
+
+def _disk(monkeypatch: pytest.MonkeyPatch, free: dict[Path, int]) -> None:
+    """Let the disks of these folders have so many bytes free."""
+
+    def usage(path: Path) -> Any:
+        left = next(bytes_left for folder, bytes_left in free.items() if path.is_relative_to(folder))
+        return shutil._ntuple_diskusage(left, 0, left)
+
+    monkeypatch.setattr(files.shutil, "disk_usage", usage)
+
+
+def _asked(needed: int) -> int:
+    """What require_space asks for: 5% more."""
+    return int(needed * 1.05)
+
+
+@pytest.mark.fault("C6")
+def test_states_in_files_are_counted_before_work(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, skeleton, settled = open_model(source, RECIPE)
+    held, mapped = (disk_bytes(skeleton, settled, WINDOWS.numel(), mapped) for mapped in (False, True))
+    assert mapped.states - held.states == 2 * state_bytes(skeleton, settled, WINDOWS.numel()) > 0 and mapped.result == held.result
+    out, states = tmp_path / "out", tmp_path / "states"
+    _disk(monkeypatch, {tmp_path: _asked(sum(held))})
+    monkeypatch.setattr(footprint, "available_bytes", lambda _device: 0)  # the thriftiest placement: states in mapped files
+    with pytest.raises(OutputError, match=rf"about {_asked(sum(mapped))} bytes needed, {_asked(sum(held))} bytes free") as caught:
+        _run(source, out, states=states)
+    assert caught.value.exit_code == 2 and not list(tmp_path.glob("out*")) and not list(states.iterdir())
+    monkeypatch.setattr(footprint, "available_bytes", lambda _device: 1 << 40)
+    _run(source, out, states=states)
+
+
+@pytest.mark.fault("C6")
+def test_the_disk_of_the_states_is_looked_at_itself(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, skeleton, settled = open_model(source, RECIPE)
+    needed, states = disk_bytes(skeleton, settled, WINDOWS.numel()), tmp_path / "states"
+    monkeypatch.setattr(files, "same_disk", lambda _one, _other: False)
+    _disk(monkeypatch, {states: _asked(needed.states) - 1, tmp_path: _asked(needed.result)})
+    with pytest.raises(OutputError, match=rf"about {_asked(needed.states)} bytes needed") as caught:
+        _run(source, tmp_path / "out", states=states)
+    assert str(states) in str(caught.value) and not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.fault("C6")
+def test_a_resumed_run_is_not_asked_for_space_that_it_has_taken(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    assert status_of(partial(_run, source, out, IN_MEMORY), "journal.after_state:2") == -9
+    _, skeleton, settled = open_model(source, RECIPE)
+    needed = sum(disk_bytes(skeleton, settled, WINDOWS.numel()))
+    taken = sum(files.bytes_in(tmp_path / "out.partial" / name) for name in ("blocks", "state"))
+    assert 0 < taken < needed
+    _disk(monkeypatch, {tmp_path: _asked(needed - taken // 2)})  # half of it: a kill leaves more than the resumed run keeps
+    with pytest.raises(OutputError, match="not enough disk space"):
+        _run(source, tmp_path / "another", IN_MEMORY)
+    _run(source, out, IN_MEMORY)
 
 
 def test_the_next_block_alone_is_read_ahead(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

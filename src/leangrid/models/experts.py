@@ -1,9 +1,8 @@
 """Mixtures of experts with one nn.Linear for each matrix of each expert, under the names that checkpoints store.
 
-transformers 5 holds all experts of a block in two fused tensors, [experts, 2 x intermediate, hidden] and [experts, hidden,
-intermediate]. ``separate`` puts an ``Experts`` in the place of each such module: the same sums in the same order, but every
-matrix is a linear that can be read, replaced and packed on its own. It multiplies in two stages (every expert's gate and up,
-then every expert's down), and whoever walks through the block may stop a pass before either.
+transformers 5 holds all experts of a block in two fused tensors (storage/fused.py). ``separate`` puts an ``Experts`` in the place of each
+such module: the same sums in the same order, but every matrix is a linear that can be read, replaced and packed on its own. It multiplies
+in two stages (every expert's gate and up, then every expert's down), and whoever walks through the block may stop a pass before either.
 """
 
 from collections.abc import Callable
@@ -13,10 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-# Of the expert's linears: gate, up, down.
-PLAIN = ("gate_proj", "up_proj", "down_proj")
-MIXTRAL = ("w1", "w3", "w2")
-FUSED = ("gate_up_proj", "down_proj")  # the parameters of transformers' module
+from leangrid.storage.fused import FUSED, MIXTRAL, PLAIN
 
 
 class Experts(nn.ModuleList):

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from leangrid.recipe import Recipe
+from leangrid.report.experts import expert_figures
 from leangrid.report.facts import Facts, finite
 from leangrid.report.records import LayerRecord
 from leangrid.report.serving import snippet
@@ -42,6 +43,8 @@ def _card(facts: Facts) -> str:
     parts = [f"---\n{_metadata(facts, measured).to_yaml()}\n---", f"# {_plain(facts.name)}, {facts.recipe.scheme}"]
     language, lines = snippet(facts.container, facts.exported_from is not None)
     parts += [_made(facts), f"```{language}\n{lines}\n```", _losses(facts.records)]
+    if experts := expert_figures(facts.records):
+        parts.append(_experts(experts))
     if measured:
         parts.append("\n\n".join(("## Measured", *(_measured(found) for found in measured))))
     parts.append(_rescues(facts.records))
@@ -158,6 +161,16 @@ def _losses(records: Sequence[LayerRecord]) -> str:
     what = f"Sum over {len(records)} layers of tr(E H E^T)/2, all three on the same calibration Hessians."
     per_layer = _table(("layer", "loss", "min-max GPTQ", "rounding"), most)
     return "\n\n".join(("## Layer losses", what, _table(("", "loss"), rows), "The layers with most of it:", per_layer))
+
+
+def _experts(found: Mapping[str, Any]) -> str:
+    head = ("", "experts", "least", "median", "most", "starved", "unseen")
+    every = [("all", found), *((f"`{_plain(block['block'])}`", block) for block in found["blocks"])]
+    keys = ("experts", "min", "median", "max", "starved", "unseen")
+    rows = [(name, *(f"{of[key]:.0f}" for key in keys)) for name, of in every]
+    what = ("Calibration tokens that the routers sent to an expert. A starved one had fewer than its linears have columns and shares the "
+            "Hessian of all, an unseen one had none.")  # fmt: skip
+    return "\n\n".join(("## Tokens per expert", what, _table(head, rows)))
 
 
 def _measured(found: Mapping[str, Any]) -> str:

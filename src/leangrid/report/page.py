@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from leangrid.recipe import Recipe
 from leangrid.report.card import calibration_words, measurements, scheme_words, task_figures
+from leangrid.report.experts import expert_figures
 from leangrid.report.facts import Facts, LossMap, finite, place
 from leangrid.report.plots import RATIOS, Axis, Number, Shades, dots, line, ratio_step, strokes
 from leangrid.report.records import LayerRecord
@@ -60,6 +61,7 @@ def page(facts: Facts) -> str:
         worst=[(*place(record.name), record) for record in _worst(facts.records)],
         blocks=_blocks(losses),
         sample=_sample(facts.run.get("sample"), recipe),
+        experts=expert_figures(facts.records),
         stages=_stages(facts.run.get("seconds") or {}),
         memory=_memory(facts.run),
         rescues=_rescues(facts),

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from leangrid.report.experts import expert_words
+
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -58,6 +60,7 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
         ("size", _size(result, "bytes")),
         ("loss", None if loss is None else f"{loss:.4g}{better}"),
         ("rescues", result.get("rescues")),
+        *expert_words(result.get("experts") or {}),
         *_quality(result.get("quality") or {}),
         ("time", total),
         ("bound by", result.get("bound")),

@@ -240,7 +240,17 @@ def require_space(directory: Path, needed: int, margin: float = 0.05) -> None:
     free, wanted = shutil.disk_usage(existing).free, int(needed * (1 + margin))
     if free < wanted:
         raise OutputError(f"not enough disk space: about {_size(wanted)} needed, {_size(free)} free", existing,
-                          "Free some, or choose another output directory")  # fmt: skip
+                          "Free some, or choose another directory")  # fmt: skip
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether two directories that exist lie on one file system."""
+    return one.stat().st_dev == other.stat().st_dev
+
+
+def bytes_in(directory: Path) -> int:
+    """Bytes of the files in a directory (not below it); 0 where there is none."""
+    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file()) if directory.is_dir() else 0
 
 
 class FileLock:

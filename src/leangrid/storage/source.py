@@ -19,6 +19,7 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, Interrupted
 from leangrid.storage.config import check_layers, custom_code, read_config
+from leangrid.storage.fused import unfused
 from leangrid.storage.remote import Remote, here
 from leangrid.storage.safetensors import Header, Readable, TensorInfo, checked_header, open_header, read_tensor, strict_json
 
@@ -205,8 +206,11 @@ def open_source(directory: Path, *, allow_quantized: bool = False, remote: Remot
     shards, listed = _shards(directory, notices, remote)
     headers = {name: _header(directory / name, remote) for name in shards}
     tensors = _collect(directory, headers, listed, notices)
+    apart = unfused(tensors, config.get("model_type") == "mixtral")
+    if len(apart) > len(tensors):
+        notices.append("the experts of a block are stored in one tensor: they are read one by one, and written so")
     check_layers(config, len(tensors), directory / "config.json")
-    return Checkpoint(directory, config, headers, tensors, notices, remote)
+    return Checkpoint(directory, config, headers, apart, notices, remote)
 
 
 def _header(path: Path, remote: Remote | None) -> Header:
