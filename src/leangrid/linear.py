@@ -6,7 +6,7 @@ target, Hessian, bits and groups. Whatever the grid, the result is never worse t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -57,6 +57,10 @@ class LinearResult:
     rescues: tuple[Rescue, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     flops: dict[str, float] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> "LinearResult":
+        """The same with codes and grid on ``device``."""
+        return replace(self, codes=self.codes.to(device), grid=self.grid.to(device))
 
 
 def minmax_grid(weight: Float[Tensor, "rows cols"], scheme: Scheme, precision: Precision) -> GroupedGrid:

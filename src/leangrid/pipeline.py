@@ -26,9 +26,10 @@ from leangrid.ranks import joined
 from leangrid.recipe import Recipe
 from leangrid.result import QuantizeResult
 from leangrid.run import BlockWork, Run
-from leangrid.wide import WideGroup, WideSum
+from leangrid.wide import WideGroup, WideSum, stacked
 
 _Sum = TypeVar("_Sum", bound=HessianSum)
+_Key = TypeVar("_Key")
 
 
 def quantize(
@@ -153,21 +154,32 @@ def _solve_with(run: Run, block: BlockWork, names: Sequence[str], number: int, h
             target = correct(weight, correction, run.strength)
             del weight
         solved[name] = solve_linear(target, factor, hessian.matrix, run.recipe.for_layer(f"{block.name}.{name}"), run.precision)
-    everyone = {name: result for part in run.ranks.all(solved) for name, result in part.items()}
+    everyone = {name: result for part in _everyone(run, solved, hessian.matrix.device) for name, result in part.items()}
     return {name: block.keep(name, everyone[name], hessian, factor) for name in names}
 
 
 def _solve_lean(run: Run, block: BlockWork, group: GroupInputs, number: int) -> dict[str, Tensor]:
-    """The same for groups whose matrices hardly fit (wide.py)."""
+    """The same for groups whose matrices hardly fit (wide.py); of each linear every rank solves a part of the rows."""
     total = _summed(run, block, group, number, WideSum)
     with run.stage("factor", number):
         wide = WideGroup(total, {name: block.weight(name) for name in group.names}, run.recipe, run.strength)
     run.count_group(wide.hessian, block.rows(group.names), group.paired)
-    new = {}
+    new, share = {}, (run.ranks.rank, run.ranks.count)
     for name in group.names:
-        result = wide.solve(name, run.precision, recipe=run.recipe.for_layer(f"{block.name}.{name}"))
+        tiles = wide.tiles(name, run.precision, recipe=run.recipe.for_layer(f"{block.name}.{name}"), share=share)
+        parts = _everyone(run, dict(enumerate(tiles)), wide.hessian.matrix.device)
+        del tiles
+        result = stacked([tile for part in parts for tile in part.values()])
         new[name] = block.keep(name, result, wide.hessian, wide.factor)
     return new
+
+
+def _everyone(run: Run, solved: dict[_Key, LinearResult], device: torch.device) -> list[dict[_Key, LinearResult]]:
+    """What each rank solved, on ``device``; between ranks it goes through host memory."""
+    if run.ranks.count == 1:
+        return [solved]
+    parts = run.ranks.all({key: result.to("cpu") for key, result in solved.items()})
+    return [{key: result.to(device) for key, result in part.items()} for part in parts]
 
 
 def _summed(run: Run, block: BlockWork, group: GroupInputs, number: int, kind: type[_Sum]) -> _Sum:

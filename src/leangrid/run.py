@@ -172,8 +172,6 @@ class Run:
                 tokens = ranks.from_first(calibration_windows(prepared, windows, progress) if ranks.first else None)
             chosen: Placement = ranks.from_first(placement or _placement(prepared, tokens, device) if ranks.first else None)
             ranks.own(tokens)  # refuses fewer windows than ranks, before any work
-            if chosen.lean:
-                ranks.alone("matrices that fit in memory only one at a time")
             run = cls(prepared, journal, tokens, device, clock, progress if ranks.first else None, chosen, ranks)
             yield run
         except LeangridError as error:

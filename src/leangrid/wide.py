@@ -88,13 +88,24 @@ class WideGroup:
         ``recipe``: where it is not the group's. What the plain path decides for a whole layer (rounding instead of a result worse
         than it) is decided for a tile.
         """
-        rows, cols = self._weights[name].shape
+        return stacked(self.tiles(name, dtype, tile, recipe))
+
+    def tiles(
+        self,
+        name: str,
+        dtype: torch.dtype | Precision = torch.float32,
+        tile: int | None = None,
+        recipe: Recipe | None = None,
+        share: tuple[int, int] = (0, 1),
+    ) -> list[LinearResult]:
+        """``solve`` tile by tile, of the rows of part i of n, ``share``: the parts in order are the linear."""
+        (rows, cols), (part, parts) = self._weights[name].shape, share
         tile = tile or max(1, TILE_BYTES // (4 * cols))
-        parts = []
-        for start in range(0, rows, tile):
-            target = self._target(name, start, min(start + tile, rows))
-            parts.append(solve_linear(target, self.factor, self.hessian.matrix, recipe or self.recipe, dtype))
-        return joined(parts)
+        first, end, results = rows * part // parts, rows * (part + 1) // parts, []
+        for start in range(first, end, tile):
+            target = self._target(name, start, min(start + tile, end))
+            results.append(solve_linear(target, self.factor, self.hessian.matrix, recipe or self.recipe, dtype))
+        return results
 
     def _fold(self, weight: Tensor, difference: Tensor) -> Tensor:
         """W (G - H), float32, on the host."""
@@ -192,7 +203,7 @@ def reverse_(matrix: Float[Tensor, "cols cols"], chunk: int = 1 << 26) -> Float[
     return matrix
 
 
-def joined(parts: list[LinearResult]) -> LinearResult:
+def stacked(parts: list[LinearResult]) -> LinearResult:
     """The results of consecutive rows as one: codes and grids stacked, losses and seconds added, rescues of a kind counted together."""
     if len(parts) == 1:
         return parts[0]

@@ -20,6 +20,7 @@ import forked_ranks
 import tiny_models
 from forked_ranks import Ended, as_command, command
 from leangrid import ranks as ranks_module
+from leangrid import wide
 from leangrid.errors import LeangridError
 from leangrid.pipeline import quantize
 from leangrid.placement import Placement
@@ -260,10 +261,16 @@ def test_mixtures_of_experts_are_refused(tmp_path: Path, name: str) -> None:
     refused(together(source, tmp_path / "out", 2), sentence, tmp_path)
 
 
-def test_the_thrifty_algebra_is_refused(source: Path, tmp_path: Path) -> None:
+def test_the_thrifty_algebra_shares_the_rows_of_each_linear(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lean = Placement(2, replay=True, host_streams=True, lean=True)
-    job = python(source, tmp_path / "out", windows=[tiny_models.tokens(4, 32)] * 2, placement=[lean] * 2)
-    refused(forked_ranks.run(2, job), "matrices that fit in memory only one at a time: 2 ranks do not handle this", tmp_path)
+    monkeypatch.setattr(wide, "TILE_BYTES", 4 * 64 * 48)  # several tiles a rank, the last one short
+    for out, ranks in (("one", 1), ("two", 2), ("again", 2)):
+        job = python(source, tmp_path / out, windows=[tiny_models.tokens(4, 32)] * ranks, placement=[lean] * ranks)
+        ended = forked_ranks.run(ranks, job)
+        assert [one.status for one in ended] == [0] * ranks, ended
+    alone, several = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert several == {name: pytest.approx(loss, rel=TOLERANCE) for name, loss in alone.items()} and len(alone) == 14
+    assert contents(tmp_path / "two") == contents(tmp_path / "again")
 
 
 @pytest.mark.slow
