@@ -50,11 +50,14 @@ def main(kind: str, work: Path, count: int, seed: int) -> dict[str, object]:
     expected, hits, early, trial = contents(work / "expected", kind), 0, 0, 0
     while hits < count:
         trial += 1
+        if trial > 20 * count:
+            raise RuntimeError(f"{early} of {early + hits} kills came before anything was written")
         out, status = work / f"out{trial}", -9
         for _ in range(chance.randint(1, 3)):
             status = status_of(partial(job, out), delay=chance.uniform(0, 1.1 * duration))
-            hits += status == -9
-            early += status == -9 and not (work / f"out{trial}.partial").exists() and not out.exists()
+            something = out.exists() or out.with_name(f"{out.name}.partial").exists()
+            hits += status == -9 and something
+            early += status == -9 and not something  # before there was anything to damage: no hit
             if out.exists():
                 problems += [f"{trial}: {difference}" for difference in verify(out)]
                 break
