@@ -35,7 +35,7 @@ _F32 = 4
 _STATED_TFLOPS, _TF32, _HALF = 30.0, 2.0, 4.0
 _ATTAINED = 0.7  # share of a data sheet's rate that a large product reaches
 _THREAD, _GRID_SHARE = 1e11, 0.25  # float32 FLOP/s of the CPU thread behind the grids' seconds; what a GPU makes of its own there
-_LINK = 2e10  # bytes/s between ranks: PCIe 4, 16 lanes
+_LINK = 2.4e9  # bytes/s between ranks: gloo between two processes of one host (docs/log.md)
 _DESCRIBED = re.compile(r"(?:(?P<count>[1-9]\d{0,3})x)?(?P<memory>\d{1,5}(?:\.\d+)?)gi?b(?:@(?P<rate>\d{1,6}(?:\.\d+)?)tf)?", re.IGNORECASE)
 
 
@@ -157,9 +157,9 @@ def seconds(skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placeme
         "save": (2 * after + (1 + placement.disk_streams) * blocks * states) / rates.disk,
         "check": (before + after) / rates.read,
     }
-    if rates.ranks > 1:  # a ring: H and G added up, new weights given to all
+    if rates.ranks > 1:  # through rank 0, one rank after another: H and G there and back, and what was solved
         moved = sum(streams * _F32 * cols**2 for _, cols in groups) * 2 + before
-        alone["exchange"] = moved * (rates.ranks - 1) / rates.ranks / rates.link
+        alone["exchange"] = moved * (rates.ranks - 1) / rates.link
     stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
 

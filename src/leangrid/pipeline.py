@@ -168,8 +168,8 @@ def _solve_lean(run: Run, block: BlockWork, group: GroupInputs, number: int) -> 
     for name in group.names:
         tiles = wide.tiles(name, run.precision, recipe=run.recipe.for_layer(f"{block.name}.{name}"), share=share)
         parts = _everyone(run, dict(enumerate(tiles)), wide.hessian.matrix.device)
-        del tiles
         result = stacked([tile for part in parts for tile in part.values()])
+        del tiles, parts  # their codes are as large as the layer's
         new[name] = block.keep(name, result, wide.hessian, wide.factor)
     return new
 

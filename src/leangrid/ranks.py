@@ -221,7 +221,7 @@ def _in_words(error: BaseException) -> tuple[str, int]:
 
 
 def checksum(module: nn.Module) -> str:
-    """Of a module's weights, on whatever device: another for any one that is changed."""
+    """Of a module's weights, on whatever device, a sum a tensor: another where one number is changed."""
     return str([int(weight.detach().contiguous().view(torch.int16).sum(dtype=torch.int64)) for weight in module.parameters()])
 
 

@@ -49,7 +49,7 @@ class WideSum(HessianSum):
 
 
 class WideGroup:
-    """One group of linears: factored once, then each solved by ``solve``.
+    """One group of linears: factored once, then each solved by ``tiles``.
 
     Args:
         total: the group's tokens; it is finished here.
@@ -80,16 +80,6 @@ class WideGroup:
                 cross[start : start + panel] = solved(self.factor, cross[start : start + panel])
             self._moves = cross
 
-    def solve(
-        self, name: str, dtype: torch.dtype | Precision = torch.float32, tile: int | None = None, recipe: Recipe | None = None
-    ) -> LinearResult:
-        """``solve_linear`` of one linear on the device of H, ``tile`` rows at a time; losses are sums over the tiles.
-
-        ``recipe``: where it is not the group's. What the plain path decides for a whole layer (rounding instead of a result worse
-        than it) is decided for a tile.
-        """
-        return stacked(self.tiles(name, dtype, tile, recipe))
-
     def tiles(
         self,
         name: str,
@@ -98,7 +88,11 @@ class WideGroup:
         recipe: Recipe | None = None,
         share: tuple[int, int] = (0, 1),
     ) -> list[LinearResult]:
-        """``solve`` tile by tile, of the rows of part i of n, ``share``: the parts in order are the linear."""
+        """``solve_linear`` of one linear on the device of H, ``tile`` rows at a time; ``stacked`` makes one result of them.
+
+        ``recipe``: where it is not the group's. ``share``: part i of n of the rows; the parts in order are the linear. What the plain
+        path decides for a whole layer (rounding instead of a result worse than it) is decided for a tile.
+        """
         (rows, cols), (part, parts) = self._weights[name].shape, share
         tile = tile or max(1, TILE_BYTES // (4 * cols))
         first, end, results = rows * part // parts, rows * (part + 1) // parts, []

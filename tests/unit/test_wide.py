@@ -9,7 +9,7 @@ from leangrid.factor import factorize
 from leangrid.hessian import HessianSum
 from leangrid.linear import solve_linear
 from leangrid.recipe import Recipe
-from leangrid.wide import WideGroup, WideSum, cholesky_, factorize_in_place, invert_lower_, mirror_, reverse_, solved
+from leangrid.wide import WideGroup, WideSum, cholesky_, factorize_in_place, invert_lower_, mirror_, reverse_, solved, stacked
 from live_bytes import LiveBytes
 
 
@@ -120,7 +120,7 @@ def test_a_group_gives_the_plain_path_s_codes(scheme: str, rows: tuple[int, ...]
     for name, weight in weights.items():
         correction = None if hessian.cross is None else Correction.of(hessian.matrix, hessian.cross, factor, sum(rows))
         target = correct(weight, correction, strength)
-        plain, ours = solve_linear(target, factor, hessian.matrix, recipe), wide.solve(name, tile=17)
+        plain, ours = solve_linear(target, factor, hessian.matrix, recipe), stacked(wide.tiles(name, tile=17))
         assert (plain.codes == ours.codes).float().mean() > 0.999
         torch.testing.assert_close(plain.grid.levels, ours.grid.levels, rtol=1e-3, atol=1e-4)
         for loss in ("loss", "loss_minmax", "loss_rounding"):
@@ -138,6 +138,6 @@ def test_three_matrices_at_once() -> None:
         before = alive.now
         alive.peak = 0
         group = WideGroup(total, weights, recipe, 0.5, panel=64)
-        result = group.solve("down", tile=16)
+        result = stacked(group.tiles("down", tile=16))
     square = 4 * cols * cols
     assert before >= 2 * square and alive.peak < 3.6 * square and result.codes.shape == (64, cols)

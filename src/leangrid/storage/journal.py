@@ -27,7 +27,7 @@ from leangrid.errors import CheckpointError, OutputError, ResumeError
 from leangrid.storage import files, safetensors
 from leangrid.storage.failpoints import failpoint
 
-FORMAT_VERSION = 2  # of this layout; part of the identity, so that a newer leangrid never misreads an older journal
+FORMAT_VERSION = 3  # of this layout; part of the identity, so that a newer leangrid never misreads an older journal
 _ENTRIES = frozenset({"LOCK", "identity.json", "sealed.json", "blocks", "state", "named", "head", "publish", "replaced", "source"})
 _RESTART = "--restart discards the unfinished run"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
