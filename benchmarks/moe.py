@@ -29,12 +29,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lines
 import once
 import torch
 import transformers
-from machine import provenance
-from quality import Causal, opened
+from quality import Causal, Tasks, keep_each, opened
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from workload import Workload
 
@@ -163,26 +161,20 @@ def main() -> None:
             (folder / name).mkdir()
             works[name] = Workload.open(source, str(options.model / "calibration.txt"), samples, LENGTH, 0, folder / name, NAME)
         yard = Causal(opened(source)[0], load_tokenizer(source), str(options.evaluate), options.windows, LENGTH)
-        failed = []
-        for calibration, scheme, fill in runs(options.schemes.split(",")):
-            if options.only not in (None, calibration) or (calibration == "few" and fill not in options.fills.split(",")):
-                continue
-            work = works[calibration]
-            print(f"{calibration} {scheme} {fill}", file=sys.stderr, flush=True)
-            line = {"benchmark": "moe", "model": NAME, "scheme": scheme, "variant": f"{calibration}, {fill}", "calibration": calibration,
-                    "calibration_tokens": work.windows.numel(), "fill": fill, "recipe": work.recipe(scheme, {}).model_dump(),
-                    "windows_sha256": work.windows_sha256, "threads": options.threads or torch.get_num_threads(), **yard.about,
-                    "training": training}  # fmt: skip
-            try:
-                line |= measured(work, yard, scheme, fill, folder, options.threads) | provenance()
-            except once.Failed as error:
-                failed.append(f"{calibration} {fill} {error}")
-                continue
-            print(lines.text(line), flush=True)
-            if options.out:
-                lines.add(options.out, line)
-    if failed:
-        sys.exit("\n".join(failed))
+
+        def tasks() -> Tasks:
+            for calibration, scheme, fill in runs(options.schemes.split(",")):
+                if options.only not in (None, calibration) or (calibration == "few" and fill not in options.fills.split(",")):
+                    continue
+                work = works[calibration]
+                print(f"{calibration} {scheme} {fill}", file=sys.stderr, flush=True)
+                head = {"benchmark": "moe", "model": NAME, "scheme": scheme, "variant": f"{calibration}, {fill}",
+                        "calibration": calibration, "calibration_tokens": work.windows.numel(), "fill": fill,
+                        "recipe": work.recipe(scheme, {}).model_dump(), "windows_sha256": work.windows_sha256,
+                        "threads": options.threads or torch.get_num_threads(), **yard.about, "training": training}  # fmt: skip
+                yield head, partial(measured, work, yard, scheme, fill, folder, options.threads)
+
+        keep_each(tasks(), options.out)
 
 
 if __name__ == "__main__":

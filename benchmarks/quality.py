@@ -16,7 +16,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ from leangrid.evaluate.perplexity import negative_log_likelihood, perplexity
 from leangrid.evaluate.sts import Pairs, embed
 from leangrid.recipe import Recipe, Scheme
 
+Tasks = Iterable[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]  # of keep_each
 _SCHEMES = "W4A16_G64,GPTQ4_G64,W3A16_G64,GPTQ3_G64,NU4,NU3"
 
 
@@ -157,6 +159,26 @@ def measured(work: Workload, yard: Yardstick, recipe: Recipe, folder: Path, thre
     return figures | {name: result[name] for name in kept} | {"evaluate_seconds": round(time.perf_counter() - begin, 1)}
 
 
+def keep_each(tasks: Tasks, out: Path | None) -> None:
+    """Measure one after another, print each line and keep it in ``out``. What failed does not stop the rest; it is told at the end, exit 1.
+
+    Args:
+        tasks: a line's first fields, scheme and variant among them, and what measures the others.
+    """
+    failed = []
+    for head, measure in tasks:
+        try:
+            line = head | measure() | provenance()
+        except once.Failed as error:
+            failed.append(f"{head['variant']} {error}")
+            continue
+        print(lines.text(line), flush=True)
+        if out:
+            lines.add(out, line)
+    if failed:
+        sys.exit("\n".join(failed))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given")
@@ -183,24 +205,19 @@ def main() -> None:
         work = Workload.open(source, options.calibration, options.samples, options.length, options.seed, folder, options.name)
         todo = list(runs(work, [scheme for scheme in options.schemes.split(",") if scheme], chosen))  # a wrong scheme is told now
         yard = yardstick(work.source, options.text, options.windows, options.evaluation_length or options.length)
+        origin = provenance()
         done = {lines.identity(line) for line in lines.read(options.out)} if options.out and options.skip_done else set()
-        failed = []
-        for number, (variant, recipe) in enumerate(todo, 1):
-            head = {"benchmark": "quality", "model": work.name, "scheme": recipe.scheme, "variant": variant, "recipe": recipe.model_dump(),
-                    "windows_sha256": work.windows_sha256, "threads": options.threads or torch.get_num_threads(), **yard.about}  # fmt: skip
-            print(f"{number} of {len(todo)}: {recipe.scheme} {variant}", file=sys.stderr, flush=True)
-            if lines.identity(head) in done:
-                continue
-            try:
-                line = head | measured(work, yard, recipe, folder, options.threads) | provenance()
-            except once.Failed as error:
-                failed.append(f"{recipe.scheme} {variant}: {error}")
-                continue
-            print(lines.text(line), flush=True)
-            if options.out:
-                lines.add(options.out, line)
-    if failed:
-        sys.exit("\n".join(failed))
+
+        def tasks() -> Tasks:
+            for number, (variant, recipe) in enumerate(todo, 1):
+                head = {"benchmark": "quality", "model": work.name, "scheme": recipe.scheme, "variant": variant,
+                        "recipe": recipe.model_dump(), "windows_sha256": work.windows_sha256,
+                        "threads": options.threads or torch.get_num_threads(), **yard.about}  # fmt: skip
+                print(f"{number} of {len(todo)}: {recipe.scheme} {variant}", file=sys.stderr, flush=True)
+                if lines.identity(head | origin) not in done:
+                    yield head, partial(measured, work, yard, recipe, folder, options.threads)
+
+        keep_each(tasks(), options.out)
 
 
 if __name__ == "__main__":

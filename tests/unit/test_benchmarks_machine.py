@@ -168,3 +168,20 @@ def test_a_child_reports_its_own_peak_memory(bench: Any) -> None:
     ours = np.ones(40_000_000)  # 320 MB that belong to the parent
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 1e6 < int(done.stdout) < ours.nbytes / 2
+
+
+def test_lines_are_kept_one_by_one_and_found_again(tmp_path: Path, bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    quality, lines, out = bench("quality"), bench("lines"), tmp_path / "quality.jsonl"
+    heads = [{"benchmark": "quality", "model": "A", "scheme": scheme, "variant": "default"} for scheme in ("NU4", "NU3", "NU2")]
+
+    def fails() -> dict[str, Any]:
+        raise quality.once.Failed("NU3: the quantizing process ended with 9")
+
+    measures = (lambda: {"kl_mean": 0.1}, fails, lambda: {"kl_mean": 0.2})
+    with pytest.raises(SystemExit, match="default NU3: the quantizing process ended with 9"):
+        quality.keep_each(zip(heads, measures, strict=True), out)
+    kept = lines.read(out)
+    assert [(line["scheme"], line["kl_mean"]) for line in kept] == [("NU4", 0.1), ("NU2", 0.2)]
+    assert [json.loads(line)["scheme"] for line in capsys.readouterr().out.splitlines()] == ["NU4", "NU2"]
+    origin, done = bench("machine").provenance(), {lines.identity(line) for line in kept}
+    assert [lines.identity(head | origin) in done for head in heads] == [True, False, True], "what --skip-done leaves out"
