@@ -83,7 +83,7 @@ def small(data: Data, folder: Path) -> Size:
             sample_counts=(2, 16),
             other_calibrations=(data.wikitext_train, "self", "embedded"),
             tasks=("arc_easy", "hellaswag", "piqa", "winogrande"),
-            documents=100,
+            documents=50,
         )
     ]
     left_out = []

@@ -1,0 +1,89 @@
+"""What does a scheme cost in answers? Accuracy of the original and of each scheme on lm-evaluation-harness's tasks, one JSON line each.
+
+    python benchmarks/local_tasks.py downloads my-tasks
+    python benchmarks/accuracy.py --tasks-dir my-tasks --calibration c4.jsonl [--limit 250] [--out benchmarks/results/accuracy.jsonl]
+
+Without --tasks-dir the tasks come from the hub. Every model answers the same documents (the first --limit of each task) in float32, packed
+layers as they are, by `leangrid eval --tasks`. "original" among --schemes stands for the model itself.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import once
+import quality
+import torch
+from workload import Workload, default_source
+
+from leangrid.evaluate import Tasks, evaluate
+
+_TASKS = "arc_easy,hellaswag,piqa,winogrande"
+_SCHEMES = "original,NU4,W4A16_G64,GPTQ4_G64,NU3,W3A16_G64,GPTQ3_G64"
+
+
+def answered(model: Path, asked: Tasks) -> dict[str, Any]:
+    """The figures of each task, their mean accuracy in percent and its standard error.
+
+    Raises:
+        SystemExit: a task failed; it says which and why.
+    """
+    found = evaluate(model, tasks=asked)["tasks"]
+    if failed := [f"{name}: {figures['error']}" for name, figures in found.items() if "error" in figures]:
+        raise SystemExit("; ".join(failed))
+    accuracies, deviations = ([figures[key] for figures in found.values()] for key in ("acc", "stderr"))
+    return {"tasks": found, "mean_accuracy": 100 * sum(accuracies) / len(found),
+            "mean_stderr": 100 * sum(value**2 for value in deviations) ** 0.5 / len(found)}  # fmt: skip
+
+
+def quantized(work: Workload, scheme: str, asked: Tasks, folder: Path, threads: int | None) -> dict[str, Any]:
+    """Quantize by the defaults, ask, delete."""
+    out = folder / "out"
+    result = once.quantize(work.source, out, work.recipe(scheme, {}).model_dump(exclude={"calibration"}), work.windows_file, threads)
+    found = answered(out, asked)
+    shutil.rmtree(out)
+    return found | {name: result[name] for name in ("bits_per_weight", "bytes", "rescues")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given")
+    parser.add_argument("--tasks", default=_TASKS)
+    parser.add_argument("--tasks-dir", type=Path)
+    parser.add_argument("--limit", type=int, help="documents of each task; all where none is given")
+    parser.add_argument("--schemes", default=_SCHEMES)
+    parser.add_argument("--calibration", default="self", help="self, embedded, c4, wikitext2, or a .txt/.jsonl file")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    asked = Tasks.parse(options.tasks, directory=options.tasks_dir, limit=options.limit)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        work = Workload.open(options.source or default_source(), options.calibration, options.samples, options.length, 0, folder)
+        chosen = [scheme for scheme in options.schemes.split(",") if scheme]
+        recipes = {scheme: work.recipe(scheme, {}) for scheme in chosen if scheme != "original"}  # a wrong scheme is told now
+
+        def tasks() -> quality.Tasks:
+            for number, scheme in enumerate(chosen, 1):
+                print(f"{number} of {len(chosen)}: {scheme}", file=sys.stderr, flush=True)
+                head = {"benchmark": "accuracy", "model": work.name, "scheme": scheme, "variant": "default",
+                        "base": {"tasks": options.tasks, "documents": options.limit}}  # fmt: skip
+                if scheme == "original":
+                    yield head, partial(answered, work.source, asked)
+                else:
+                    learned = {"recipe": recipes[scheme].model_dump(), "windows_sha256": work.windows_sha256}
+                    yield head | learned, partial(quantized, work, scheme, asked, folder, options.threads)
+
+        quality.keep_each(tasks(), options.out)
+
+
+if __name__ == "__main__":
+    main()
