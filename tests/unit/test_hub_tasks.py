@@ -71,12 +71,12 @@ def test_each_promised_name_asks_the_hub_s_documents(hub: Path, tiny: Callable[.
 def test_mmlu_is_its_57_tasks_weighted_by_their_documents(hub: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
     from lm_eval.tasks import TaskManager
 
-    entries = TaskManager().task_index.values()
-    subjects = sorted(entry.cfg["dataset_name"] for entry in entries if entry.yaml_path and entry.yaml_path.parent.match("mmlu/default")
-                      and "dataset_name" in entry.cfg)  # fmt: skip
+    found = TaskManager().task_index.values()
+    default = [entry.cfg or {} for entry in found if entry.yaml_path and entry.yaml_path.parent.match("mmlu/default")]
+    subjects = sorted(config["dataset_name"] for config in default if "dataset_name" in config)
     assert len(subjects) == 57
     dataset(hub, "cais/mmlu", {subject: {"test": MMLU[: 1 + place % 2], "dev": MMLU} for place, subject in enumerate(subjects)})
-    found = evaluate(tiny("llama3"), tasks=Tasks(("mmlu",), out=tmp_path / "r.json"))["tasks"]["mmlu"]
+    mmlu = evaluate(tiny("llama3"), tasks=Tasks(("mmlu",), out=tmp_path / "r.json"))["tasks"]["mmlu"]
     each = [kept["result"] for kept in json.loads((tmp_path / "r.json").read_text())["identity"]["tasks"].values()]
-    assert found["n"] == sum(one["sample_len"] for one in each) == sum(1 + place % 2 for place in range(57)) and len(each) == 57
-    assert found["acc"] == pytest.approx(sum(one["sample_len"] * one["acc,none"] for one in each) / found["n"])
+    assert mmlu["n"] == sum(one["sample_len"] for one in each) == sum(1 + place % 2 for place in range(57)) and len(each) == 57
+    assert mmlu["acc"] == pytest.approx(sum(one["sample_len"] * one["acc,none"] for one in each) / mmlu["n"])
