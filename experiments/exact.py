@@ -21,11 +21,11 @@ def tasks(bench: Bench) -> Iterator[Task]:
     for run in RUNS.split(","):
         scheme, _, kind = run.partition(":")
         head = {"benchmark": "exact", "size": bench.size.name, "model": bench.size.squad.name, "scheme": scheme, "variant": kind or "paper"}
-        yield Measurement(head, lambda run=run: measured(bench.size.squad, run))
+        yield Measurement(head, lambda run=run: measured(bench.size.squad, run, bench.threads))
 
 
-def measured(model: Path, run: str) -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "encoder.py"), str(model), "--schemes", run]
+def measured(model: Path, run: str, threads: int) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "benchmarks" / "encoder.py"), str(model), "--schemes", run, "--threads", str(threads)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return {name: value for name, value in found.items() if name not in ("command", "versions", "machine", "date")} | {
