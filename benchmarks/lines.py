@@ -47,8 +47,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def identity(line: Mapping[str, Any]) -> str:
     """Equal for two runs of one measurement on one kind of processor: its name and its instruction sets, since names repeat."""
+    return json.dumps([line.get(name) for name in _IDENTITY] + processor(line), sort_keys=True)
+
+
+def processor(line: Mapping[str, Any]) -> list[Any]:
+    """Its name and its instruction sets; not how many cores the run was given."""
     machine = line.get("machine", {})
-    return json.dumps([line.get(name) for name in _IDENTITY] + [machine.get("cpu"), machine.get("isa")], sort_keys=True)
+    return [machine.get("cpu"), machine.get("isa")]
 
 
 def text(line: Mapping[str, Any]) -> str:

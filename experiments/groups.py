@@ -8,7 +8,7 @@ from whole import Bench, Task
 def tasks(bench: Bench) -> Iterator[Task]:
     for subject in bench.size.subjects:
         for bits in (4, 3):
-            for group in (None, *subject.groups):
+            for group in (None, *subject.groups) if subject.groups else ():
                 suffix = f"_G{group}" if group else ""
                 for method, scheme in (("GPTQ", f"GPTQ{bits}"), ("default", f"W{bits}A16")):
                     label = {"variant": method, "bits": bits, "columns": group or "row"}

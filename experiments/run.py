@@ -3,13 +3,15 @@
     python experiments/run.py --size small --c4 c4.jsonl --wikitext wiki.test.raw --sts STS                 # all
     python experiments/run.py power start --size small --stories .models/stories260k                        # two
 
-Each line goes to experiments/results/NAME.jsonl as soon as it is measured. A line that this machine and this version of leangrid have
-made is kept, so the same command goes on where it was stopped (--again measures anew); lines of another processor stay beside it. Data
-by name (c4, wikitext2) are fetched; everything else is a path. experiments/README.md shows the lines: python benchmarks/table.py.
+Each line goes to experiments/results/NAME.jsonl as soon as it is measured. A line that this kind of processor and this version of
+leangrid have made is kept, so the same command goes on where it was stopped (--again measures anew); lines of another processor stay
+beside it. Data by name (c4, wikitext2) are fetched; everything else is a path. experiments/README.md shows the lines: python
+benchmarks/table.py.
 """
 
 import argparse
 import importlib
+import json
 import sys
 import tempfile
 import traceback
@@ -45,14 +47,13 @@ def arguments() -> argparse.Namespace:
 
 
 def missing(path: Path, tasks: Iterable[Any], options: argparse.Namespace, ours: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
-    """The tasks whose line this machine has not made yet."""
+    """The tasks without a line of ours that says all of their head; a line says more, found by measuring."""
     import lines
-    from machine import machine
 
-    here = {"machine": machine()}
     for task in tasks:
-        done = {lines.identity(line) for line in lines.read(path) if ours(line)}
-        if options.model in (None, task.head.get("model")) and (options.again or lines.identity(task.head | here) not in done):
+        head = json.loads(lines.text(task.head))
+        done = any(ours(line) and head.items() <= line.items() for line in lines.read(path))
+        if options.model in (None, task.head.get("model")) and (options.again or not done):
             yield task
 
 
@@ -79,10 +80,10 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     data = Data(**{name: getattr(options, name) for name in vars(Data())})
-    here, failed = (machine(), leangrid.__version__), []
+    here, failed = lines.processor({"machine": machine()}), []
 
     def ours(line: dict[str, Any]) -> bool:
-        return (line["machine"], line["versions"]["leangrid"]) == here
+        return lines.processor(line) == here and line["versions"]["leangrid"] == leangrid.__version__
 
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(size(options.size, data, Path(temporary)), Path(temporary), options.threads)

@@ -35,7 +35,7 @@ class Subject:
     windows: int
     evaluation_length: int
     blocks: tuple[int, ...]  # whose linears the experiments on layers take
-    groups: tuple[int, ...]  # group sizes, in columns
+    groups: tuple[int, ...]  # group sizes, in columns; none: not in that experiment
     swept: tuple[str, ...]  # schemes of the sweep over p
     bits: tuple[int, ...] = (4, 3, 2)  # at which whole models are quantized
     sample_counts: tuple[int, ...] = ()  # of the sweep over the amount of calibration
@@ -100,7 +100,7 @@ def small(data: Data, folder: Path) -> Size:
                 windows=24,
                 evaluation_length=512,
                 blocks=(0, 2, 4),
-                groups=(32, 16),
+                groups=(),  # 4 is the only size that divides its 172 columns
                 swept=("NU4", "NU3", "NU2", "W4A16"),
                 sample_counts=(1, 2, 4, 8, 16, 64),
                 other_calibrations=("self", "embedded"),

@@ -24,6 +24,9 @@ RESULTS = Path(__file__).with_name("results")
 _SAME = ("model", "scheme", "recipe", "length", "windows")
 _KEPT = ("bits_per_weight", "bytes", "layers", "loss", "loss_minmax", "loss_rounding", "rescues", "notes")
 _COST = ("seconds", "peak_ram_bytes", "peak_gpu_bytes", "kernels")
+_SHOWN = ("perplexity", "reference_perplexity", "kl_mean", "top1_agreement", "embedding_cosine_mean", "sts_spearman")
+# What ``measure`` finds, and where it comes from: all that another experiment's line gives. Its labels stay its own.
+_MEASURED = (*_SHOWN, "distance", "texts", *_KEPT, "losses", "calibration_sha256", "cost", "command", "versions", "machine", "date")
 
 
 class Task(Protocol):
@@ -74,12 +77,12 @@ class WholeModel:
         return found | {"calibration_sha256": original.workload(self.subject).windows_sha256, "cost": cost}
 
     def elsewhere(self) -> dict[str, Any] | None:
-        """The line of another experiment that measured the same."""
+        """What another experiment measured of the same, with its command and machine."""
         wanted = json.dumps([self.head.get(name) for name in _SAME], sort_keys=True)
         for path in sorted(RESULTS.glob("*.jsonl")):
             for line in lines.read(path):
                 if "losses" in line and json.dumps([line.get(name) for name in _SAME], sort_keys=True) == wanted:
-                    return line
+                    return {name: line[name] for name in _MEASURED if name in line}
         return None
 
 
@@ -114,9 +117,8 @@ class Original:
             else:
                 found[label] = yard.about | yard.figures(out)
         first = next(iter(found.values()))
-        shown = ("perplexity", "reference_perplexity", "kl_mean", "top1_agreement", "embedding_cosine_mean", "sts_spearman")
         distance = first.get("kl_mean", first.get("embedding_cosine_mean"))
-        return {name: first[name] for name in shown if name in first} | {"distance": distance, "texts": found}
+        return {name: first[name] for name in _SHOWN if name in first} | {"distance": distance, "texts": found}
 
 
 class Bench:

@@ -47,6 +47,12 @@ def test_every_line_of_an_experiment_is_another_measurement(part: Load, bench: A
         assert len({identity(head) for head in heads}) == len(heads), name
 
 
+def test_groups_are_asked_of_models_that_they_divide(part: Load, bench: Any) -> None:
+    columns = {"SmolLM2-135M-Instruct": (576, 1536), "stories260K": (64, 172), "MiniLM-L6": (384, 1536)}
+    asked = {(subject.name, group) for subject in bench.size.subjects for group in subject.groups}
+    assert asked and not [(name, group) for name, group in asked if any(cols % group for cols in columns[name])]
+
+
 def test_a_model_that_is_not_here_is_said(part: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = part("sizes")
     monkeypatch.setattr(sizes, "default_source", lambda: tmp_path / "model.gguf")
@@ -74,7 +80,7 @@ def test_two_experiments_share_a_run_of_the_same_recipe(part: Load, bench: Any) 
     assert one.elsewhere() is None
     lines.add(whole.RESULTS / "perplexity.jsonl", one.head | {"losses": {}, "kl_mean": 0.1})
     same = bench.whole("power", subject, "NU4", {"variant": "guard"}, p="4")
-    assert (same.elsewhere() or {})["kl_mean"] == 0.1
+    assert same.elsewhere() == {"kl_mean": 0.1, "losses": {}}, "the figures, none of the other's labels"
     assert bench.whole("power", subject, "NU4", {"variant": "guard"}, p="2").elsewhere() is None
     assert bench.whole("power", bench.size.subjects[1], "NU4", p="4").elsewhere() is None
 
@@ -99,7 +105,7 @@ def test_lines_are_kept_as_they_are_made(
         measured.append(model)
         if model == "b":
             raise RuntimeError("this one fails")
-        return {"figure": len(measured)}
+        return {"figure": len(measured), "rows": 4, "threads": 1}  # of what tells lines apart, too
 
     def tasks(_: Any) -> Iterator[Any]:
         for model in ("a", "b", "c"):
@@ -119,12 +125,15 @@ def test_lines_are_kept_as_they_are_made(
     assert {"command", "machine", "versions", "date"} <= lines.read(path)[0].keys()
     started()
     assert measured == ["a", "b", "c", "b"]  # what is there is kept
-    foreign = lines.read(path)[0]
-    lines.add(path, foreign | {"machine": foreign["machine"] | {"cores": 4096}})
+    own = lines.read(path)
+    path.write_text("".join(lines.text(line | {"machine": line["machine"] | {"cores": 4096}}) + "\n" for line in own))
     started()
-    assert measured[4:] == ["a", "b"]  # another machine's line is not ours
+    assert measured[4:] == ["b"]  # how many cores it was given is not which machine it is
+    path.write_text("".join(lines.text(line | {"machine": line["machine"] | {"cpu": "another"}}) + "\n" for line in own[:1]))
+    started()
+    assert measured[5:] == ["a", "b", "c"] and len(lines.read(path)) == 3  # another machine's line is not ours
     started("--again", "--model", "b")
-    assert measured[6:] == ["b"]
+    assert measured[8:] == ["b"]
     capsys.readouterr()
     with pytest.raises(SystemExit):
         monkeypatch.setattr(sys, "argv", ["experiments/run.py", "nothing"])
