@@ -84,7 +84,7 @@ bench: $(SETUP) $(MODELS)  ## kernels, decoding, time and quality on the CPU, a 
 	$(BIN)/python benchmarks/table.py
 race: $(SETUP) $(MODELS)  ## against GPTQModel and llm-compressor, side by side; installs them in .peers (3 GB, needs a network)
 	$(BIN)/python benchmarks/race.py --calibration $(CALIBRATION) --text $(TEXT) --out $(RESULTS)/race.jsonl
-experiments: $(SETUP) $(MODELS)  ## the paper's experiments: SIZE=small here, in an hour; SIZE=paper on a GPU; goes on where it was stopped
+experiments: $(SETUP) $(MODELS)  ## the paper's experiments: SIZE=small here, in a good hour; SIZE=paper on a GPU; goes on where it was stopped
 	$(BIN)/python experiments/run.py --size $(SIZE) --c4 $(C4) --wikitext $(WIKITEXT) --wikitext-train $(WIKITEXT_TRAIN) \
 		--stories $(STORIES) --squad $(SQUAD) $(if $(STS),--sts $(STS)) $(if $(TASKS_DIR),--tasks-dir $(TASKS_DIR))
 	$(BIN)/python benchmarks/table.py
