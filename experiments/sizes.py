@@ -1,4 +1,4 @@
-"""What each SIZE runs on: models, calibration, texts. ``small``: two cores, a good hour; ``paper``: the paper's set-up, on a GPU.
+"""What each SIZE runs on: models, calibration, texts. ``small``: two cores, a good hour; ``paper``: the paper's set-up, on a GPU."""
 
 import json
 from dataclasses import dataclass, replace
