@@ -21,29 +21,30 @@ import torch
 from workload import Workload, default_source
 
 from leangrid.evaluate import Tasks, evaluate
+from leangrid.recipe import Recipe
 
 _TASKS = "arc_easy,hellaswag,piqa,winogrande"
 _SCHEMES = "original,NU4,W4A16_G64,GPTQ4_G64,NU3,W3A16_G64,GPTQ3_G64"
 
 
-def answered(model: Path, asked: Tasks) -> dict[str, Any]:
+def answered(model: Path, asked: Tasks, device: str = "cpu") -> dict[str, Any]:
     """The figures of each task, their mean accuracy in percent and its standard error.
 
     Raises:
-        SystemExit: a task failed; it says which and why.
+        once.Failed: a task failed; it says which and why.
     """
-    found = evaluate(model, tasks=asked)["tasks"]
+    found = evaluate(model, tasks=asked, device=device)["tasks"]
     if failed := [f"{name}: {figures['error']}" for name, figures in found.items() if "error" in figures]:
-        raise SystemExit("; ".join(failed))
+        raise once.Failed("; ".join(failed))
     accuracies, deviations = ([figures[key] for figures in found.values()] for key in ("acc", "stderr"))
     return {"tasks": found, "mean_accuracy": 100 * sum(accuracies) / len(found),
             "mean_stderr": 100 * sum(value**2 for value in deviations) ** 0.5 / len(found)}  # fmt: skip
 
 
-def quantized(work: Workload, scheme: str, asked: Tasks, folder: Path, threads: int | None) -> dict[str, Any]:
+def quantized(work: Workload, recipe: Recipe, asked: Tasks, folder: Path, threads: int | None) -> dict[str, Any]:
     """Quantize by the defaults, ask, delete."""
     out = folder / "out"
-    result = once.quantize(work.source, out, work.recipe(scheme, {}).model_dump(exclude={"calibration"}), work.windows_file, threads)
+    result = once.quantize(work.source, out, recipe.model_dump(exclude={"calibration"}), work.windows_file, threads)
     found = answered(out, asked)
     shutil.rmtree(out)
     return found | {name: result[name] for name in ("bits_per_weight", "bytes", "rescues")}
@@ -80,7 +81,7 @@ def main() -> None:
                     yield head, partial(answered, work.source, asked)
                 else:
                     learned = {"recipe": recipes[scheme].model_dump(), "windows_sha256": work.windows_sha256}
-                    yield head | learned, partial(quantized, work, scheme, asked, folder, options.threads)
+                    yield head | learned, partial(quantized, work, recipes[scheme], asked, folder, options.threads)
 
         quality.keep_each(tasks(), options.out)
 

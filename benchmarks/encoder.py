@@ -1,7 +1,7 @@
 """Does LeanQuant-Exact earn its time on an encoder? SQuAD F1 of each method at 4 and 3 bits, the paper's BERT table; one JSON line each.
 
     python benchmarks/squad_finetune.py xquad.en.json .models/minilm_squad
-    python benchmarks/encoder.py .models/minilm_squad [--schemes NU4_EXACT,...] [--out benchmarks/results/encoder.jsonl]
+    python benchmarks/encoder.py .models/minilm_squad [--schemes NU4_EXACT,...] [--out FILE]
 
 MODEL is what squad_finetune.py left, with MODEL-data beside it: the articles it never saw are asked (`leangrid eval --tasks squad`),
 contexts it was trained on calibrate. Exact and blocked go by the paper (no correction, no refit, no guarded rows), so that they differ in

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Failed(RuntimeError):
-    """The process did not finish; its own words are on stderr."""
+    """One measurement could not be made: its process did not finish (its own words are on stderr), or what it left cannot be judged."""
 
 
 def quantize(

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from accuracy import answered
 from perplexity import METHODS
 from sizes import Subject
 from whole import Bench, Measurement, Task
 
-from leangrid.evaluate import Tasks, evaluate
+from leangrid.evaluate import Tasks
 
 
 def tasks(bench: Bench) -> Iterator[Task]:
@@ -34,9 +35,5 @@ def measured(bench: Bench, subject: Subject, whole: Any) -> dict[str, Any]:
 
 
 def accuracies(bench: Bench, subject: Subject, model: Path) -> dict[str, Any]:
-    """Accuracy, standard error and documents of each task, and the mean accuracy in percent."""
-    asked = Tasks(subject.tasks, directory=bench.size.tasks, limit=subject.documents)
-    found = evaluate(model, tasks=asked, device=bench.size.device)["tasks"]
-    if failed := {name: figures["error"] for name, figures in found.items() if "error" in figures}:
-        raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
-    return {"tasks": found, "mean_accuracy": 100 * sum(figures["acc"] for figures in found.values()) / len(found)}
+    """What benchmarks/accuracy.py measures, on the first documents of each task."""
+    return answered(model, Tasks(subject.tasks, directory=bench.size.tasks, limit=subject.documents), bench.size.device)
