@@ -31,11 +31,13 @@ def answered(model: Path, asked: Tasks, device: str = "cpu") -> dict[str, Any]:
     """The figures of each task, their mean accuracy in percent and its standard error.
 
     Raises:
-        once.Failed: a task failed; it says which and why.
+        once.Failed: a task failed, or has no accuracy; it says which and why.
     """
     found = evaluate(model, tasks=asked, device=device)["tasks"]
     if failed := [f"{name}: {figures['error']}" for name, figures in found.items() if "error" in figures]:
         raise once.Failed("; ".join(failed))
+    if without := [name for name, figures in found.items() if "acc" not in figures or figures["stderr"] is None]:
+        raise once.Failed(f"no accuracy with a standard error: {', '.join(without)}")
     accuracies, deviations = ([figures[key] for figures in found.values()] for key in ("acc", "stderr"))
     return {"tasks": found, "mean_accuracy": 100 * sum(accuracies) / len(found),
             "mean_stderr": 100 * sum(value**2 for value in deviations) ** 0.5 / len(found)}  # fmt: skip
@@ -45,8 +47,10 @@ def quantized(work: Workload, recipe: Recipe, asked: Tasks, folder: Path, thread
     """Quantize by the defaults, ask, delete."""
     out = folder / "out"
     result = once.quantize(work.source, out, recipe.model_dump(exclude={"calibration"}), work.windows_file, threads)
-    found = answered(out, asked)
-    shutil.rmtree(out)
+    try:
+        found = answered(out, asked)
+    finally:
+        shutil.rmtree(out)  # or the next scheme would find the directory taken
     return found | {name: result[name] for name in ("bits_per_weight", "bytes", "rescues")}
 
 
