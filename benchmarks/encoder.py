@@ -27,6 +27,8 @@ from leangrid.recipe import Recipe, Scheme
 
 _PLAIN = {"correct": "0", "refine": "0", "guard": "false"}
 RUNS = "RTN4,GPTQ4,W4A16,W4A16_EXACT,NU4,NU4_EXACT,NU4:default,RTN3,GPTQ3,W3A16,NU3,NU3_EXACT,NU3:default"
+SAMPLES, LENGTH = 64, 256  # calibration windows, and tokens of each
+_KEPT = ("bits_per_weight", "loss", "loss_minmax", "loss_rounding", "rescues", "seconds")
 _METHODS = {"gptq": "GPTQ", "rtn": "rounding"}
 
 
@@ -46,34 +48,45 @@ def measured(model: Path, data: Path) -> dict[str, Any]:
     return {key: found[key] for key in ("f1", "stderr", "exact_match", "exact_match_stderr", "n")}
 
 
+class Encoder:
+    """The model, what calibrates it, and what it answers before it is quantized."""
+
+    def __init__(self, model: Path, samples: int, length: int, folder: Path, threads: int | None) -> None:
+        self.folder, self.threads, data = folder, threads or torch.get_num_threads(), model.with_name(model.name + "-data")
+        self.work = Workload.open(model, str(data / "train.txt"), samples, length, 0, folder)
+        self.asked = data / "heldout"
+        self.original = measured(model, self.asked)
+
+    def line(self, method: str, recipe: Recipe) -> dict[str, Any]:
+        """One run, without where it comes from."""
+        out = self.folder / "out"
+        result = once.quantize(self.work.source, out, recipe.model_dump(exclude={"calibration"}), self.work.windows_file, self.threads)
+        found = measured(out, self.asked)
+        shutil.rmtree(out)
+        return {"benchmark": "encoder", "model": self.work.name, "scheme": recipe.scheme, "variant": method, "bits": recipe.parsed.bits,
+                "windows_sha256": self.work.windows_sha256, "threads": self.threads, **found,
+                "original_f1": self.original["f1"], "original_exact_match": self.original["exact_match"],
+                **{key: result[key] for key in _KEPT}}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--schemes", default=RUNS)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
     if options.threads:
         torch.set_num_threads(options.threads)
-    data = options.model.with_name(options.model.name + "-data")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        work = Workload.open(options.model, str(data / "train.txt"), options.samples, options.length, 0, folder)
-        todo = [recipe_of(text, work) for text in options.schemes.split(",") if text]
-        original = measured(options.model, data / "heldout")
+        encoder = Encoder(options.model, options.samples, options.length, Path(temporary), options.threads)
+        todo = [recipe_of(text, encoder.work) for text in options.schemes.split(",") if text]
         for number, (method, recipe) in enumerate(todo, 1):
             print(f"{number} of {len(todo)}: {recipe.scheme} {method}", file=sys.stderr, flush=True)
-            out = folder / "out"
-            result = once.quantize(work.source, out, recipe.model_dump(exclude={"calibration"}), work.windows_file, options.threads)
-            line = {"benchmark": "encoder", "model": work.name, "scheme": recipe.scheme, "variant": method, "bits": recipe.parsed.bits,
-                    "windows_sha256": work.windows_sha256, "threads": options.threads or torch.get_num_threads(),
-                    **measured(out, data / "heldout"), "original_f1": original["f1"], "original_exact_match": original["exact_match"],
-                    **{key: result[key] for key in ("bits_per_weight", "loss", "loss_minmax", "loss_rounding", "rescues", "seconds")},
-                    **provenance()}  # fmt: skip
-            shutil.rmtree(out)
+            line = encoder.line(method, recipe) | provenance()
             print(lines.text(line), flush=True)
             if options.out:
                 lines.add(options.out, line)

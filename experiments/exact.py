@@ -3,15 +3,12 @@
 The model is what benchmarks/squad_finetune.py trains: MiniLM with a span head.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from encoder import RUNS
-from sizes import ROOT
+from encoder import LENGTH, RUNS, SAMPLES, Encoder, recipe_of
 from whole import Bench, Measurement, Task
 
 
@@ -21,13 +18,18 @@ def tasks(bench: Bench) -> Iterator[Task]:
     for run in RUNS.split(","):
         scheme, _, kind = run.partition(":")
         head = {"benchmark": "exact", "size": bench.size.name, "model": bench.size.squad.name, "scheme": scheme, "variant": kind or "paper"}
-        yield Measurement(head, lambda run=run: measured(bench.size.squad, run, bench.threads))
+        yield Measurement(head, lambda run=run: measured(bench, bench.size.squad, run))
 
 
-def measured(model: Path, run: str, threads: int) -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "encoder.py"), str(model), "--schemes", run, "--threads", str(threads)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {name: value for name, value in found.items() if name not in ("command", "versions", "machine", "date")} | {
-        "method": found["variant"]
-    }
+def measured(bench: Bench, model: Path, run: str) -> dict[str, Any]:
+    encoder = opened(bench, model)
+    found = encoder.line(*recipe_of(run, encoder.work))
+    return found | {"method": found["variant"]}
+
+
+@cache
+def opened(bench: Bench, model: Path) -> Encoder:
+    """The model and its own answers, once for all lines."""
+    folder = bench.folder / "encoder"
+    folder.mkdir()
+    return Encoder(model, SAMPLES, LENGTH, folder, bench.threads)
