@@ -121,7 +121,7 @@ def quantize(scheme: str, windows: torch.Tensor) -> dict[str, Any]:
 
 def finished(directory: Path, recipe: leangrid.Recipe, windows: torch.Tensor) -> bool:
     """True where ``directory`` is whole and was made by the same recipe, version, source and windows."""
-    if not (directory / "manifest.json").is_file() or leangrid.verify(directory):
+    if not (directory / "manifest.json").is_file() or not leangrid.verify(directory):
         return False
     manifest = json.loads((directory / "manifest.json").read_bytes())
     made_by = (manifest["recipe_fingerprint"], manifest["versions"]["leangrid"], manifest["source"], manifest["result"]["windows_sha256"])

@@ -40,6 +40,11 @@ FAULTS: dict[str, str] = {
     "S12": "tokenizer missing, or another model's",
     "S13": "source changed during the run",
     "S14": "odd shapes, groups that do not divide, biases, Conv1D",
+    "S15": "a GGUF file whose meaning a reader could lose",
+    "S16": "no checkpoint but something like it: Git LFS pointers, adapters, quantized weights, prefixes",
+    "S17": "a tied flag and the heads that are stored",
+    "S18": "tensors beyond the model: further heads, layers that predict more tokens",
+    "S19": "mixed, wide, 8-bit and integer dtypes",
     "N1": "a layer that saw no tokens",
     "N2": "an expert with few tokens or none",
     "N3": "one token, an empty batch, inputs of any rank",
@@ -52,7 +57,7 @@ FAULTS: dict[str, str] = {
     "N10": "blocked solver against the exact one",
     "N11": "range of codes, scales, zero points",
     "N12": "order of batches, merged sums",
-    "N13": "too little text, padding, invalid UTF-8",
+    "N13": "too little text, rows without text, columns or templates that are not known, padding, encodings",
     "N14": "same recipe, same bytes",
     "R1": "out of memory in a block",
     "R2": "the kernel's OOM killer",
@@ -70,6 +75,7 @@ FAULTS: dict[str, str] = {
     "O8": "a result that is simply wrong",
     "O9": "side files that lead elsewhere, code",
     "O10": "plots or model card fail",
+    "O11": "a fault of our own reader",
 }
 
 # No test yet, and why.

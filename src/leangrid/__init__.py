@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from leangrid.plan import plan as plan
     from leangrid.recipe import Recipe as Recipe
     from leangrid.recipe import Scheme as Scheme
-    from leangrid.storage.writer import verify as verify
+    from leangrid.storage.verified import verify as verify
 
 _HOME = {"quantize": "pipeline", "load": "load", "quantize_linear": "linear", "Recipe": "recipe", "Scheme": "recipe",
-         "evaluate": "evaluate", "verify": "storage.writer", "plan": "plan", "export": "export"}  # fmt: skip
+         "evaluate": "evaluate", "verify": "storage.verified", "plan": "plan", "export": "export"}  # fmt: skip
 __all__ = ["Recipe", "Scheme", "__version__", "evaluate", "export", "grids", "load", "plan", "quantize", "quantize_linear", "verify"]
 
 

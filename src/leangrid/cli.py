@@ -7,12 +7,13 @@ from typing import Annotated, Any
 import typer
 
 from leangrid.errors import RecipeError
-from leangrid.report.outcome import BAD_INPUT, STOPPED, emit, emit_json, outcome, say
+from leangrid.report.outcome import BAD_INPUT, STOPPED, Commands, emit, emit_json, outcome, say
 from leangrid.report.summary import comparison_summary, eval_summary, export_summary, plan_summary, quantize_summary
 from leangrid.report.terminal import Terminal
 
 _WIDE = {"max_content_width": 120, "help_option_names": ["-h", "--help"]}
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     invoke_without_command=True,  # for --version
     add_completion=False,
@@ -27,19 +28,20 @@ Source = Annotated[
 Scheme = Annotated[str | None, typer.Option(help="W4A16_G64 in groups, W4A16 whole rows, NU4 NU3 NU2 non-uniform, _SYM, _EXACT [auto]")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE.toml", help="settings from a file; options win over it")]
 FormatName = Annotated[str | None, typer.Option("--format", help="compressed-tensors, lut, gptq, awq or mlx [by scheme]")]
-Calibration = Annotated[str | None, typer.Option(help="c4, wikitext2, self, embedded, or a .txt/.jsonl file [c4]")]
+Calibration = Annotated[str | None, typer.Option(help="c4, wikitext2, self, embedded, a file, hf:org/name [c4]")]
+TextField = Annotated[str | None, typer.Option(metavar="NAME", help="column of its rows [text; chats by their template]")]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="calibration windows [128]")]
 Length = Annotated[int | None, typer.Option(metavar="N", help="tokens a window [2048]")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="chooses the windows [0]")]
-P = Annotated[float | None, typer.Option(metavar="X", help="exponent of the loss-error weights [4 non-uniform, 2 affine]")]
+P = Annotated[float | None, typer.Option(metavar="X", help="exponent of loss-error weights [4 non-uniform, 2 affine]")]
 Steps = Annotated[int | None, typer.Option(metavar="T", help="steps of the affine search [2048]")]
 Correct = Annotated[float | None, typer.Option(metavar="X", help="share of the inputs' error to correct; 0 is the paper [0.5]")]
 Refine = Annotated[int | None, typer.Option(metavar="N", help="rounds of refit after the sweep; 0 is the paper [1]")]
 Damping = Annotated[float | None, typer.Option(metavar="X", help="added to diag H, in units of its mean [0.01]")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1", show_default=False)]
-Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads [all]")]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads [all]")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, no notices")]
 
 _debug = False
 
@@ -76,6 +78,7 @@ def quantize(
     recipe: RecipeFile = None,
     format_: FormatName = None,
     calibration: Calibration = None,
+    text_field: TextField = None,
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
@@ -104,8 +107,8 @@ def quantize(
     leangrid quantize model.gguf out --calibration self        no data, no network
     """
     with outcome(quiet, resumable=True, debug=_debug):
-        settings = _recipe(recipe, scheme=scheme, format=format_, calibration=calibration, samples=samples, length=length, seed=seed, p=p,
-                           steps=steps, correct=correct, refine=refine, damping=damping)  # fmt: skip
+        settings = _recipe(recipe, scheme=scheme, format=format_, calibration=calibration, text_field=text_field, samples=samples,
+                           length=length, seed=seed, p=p, steps=steps, correct=correct, refine=refine, damping=damping)  # fmt: skip
         limit = share(max_rescued)
         distance = positive(max_kl)
         from leangrid.gate import verdict
@@ -135,6 +138,7 @@ def plan(
     recipe: RecipeFile = None,
     format_: FormatName = None,
     calibration: Calibration = None,
+    text_field: TextField = None,
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
@@ -155,8 +159,8 @@ def plan(
     leangrid plan --shape llama-3.1-405b --device 2x48GB
     """
     with outcome(quiet, debug=_debug):
-        settings = _recipe(recipe, scheme=scheme, format=format_, calibration=calibration, samples=samples, length=length, seed=seed, p=p,
-                           steps=steps, correct=correct, refine=refine, damping=damping)  # fmt: skip
+        settings = _recipe(recipe, scheme=scheme, format=format_, calibration=calibration, text_field=text_field, samples=samples,
+                           length=length, seed=seed, p=p, steps=steps, correct=correct, refine=refine, damping=damping)  # fmt: skip
         from leangrid.plan import plan as estimate
 
         values = estimate(source, settings, threads=threads, device=device, shape=shape).to_json()
@@ -168,8 +172,9 @@ def evaluate_(
     model: Annotated[str, typer.Argument(help="a result, a checkpoint directory, a hub id or a .gguf file", show_default=False)],
     reference: Annotated[str | None, typer.Option(metavar="SOURCE", help="the original: adds KL and top-1 agreement")] = None,
     text: Annotated[
-        str | None, typer.Option(help="wikitext2, c4, embedded, or a .txt/.jsonl file [wikitext2; with --tasks none]", show_default=False)
+        str | None, typer.Option(help="wikitext2, c4, embedded, or as --calibration [wikitext2; with --tasks none]", show_default=False)
     ] = None,
+    text_field: TextField = None,
     length: Annotated[int | None, typer.Option(metavar="N", help="tokens a window [1024, or what the model takes]")] = None,
     windows: Annotated[int, typer.Option(metavar="N", help="windows, from the start of the text")] = 12,
     keep: Annotated[bool, typer.Option("--keep", help="add the figures to MODEL: its manifest, model card and report")] = False,
@@ -205,7 +210,8 @@ def evaluate_(
         chosen = None if tasks is None else Tasks.parse(tasks, directory=tasks_dir, limit=limit, batch_size=batch_size, out=out,
                                                         judge_url=judge_url, judge_model=judge_model)  # fmt: skip
         with Terminal(quiet=quiet) as terminal:
-            values = evaluate(model, reference, text, length=length, windows=windows, device=device, tasks=chosen, progress=terminal)
+            values = evaluate(model, reference, text, length=length, windows=windows, device=device, tasks=chosen, progress=terminal,
+                              text_field=text_field)  # fmt: skip
         failed = {name: found["error"] for name, found in values["tasks"].items() if "error" in found}
         if keep and not failed:
             keep_in(Path(model), values)
@@ -246,7 +252,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="what to say to it", show_default=False)],
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="stop after so many")] = 128,
     temperature: Annotated[float, typer.Option(metavar="X", min=0, help="0 takes the likeliest token")] = 0.0,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="of the draws")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**63 - 1, help="of the draws")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="continue the prompt as it is, without the chat template")] = False,
     device: Device = "cpu",
     threads: Threads = None,
@@ -270,6 +276,8 @@ def generate(
         emit_json(reply.to_json()) if as_json else emit("")
         if not (quiet or as_json):
             say(f"{reply.tokens} tokens, {reply.tokens_per_second:.1f} a second")
+        if not reply.tokens and not quiet:
+            say("the model ended its reply at once; --raw continues the prompt as it is, without the chat template")
 
 
 @app.command()
@@ -297,7 +305,8 @@ def report(
 def compare(
     directories: Annotated[list[Path], typer.Argument(help="results of quantize or export", show_default=False)],
     reference: Annotated[str | None, typer.Option(metavar="SOURCE", help="the original: measures all of them on --text")] = None,
-    text: Annotated[str, typer.Option(help="wikitext2, c4, embedded, or a .txt/.jsonl file")] = "wikitext2",
+    text: Annotated[str, typer.Option(help="wikitext2, c4, embedded, or as --calibration of quantize")] = "wikitext2",
+    text_field: TextField = None,
     length: Annotated[int | None, typer.Option(metavar="N", help="tokens a window [1024, or what the model takes]")] = None,
     windows: Annotated[int, typer.Option(metavar="N", help="windows, from the start of the text")] = 12,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.html", help="size against KL, with the table, as one page")] = None,
@@ -317,7 +326,8 @@ def compare(
         from leangrid.compare import compare as run
 
         with Terminal(quiet=quiet) as terminal:
-            values = run(directories, reference, text, length=length, windows=windows, plot=plot, device=device, progress=terminal)
+            values = run(directories, reference, text, length=length, windows=windows, plot=plot, device=device, progress=terminal,
+                         text_field=text_field)  # fmt: skip
         emit_json(values) if as_json else emit(comparison_summary(values))
 
 
@@ -333,14 +343,14 @@ def verify(
     leangrid verify out
     """
     with outcome(quiet, debug=_debug):
-        from leangrid.storage.writer import verify as compare
+        from leangrid.storage.verified import verify as compare
 
-        differences = compare(directory)
+        found = compare(directory)
         if as_json:
-            emit_json({"directory": str(directory), "verified": not differences, "differences": differences})
+            emit_json({"directory": str(directory), "verified": bool(found), "differences": found.differences})
         else:
-            emit("\n".join(differences) if differences else f"{directory}: every file is as its manifest says")
-        if differences:
+            emit(str(found))
+        if not found:
             raise typer.Exit(BAD_INPUT)
 
 
@@ -372,9 +382,9 @@ def _recipe(file: Path | None, **options: Any) -> Any:
 
 def _use_threads(threads: int | None) -> None:
     if threads is not None:
-        import torch
+        from leangrid.devices import use_threads
 
-        torch.set_num_threads(threads)
+        use_threads(threads)
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ def compare(
     plot: str | Path | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
+    text_field: str | None = None,
 ) -> dict[str, Any]:
     """The JSON of ``leangrid compare``.
 
@@ -37,6 +38,7 @@ def compare(
 
     Args:
         directories: finished results.
+        text_field: the column of the text's rows; None: text, or conversations.
         plot: an .html file to write.
 
     Returns:
@@ -56,7 +58,8 @@ def compare(
         require_sound(path)
     facts = [Facts.read(path) for path in paths]
     if reference is not None:
-        found = evaluate_many(paths, reference, text, length=length, windows=windows, device=device, progress=progress)
+        found = evaluate_many(paths, reference, text, length=length, windows=windows, device=device, progress=progress,
+                              text_field=text_field)  # fmt: skip
         measured_on = _words(found[0])
     else:
         found, measured_on = _kept(facts)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from leangrid import memory
 from leangrid.clock import Clock
-from leangrid.errors import LeangridError
+from leangrid.errors import LeangridError, RecipeError
 
 # cuBLAS and cuSOLVER say in their own words that there was no memory for a handle or a workspace.
 _NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator")
@@ -29,6 +29,15 @@ def checked(device: str) -> torch.device:
         if (found.index or 0) >= count:
             raise LeangridError(f"'{device}': torch {torch.__version__} sees {count} CUDA devices", "--device", "Use cpu, or a CUDA build")
     return found
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch use so many CPU threads; its own choice where None. RecipeError for fewer than one."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise RecipeError(f"{threads} threads", "--threads", "Use 1 or more, or leave it out for all")
+    torch.set_num_threads(threads)
 
 
 def accelerated(device: torch.device | str) -> bool:

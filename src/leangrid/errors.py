@@ -73,5 +73,12 @@ class Interrupted(LeangridError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line of at most 200 characters; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What another library's error says, in one line of at most 200 characters: its first, and those that a colon announces; its type
+    where it says nothing."""
+    if isinstance(error, KeyError) and len(error.args) == 1 and isinstance(error.args[0], str):
+        return f"it does not know {error.args[0]!r}"[:200]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[:1]
+    while said and said[-1].endswith(":") and len(said) < len(lines):
+        said.append(lines[len(said)])
+    return (" ".join(said) or type(error).__name__)[:200]

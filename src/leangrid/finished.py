@@ -13,7 +13,7 @@ from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import Format, format_of, schemes_of
 from leangrid.grids import Grid
 from leangrid.models.architectures import Architecture, architecture_of
-from leangrid.models.skeleton import linear_shapes
+from leangrid.models.skeleton import described_model, linear_shapes
 from leangrid.recipe import Scheme
 from leangrid.storage.safetensors import DTYPES, TensorInfo
 from leangrid.storage.source import Checkpoint, open_source
@@ -29,7 +29,8 @@ class Finished:
         architecture: where the blocks are, and how linears are stored. dtype: D, of everything that is not quantized.
         format, schemes: how the layers are stored, layer by layer.
         layers: name -> (rows, cols) = (out_features, in_features) of every quantized linear, in the model's order.
-        ignore: names of the nn.Linear that are not quantized.
+        ignore: names of the nn.Linear that are not quantized, and of what is no part of the model.
+        beyond: tensors that are no part of the model, copied from its source as they were (models/naming.py).
     """
 
     checkpoint: Checkpoint
@@ -40,6 +41,7 @@ class Finished:
     schemes: dict[str, Scheme]
     layers: dict[str, tuple[int, int]]
     ignore: list[str]
+    beyond: frozenset[str] = frozenset()
 
     @classmethod
     def open(cls, directory: Path) -> "Finished":
@@ -56,7 +58,8 @@ class Finished:
         if not isinstance(stored, dict):
             raise FormatError("the model is not quantized", directory, "Give a result of leangrid quantize")
         container, architecture = format_of(stored), architecture_of(checkpoint.config)
-        linears, layers = linear_shapes(checkpoint.config), {}
+        model = described_model(checkpoint.config)
+        linears, layers = linear_shapes(model), {}
         schemes = schemes_of(stored, linears)
         for name, scheme in list(schemes.items()):
             if _holds(checkpoint, name, container.layout(scheme, linears[name][0], torch.float32)):
@@ -66,9 +69,12 @@ class Finished:
         if not layers:
             what = "none of the model's linears is stored quantized"
             raise CheckpointError(what, directory, "The config does not belong to these weights")
-        ignore = sorted(name for name, (_, kind) in linears.items() if kind == "linear" and name not in layers)
+        modules = {path for path, _ in model.named_modules()}
+        beyond = frozenset(name for name in checkpoint.tensors if name.rpartition(".")[0] not in modules)
+        kept = {name for name, (_, kind) in linears.items() if kind == "linear" and name not in layers}
+        ignore = sorted(kept | {name.rpartition(".")[0] for name in beyond})
         manifest = json.loads((directory / MANIFEST).read_bytes())
-        return cls(checkpoint, manifest, architecture, _dtype(checkpoint), container, schemes, layers, ignore)
+        return cls(checkpoint, manifest, architecture, _dtype(checkpoint), container, schemes, layers, ignore, beyond)
 
     @property
     def directory(self) -> Path:

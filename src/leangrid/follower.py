@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from leangrid.models.gguf import is_gguf
+from leangrid.models.gguf import all_files, is_gguf
 from leangrid.prepare import Prepared, file_hash, open_model, prepare, windows_identity
 from leangrid.progress import Progress
 from leangrid.ranks import Ranks
@@ -56,7 +56,11 @@ def prepare_all(
         if str(source).startswith(STREAM):
             ranks.alone("a model that stays on the hub")
         path = locate_source(str(source))
-        identity = file_hash(path) if is_gguf(path) else json.dumps(open_source(path).identity, sort_keys=True, default=str)
+        identity = (
+            json.dumps([file_hash(file) for file in all_files(path)])
+            if is_gguf(path)
+            else json.dumps(open_source(path).identity, sort_keys=True, default=str)
+        )
         ranks.agree(recipe=recipe.model_dump_json(), source=identity, calibration=windows_identity(recipe, windows), output=str(Path(out)))
     prepared, said = None, None
     if ranks.first:

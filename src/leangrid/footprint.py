@@ -14,6 +14,7 @@ from leangrid import kernels
 from leangrid.devices import accelerated, available_bytes
 from leangrid.evaluate.perplexity import CHUNK
 from leangrid.gate import LENGTH, WINDOWS
+from leangrid.gate_walk import causal
 from leangrid.models.skeleton import Skeleton
 from leangrid.placement import Placement
 from leangrid.precision import compute_dtype
@@ -81,7 +82,7 @@ class Demand:
     refined: bool = True
     group_size: int = 0  # columns of an affine grid; 0: whole rows
     levels: int = 0  # of a non-uniform grid
-    head: bool = True  # the quality gate compares logits; an encoder's states
+    head: bool = True  # the quality gate compares logits; of other models their states
     tiled: bool = False  # Hessians take 16-bit inputs as they are: no copy in float32
 
     @classmethod
@@ -98,7 +99,7 @@ class Demand:
         return cls(tuple(groups), hidden, vocabulary, samples, length, 2 if recipe.correct else 1, itemsize, skeleton.dtype.itemsize,
                    weights * (bits + 1) // 8, accelerated(device), bool(recipe.refine),
                    group_size, recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0,
-                   skeleton.architecture.kind != "encoder", kernels.outer_takes_bfloat16(device))  # fmt: skip
+                   causal(skeleton), kernels.outer_takes_bfloat16(device))  # fmt: skip
 
     @property
     def tokens(self) -> int:

@@ -1,41 +1,54 @@
 """The quality gate: the finished files are opened again and held against the original, before the directory gets its name.
 
-Both models are walked block by block, side by side, on the first two calibration windows, so the gate holds one block of each. It sees
-the bytes that were written, not the tensors that were meant: a convention shifted by one, a layer in the wrong place or a file that no
-reader can open ends here. A decoder is judged by its mean KL from the original, an encoder by its mean-pooled states' cosine distance.
+Both models are walked block by block, side by side, so the gate holds one block of each. It sees the bytes that were written, not the
+tensors that were meant: a convention shifted by one, a layer in the wrong place or a file that no reader can open ends here. The original
+side is transformers' own model of the source (gate_original.py), so that a fault of our reader, which both walks share, ends here too.
+
+The figures are those of the first calibration windows, and of windows that calibration never saw, where plain rounding is measured beside
+the result: a calibration that was too small shows there. A model with a language-model head is judged by its mean KL from the original,
+any other by its mean-pooled last hidden states' cosine distance.
 """
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from jaxtyping import Int64
+from torch import Tensor
 
-from leangrid import memory
 from leangrid.devices import accelerated, out_of_memory, release_cached
-from leangrid.errors import CheckpointError, Interrupted, LeangridError, first_line
+from leangrid.errors import Interrupted, LeangridError, first_line
 from leangrid.evaluate.divergence import divergence
 from leangrid.evaluate.embedding import cosine_distance
 from leangrid.evaluate.perplexity import CHUNK, negative_log_likelihood, perplexity
-from leangrid.formats import CONFIG_KEYS, format_of, schemes_of
+from leangrid.gate_original import Reference, held_against, said
+from leangrid.gate_result import Reopened
+from leangrid.gate_walk import Walked, causal, outputs, walk
 from leangrid.models.skeleton import Skeleton
-from leangrid.models.walk import embed
-from leangrid.storage.safetensors import TensorInfo
-from leangrid.storage.source import open_source
+from leangrid.recipe import Recipe
 
 WINDOWS, LENGTH = 2, 256
 WORST = 3
-_PROBED = 64  # tokens of a window on which linears are compared one by one
 
 # Above these a model is broken rather than quantized. Measured on SmolLM2: 0.11 at 4 bits, 0.47 at 3, and 3.3 for plain rounding at 3,
 # which is perplexity 371 instead of 13.
 KL_LIMITS = {8: 0.1, 5: 0.5, 4: 1.0, 3: 2.0, 2: 6.0}
 COSINE_LIMITS = {8: 0.02, 5: 0.1, 4: 0.2, 3: 0.4, 2: 0.7}
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+# How much more than rounding's the result's distance may grow from the calibration's windows to unseen ones. Measured on tiny models: 4 to
+# 30 after 4 or 8 windows of 32 tokens, at most 2.8 after 32 of them and 1.3 after 32 of 128.
+MUCH_WORSE = 4.0
+TINY = 0.001  # share of the limit below which no distance is worth a warning
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Windows that calibration did not see, int64 [windows, length], and the text they are from, in words."""
+
+    windows: Int64[Tensor, "windows length"]
+    text: str
 
 
 def default_limit(bits: int, measure: str) -> float:
@@ -44,34 +57,67 @@ def default_limit(bits: int, measure: str) -> float:
     return limits[max((known for known in limits if known <= bits), default=min(limits))]
 
 
-def judge(original: Skeleton, directory: Path, windows: Int64[Tensor, "samples length"], bits: int, device: str) -> dict[str, Any]:
-    """What the manifest keeps as ``quality``: measure, value, windows, tokens, worst_layers; of a decoder top1_agreement and both
-    perplexities on these calibration tokens; or ``error``, one sentence.
+def judge(
+    original: Skeleton,
+    directory: Path,
+    windows: Int64[Tensor, "samples length"],
+    recipe: Recipe,
+    device: str,
+    unseen: Unseen | None = None,
+    doubts: list[str] | None = None,
+) -> dict[str, Any]:
+    """What the manifest keeps as ``quality``.
 
-    A result that cannot be opened or run is an answer, not an exception; Interrupted (the source changed) passes.
+    Args:
+        original, directory: the source, and the finished files.
+        windows: of the calibration; the first two are measured, and ``unseen`` beside them where there is other text.
+        recipe: resolved; plain rounding is measured in its schemes.
+        doubts: differences between the source and ``original`` that were found otherwise (a .gguf file), one phrase each.
+
+    Returns:
+        measure, value, rounding (the value of plain rounding), limit, windows, tokens, worst_layers, with a language-model head also
+        top1_agreement and both perplexities, all on the calibration's windows; ``unseen``: the same of other windows, and ``text``, where
+        they are from; ``original``: what our reading was held against; ``warnings``, sentences, where there are any; ``error``, one
+        sentence, where the result cannot be trusted. A result that cannot be opened or run is an answer, not an exception; Interrupted
+        (the source changed) passes.
     """
-    ids = windows[:WINDOWS, :LENGTH]
+    texts = [windows[:WINDOWS, :LENGTH]] + ([] if unseen is None else [unseen.windows[:WINDOWS, :LENGTH]])
     try:
         try:
-            found = _measure(original, directory, ids, device)
+            found = _measure(original, directory, texts, recipe, device)
         except RuntimeError as error:
             if not (accelerated(device) and out_of_memory(error)):
                 raise
             release_cached(device)
-            found = _measure(original, directory, ids, "cpu")
+            found = _measure(original, directory, texts, recipe, "cpu")
     except Interrupted:
         raise
     except (LeangridError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
         return {"error": f"the result cannot be opened again and run: {first_line(error)}"}
-    kind = found["measure"]
-    if found["value"] is None:
+    seen, *others = found.pop("texts")
+    problems = found.pop("problems")
+    found = seen | found | {"limit": default_limit(recipe.parsed.bits, seen["measure"])}
+    if unseen is not None:
+        found["unseen"] = {"text": unseen.text} | others[0]
+    if problems:
+        found["error"] = said("leangrid read the original otherwise than transformers", problems)
+    elif doubts:
+        found["error"] = said("leangrid read another model from the .gguf file than it holds", doubts)
+    elif distance(found) is None:
         found["error"] = "the result's predictions are not finite"
-    return found | {"limit": default_limit(bits, kind), "windows": ids.shape[0], "tokens": ids.numel()}
+    warnings = _warnings(found)
+    return found | ({"warnings": warnings} if warnings else {})
+
+
+def distance(quality: Mapping[str, Any]) -> float | None:
+    """The larger of the distances on the calibration's windows and on unseen ones: what the limit is for."""
+    values = [quality.get("value"), *([quality["unseen"].get("value")] if "unseen" in quality else [])]
+    return None if any(value is None for value in values) else max(values)
 
 
 def passed(quality: Mapping[str, Any], limit: float | None = None) -> bool:
     """Whether what ``judge`` found is within ``limit`` (its own default where None). Nothing found is nothing passed."""
-    value, allowed = quality.get("value"), quality.get("limit") if limit is None else limit
+    value, allowed = distance(quality), quality.get("limit") if limit is None else limit
     return "error" not in quality and value is not None and allowed is not None and value <= allowed
 
 
@@ -82,105 +128,47 @@ def verdict(quality: Mapping[str, Any], limit: float | None = None) -> str:
     what = "the mean KL from the original" if quality.get("measure") == "kl" else "the distance of the embeddings from the original's"
     worst = ", ".join(f"{layer['name']} ({layer['error']:.2g})" for layer in quality.get("worst_layers", []))
     allowed = quality.get("limit") if limit is None else limit
-    return f"{what} is {quality.get('value')}, {allowed} is allowed; worst layers by the relative error of their outputs: {worst}"
-
-
-class Reopened:
-    """A finished directory as the weights of a dense model: packed linears are checked and dequantized as they are read."""
-
-    def __init__(self, directory: Path, original: Skeleton) -> None:
-        self._files = open_source(directory, allow_quantized=True)
-        stored = next((self._files.config[key] for key in CONFIG_KEYS if key in self._files.config), None)
-        if not isinstance(stored, dict):
-            raise CheckpointError("there is no quantization_config", directory / "config.json")
-        self._format = format_of(stored)
-        self._turned = original.architecture.layer == "conv1d"
-        self.directory, self.notices = directory, self._files.notices
-        self.config: dict[str, Any] = {key: value for key, value in self._files.config.items() if key not in CONFIG_KEYS}
-        self._shapes = {name: original.shape(name) for i in range(len(original.blocks)) for name in original.linear_names(i)}
-        self._schemes = schemes_of(stored, self._shapes)
-        self._parts: dict[str, dict[str, str]] = {name: {} for name in self._shapes}
-        self.tensors: dict[str, TensorInfo] = {}
-        for name, info in self._files.tensors.items():
-            owner, _, suffix = name.rpartition(".")
-            if owner in self._parts and suffix != "bias":
-                self._parts[owner][suffix] = name
-            else:
-                self.tensors[name] = info
-        for name, (rows, cols) in self._shapes.items():
-            shape = (cols, rows) if self._turned else (rows, cols)
-            self.tensors[f"{name}.weight"] = TensorInfo(directory, _NAMES[original.dtype], shape, 0, 0)
-
-    def read(self, name: str) -> Tensor:
-        """One tensor of the dense model; CheckpointError where its packed parts are not sound."""
-        owner = name.removesuffix(".weight")
-        if owner not in self._parts:
-            return self._files.read(name)
-        packed = {suffix: self._files.read(part) for suffix, part in self._parts[owner].items()}
-        weight = self._format.dense(packed, self._schemes[owner], self._shapes[owner], owner)
-        return weight.t().contiguous() if self._turned else weight
-
-    def close(self) -> None:
-        """Close the file that is held open."""
-        self._files.close()
+    return f"{what} is {distance(quality)}, {allowed} is allowed; worst layers by the relative error of their outputs: {worst}"
 
 
 @torch.no_grad()
-def _measure(original: Skeleton, directory: Path, ids: Int64[Tensor, "windows length"], device: str) -> dict[str, Any]:
+def _measure(original: Skeleton, directory: Path, texts: list[Tensor], recipe: Recipe, device: str) -> dict[str, Any]:
+    """``original``, ``problems`` and ``worst_layers``, and the figures of each of the ``texts`` in turn."""
     weights = Reopened(directory, original)
     try:
         result = Skeleton(weights, original.compute_dtype)
-        theirs, their_calls = embed(original, ids.split(1), device)
-        ours, our_calls = embed(result, ids.split(1), device)
-        errors: dict[str, float] = {}
-        for index in range(len(original.blocks)):
-            with original.block(index, device) as block, result.block(index, device) as quantized:
-                names = [name for group in original.groups(index) for name in group]
-                with _probed(block, quantized, names, f"{original.block_name(index)}.", errors):
-                    theirs = [_through(block, x, *their_calls.of(index, 1, x.device)) for x in theirs]
-                ours = [_through(quantized, x, *our_calls.of(index, 1, x.device)) for x in ours]
-            memory.return_free()  # two models' blocks in turn leave holes: 3 to 10 MB more a block
-        worst = sorted(errors, key=lambda name: -errors[name])[:WORST]
-        found = _distance(original, result, ids, theirs, ours, device)
-        return found | {"worst_layers": [{"name": name, "error": round(errors[name], 4)} for name in worst]}
+        rounding = recipe if len(texts) > 1 and recipe.parsed.method != "rtn" else None
+        walked = walk(original, result, texts, rounding, device)
+        with held_against(original, device) as reference:
+            figures = [_figures(original, result, walked, number, ids, reference, device) for number, ids in enumerate(texts)]
+        worst = sorted(walked.errors, key=lambda name: -walked.errors[name])[:WORST]
+        layers = [{"name": name, "error": round(walked.errors[name], 4)} for name in worst]
+        return {"texts": figures, "problems": reference.problems, "original": reference.kind, "worst_layers": layers}
     finally:
         weights.close()
 
 
-def _through(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    result = block(hidden, *args, **kwargs)
-    return result[0] if isinstance(result, tuple) else result
+def _figures(
+    original: Skeleton, result: Skeleton, walked: Walked, number: int, ids: Tensor, reference: Reference, device: str
+) -> dict[str, Any]:
+    """How far the result is from the original on text ``number``: from transformers' outputs where they are there, else from our walk's."""
+    own = outputs(original, ids, walked.original[number], device)
+    expected = list(own) if reference.model is None else reference.outputs(ids, causal(original), device)
+    if reference.model is not None:
+        reference.compare(expected, own)
+    found = _distance(expected, outputs(result, ids, walked.result[number], device), ids, causal(original))
+    if walked.rounded:
+        found["rounding"] = _distance(expected, outputs(original, ids, walked.rounded[number], device), ids, causal(original))["value"]
+    return found | {"windows": ids.shape[0], "tokens": ids.numel()}
 
 
-@contextmanager
-def _probed(block: nn.Module, quantized: nn.Module, names: list[str], prefix: str, errors: dict[str, float]) -> Iterator[None]:
-    """Inside the ``with``, each linear of ``block`` that runs is compared with its twin on the same inputs: |y^ - y| / |y|."""
-
-    def compare(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            expected = output[..., :_PROBED, :].float()
-            got = quantized.get_submodule(name)(args[0][..., :_PROBED, :].contiguous()).float()
-            error = float((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
-            errors[prefix + name] = max(errors.get(prefix + name, 0.0), error if math.isfinite(error) else 1e30)
-
-        return hook
-
-    hooks = [block.get_submodule(name).register_forward_hook(compare(name)) for name in names]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _distance(original: Skeleton, result: Skeleton, ids: Tensor, theirs: list[Tensor], ours: list[Tensor], device: str) -> dict[str, Any]:
-    """From the hidden states that leave the last block, window by window."""
-    if original.architecture.kind == "encoder":
-        value = cosine_distance(*(torch.cat(states).double().mean(1).cpu() for states in (theirs, ours)))
-        return {"measure": "cosine", "value": _rounded(value)}
-    reference = list(_logits(original, ids, theirs, device))
+def _distance(expected: list[Tensor], found: Iterator[Tensor], ids: Tensor, predicts: bool) -> dict[str, Any]:
+    """From what the original and another model give out, window by window."""
+    if not predicts:
+        pooled = [torch.stack([one.double().mean(0) for one in windows]) for windows in (expected, found)]
+        return {"measure": "cosine", "value": _rounded(cosine_distance(*pooled))}
     compared, surprises = [], []
-    for one, other, window in zip(reference, _logits(result, ids, ours, device), ids.cpu(), strict=True):
+    for one, other, window in zip(expected, found, ids.cpu(), strict=True):
         for start in range(0, len(window) - 1, CHUNK):
             part = slice(start, min(start + CHUNK, len(window) - 1))
             compared.append(divergence(torch.log_softmax(one[part].float(), -1), other[start:]))
@@ -195,18 +183,20 @@ def _distance(original: Skeleton, result: Skeleton, ids: Tensor, theirs: list[Te
     }
 
 
-def _logits(skeleton: Skeleton, ids: Tensor, hidden: list[Tensor], device: str) -> Iterator[Float[Tensor, "length vocab"]]:
-    """The rest of the model after its blocks, window by window, in its dtype: they hand ``hidden`` on, whatever comes in."""
-    with skeleton.without_blocks(device, head=True) as model:
-        for window, states in zip(ids.split(1), hidden, strict=True):
-            for block in skeleton.blocks:
-                block.forward = lambda *_args, handed=states, **_kwargs: handed
-            try:
-                output: Any = model(input_ids=window.to(device), use_cache=False)
-            finally:
-                for block in skeleton.blocks:
-                    del block.forward
-            yield output.logits[0].cpu()
+def _warnings(found: Mapping[str, Any]) -> list[str]:
+    """One sentence for each sign of a calibration that was too small, seen on windows that it did not hold."""
+    unseen, seen = found.get("unseen") or {}, found["value"]
+    value, rounding, before = unseen.get("value"), unseen.get("rounding"), found.get("rounding")
+    if value is None or seen is None or rounding is None or before is None or value <= TINY * found["limit"]:
+        return []
+    what = "KL from the original" if found["measure"] == "kl" else "distance from the original"
+    more = "calibrate with more text (--samples, --length)"
+    if value > rounding:
+        return [f"on text that calibration did not see ({unseen['text']}) plain rounding is nearer to the original: its {what} is "
+                f"{rounding:.3g}, the result's {value:.3g}; {more}"]  # fmt: skip
+    if value * before > MUCH_WORSE * seen * rounding:
+        return [f"the {what} is {value:.3g} on text that calibration did not see ({unseen['text']}), {seen:.3g} on the text it saw; {more}"]
+    return []
 
 
 def _rounded(value: float) -> float | None:

@@ -48,6 +48,9 @@ def write(finished: Finished, staged: Path, like: Path | None, progress: Progres
     fields |= {"general.file_type": Field("uint32", _FILE_TYPES[max(set(counts), key=counts.count)]),
                "general.quantization_version": Field("uint32", 2)}  # fmt: skip
     entries = _entries(finished, model, kinds)
+    if finished.beyond:
+        notices.append(f"left out, since llama.cpp's {model.arch} has no place for them: {', '.join(sorted(finished.beyond)[:3])}"
+                       + (f" and {len(finished.beyond) - 3} more" if len(finished.beyond) > 3 else ""))  # fmt: skip
     if progress is not None:
         for message in notices:
             progress(Event("notice", message=message))
@@ -115,6 +118,8 @@ def _entries(finished: Finished, model: GgufModel, kinds: Mapping[str, BlockType
     """Every tensor of the file by llama.cpp's name, block by block; nothing is read yet."""
     entries: dict[str, TensorEntry] = {}
     for name, info in finished.others().items():
+        if name in finished.beyond:
+            continue
         entries[model.tensor_name(name)] = _plain_entry(finished, model, name, info)
     for name, (rows, cols) in finished.layers.items():
         kind = kinds[name]

@@ -51,6 +51,11 @@ def available_bytes() -> int:
     return max(0, min(left))
 
 
+def maps(size: int) -> bool:
+    """Whether a file of ``size`` bytes may be mapped into memory: its pages cost nothing, but a limit on addresses counts them."""
+    return all(size < limit - _status(field) for field, limit in _own_limits().items())
+
+
 def spare_addresses() -> None:
     """Where the process's addresses are limited, let the C library map each large piece by itself and give it back when it is freed: in
     its heap they leave holes that are no memory, but count. It costs page faults, so not elsewhere."""

@@ -88,6 +88,7 @@ def _write_plain(finished: Finished, directory: Path, progress: Progress | None)
             progress(Event("layer", number, len(finished.layers), layer=name))
     files.write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     for name, path in finished.checkpoint.side_files().items():
+        files.make_dir((directory / name).parent)
         files.atomic_write(directory / name, files.read_chunks(path))
     config = {key: value for key, value in finished.checkpoint.config.items() if key not in ("quantization_config", "auto_map")}
     files.write_json(directory / "config.json", config)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from leangrid.correction import Correction, correct
-from leangrid.devices import out_of_memory
+from leangrid.devices import out_of_memory, use_threads
 from leangrid.expert_sums import expert_hessians
 from leangrid.factor import factorize
 from leangrid.hessian import Hessian, HessianSum
@@ -69,8 +69,7 @@ def quantize(
     Raises:
         LeangridError: bad input (nothing was written) or a stop (the same call resumes).
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     recipe = recipe or Recipe.build()
     with joined(device) as (ranks, own_device), torch.no_grad():
         kept = None if state_dir is None else Path(state_dir)

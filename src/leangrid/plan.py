@@ -9,17 +9,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from leangrid import kernels, memory
 from leangrid.cost import Described, measured, seconds
-from leangrid.devices import accelerated, available_bytes, checked
+from leangrid.devices import accelerated, available_bytes, checked, use_threads
 from leangrid.errors import LeangridError, OutputError
 from leangrid.footprint import Demand, Footprint, choose, footprint
-from leangrid.models.gguf import describe, is_gguf
+from leangrid.models.gguf import dequantizing_bytes, describe, is_gguf
+from leangrid.models.naming import Weights
 from leangrid.models.shapes import SHAPES
 from leangrid.models.shapes import shape as shape_of
-from leangrid.models.skeleton import Skeleton, Weights
+from leangrid.models.skeleton import Skeleton
 from leangrid.precision import compute_dtype
 from leangrid.prepare import refuse_impossible, settle
 from leangrid.recipe import Recipe
@@ -84,8 +83,7 @@ def plan(
     Raises:
         LeangridError: what ``quantize`` would refuse; OutputError where it cannot fit, with what would.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     absent = Described.parse(device)
     skeleton = Skeleton(_opened(source, shape))
     result = _estimate(str(source or shape), skeleton, recipe or Recipe.build(), device, absent)
@@ -151,7 +149,8 @@ def _peak_ram(skeleton: Skeleton, recipe: Recipe, held: Footprint, device: str) 
     """What the process will hold besides itself: everything on the CPU; beside a device what waits for it and the runtime's own."""
     parameters = sum(t.nbytes for t in skeleton.checkpoint.tensors.values()) // skeleton.dtype.itemsize
     sampling = _F32 * parameters if recipe.calibration == "self" else 0
-    dequantizing = (_F32 + skeleton.dtype.itemsize) * parameters if is_gguf(skeleton.checkpoint.directory) else 0
+    counts = (t.nbytes // skeleton.dtype.itemsize for t in skeleton.checkpoint.tensors.values())
+    dequantizing = dequantizing_bytes(counts) if is_gguf(skeleton.checkpoint.directory) else 0
     needed = held.host_peak + _CUDA_RUNTIME if accelerated(device) else held.peak
     return int(_HOLES * max(needed, sampling, dequantizing))
 

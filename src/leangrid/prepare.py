@@ -1,23 +1,27 @@
 """Before any work: open the source, settle the recipe, refuse what cannot be done, lock the output."""
 
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leangrid import memory
+from leangrid import gate, memory
 from leangrid._version import __version__
 from leangrid.data.calibration import decoded_start, doubts, windows_hash
 from leangrid.data.calibration import windows as corpus_windows
+from leangrid.data.corpora import check, file_of
+from leangrid.data.documents import Reading
 from leangrid.devices import checked
 from leangrid.errors import CalibrationError, FormatError, RecipeError, ShapeError
 from leangrid.footprint import choose
 from leangrid.formats import EXPORT_ONLY, FORMATS, config_of, mlx
-from leangrid.models.gguf import dequantize, is_gguf
+from leangrid.gate_walk import causal
+from leangrid.models.gguf import all_files, dequantize, describe, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.precision import best_products, compute_dtype
@@ -46,6 +50,7 @@ class Prepared:
     journal: Journal
     overwrite: bool
     notices: list[str]
+    calibration: dict[str, Any] = field(default_factory=dict)  # what the manifest says of the windows, once they are there
 
 
 def prepare(
@@ -70,9 +75,12 @@ def prepare(
             "a model that is streamed cannot write its own text", "--calibration self", "Give a text, or download the model"
         )
     check_output(final, path, overwrite)
+    if windows is None:
+        check(recipe.calibration, recipe.text_field)
     notices: list[str] = []
     if is_gguf(path):
-        identity = {"files": {path.name: {"sha256": file_hash(path)}}}
+        settle(recipe, Skeleton(describe(path)), device)  # what cannot be done is refused before a weight is read
+        identity = {"files": {file.name: {"sha256": file_hash(file)} for file in all_files(path)}}
         journal = _open_journal(final, recipe, identity, windows, restart, state_dir)
         try:
             notices.append(f"{path.name}: dequantized before quantizing; the original of all comparisons is the dequantized model")
@@ -92,7 +100,7 @@ def prepare(
     if windows is not None and windows.ndim == 2 and windows.numel():  # others are refused as calibration, later
         samples, length = windows.shape
     _require_disk(journal, skeleton, settled, samples, length, device)
-    notices += [*checkpoint.notices, *journal.notices]
+    notices += [*checkpoint.notices, *skeleton.naming.notices, *journal.notices]
     notices += narrowed(settled, skeleton)
     if recipe.scheme == "auto":
         notices.append(f"scheme: {settled.scheme}")
@@ -175,27 +183,51 @@ def narrowed(recipe: Recipe, skeleton: Skeleton) -> list[str]:
     ]
 
 
+def check_values(prepared: Prepared) -> None:
+    """Look for NaN and infinities in all weights before any work, where the machine can keep what it reads for the blocks that follow;
+    in a larger or streamed model each block's are looked at in its turn."""
+    checkpoint, skeleton = prepared.checkpoint, prepared.skeleton
+    size = sum(skeleton.stored_info(name).nbytes for name in skeleton.parameter_names())
+    if checkpoint.remote is None and prepared.journal.is_fresh and size < memory.available_bytes():
+        for name in skeleton.parameter_names():
+            skeleton.stored(name)
+
+
 def calibration_windows(prepared: Prepared, given: Tensor | None, progress: Progress | None) -> Tensor:
-    """The calibration windows, int64 [samples, length]: given, or from the recipe's corpus; kept beside the journal."""
+    """The calibration windows, int64 [samples, length]: given, or from the recipe's corpus; kept beside the journal.
+
+    What the manifest says of them comes to ``prepared.calibration``: source, columns, chat template, how the first window begins.
+    """
     journal, recipe, skeleton = prepared.journal, prepared.recipe, prepared.skeleton
     saved = journal.load_named("windows")
     if saved is not None:
+        prepared.calibration = json.loads(bytes(saved["account"].tolist())) if "account" in saved else {}
         return saved["windows"]
     positions = getattr(skeleton.config, "max_position_embeddings", None)
     rows = skeleton.base.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     tokenizer = load_tokenizer(prepared.checkpoint.directory)
+    reading = Reading(recipe.calibration if given is None else "windows given")
     if given is not None:
         tokens = _checked(given, rows, positions)
+        unseen = tokens[:0]
     else:
-        tokens = corpus_windows(recipe, tokenizer, _sampler(prepared, progress), vocab_rows=rows, max_positions=positions)
+        sampler = _sampler(prepared, progress)
+        found = corpus_windows(recipe, tokenizer, sampler, vocab_rows=rows, max_positions=positions, reading=reading, extra=gate.WINDOWS)
+        tokens, unseen = found[: recipe.samples], found[recipe.samples :]
         memory.return_free()  # a corpus of tokens with their places in the text is large, and gone now
-    journal.save_named("windows", {"windows": tokens})
-    if tokenizer is not None and progress is not None:
-        for doubt in doubts(tokenizer, prepared.checkpoint.config, rows):
-            progress(Event("notice", message=doubt))
-    if tokenizer is not None and progress is not None:
-        shown = decoded_start(tokenizer, tokens)
-        progress(Event("notice", message=f"calibration: {tokens.shape[0]} x {tokens.shape[1]} tokens, first: {shown}"))
+    shown = None if tokenizer is None else decoded_start(tokenizer, tokens)
+    prepared.calibration = {**reading.to_json(), "first": shown}
+    account = json.dumps(prepared.calibration, sort_keys=True).encode()
+    kept = {"windows": tokens, "account": torch.tensor(list(account), dtype=torch.uint8)}
+    journal.save_named("windows", kept | ({"unseen": unseen} if len(unseen) else {}))
+    if progress is not None:
+        said = doubts(tokenizer, prepared.checkpoint.config, rows) if tokenizer is not None else []
+        said += reading.notices()
+        if shown is not None:
+            words = f" of {reading.words()}" if reading.words() else ""
+            said.append(f"calibration: {tokens.shape[0]} x {tokens.shape[1]} tokens{words}, first: {shown}")
+        for sentence in said:
+            progress(Event("notice", message=sentence))
     return tokens
 
 
@@ -211,7 +243,7 @@ def _checked(windows: Tensor, rows: int, positions: int | None) -> Tensor:
 
 def _sampler(prepared: Prepared, progress: Progress | None) -> Callable[[int, int, int], Tensor] | None:
     """Draws windows from the source model itself: the whole model is in memory for that time."""
-    if prepared.skeleton.architecture.kind != "decoder":
+    if not causal(prepared.skeleton):
         return None
 
     def sample_windows(samples: int, length: int, seed: int) -> Tensor:
@@ -245,8 +277,11 @@ def windows_identity(recipe: Recipe, windows: Tensor | None) -> str:
     """What the calibration is, known before it is read: the tokens' hash, the file's hash, or the corpus by name."""
     if windows is not None:
         return windows_hash(windows)
-    path = Path(recipe.calibration)
-    return file_hash(path) if path.is_file() else recipe.calibration
+    path = file_of(recipe.calibration)
+    try:
+        return file_hash(path) if path is not None else recipe.calibration
+    except OSError as error:
+        raise CalibrationError(f"the file cannot be read: {error.strerror}", path, "Check the path and its permissions") from error
 
 
 def file_hash(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from leangrid.clock import Clock
 from leangrid.data.calibration import windows_hash
 from leangrid.formats import FORMATS, config_entries, config_of
 from leangrid.memory import peak_bytes
+from leangrid.models.gguf import is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.precision import products
 from leangrid.prepare import Prepared
@@ -27,7 +29,9 @@ from leangrid.result import QuantizeResult
 from leangrid.sizes import sizes, stored_schemes
 from leangrid.storage import writer
 from leangrid.storage.config import with_older_ropes
+from leangrid.storage.hub import locate_source
 from leangrid.storage.safetensors import TensorInfo
+from leangrid.unseen import unseen_windows
 from leangrid.work import Work
 
 _NOT_COPIED = ("auto_map", "transformers_version")
@@ -46,6 +50,7 @@ def publish(
         "recipe_fingerprint": recipe.fingerprint(),
         "source": prepared.checkpoint.fingerprint,
         "source_name": prepared.source,
+        "calibration": prepared.calibration,
         "versions": {"leangrid": __version__, "torch": torch.__version__, "transformers": installed("transformers")},
         "devices": sorted({info["device"] for info in infos}),
         "products": sorted({info["products"] for info in infos}),
@@ -58,7 +63,7 @@ def publish(
     def judged(staged: Path) -> dict[str, Any]:
         begin = clock.elapsed()
         with products(recipe.products):
-            found = gate.judge(skeleton, staged, windows, recipe.parsed.bits, judged_on)
+            found = gate.judge(skeleton, staged, windows, recipe, judged_on, unseen_windows(prepared, windows), _file_doubts(prepared))
         spent = clock.elapsed() - begin
         clock.add("check", spent)
         clock.add("save", -spent)  # the stage in which this happens
@@ -91,6 +96,15 @@ def finished_result(out: Path, state_dir: Path | None, max_rescued: float, max_k
     """The result of a run that was killed after its directory got its final name and before its journal was gone; else None."""
     manifest = writer.settle(out, state_dir)
     return None if manifest is None else _result(out, manifest, {"total": 0.0}, Work().report(), "cpu", max_rescued, max_kl)
+
+
+def _file_doubts(prepared: Prepared) -> list[str]:
+    """Differences between a .gguf source and the directory it was dequantized to, by a reader that the importer does not use."""
+    if not is_gguf(Path(prepared.source)):
+        return []
+    from leangrid.models.gguf_check import check_against_file
+
+    return check_against_file(locate_source(prepared.source), prepared.checkpoint.directory)
 
 
 def _determinism(infos: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,11 +172,15 @@ def output_config(prepared: Prepared) -> dict[str, Any]:
     quantized = stored_schemes(skeleton, recipe)
     # A router is a linear to engines, whatever class it has here; what is not named as ignored they take to be quantized.
     matrices = (n for n, m in skeleton.model.named_modules() if not isinstance(m, nn.Embedding) and _is_matrix(m._parameters.get("weight")))
-    ignore = sorted(set(matrices) - set(quantized))
-    config = {key: value for key, value in prepared.checkpoint.config.items() if key not in _NOT_COPIED}
+    beyond = {name.rpartition(".")[0] for name in skeleton.naming.beyond}
+    ignore = sorted({*matrices, *beyond} - set(quantized))
+    config = deepcopy({key: value for key, value in prepared.checkpoint.config.items() if key not in _NOT_COPIED})
     config["architectures"] = [type(skeleton.model).__name__]
     config["dtype"] = str(skeleton.dtype).removeprefix("torch.")
     config.setdefault("tie_word_embeddings", bool(getattr(skeleton.config, "tie_word_embeddings", False)))  # mlx-lm's default is tied
+    if skeleton.naming.untied:
+        for section in (config, *(value for value in config.values() if isinstance(value, dict) and "tie_word_embeddings" in value)):
+            section["tie_word_embeddings"] = False
     stored = config_of(FORMATS[recipe.format], quantized, ignore, skeleton.dtype)
     config = with_older_ropes(config) | config_entries(recipe.format, stored)
     return json.loads(json.dumps(config, default=str))
@@ -173,8 +191,12 @@ def _is_matrix(weight: Tensor | None) -> bool:
 
 
 def _outside_blocks(skeleton: Skeleton) -> Iterator[tuple[str, TensorInfo | Tensor]]:
-    """Embeddings, final norm, head: copied from where the checkpoint stores them, after a look for NaN; what is not on disk as it is."""
+    """Embeddings, final norm, head: copied from where the checkpoint stores them, after a look for NaN; what is not on disk as it is.
+    Then what is no part of the model."""
     for name in skeleton.parameter_names():
         if not name.startswith(skeleton.blocks_prefix):
             tensor, info = skeleton.stored(name), skeleton.stored_info(name)
             yield name, info if info.file.is_file() else tensor
+    for name in skeleton.naming.beyond:
+        info = skeleton.checkpoint.tensors[name]
+        yield name, info if info.file.is_file() else skeleton.checkpoint.read(name)

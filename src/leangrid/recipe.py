@@ -10,10 +10,11 @@ import hashlib
 import json
 import re
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import RecipeError
@@ -32,7 +33,43 @@ _BLOCK = re.compile(r"^(?:(?P<method>GPTQ|RTN)_)?(?P<kind>Q\d_[01K])$")
 _METHODS: dict[str, Method] = {"w": "leanquant", "nu": "leanquant", "gptq": "gptq", "rtn": "rtn"}
 
 
-class Scheme(BaseModel):
+class _Checked(BaseModel):
+    """A model whose one refusal, by whatever door its fields come in, is a RecipeError of one sentence."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse(cls, fields: Any, inner: Any) -> Any:
+        try:
+            return inner(fields)
+        except ValidationError as error:
+            raise _refusal(error, cls) from None
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Any:
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:  # no JSON at all
+            raise _refusal(error, cls) from None
+
+
+def _refusal(error: ValidationError, model: type[BaseModel]) -> RecipeError:
+    """The first field that is wrong, in one sentence."""
+    first = error.errors(include_url=False)[0]
+    name, where = ".".join(str(part) for part in first["loc"]), model.__name__.lower()
+    if first["type"] == "extra_forbidden":
+        nearest = get_close_matches(name, model.model_fields, 1)
+        hint = f"Did you mean {nearest[0]}? " if nearest else ""
+        return RecipeError(f"'{name[:80]}' is no field of a {where}", where, f"{hint}Fields: {', '.join(model.model_fields)}")
+    given, field = " ".join(repr(first.get("input")).split()), model.model_fields.get(str(first["loc"][0]) if first["loc"] else "")
+    told = first["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+    told = f"{name or f'a {where}'}{'' if told.startswith('must be') else ':'} {told}"
+    way_out = f"Fields: {', '.join(model.model_fields)}"
+    if field is not None and not field.is_required():
+        way_out = f"The default is {field.default!r}{f': {field.description}' if field.description else ''}"
+    return RecipeError(f"{told}, not {given[:77] + '...' if len(given) > 80 else given}", where, way_out)
+
+
+class Scheme(_Checked):
     """A parsed scheme string: which grid, how many bits, over how many columns, found how."""
 
     model_config = ConfigDict(frozen=True)
@@ -101,14 +138,17 @@ def _container(scheme: Scheme) -> str:
     return "gguf" if scheme.block else "lut" if scheme.grid == "nonuniform" else "compressed-tensors"
 
 
-class Recipe(BaseModel):
+class Recipe(_Checked):
     """Everything that decides the bytes of the result. ``None`` means: the default for this scheme (see ``resolved``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     scheme: str = Field(default="auto", description="scheme string, or auto: W4A16_G128 where the shapes allow, else W4A16")
     format: str = Field(default="auto", description="container: auto, compressed-tensors, lut, gptq, awq, mlx, gguf")
-    calibration: str = Field(default="c4", description="c4, wikitext2, self, embedded, or a .txt/.jsonl file")
+    calibration: str = Field(
+        default="c4", description="c4, wikitext2, self, embedded, a .txt/.jsonl/.csv/.parquet file, or hf:org/name:split:column"
+    )
+    text_field: str | None = Field(default=None, description="the column of the calibration's rows; None: text, or conversations")
     samples: int = Field(default=128, ge=1, le=1_000_000, description="calibration windows")
     length: int = Field(default=2048, ge=8, le=1_000_000, description="tokens a window")
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
@@ -124,6 +164,13 @@ class Recipe(BaseModel):
     products: Literal["auto", "float32", "bfloat16", "tfloat32"] = Field(
         default="auto", description="operands of forward and Hessian products; auto: bfloat16 where model and processor have it"
     )
+
+    @field_validator("samples", "length", "seed", "p", "steps", "correct", "refine", "damping", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # which pydantic takes for 0 or 1
+            raise ValueError("must be a number")
+        return value
 
     @field_validator("scheme")
     @classmethod
@@ -144,6 +191,11 @@ class Recipe(BaseModel):
                 way_out = 'Write such as "mlp.down_proj" or "re:.*down_proj"'
                 raise RecipeError(f"'{key}' is no pattern: {error}", "layers", way_out) from None
         return {key: scheme.upper() for key, scheme in value.items()}
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, inner: Any) -> dict[str, Any]:
+        """As JSON; ``text_field`` only where it is given, so that recipes written before there was one keep their fingerprint."""
+        return {name: value for name, value in inner(self).items() if name != "text_field" or value is not None}
 
     @property
     def parsed(self) -> Scheme:
@@ -203,14 +255,8 @@ class Recipe(BaseModel):
 
     @classmethod
     def build(cls, **fields: Any) -> "Recipe":
-        """Validate ``fields``; RecipeError with the first field that is wrong, in one sentence."""
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"]) or "recipe"
-            known = ", ".join(cls.model_fields)
-            raise RecipeError(f"{name}: {first['msg']}, got {first.get('input')!r}", "recipe", f"Fields: {known}") from None
+        """The recipe of these fields, as ``Recipe(**fields)``: RecipeError with the first field that is wrong, in one sentence."""
+        return cls(**fields)
 
     @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> "Recipe":

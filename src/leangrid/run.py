@@ -27,7 +27,7 @@ from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import Calls, Streams, embed
 from leangrid.placement import Failed, Placement
 from leangrid.precision import products
-from leangrid.prepare import Prepared, calibration_windows
+from leangrid.prepare import Prepared, calibration_windows, check_values
 from leangrid.progress import Event, Progress
 from leangrid.publish import publish
 from leangrid.ranks import Ranks, checksum
@@ -168,8 +168,15 @@ class Run:
         try:
             if prepared.skeleton.architecture.sparse:
                 ranks.alone("a mixture of experts")
+            own_text = prepared.recipe.calibration == "self" and windows is None
+            with clock.stage("load"):
+                if own_text:  # a model that is broken writes no text
+                    check_values(prepared)
             with clock.stage("calibrate"):
                 tokens = ranks.from_first(calibration_windows(prepared, windows, progress) if ranks.first else None)
+            with clock.stage("load"):
+                if not own_text:  # a text that is refused waits for no weights
+                    check_values(prepared)
             chosen: Placement = ranks.from_first(placement or _placement(prepared, tokens, device) if ranks.first else None)
             ranks.own(tokens)  # refuses fewer windows than ranks, before any work
             run = cls(prepared, journal, tokens, device, clock, progress if ranks.first else None, chosen, ranks)
@@ -326,7 +333,10 @@ class Run:
         self.tell("save", len(self.skeleton.blocks) - 1)
         memory.return_free()  # what the blocks left: writing the result needs pieces of other sizes
         judged_on = "cpu" if self.placement.host_block else self.device
-        return publish(self.prepared, self.windows, self.clock, self.device, max_rescued, max_kl, judged_on)
+        result = publish(self.prepared, self.windows, self.clock, self.device, max_rescued, max_kl, judged_on)
+        for warning in result.quality.get("warnings", []):
+            self.tell("notice", len(self.skeleton.blocks), message=f"warning: {warning}")
+        return result
 
     def tell(self, stage: str, block: int, layer: str = "", loss: float = 0.0, message: str = "") -> None:
         """Send an Event to whoever watches."""

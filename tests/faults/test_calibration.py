@@ -1,5 +1,6 @@
 """Rows N13, S12 and C14 of the fault table: text and tokenizers that do not fit, and a run that nobody watches."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 import tiny_models
 from leangrid.data.calibration import windows, windows_hash
 from leangrid.errors import CalibrationError, ResumeError
+from leangrid.evaluate import evaluate
 from leangrid.pipeline import quantize
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
@@ -39,12 +41,21 @@ def written(folder: Path, content: str | bytes, name: str = "text.txt") -> Path:
 
 
 @pytest.mark.fault("N13")
-@pytest.mark.parametrize("content", ["", "   \n", "too short"])
-def test_too_little_text_is_an_error_with_have_and_need(content: str, tmp_path: Path) -> None:
+def test_too_little_text_is_an_error_with_have_and_need(tmp_path: Path) -> None:
     tokenizer = tiny_models.tokenizer()
-    have = len(tokenizer(content)["input_ids"])
+    have = len(tokenizer("too short")["input_ids"])
     with pytest.raises(CalibrationError, match=rf"{have} tokens, 128 needed \(4 x 32\)"):
-        windows(recipe(written(tmp_path, content)), tokenizer)
+        windows(recipe(written(tmp_path, "too short")), tokenizer)
+    rows = written(tmp_path, '{"text": "too short"}\n' + '{"text": ""}\n' * 9, "rows.jsonl")
+    with pytest.raises(CalibrationError, match=rf"{have} tokens, 128 needed \(4 x 32\); 9 of 10 rows left out \(hold no text\)"):
+        windows(recipe(rows), tokenizer)
+
+
+@pytest.mark.fault("N13")
+@pytest.mark.parametrize("content", ["", "   \n", "\u200b\ufeff\n" * 500])
+def test_a_blank_text_is_refused(content: str, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="holds no text"):
+        windows(recipe(written(tmp_path, content)), tiny_models.tokenizer())
 
 
 @pytest.mark.fault("N13")
@@ -153,6 +164,98 @@ def test_the_first_window_is_shown(tiny: Tiny, tmp_path: Path) -> None:
     file = written(tmp_path, "The very first words of the corpus. " * 50)
     quantize(tiny("llama3"), tmp_path / "out", recipe(file), progress=events.append)
     assert any("The very first words" in event.message for event in events)
+
+
+def chat_source(tiny: Tiny, folder: Path) -> Path:
+    """A model with a chat template of its own."""
+    source = folder / "source"
+    shutil.copytree(tiny("llama3"), source)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    return source
+
+
+def conversations(folder: Path) -> Path:
+    said = [("user", "What are the words?"), ("assistant", "They are many, and these are some of them.")]
+    rows = [{"id": "an-id", "messages": [{"role": role, "content": content} for role, content in said]} for _ in range(40)]
+    return written(folder, "\n".join(map(json.dumps, [*rows, {"messages": None}])), "rows.jsonl")
+
+
+@pytest.mark.fault("N13")
+def test_conversations_go_through_the_model_s_template_and_the_manifest_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    source, file, events = chat_source(tiny, tmp_path), conversations(tmp_path), []
+    quantize(source, tmp_path / "out", recipe(file), progress=events.append)
+    told = json.loads((tmp_path / "out" / "manifest.json").read_text())["calibration"]
+    assert told["source"] == str(file) and told["fields"] == ["messages"] and told["template"] == "the chat template of the model"
+    assert len(told["template_sha256"]) == 64
+    assert told["first"].startswith("[user] What are the words? [assistant] They are many")
+    assert any(event.message.startswith("calibration: 4 x 32 tokens of column 'messages' in the chat template") for event in events)
+    assert "an-id" not in told["first"] and verify(tmp_path / "out") == []
+
+
+@pytest.mark.fault("N13")
+@pytest.mark.fault("C12")
+def test_a_resumed_run_says_the_same_of_its_text_and_another_column_is_another_run(tiny: Tiny, tmp_path: Path) -> None:
+    source, chosen = chat_source(tiny, tmp_path), recipe(conversations(tmp_path))
+
+    def stop(event: Event) -> None:
+        if event.stage == "block":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", chosen, progress=stop)
+    with pytest.raises(ResumeError, match=r"another recipe\.text_field"):
+        quantize(source, tmp_path / "out", chosen.model_copy(update={"text_field": "messages"}))
+    quantize(source, tmp_path / "out", chosen)
+    quantize(source, tmp_path / "whole", chosen)
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("out", "whole")]
+    assert manifests[0]["calibration"] == manifests[1]["calibration"] and manifests[0]["calibration"]["fields"] == ["messages"]
+    assert manifests[0]["files"]["model.safetensors"] == manifests[1]["files"]["model.safetensors"]
+
+
+@pytest.mark.fault("N13")
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt", "folder"])
+def test_a_text_that_is_refused_leaves_nothing(name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {"rows.jsonl": '{"title": "a"}\n', "rows.csv": "id,title\n1,a\n", "rows.txt": "\n \n"}
+    if name in contents:
+        written(tmp_path, contents[name], name)
+    else:
+        (tmp_path / name).mkdir()
+    # Before the model is even opened, for that may take long.
+    monkeypatch.setattr("leangrid.prepare.open_model", lambda *_: pytest.fail("the model was opened"))
+    with pytest.raises(CalibrationError):
+        quantize(tiny("llama3"), tmp_path / "out", recipe(tmp_path / name))
+    monkeypatch.setattr(sys.modules["leangrid.evaluate.measure"], "open_model", lambda *_: pytest.fail("the model was opened"))
+    with pytest.raises(CalibrationError):
+        evaluate(tiny("llama3"), None, str(tmp_path / name))
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_evaluation_takes_the_same_files(tiny: Tiny, tmp_path: Path) -> None:
+    source, file, events = chat_source(tiny, tmp_path), conversations(tmp_path), []
+    found = evaluate(source, None, str(file), length=16, windows=3, progress=events.append)
+    text = "[user] What are the words?\n[assistant] They are many, and these are some of them.\n" * 40
+    assert found["sha256_of_text"] == hashlib.sha256(text.encode()).hexdigest()
+    assert [event.message for event in events if event.stage == "notice"] == [
+        f"{file}: 1 of 41 rows left out (hold no text)",
+        f"{file}: column 'messages' in the chat template of the model",
+    ]
+    body = written(tmp_path, '{"body": "words of a text "}\n' * 40, "body.jsonl")
+    with pytest.raises(CalibrationError, match="there are: body"):
+        evaluate(source, None, str(body), length=16, windows=3)
+    assert evaluate(source, None, str(body), length=16, windows=3, text_field="body")["tokens"] == 45
+
+
+def test_the_column_is_part_of_the_recipe_only_where_it_is_given(tmp_path: Path) -> None:
+    plain, named = Recipe.build(), Recipe.build(text_field="body")
+    assert "text_field" not in plain.model_dump() and "text_field" not in json.loads(plain.model_dump_json())
+    assert plain.fingerprint() != named.fingerprint() and Recipe.build(**named.model_dump()) == named
+    # Recipes that were written before there was such a field keep their fingerprint.
+    fields = {name: value for name, value in vars(plain).items() if name != "text_field"}
+    assert plain.fingerprint() == hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    with pytest.raises(CalibrationError, match="--text-field"):
+        windows(Recipe.build(calibration="self", text_field="body"), None)
 
 
 def command(tiny: Tiny, folder: Path, **environment: str) -> tuple[list[str], dict[str, str]]:

@@ -398,11 +398,27 @@ def test_no_config(source: Path) -> None:
 
 
 @pytest.mark.fault("S11")
-@pytest.mark.parametrize("method", ["fp8", "gptq", "compressed-tensors"])
-def test_quantized_sources_are_refused(source: Path, method: str) -> None:
-    (source / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": method}}))
+@pytest.mark.parametrize(
+    ("method", "name", "dtype"),
+    [
+        ("fp8", "a.weight", torch.float8_e4m3fn),
+        ("gptq", "a.qweight", torch.int32),
+        ("compressed-tensors", "a.weight_packed", torch.int32),
+        ("bitsandbytes", "a.weight", torch.uint8),
+        ("mxfp4", "a.gate_up_proj_blocks", torch.uint8),
+    ],
+)
+def test_quantized_sources_are_refused(source: Path, method: str, name: str, dtype: torch.dtype) -> None:
+    write_source(source, {**CONFIG, "quantization_config": {"quant_method": method}}, tensors() | {name: torch.zeros(8, 8).to(dtype)})
     refused(source, "already quantized", method)
     assert open_source(source, allow_quantized=True).tensors
+
+
+@pytest.mark.fault("S11")
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_config_that_calls_plain_weights_quantized_is_refused_with_what_to_remove(source: Path, key: str) -> None:
+    (source / "config.json").write_text(json.dumps({**CONFIG, key: {"quant_method": "bitsandbytes"}}))
+    refused(source, "plain BF16 and F32", f"remove {key}", "bitsandbytes")
 
 
 # S10: the values ----------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import leangrid
 import tiny_models
 from leangrid.block_types import BLOCK_TYPES
 from leangrid.finished import Finished
-from leangrid.models.gguf_vocab import _LLAMA3, _QWEN2, _TEKKEN
+from leangrid.models.gguf_vocab import LLAMA3, QWEN2, TEKKEN
 from leangrid.storage.writer import amend
 
 PYTHON = os.environ.get("LLAMA_PYTHON", "")
@@ -119,10 +119,10 @@ def sentencepiece(prefix: bool) -> hf.PreTrainedTokenizerFast:
 TOKENIZERS: dict[str, Callable[[], hf.PreTrainedTokenizerFast]] = {
     "gpt-2": lambda: byte_level([], True),
     "smollm": lambda: byte_level([pre_tokenizers.Digits(individual_digits=True)], True),
-    "llama-bpe": lambda: byte_level([split(_LLAMA3)], False, ignore_merges=True),
-    "smaug-bpe": lambda: byte_level([split(_LLAMA3)], False),
-    "qwen2": lambda: byte_level([split(_QWEN2)], False),
-    "tekken": lambda: byte_level([split(_TEKKEN)], False, ignore_merges=True),
+    "llama-bpe": lambda: byte_level([split(LLAMA3)], False, ignore_merges=True),
+    "smaug-bpe": lambda: byte_level([split(LLAMA3)], False),
+    "qwen2": lambda: byte_level([split(QWEN2)], False),
+    "tekken": lambda: byte_level([split(TEKKEN)], False, ignore_merges=True),
     "spm-prefix": lambda: sentencepiece(prefix=True),
     "spm": lambda: sentencepiece(prefix=False),
 }

@@ -262,7 +262,6 @@ def test_a_damaged_result_is_refused_before_it_runs(made: Made, case: str, tmp_p
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda c: c.update(auto_map={"AutoModel": "evil.Model"}), ArchitectureError, "own code"),
         (lambda c: c.update(architectures=["os"]), ArchitectureError, "'os'"),
         (lambda c: c.update(model_type="nonsense"), ArchitectureError, "nonsense"),
         (lambda c: c["quantization_config"].update(quant_method="gptq"), FormatError, "gptq"),

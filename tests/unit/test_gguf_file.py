@@ -15,6 +15,7 @@ import tiny_models
 from leangrid.errors import ArchitectureError, CheckpointError, FormatError, LeangridError
 from leangrid.finished import Finished
 from leangrid.models import gguf as gguf_source
+from leangrid.models.gguf_check import check_against_file
 from leangrid.models.gguf_names import ROPE_FREQS, describe
 from leangrid.storage.journal import partial_of
 
@@ -135,16 +136,33 @@ def test_header_and_tokenizer(result: Results, tmp_path: Path) -> None:
     assert "llama-server -m DIR/model.gguf" in (tmp_path / "out/README.md").read_text()
 
 
-def test_a_file_is_read_back_with_the_rule_that_it_names(result: Results, tmp_path: Path) -> None:
-    exported(result("W4A16_G32_SYM", "llama2"), tmp_path / "out")
-    path = tmp_path / "out" / "model.gguf"
-    said = gguf_source._said(path)
-    assert said["tokenizer.ggml.pre"] == "gpt-2"
-    for name, split in (("gpt-2", "ByteLevel"), ("smollm", "Digits")):
-        tokenizer = gguf_source._tokenizer(path, {**said, "tokenizer.ggml.pre": name})
-        assert split in str(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
-    with pytest.raises(CheckpointError, match="rule 'deepseek-llm'"):
-        gguf_source._tokenizer(path, {**said, "tokenizer.ggml.pre": "deepseek-llm"})
+@pytest.mark.fault("S15")
+@pytest.mark.parametrize("model", ARCHES)
+def test_a_round_trip_has_the_same_weights_config_and_tokens(result: Results, model: str, tmp_path: Path) -> None:
+    """Exported, dequantized again, opened by transformers: bit for bit the weights of the result, and its logits."""
+    source = result("W4A16_G32", model)
+    exported(source, tmp_path / "out")
+    gguf_source.dequantize(tmp_path / "out/model.gguf", tmp_path / "back")
+    assert check_against_file(tmp_path / "out/model.gguf", tmp_path / "back") == []
+    hf.utils.logging.disable_progress_bar()
+    read, kept = (hf.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval() for where in
+                  (tmp_path / "back", source.parent / "source"))  # fmt: skip
+    finished = Finished.open(source)
+    for name in finished.layers:
+        codes, grid = finished.layer(name)
+        kept.get_submodule(name).weight.data = grid.dequantize(codes).to(torch.bfloat16).float()  # blocks are read as bfloat16
+    own = kept.state_dict()
+    for name, tensor in read.state_dict().items():
+        assert torch.equal(tensor, own[name]) or torch.allclose(tensor, own[name], rtol=0, atol=1e-7), name
+    described, again = (describe(json.loads((where / "config.json").read_text()), "x").fields for where in (source, tmp_path / "back"))
+    assert {k: f.value for k, f in again.items() if k in described} == {k: f.value for k, f in described.items()}
+    window = min(12, getattr(kept.config, "sliding_window", None) or 12)
+    tokens = tiny_models.tokens(2, window)
+    with torch.no_grad():
+        assert torch.allclose(read(tokens).logits, kept(tokens).logits, rtol=0, atol=2e-5)
+    ours, theirs = tiny_models.tokenizer(), hf.AutoTokenizer.from_pretrained(tmp_path / "back", trust_remote_code=False)
+    for text in ("The quick brown fox", "  1984 it's", "<bos>ÄÖ 東京", ""):
+        assert theirs(text)["input_ids"] == ours(text)["input_ids"]
 
 
 def test_like_takes_the_header_of_the_same_model_only(result: Results, tmp_path: Path) -> None:

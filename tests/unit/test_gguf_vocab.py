@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers as hf
@@ -10,8 +11,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import tiny_models
 from leangrid.errors import CheckpointError
-from leangrid.models import gguf
-from leangrid.models.gguf_vocab import _LLAMA3, _QWEN2, split_by_name, vocabulary
+from leangrid.models.gguf_tokenizer import check_tokenizer, tokenizer_of
+from leangrid.models.gguf_vocab import LLAMA3, QWEN2, vocabulary
+from leangrid.storage.gguf import Field
+from leangrid.storage.gguf_header import Header, read_header
 
 SPACE = "\u2581"
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -40,10 +43,10 @@ def byte_level(pre: pre_tokenizers.PreTokenizer, ignore_merges: bool = False, no
     [
         (lambda: byte_level(BYTES), "gpt-2"),
         (lambda: byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])), "smollm"),
-        (lambda: byte_level(pre_tokenizers.Sequence([split(_LLAMA3), PLAIN]), ignore_merges=True), "llama-bpe"),
-        (lambda: byte_level(pre_tokenizers.Sequence([split(_LLAMA3), PLAIN])), "smaug-bpe"),
-        (lambda: byte_level(pre_tokenizers.Sequence([split(_QWEN2), PLAIN]), normalizer=normalizers.NFC()), "qwen2"),
-        (lambda: byte_level(pre_tokenizers.Sequence([split(_QWEN2), PLAIN])), "qwen2"),
+        (lambda: byte_level(pre_tokenizers.Sequence([split(LLAMA3), PLAIN]), ignore_merges=True), "llama-bpe"),
+        (lambda: byte_level(pre_tokenizers.Sequence([split(LLAMA3), PLAIN])), "smaug-bpe"),
+        (lambda: byte_level(pre_tokenizers.Sequence([split(QWEN2), PLAIN]), normalizer=normalizers.NFC()), "qwen2"),
+        (lambda: byte_level(pre_tokenizers.Sequence([split(QWEN2), PLAIN])), "qwen2"),
     ],
 )
 def test_pre_tokenizers_by_name(tokenizer, name: str) -> None:
@@ -137,26 +140,79 @@ def test_scores_join_as_the_merges_do(text: str) -> None:
     assert pieces == tokenizer.tokenize(text)
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm"])
-def test_a_rule_taken_by_its_name_has_that_name_again(name: str) -> None:
+SAMPLES = ("the other thing", "there  rethe\nhether 1984 it's", " in the inn", "ÄÖ 東京 🙂", "", "<bos>the<eos> x", "a\t\tb   c")
+
+
+def back(tokenizer, rows: int, **changes: object) -> Any:
+    """The tokenizer through the fields of a GGUF file and back."""
+    fields, _ = vocabulary(tokenizer, rows)
+    given = {key.replace("__", "."): Field("any", value) for key, value in changes.items()}
+    header = Header(Path("m.gguf"), {key: field for key, field in (fields | given).items() if field.value is not None}, {})
+    check_tokenizer(header, rows)
+    made = tokenizer_of(header)
+    assert made is not None
+    return made
+
+
+@pytest.mark.fault("S15")
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: byte_level(BYTES),
+        lambda: byte_level(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTES])),
+        lambda: byte_level(pre_tokenizers.Sequence([split(LLAMA3), PLAIN]), ignore_merges=True),
+        lambda: byte_level(pre_tokenizers.Sequence([split(LLAMA3), PLAIN])),
+        lambda: byte_level(pre_tokenizers.Sequence([split(QWEN2), PLAIN]), normalizer=normalizers.NFC()),
+    ],
+)
+def test_a_byte_level_tokenizer_comes_back(made) -> None:
+    tokenizer = made()
+    tokenizer.add_tokens([" two  spaces"])
+    tokenizer.chat_template = "{{ messages }}"
+    found = back(tokenizer, len(tokenizer))
+    for text in (*SAMPLES, "with two  spaces inside"):
+        assert found(text)["input_ids"] == tokenizer(text)["input_ids"], text
+        assert found.decode(found(text)["input_ids"]) == tokenizer.decode(tokenizer(text)["input_ids"])
+    assert (found.bos_token_id, found.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert found.chat_template == tokenizer.chat_template and vocabulary(found, len(found))[0] == vocabulary(tokenizer, len(tokenizer))[0]
+
+
+@pytest.mark.fault("S15")
+@pytest.mark.parametrize("normalizer", [LLAMA2, normalizers.Replace(" ", SPACE)])
+def test_a_sentencepiece_tokenizer_comes_back(normalizer, tmp_path: Path) -> None:
+    tokenizer, size = sentencepiece(None, normalizer)
+    found = back(tokenizer, size)
+    found.save_pretrained(tmp_path)
+    for read in (found, hf.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)):
+        for text in SAMPLES:
+            assert read(text)["input_ids"] == tokenizer(text)["input_ids"], text
+        assert read.decode(read("the thing")["input_ids"]).strip() == "the thing"
+
+
+@pytest.mark.fault("S15")
+def test_what_is_put_around_a_text_is_carried(tmp_path: Path) -> None:
     tokenizer = byte_level(BYTES)
-    split_by_name(tokenizer, name)
-    assert vocabulary(tokenizer, tiny_models.VOCAB)[0]["tokenizer.ggml.pre"].value == name
+    plain = tokenizer("the thing")["input_ids"]
+    for first, last in ((True, False), (False, True), (True, True), (False, False)):
+        found = back(tokenizer, len(tokenizer), tokenizer__ggml__add_bos_token=first, tokenizer__ggml__add_eos_token=last)
+        found.save_pretrained(tmp_path)
+        for read in (found, hf.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)):
+            assert read("the thing")["input_ids"] == [tokenizer.bos_token_id] * first + plain + [tokenizer.eos_token_id] * last
+    unsaid = {"tokenizer__ggml__add_bos_token": None, "tokenizer__ggml__pre": "llama-bpe"}
+    assert back(tokenizer, len(tokenizer), **unsaid)("the")["input_ids"][0] == tokenizer.bos_token_id  # llama.cpp's default for it
 
 
-def test_words_of_the_vocabulary_stay_whole_where_llama_cpp_keeps_them() -> None:
-    tokenizer = byte_level(pre_tokenizers.Sequence([split(_LLAMA3), PLAIN]))  # as transformers reads such a file
-    split_by_name(tokenizer, "llama-bpe")
-    assert vocabulary(tokenizer, tiny_models.VOCAB)[0]["tokenizer.ggml.pre"].value == "llama-bpe"
-
-
+@pytest.mark.fault("S15")
 def test_a_rule_that_nobody_here_knows_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"rule 'deepseek-llm'.*SOURCE"):
-        split_by_name(byte_level(BYTES), "deepseek-llm")
+        back(byte_level(BYTES), tiny_models.VOCAB, tokenizer__ggml__pre="deepseek-llm")
+    with pytest.raises(CheckpointError, match=r"512 tokens, and the model 500 embeddings"):
+        check_tokenizer(Header(Path("m"), vocabulary(byte_level(BYTES), tiny_models.VOCAB)[0], {}), 500)
 
 
 @pytest.mark.slow
 def test_the_demo_models_file_splits_digits_one_by_one() -> None:
     path = next(Path(".models/smollm2").glob("*.gguf"))
-    tokenizer = gguf._tokenizer(path, gguf._said(path))
+    tokenizer = tokenizer_of(read_header(path))
+    assert tokenizer is not None
     assert tokenizer.tokenize("in   1984") == ["in", "ĠĠĠ", "1", "9", "8", "4"]  # GPT-2's rule alone: ĠĠ, Ġ

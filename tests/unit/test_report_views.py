@@ -53,7 +53,7 @@ def test_a_run_leaves_a_report_and_what_it_is_made_of(result: Path) -> None:
     assert facts.run["bytes_before"] > facts.bytes_after > 0
     page = (result / "report.html").read_text(encoding="utf-8")
     assert page == views.views(facts.manifest, facts.records, facts.run)["report.html"] and "mlp.down_proj" in page
-    assert len(ModelCard((result / "README.md").read_text()).data.eval_results) == 2  # pyright: ignore
+    assert len(ModelCard((result / "README.md").read_text()).data.eval_results) == 4  # seen and unseen  # pyright: ignore
 
 
 def test_the_gates_figures_are_in_the_card(result: Path) -> None:

@@ -70,7 +70,7 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     assert manifests[0] == manifests[1]
 
 
-@pytest.mark.parametrize("name", ["../x", "/x", "a/b/c", "manifest.json", "config\n", ".hidden", "model.safetensors", "a\\b", ""])
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b/c/d/e/f/g", "manifest.json", "config\n", ".hidden", "model.safetensors", "a\\b", ""])
 def test_texts_with_impossible_names(tmp_path: Path, name: str) -> None:
     with pytest.raises(OutputError, match="cannot hold a file called"):
         published(tmp_path, texts={name: "text"})

@@ -34,8 +34,8 @@ def test_a_bar_on_a_terminal() -> None:
     assert text.count("\n") >= 1
 
 
-def test_quiet_leaves_only_notices() -> None:
-    assert shown(LAYER, BLOCK, Event("notice", message="dequantized first"), quiet=True) == "dequantized first\n"
+def test_quiet_is_quiet() -> None:
+    assert shown(LAYER, BLOCK, Event("notice", message="dequantized first"), quiet=True) == ""
 
 
 class Broken(io.StringIO):

@@ -12,7 +12,9 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from leangrid.data.corpora import texts
+from leangrid.data.corpora import documents
+from leangrid.data.documents import Document, Reading, joined_text
+from leangrid.data.hub import PREFIX
 from leangrid.errors import CalibrationError
 from leangrid.recipe import Recipe
 
@@ -47,25 +49,33 @@ def windows(
     *,
     vocab_rows: int | None = None,
     max_positions: int | None = None,
+    reading: Reading | None = None,
+    extra: int = 0,
 ) -> Int64[Tensor, "samples length"]:
     """The windows that ``recipe`` asks for.
 
     A file: its documents in order, joined by blank lines, tokenized once, the first samples x length tokens, so that runs
-    compare with other tools. C4: the same from documents shuffled by the seed. WikiText-2 and the embedded text: all
-    windows of the corpus, of which the seed chooses. ``self``: ``sampler(samples, length, seed)`` draws them from the model.
+    compare with other tools; conversations in the tokenizer's chat template, one after the other. C4 and data sets of the hub: the
+    same from documents shuffled by the seed. WikiText-2 and the embedded text: all windows of the corpus, of which the seed chooses.
+    ``self``: ``sampler(samples, length, seed)`` draws them from the model.
     A tokenizer that closes its texts (BERT's [SEP]) gets its special tokens in every window.
 
     Args:
         vocab_rows: rows of the model's embedding; a token at or above it is another model's tokenizer.
         max_positions: longest window the model takes.
+        reading: grows with what was taken of the corpus and what was left out.
+        extra: so many windows more at the end, or as many as the corpus holds; none of ``self``.
 
     Raises:
-        CalibrationError: no tokenizer, too little text (tokens have and need), a token beyond the embedding, a window too long.
+        CalibrationError: no tokenizer, text that cannot be read or holds none, too little text (tokens have and need), a token beyond the
+            embedding, a window too long.
     """
     if max_positions is not None and recipe.length > max_positions:
         what = f"windows of {recipe.length} tokens, but the model takes {max_positions}"
         raise CalibrationError(what, "--length", f"Use --length {max_positions}")
     if recipe.calibration == "self":
+        if recipe.text_field is not None:
+            raise CalibrationError("'self' has no columns to choose from", "--text-field", "Give it with a file or hf:org/name")
         if sampler is None:
             what = "this model cannot sample text from itself"
             raise CalibrationError(what, "--calibration self", "Use --calibration c4 or a .txt/.jsonl file")
@@ -74,7 +84,7 @@ def windows(
         if tokenizer is None:
             way_out = "Add its tokenizer files, or use --calibration self"
             raise CalibrationError("the checkpoint has no tokenizer", recipe.calibration, way_out)
-        result = _from_corpus(recipe, tokenizer)
+        result = _from_corpus(recipe, tokenizer, Reading(recipe.calibration) if reading is None else reading, extra)
     check_vocabulary(result, vocab_rows)
     return result
 
@@ -129,7 +139,8 @@ def cut(ids: Sequence[int], length: int, around: Affixes) -> Int64[Tensor, "wind
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, around: Affixes) -> list[int]:
     """One text as ids: with the opening special token of a decoder, bare for a tokenizer whose windows are closed one by one."""
     ids = _ids(tokenizer, text, special=False)
-    return ids if around.suffix else [*around.prefix, *ids]
+    opened = around.suffix or tuple(ids[: len(around.prefix)]) == around.prefix  # a chat template may write the token itself
+    return ids if opened else [*around.prefix, *ids]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
@@ -137,44 +148,45 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[i
     return list(encoded["input_ids"])
 
 
-def _from_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _from_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, extra: int) -> Tensor:
     around = affixes(tokenizer)
     name, choose = recipe.calibration, recipe.calibration in ("wikitext2", "embedded")
-    documents = texts(name, seed=recipe.seed if name == "c4" else None)
+    seed = recipe.seed if name == "c4" or name.startswith(PREFIX) else None
+    found = documents(name, seed=seed, column=recipe.text_field, tokenizer=tokenizer, reading=reading)
     needed = recipe.samples * recipe.length
-    ids = _first_tokens(documents, tokenizer, around, None if choose else needed)
+    ids = _first_tokens(found, tokenizer, around, None if choose else needed + extra * recipe.length)
     candidates = cut(ids, recipe.length, around)
     if len(candidates) < recipe.samples:
         whole = len(candidates)
         way_out = f"Use --samples {whole} or more text" if whole else "Use a shorter --length or more text"
         what = f"too little text: {len(ids):,} tokens, {needed:,} needed ({recipe.samples} x {recipe.length})"
-        raise CalibrationError(what, name, way_out)
+        raise CalibrationError("; ".join((what, *reading.left_out())), name, way_out)
     if not choose:
-        return candidates[: recipe.samples]
+        return candidates[: recipe.samples + extra]
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(recipe.seed))
-    return candidates[order[: recipe.samples]].contiguous()
+    return candidates[order[: recipe.samples + extra]].contiguous()
 
 
-def _first_tokens(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, around: Affixes, needed: int | None) -> list[int]:
+def _first_tokens(found: Iterable[Document], tokenizer: PreTrainedTokenizerBase, around: Affixes, needed: int | None) -> list[int]:
     """Ids of the joined documents: all of them, or at least ``needed`` where there are so many, read and tokenized no further."""
     if needed is None:
-        return tokenize(tokenizer, "\n\n".join(documents), around)
-    source, text, characters = iter(documents), "", needed * _CHARACTERS_A_TOKEN
+        return tokenize(tokenizer, joined_text(found), around)
+    source, read, characters = iter(found), [Document("", "")], needed * _CHARACTERS_A_TOKEN
     while True:
-        text, finished = _read_until(source, text, characters)
-        ids = tokenize(tokenizer, text[:characters], around)  # a single giant document is not tokenized whole
+        finished = _read_until(source, read, characters)
+        ids = tokenize(tokenizer, joined_text(read)[:characters], around)  # a single giant document is not tokenized whole
         if finished or len(ids) >= needed + _SLACK:
             return ids
         characters = math.ceil(characters * max(1.5, 1.2 * needed / max(len(ids), 1)))
 
 
-def _read_until(source: Iterator[str], text: str, characters: int) -> tuple[str, bool]:
-    """``text`` grown by whole documents beyond ``characters``, and whether the documents came to an end."""
-    parts, size = [text] if text else [], len(text)
+def _read_until(source: Iterator[Document], read: list[Document], characters: int) -> bool:
+    """Let ``read`` grow by whole documents beyond ``characters``; whether the documents came to an end."""
+    size = sum(len(document.text) + len(document.gap) for document in read)
     while size <= characters:
         document = next(source, None)
         if document is None:
-            return "\n\n".join(parts), True
-        parts.append(document)
-        size += len(document) + 2
-    return "\n\n".join(parts), False
+            return True
+        read.append(document)
+        size += len(document.text) + len(document.gap)
+    return False

@@ -62,7 +62,7 @@ def run(subject: Opened, task: Any, batch_size: int, limit: int | None) -> dict[
     from lm_eval.models.huggingface import HFLM
 
     if not subject.causal or subject.tokenizer is None:
-        lacks = "it has no tokenizer" if subject.causal else "it is an encoder; sts and squad are for those"
+        lacks = "it has no tokenizer" if subject.causal else "it has no language-model head; sts and squad are for encoders"
         raise TaskError(f"the model cannot run this task: {lacks}", task.config.task)
     with _quiet():
         opened: Any = HFLM  # its registry hides the arguments

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from leangrid.data.calibration import affixes, check_vocabulary, cut, tokenize
-from leangrid.data.corpora import joined
+from leangrid.data.corpora import check, joined
+from leangrid.data.documents import Reading
 from leangrid.errors import CalibrationError, CheckpointError
 from leangrid.evaluate.divergence import Reference, divergence
 from leangrid.evaluate.embedding import cosine_distance, mean_pooled
@@ -27,6 +28,7 @@ from leangrid.progress import Event, Progress
 from leangrid.storage.hub import locate_source
 
 LENGTH, WINDOWS = 1024, 12
+_WHOLE = 1 << 26  # characters; a smaller file is read to its end, and its hash is that of all its text
 _OWN_ORIGINAL = "Compare a model with the checkpoint it was made from"
 
 
@@ -53,13 +55,15 @@ def evaluate(
     device: str = "cpu",
     tasks: Tasks | None = None,
     progress: Progress | None = None,
+    text_field: str | None = None,
 ) -> dict[str, Any]:
     """Measure one model; the keys are those of ``leangrid eval --json``.
 
     Args:
         model, reference: a leangrid result, a dense checkpoint directory, a hub id or a .gguf file.
-        text: wikitext2, c4 (their test splits), embedded, or a .txt/.jsonl file: its first ``windows`` x ``length`` tokens. None:
-            wikitext2, or no text where there are tasks and no reference.
+        text: wikitext2, c4 (their test splits), embedded, a file or hf:org/name (see data/corpora.py): its first ``windows`` x ``length``
+            tokens, conversations in the reference's chat template. None: wikitext2, or no text where there are tasks and no reference.
+        text_field: the column of the text's rows; None: text, or conversations.
         length: tokens a window; None: 1024, or as many as the model takes.
         tasks: task figures, under "tasks" by name.
 
@@ -73,12 +77,13 @@ def evaluate(
         TaskError: unknown tasks, or missing data; nothing was run then.
     """
     if tasks is None:
-        return evaluate_many([model], reference, text or "wikitext2", length=length, windows=windows, device=device, progress=progress)[0]
+        return evaluate_many([model], reference, text or "wikitext2", length=length, windows=windows, device=device, progress=progress,
+                             text_field=text_field)[0]  # fmt: skip
     started = time.perf_counter()
     jobs, kept = prepare(tasks), Kept.open(tasks.out, model_identity(locate_source(str(model))))
     values = _result(str(model), None, None, {}, None, 0.0)
     if text is not None or reference is not None:
-        values = evaluate(model, reference, text, length=length, windows=windows, device=device, progress=progress)
+        values = evaluate(model, reference, text, length=length, windows=windows, device=device, progress=progress, text_field=text_field)
     subject = open_model(model, device)
     values["bits_per_weight"] = bits_per_weight(subject.path, subject.model)
     values["tasks"] = run(subject, jobs, kept, progress or (lambda event: None))
@@ -97,6 +102,7 @@ def evaluate_many(
     windows: int = WINDOWS,
     device: str = "cpu",
     progress: Progress | None = None,
+    text_field: str | None = None,
 ) -> list[dict[str, Any]]:
     """``evaluate`` for each of ``models``, with the reference run once.
 
@@ -104,12 +110,13 @@ def evaluate_many(
     reference itself is let go before the first model comes in. All models get the reference's tokens.
     """
     started = time.perf_counter()
+    check(text, text_field)
     say = progress or (lambda event: None)
     original: Original | None = None
     corpus: Text | None = None
     if reference is not None:
         subject = open_model(reference, device)
-        corpus = _text(subject, text, length, windows)
+        corpus = _text(subject, text, length, windows, text_field, say)
         original = Original.measured(subject, corpus, say)
         del subject
         gc.collect()
@@ -117,7 +124,7 @@ def evaluate_many(
     for name in models:
         started = time.perf_counter()
         subject = open_model(name, device)
-        cut_text = corpus or _text(subject, text, length, windows)
+        cut_text = corpus or _text(subject, text, length, windows, text_field, say)
         check_vocabulary(cut_text.windows, _rows(subject.model))
         figures = _causal(subject, cut_text, original, say) if subject.causal else _encoder(subject, cut_text, original, say)
         size = bits_per_weight(subject.path, subject.model)
@@ -144,7 +151,7 @@ class Original:
 
 def _causal(subject: Opened, text: Text, original: Original | None, say: Progress) -> dict[str, float]:
     if original is not None and original.distribution is None:
-        raise CheckpointError("the reference is an encoder and the model is not", subject.name, _OWN_ORIGINAL)
+        raise CheckpointError("the reference has no language-model head and the model has one", subject.name, _OWN_ORIGINAL)
     reference = None if original is None else original.distribution
     logits = _reporting(subject, text, say)
     nll, kl, agrees = [], [], []
@@ -166,7 +173,7 @@ def _causal(subject: Opened, text: Text, original: Original | None, say: Progres
 
 def _encoder(subject: Opened, text: Text, original: Original | None, say: Progress) -> dict[str, float]:
     if original is None or original.embeddings is None:
-        what = "an encoder has no perplexity, only a distance from its original encoder"
+        what = "a model without a language-model head has no perplexity, only a distance from its original"
         raise CheckpointError(what, subject.name, f"Add --reference. {_OWN_ORIGINAL}")
     return {"embedding_cosine_mean": cosine_distance(original.embeddings, _embeddings(subject, text, say))}
 
@@ -193,7 +200,7 @@ def _reporting(subject: Opened, text: Text, say: Progress) -> Callable[[Tensor],
     return logits
 
 
-def _text(subject: Opened, name: str, length: int | None, count: int) -> Text:
+def _text(subject: Opened, name: str, length: int | None, count: int, column: str | None, say: Progress) -> Text:
     if subject.tokenizer is None:
         raise CalibrationError("the model has no tokenizer", subject.name, "Add its tokenizer files to the directory")
     positions = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
@@ -203,8 +210,12 @@ def _text(subject: Opened, name: str, length: int | None, count: int) -> Text:
         raise CalibrationError(f"windows of {length} tokens, but the model takes {limit}", subject.name, f"Use --length {limit}")
     if length < 2 or count < 1:
         raise CalibrationError(f"{count} windows of {length} tokens predict nothing", "--windows, --length", "Use at least 1 and 2")
-    # C4 alone has no end worth reading to; 16 characters a token is beyond any tokenizer's average.
-    text = joined(name, enough=16 * count * length if name == "c4" else None)
+    # The hub's corpora have no end worth reading to, nor have files of gigabytes; 16 characters a token is beyond any tokenizer's average.
+    enough, reading = 16 * count * length, Reading(name)
+    whole = max(enough, _WHOLE) if name != "c4" and not name.startswith("hf:") else enough
+    text = joined(name, enough=whole, column=column, tokenizer=subject.tokenizer, reading=reading)
+    for sentence in (*reading.notices(), *([f"{name}: {reading.words()}"] if reading.words() else [])):
+        say(Event("notice", message=sentence))
     around = affixes(subject.tokenizer)
     ids = tokenize(subject.tokenizer, text, around)
     candidates = cut(ids, length, around)

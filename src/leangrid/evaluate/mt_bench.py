@@ -17,7 +17,7 @@ from leangrid.errors import TaskError
 from leangrid.evaluate.job import Job, Results, Step, Tasks
 from leangrid.evaluate.judge import Judge, rating
 from leangrid.evaluate.opened import Opened
-from leangrid.evaluate.reply import Reply, chat_ids
+from leangrid.evaluate.reply import Reply, chat_ids, require_rows
 from leangrid.evaluate.task_files import read_json_lines
 
 ANSWER, JUDGEMENT = 1024, 2048  # tokens at most
@@ -143,6 +143,7 @@ def answers(subject: Opened, question: Question) -> dict[str, Any]:
     for turn in question.turns:
         messages.append({"role": "user", "content": turn})
         ids = chat_ids(subject.tokenizer, messages)
+        require_rows(subject.model, subject.tokenizer, ids, subject.name, "MT-Bench needs a model with all of its tokens")
         room = ANSWER if not isinstance(limit, int) else min(ANSWER, limit - len(ids))
         reply = Reply(subject.name, turn, subject.model, subject.tokenizer, ids)
         turns.append("".join(reply.pieces(room, question.temperature, seed=0)).strip() if room > 0 else "")

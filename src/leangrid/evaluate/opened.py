@@ -1,6 +1,5 @@
 """Any model the user can name, loaded and ready to be measured."""
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ import torch
 
 from leangrid.kernels import backend
 from leangrid.load import load
-from leangrid.models.gguf import dequantize, is_gguf
+from leangrid.models.gguf import is_gguf
 from leangrid.storage.hub import locate_source
+from leangrid.storage.source import check_finite
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,8 @@ def open_model(name: str | Path, device: str = "cpu", dense: bool | None = None)
     on_cpu = torch.device(device).type == "cpu"
     dtype = torch.float32 if on_cpu else None
     dense = not (on_cpu and backend() != "torch") if dense is None else dense
-    if not is_gguf(path):
-        model, tokenizer = load(path, device=device, dtype=dtype, dense=dense)
-        return _opened(name, path, model, tokenizer)
-    with tempfile.TemporaryDirectory(prefix="leangrid-") as folder:
-        directory = Path(folder) / "model"
-        dequantize(path, directory)
-        model, tokenizer = load(directory, device=device, dtype=dtype)
-        return _opened(name, path, model, tokenizer)
-
-
-def _opened(name: str | Path, path: Path, model: Any, tokenizer: Any) -> Opened:
+    model, tokenizer = load(path, device=device, dtype=dtype, dense=dense and not is_gguf(path))
+    for tensor, parameter in model.named_parameters():  # a model of NaN answers and measures all the same
+        if parameter.is_floating_point():
+            check_finite(parameter.data, tensor, path)
     return Opened(str(name), path, model.eval(), tokenizer, bool(model.can_generate()))

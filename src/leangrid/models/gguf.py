@@ -1,131 +1,321 @@
-"""A .gguf file as a checkpoint: dequantized once into a plain directory, by transformers' own reader.
+"""A .gguf file as a checkpoint: dequantized once into a plain directory, a few hundred megabytes at a time.
 
-GGUF holds llama.cpp's names and its permuted q/k rows; transformers undoes both. The whole model is in memory while it is
-converted (float32), the one place where leangrid does not go block by block.
+The header says what the model is (gguf_families.py); gguf-py knows llama.cpp's names of the tensors and the numbers in its blocks. Every
+tensor of the class must be in the file and every tensor of the file in the class, before a weight is read.
 """
 
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+import transformers
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from leangrid.errors import CheckpointError
-from leangrid.models.gguf_vocab import split_by_name
-from leangrid.models.shapes import DescribedCheckpoint
+from leangrid.errors import ArchitectureError, CheckpointError
+from leangrid.models import gguf_tokenizer
+from leangrid.models.gguf_families import Family, family_of
+from leangrid.models.gguf_fields import Fields, chunk, readable, rows
+from leangrid.models.shapes import DescribedCheckpoint, TensorShape
+from leangrid.models.skeleton import empty_model
 from leangrid.storage import files, safetensors
 from leangrid.storage.gguf import Field
+from leangrid.storage.gguf_header import Header, StoredTensor, begins_as_gguf, read_header
+from leangrid.storage.gguf_shards import parts, read_model_header
 
-# File types (GGUF's general.file_type) that hold plain floats keep their dtype; all others become bfloat16.
-_PLAIN = {0: torch.float32, 1: torch.float16, 32: torch.bfloat16}
-_MAGIC = b"GGUF"
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_INTEGERS = ("I8", "I16", "I32", "I64")
+_NOT_OF_A_FILE = ("_name_or_path", "torch_dtype", "id2label", "label2id")
+_MAX_BLOCKS = 10_000  # as storage/config.py
+_SHARD = 512 << 20  # bytes of weights that are held before they are written
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_OF_QKV = re.compile(r"blk\.\d+\.attn_([qkv])\.(weight|bias)")
+_WAY_OUT = "Give a complete file, or the model's own checkpoint (safetensors and config.json) as SOURCE"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of the checkpoint lies in the file: ``count`` rows from ``first`` on; None stands for a bias of zeros.
+
+    ``heads``: rows of each head are put back from the original Llama's order; ``transposed``: rows become columns; ``shift`` is added.
+    """
+
+    stored: StoredTensor | None
+    first: int
+    count: int
+    shape: tuple[int, ...]
+    heads: int | None = None
+    transposed: bool = False
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
+class GgufSource:
+    """A GGUF model that was understood from its header alone: the config of transformers, and each tensor's place in the file."""
+
+    header: Header
+    config: dict[str, Any]
+    dtype: torch.dtype
+    tensors: dict[str, Part]
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether ``path`` is named like a GGUF file."""
-    return path.suffix.lower() == ".gguf"
+    """Whether ``path`` is named like a GGUF file, or is one by its first bytes, as in caches that name files by their hash."""
+    return path.suffix.lower() == ".gguf" or begins_as_gguf(path)
+
+
+def all_files(path: Path) -> list[Path]:
+    """The files of the model that ``path`` belongs to: itself, or all parts of a split one. CheckpointError where a part is missing."""
+    return parts(path)
+
+
+def dequantizing_bytes(weights: Iterable[int]) -> int:
+    """The most memory that dequantizing takes at once, for tensors of so many weights each: those of one file of the result, and the
+    largest tensor once more while its rows are put in order."""
+    sizes = [4 * count for count in weights]
+    largest = max(sizes, default=0)
+    return min(sum(sizes), max(_SHARD, largest)) + largest
+
+
+def open_gguf(path: Path) -> GgufSource:
+    """Understand a GGUF model from its header, without reading a weight.
+
+    Raises:
+        CheckpointError: the file or a part of it is missing or damaged; its architecture, a field, a type of weights or its tokenizer is
+            not read here; tensors are missing from it or have no place in the model.
+    """
+    header = read_model_header(path)
+    fields = Fields(header, _architecture(header))
+    family = family_of(fields)
+    config = family.config(fields)
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError("tensors are missing from the GGUF file: token_embd.weight", path, _WAY_OUT)
+    layers = config.get("num_hidden_layers", config.get("n_layer", 0))
+    if layers > min(_MAX_BLOCKS, len(header.tensors)):
+        raise CheckpointError(f"its header announces {layers} blocks, and the file holds {len(header.tensors)} tensors", path, _WAY_OUT)
+    config |= {"vocab_size": embedding.shape[0], "tie_word_embeddings": "output.weight" not in header.tensors}
+    config |= gguf_tokenizer.special_ids(header)
+    fields.check_rest()
+    gguf_tokenizer.check_tokenizer(header, embedding.shape[0])
+    for name, stored in header.tensors.items():
+        if stored.kind in _INTEGERS or not readable(stored.kind):
+            raise CheckpointError(f"the tensor {name} is stored as {stored.kind}, which cannot be made weights", path, _WAY_OUT)
+    dtype = _dtype(header)
+    config = _completed(path, config, dtype)
+    return GgufSource(header, config, dtype, _placed(fields, family, config))
+
+
+def _architecture(header: Header) -> str:
+    kind = header.value("general.type", "model")
+    if kind == "adapter" or "adapter.type" in header.fields:
+        raise CheckpointError("this GGUF file is a LoRA adapter, not a model", header.file, "Merge it into its base model first")
+    arch = header.value("general.architecture")
+    if kind != "model" or not isinstance(arch, str):
+        what = f"general.type is {kind!r}" if kind != "model" else "general.architecture is missing"
+        raise CheckpointError(f"this GGUF file holds no language model: {what}", header.file, "Give the file of the model itself")
+    return arch
+
+
+def _dtype(header: Header) -> torch.dtype:
+    """The dtype of most weights in matrices; bfloat16 where they are in blocks."""
+    counts: dict[torch.dtype, int] = {}
+    for stored in header.tensors.values():
+        if len(stored.shape) > 1:
+            dtype = _DTYPES.get(stored.kind, torch.bfloat16)
+            counts[dtype] = counts.get(dtype, 0) + torch.Size(stored.shape).numel()
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _completed(path: Path, config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The whole config.json: what the file says, and transformers' defaults for what no forward pass of llama.cpp knows."""
+    try:
+        whole = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config)).to_dict()
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"no config can be made of its header: {error}", path, _WAY_OUT) from error
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
+    whole |= copy.deepcopy(config) | {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
+    return json.loads(json.dumps({key: value for key, value in whole.items() if key not in _NOT_OF_A_FILE}))
+
+
+def _placed(fields: Fields, family: Family, config: dict[str, Any]) -> dict[str, Part]:
+    """Where each tensor of the class lies; CheckpointError where file and class disagree."""
+    header = fields.header
+    model = empty_model(DescribedCheckpoint(header.file, config, {}))
+    number = next(number for number, text in gguf.MODEL_ARCH_NAMES.items() if text == fields.arch)
+    table = gguf.get_tensor_name_map(number, config.get("num_hidden_layers", config.get("n_layer", 0)))
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    found: dict[str, Part] = {}
+    used, missing, wrong = set(fields.vectors), [], []
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in tied:
+            continue
+        theirs = table.get_name(_EXPERT.sub(".experts.", name), try_suffixes=(".weight", ".bias"))
+        place = None if theirs is None else _place(header, theirs, name, tuple(tensor.shape), config)
+        if place is None:
+            if theirs is not None and _zero_bias(header, family, theirs):
+                found[name] = Part(None, 0, 0, tuple(tensor.shape))
+            else:
+                missing.append(theirs or name)
+            continue
+        part, source = place
+        used.add(source)
+        found[name] = part = _as_stored(part, family, name, tuple(tensor.shape), config)
+        if not _fits(part):
+            wrong.append(f"{source} has shape {list(part.stored.shape) if part.stored else []}, the header asks for {list(part.shape)}")
+    extra = [name for name in header.tensors if name not in used]
+    for problem, names in (("tensors are missing from the GGUF file", missing), ("the GGUF file holds tensors that have no place in a "
+                           f"{config['architectures'][0]}", extra), ("header and tensors of the GGUF file disagree", wrong)):  # fmt: skip
+        if names:
+            more = f"; and {len(names) - 4} more" if len(names) > 4 else ""
+            raise CheckpointError(f"{problem}: {'; '.join(dict.fromkeys(names[:4]))}{more}", header.file, _WAY_OUT)
+    return found
+
+
+def _place(header: Header, theirs: str, name: str, shape: tuple[int, ...], config: dict[str, Any]) -> tuple[Part, str] | None:
+    """The tensor called ``theirs``, or the expert or the queries, keys or values in one that holds more; None where there is none."""
+    expert = _EXPERT.search(name)
+    if expert is not None:
+        number = int(expert[1])
+        single = theirs.replace("_exps.", f".{number}.")  # how files of 2024 name one matrix of one expert
+        if single in header.tensors:
+            return Part(header.tensors[single], 0, header.tensors[single].rows, shape), single
+        stored = header.tensors.get(theirs)
+        if stored is None or len(stored.shape) != 3 or number >= stored.shape[0]:
+            return None
+        return Part(replace(stored, shape=stored.shape), number * stored.shape[1], stored.shape[1], shape), theirs
+    stored = header.tensors.get(theirs)
+    if stored is not None:
+        return Part(stored, 0, stored.rows, shape), theirs
+    match = _OF_QKV.fullmatch(theirs)
+    fused = theirs.replace(f"attn_{match[1]}.", "attn_qkv.") if match else ""
+    stored = header.tensors.get(fused)
+    if match is None or stored is None or match[2] != "weight":
+        return None
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    counts = [config["num_attention_heads"] * size, *[config["num_key_value_heads"] * size] * 2]
+    which = "qkv".index(match[1])
+    return (Part(stored, sum(counts[:which]), counts[which], shape), fused) if stored.rows == sum(counts) else None
+
+
+def _zero_bias(header: Header, family: Family, theirs: str) -> bool:
+    """Whether the bias called ``theirs`` is one that no block of the file has, and llama.cpp then adds none."""
+    end = next((end for end in family.zero_biases if theirs.endswith(f".{end}")), None)
+    return end is not None and not any(name.endswith(f".{end}") for name in header.tensors)
+
+
+def _as_stored(part: Part, family: Family, name: str, shape: tuple[int, ...], config: dict[str, Any]) -> Part:
+    heads = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
+    permuted = next((config[key] for text, key in heads.items() if text in name), None) if family.permuted else None
+    transposed = config["model_type"] == "gpt2" and len(shape) == 2 and ".h." in name
+    return replace(part, heads=permuted, transposed=transposed, shift=-1.0 if family.norm_plus_one and "norm." in name else 0.0)
+
+
+def _fits(part: Part) -> bool:
+    stored = part.stored
+    if stored is None:
+        return True
+    shape = (part.count, stored.shape[-1]) if len(stored.shape) > 1 else stored.shape
+    wanted = part.shape[::-1] if part.transposed else part.shape
+    if part.heads and wanted[0] % (2 * part.heads):
+        return False
+    return shape == wanted or (len(wanted) == 2 and wanted[0] == 1 and shape == wanted[1:])  # a gate of one row is stored as a vector
+
+
+def _read(part: Part, dtype: torch.dtype) -> Tensor:
+    """One tensor of the checkpoint, in ``dtype``; what is stored as plain floats is only narrowed where that loses nothing."""
+    stored = part.stored
+    if stored is None:
+        return torch.zeros(part.shape, dtype=dtype)
+    columns, plain = stored.shape[-1], stored.kind in _DTYPES
+    kept = _DTYPES[stored.kind] if plain else dtype
+    vector = len(stored.shape) == 1
+    made = torch.empty((1 if vector else part.count, columns), dtype=kept)
+    step = chunk(stored)
+    for first in range(0, len(made), step):
+        count = min(step, len(made) - first)
+        values = rows(stored, part.first + first, count)
+        made[first : first + count] = values + part.shift if part.shift else values
+    if part.heads is not None:
+        length = made.numel() if vector else len(made)
+        order = torch.arange(length).reshape(part.heads, -1, 2).transpose(1, 2).reshape(-1)
+        made = made[:, order] if vector else made[order]
+    made = (made.T if part.transposed else made).reshape(part.shape).contiguous()
+    if made.dtype != dtype:
+        narrow = made.to(dtype)
+        made = narrow if torch.equal(narrow.to(made.dtype), made) else made
+    return made
+
+
+def _shards(source: GgufSource) -> Iterator[list[str]]:
+    """Names of the tensors that are written together."""
+    held: list[str] = []
+    size = 0
+    for name, part in source.tensors.items():
+        kind = source.dtype if part.stored is None else _DTYPES.get(part.stored.kind, source.dtype)
+        nbytes = max(kind.itemsize, source.dtype.itemsize) * torch.Size(part.shape).numel()
+        if held and size + nbytes > _SHARD:
+            yield held
+            held, size = [], 0
+        held.append(name)
+        size += nbytes
+    yield held
 
 
 def dequantize(path: Path, directory: Path) -> torch.dtype:
-    """Write the model in ``path`` to ``directory`` as config.json, model.safetensors and tokenizer files.
+    """Write the model in ``path`` (and its other parts) to ``directory`` as config.json, safetensors files and tokenizer files.
 
     Returns:
-        the dtype of the written weights: the file's own for float files, bfloat16 for quantized ones.
+        the dtype of most written weights: the file's own for plain floats, bfloat16 for blocks. Plain tensors of another dtype keep it
+        where the common one cannot hold them exactly.
 
     Raises:
-        CheckpointError: the file is missing, no GGUF, damaged, or of a model transformers cannot read.
+        CheckpointError: as ``open_gguf``; or the file cannot be read to its end. OutputError from the disk.
     """
-    _check_magic(path)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        where, name = str(path.parent), path.name
-        model = AutoModelForCausalLM.from_pretrained(
-            where, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        said = _said(path)
-        tokenizer = _tokenizer(path, said)
-    except (ValueError, KeyError, OSError, RuntimeError, IndexError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"the GGUF file cannot be read: {error}", path, "Check the download, or convert it with its own tools"
-        ) from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    dtype = _PLAIN.get(said.get("general.file_type", -1), torch.bfloat16)
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
-    config.dtype, config.architectures = dtype, [type(model).__name__]
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    tensors = {n: t.to(dtype).contiguous() for n, t in model.state_dict().items() if n not in tied}
+    source = open_gguf(path)
+    tokenizer = gguf_tokenizer.tokenizer_of(source.header)
     files.make_dir(directory)
-    tokenizer.save_pretrained(str(directory))
-    if model.generation_config is not None:
-        files.atomic_write(directory / "generation_config.json", model.generation_config.to_json_string().encode())
-    safetensors.save(directory / "model.safetensors", tensors, {"format": "pt"})
-    files.atomic_write(directory / "config.json", config.to_json_string(use_diff=False).encode())
-    return dtype
-
-
-def _tokenizer(path: Path, said: dict[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer of the file. Without a name for its rule (old files) it stays as transformers reads it."""
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    if said.get("tokenizer.ggml.model") == "gpt2" and said.get("tokenizer.ggml.pre", "default") != "default":
-        split_by_name(tokenizer, said["tokenizer.ggml.pre"])
-    return tokenizer
-
-
-def _check_magic(path: Path) -> None:
-    try:
-        with path.open("rb") as stream:
-            magic = stream.read(4)
-    except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", path, "Give the path of a .gguf file") from error
-    if magic != _MAGIC:
-        raise CheckpointError("this is no GGUF file: it does not begin with 'GGUF'", path, "Check the download")
-
-
-def _said(path: Path) -> dict[str, Any]:
-    """What the header says of the file's type and of the tokenizer's kind and rule; a key that it lacks is missing."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(str(path))  # walks the whole header: seconds where the vocabulary is large
-    keys = ("general.file_type", "tokenizer.ggml.model", "tokenizer.ggml.pre")
-    return {key: field.contents() for key in keys if (field := reader.get_field(key)) is not None}
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+    shards = list(_shards(source))
+    total, names = 0, {}
+    for number, held in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _read(source.tensors[name], source.dtype) for name in held}
+        safetensors.save(directory / file, tensors, {"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        names |= dict.fromkeys(held, file)
+        del tensors
+    if len(shards) > 1:
+        files.write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
+    generation = gguf_tokenizer.generation_config(source.header)
+    files.atomic_write(directory / "generation_config.json", json.dumps(generation, indent=2).encode())
+    files.atomic_write(directory / "config.json", json.dumps(source.config, indent=2).encode())  # the last: it says that all is there
+    return source.dtype
 
 
 def header(path: Path) -> dict[str, Field]:
-    """The key-value fields of a GGUF file, by key, without the reader's own counts.
+    """The key-value fields of a GGUF file, by key.
 
     Raises:
         CheckpointError: the file is missing, no GGUF, or its header is damaged.
     """
-    from gguf import GGUFReader, GGUFValueType
-
-    _check_magic(path)
-    fields: dict[str, Field] = {}
-    try:
-        for key, field in GGUFReader(str(path)).fields.items():
-            if not key.startswith("GGUF."):
-                if field.types.count(GGUFValueType.ARRAY) > 1:
-                    raise CheckpointError("an array of arrays, which leangrid does not copy", f"{path}: {key}")
-                fields[key] = Field(field.types[-1].name.lower(), field.contents())
-    except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"its header cannot be read: {error}", path, "Check the download") from error
-    return fields
+    return read_header(path).fields
 
 
 def describe(path: Path) -> DescribedCheckpoint:
-    """The checkpoint that ``dequantize(path, ...)`` would write, from the file's header alone."""
-    _check_magic(path)
+    """The checkpoint that ``dequantize(path, ...)`` would write, from the file's header alone; its errors."""
     try:
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
-        raise CheckpointError(f"the GGUF file cannot be read: {error}", path, "Check the download") from error
-    dtype = _PLAIN.get(_said(path).get("general.file_type", -1), torch.bfloat16)
-    return DescribedCheckpoint.of(path, {**config.to_dict(), "architectures": [type(model).__name__]}, model, dtype)
+        source = open_gguf(path)
+    except ArchitectureError as error:
+        raise CheckpointError(error.what, path, error.way_out) from error
+    name, size = _NAMES[source.dtype], source.dtype.itemsize
+    shapes = {name_: (part.shape, torch.Size(part.shape).numel() * size) for name_, part in source.tensors.items()}
+    return DescribedCheckpoint(path, source.config, {n: TensorShape(name, shape, nbytes) for n, (shape, nbytes) in shapes.items()})

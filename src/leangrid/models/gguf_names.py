@@ -5,6 +5,7 @@ and everything that no field can say is refused.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def describe(config: dict[str, Any], name: str) -> GgufModel:
         raise ArchitectureError(f"the GGUF export does not know '{config.get('model_type')}'", "config.json: model_type",
                                 f"It knows: {', '.join(_FAMILIES)}. Export to dense and use llama.cpp's own converter")  # fmt: skip
     plain: Any = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(
-        {k: v for k, v in config.items() if k != "quantization_config"}
+        deepcopy({k: v for k, v in config.items() if k != "quantization_config"})  # transformers writes into it
     )
     head_dim = getattr(plain, "head_dim", None) or plain.hidden_size // plain.num_attention_heads
     _check(plain, family, head_dim)

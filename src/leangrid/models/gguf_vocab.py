@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp's header fields, from what transformers made of it (the backend's own JSON), and back.
+"""A tokenizer as llama.cpp's header fields, from what transformers made of it (the backend's own JSON).
 
 llama.cpp knows a pre-tokenizer by name only, and each name is one fixed rule in its source (llama-vocab.cpp). The rule of a tokenizer is
 compared with those; one that is not among them is refused, because a near one gives other tokens and a worse model without a word.
@@ -7,17 +7,16 @@ compared with those; one that is not among them is refused, because a near one g
 import json
 from typing import Any
 
-from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from leangrid.errors import CheckpointError
 from leangrid.storage.gguf import Field
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
-_SPACE = "\u2581"
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
+SPACE = "\u2581"
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,16 +25,16 @@ _TEKKEN = (
 _PRE: dict[tuple[tuple[str, ...], bool, bool], str] = {
     ((), True, False): "gpt-2",
     (("digits",), True, False): "smollm",
-    ((_LLAMA3,), False, True): "llama-bpe",
-    ((_LLAMA3,), False, False): "smaug-bpe",
-    ((_QWEN2,), False, False): "qwen2",
-    ((_TEKKEN,), False, True): "tekken",
+    ((LLAMA3,), False, True): "llama-bpe",
+    ((LLAMA3,), False, False): "smaug-bpe",
+    ((QWEN2,), False, False): "qwen2",
+    ((TEKKEN,), False, True): "tekken",
 }
 # Names in files whose rule is another's (llama-vocab.cpp): digits apart and then GPT-2's, GPT-2's alone, words of the vocabulary whole.
-_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
-_GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code", "roberta-bpe", "gigachat",
+DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
+GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code", "roberta-bpe", "gigachat",
          "a.x-4.0", "mellum", "modern-bert", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"}  # fmt: skip
-_WHOLE = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken"}
+WHOLE = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken"}
 _WAY_OUT = "Take tokenizer and metadata from a file of the same model: --like FILE.gguf"
 
 
@@ -62,29 +61,6 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict[str,
     else:
         fields["tokenizer.ggml.scores"] = Field("float32", _scores(tokens, merges))
     return fields | _special(tokenizer, rows), notices
-
-
-def split_by_name(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Make a byte-level tokenizer that transformers read from a GGUF file split text as ``tokenizer.ggml.pre`` says.
-
-    Transformers knows the rules that are one expression and takes GPT-2's for every other name, in silence.
-
-    Raises:
-        CheckpointError: a name whose rule neither of us knows.
-    """
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    described = json.loads(backend.to_str())
-    if name in _WHOLE:
-        backend.model.ignore_merges = True
-    if name in _DIGITS:
-        digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
-    elif name not in _GPT2 and described["pre_tokenizer"]["type"] == "ByteLevel":
-        raise CheckpointError(
-            f"its tokenizer splits text by the rule {name!r}, which neither transformers nor leangrid can rebuild",
-            "tokenizer.ggml.pre",
-            "Take the model's own checkpoint (safetensors and tokenizer.json) as SOURCE",
-        )
 
 
 def _unknown(what: str) -> CheckpointError:
@@ -125,13 +101,13 @@ def _rule(step: dict[str, Any]) -> str:
 def _sentencepiece(described: dict[str, Any], notices: list[str]) -> dict[str, Field]:
     """SentencePiece's BPE with bytes for what is not in the vocabulary (Llama 2, Mistral, Gemma): where a space goes in front."""
     normal, steps = _steps(described["normalizer"], "normalizers"), _steps(described["pre_tokenizer"], "pretokenizers")
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    prepend = {"type": "Prepend", "prepend": _SPACE}
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prepend = {"type": "Prepend", "prepend": SPACE}
     split = len(steps) == 1 and steps[0]["type"] == "Split" and steps[0]["pattern"] == {"String": " "}  # no space is left to split at
     first = False
     if normal == [prepend, spaces] and not steps:
         first = True
-    elif len(steps) == 1 and not normal and steps[0]["type"] == "Metaspace" and steps[0]["replacement"] == _SPACE:
+    elif len(steps) == 1 and not normal and steps[0]["type"] == "Metaspace" and steps[0]["replacement"] == SPACE:
         first = steps[0].get("prepend_scheme", "always") != "never"
         if steps[0].get("prepend_scheme") == "first":
             notices.append("llama.cpp puts a space also in front of text behind a special token; this tokenizer only at the very start")
@@ -144,25 +120,25 @@ def _sentencepiece(described: dict[str, Any], notices: list[str]) -> dict[str, F
 def _tokens(described: dict[str, Any], rows: int, kind: dict[str, Field], notices: list[str]) -> tuple[list[str], list[int]]:
     """Text and type of each id below ``rows``; ids without a token are named and marked unused."""
     sentencepiece = kind["tokenizer.ggml.model"].value == "llama"
-    tokens, types = [f"[PAD{i}]" for i in range(rows)], [_UNUSED] * rows
+    tokens, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
     unknown = described["model"].get("unk_token")
     beyond = 0
     for text, number in described["model"]["vocab"].items():
         if number >= rows:
             beyond += 1
             continue
-        tokens[number], types[number] = text, _NORMAL
+        tokens[number], types[number] = text, NORMAL
         if sentencepiece and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-            types[number] = _BYTE
+            types[number] = BYTE
         elif sentencepiece and text == unknown:
-            types[number] = _UNKNOWN
+            types[number] = UNKNOWN
     for added in described["added_tokens"]:
         number, text = added["id"], added["content"]
         if number >= rows:
             beyond += 1
-        elif types[number] != _UNKNOWN:
-            types[number] = _CONTROL if added["special"] else _USER_DEFINED
-            tokens[number] = text if added["special"] else text.replace(_SPACE, " ")  # looked for in the text as it comes
+        elif types[number] != UNKNOWN:
+            types[number] = CONTROL if added["special"] else USER_DEFINED
+            tokens[number] = text if added["special"] else text.replace(SPACE, " ")  # looked for in the text as it comes
     if beyond:
         notices.append(f"{beyond} tokens of the tokenizer lie behind the model's {rows} embeddings: left out")
     twice = len(tokens) - len(set(tokens))

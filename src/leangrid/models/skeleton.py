@@ -4,11 +4,12 @@ The skeleton lives on the meta device. A block is materialised, quantized, writt
 memory grows with the largest block and never with the model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from copy import deepcopy
 from threading import Lock
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import transformers
@@ -16,31 +17,14 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from leangrid.errors import ArchitectureError, CheckpointError
+from leangrid.errors import ArchitectureError, CheckpointError, first_line
 from leangrid.models.architectures import Architecture, Groups, architecture_of
 from leangrid.models.experts import separate
+from leangrid.models.naming import FLOATS, Naming, Weights, match_names
 from leangrid.storage.safetensors import TensorInfo
-
-# Names that old checkpoints use for today's parameters.
-_LEGACY_SUFFIXES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
-
-@runtime_checkable
-class Weights(Protocol):
-    """What a skeleton needs of its source: a Checkpoint, or for ``plan`` the description of one."""
-
-    @property
-    def directory(self) -> Path: ...
-    @property
-    def config(self) -> dict[str, Any]: ...
-    @property
-    def tensors(self) -> Mapping[str, Any]: ...
-    @property
-    def notices(self) -> Sequence[str]: ...
-    def read(self, name: str) -> Tensor: ...
 
 
 class Skeleton:
@@ -62,13 +46,17 @@ class Skeleton:
         self.architecture: Architecture = architecture_of(checkpoint.config)
         self.config = _read_config(checkpoint)
         with torch.device("meta"):  # tables grow with what the config claims: its shapes are held against the tensors first
-            _match_names(_empty_model(self.config, self.architecture), checkpoint)
-        self.model = _empty_model(self.config, self.architecture)
+            empty = _empty_model(self.config, self.architecture)
+        self.naming = _named(empty, self.architecture, checkpoint)
+        del empty
+        if self.naming.untied:
+            _untie(self.config)
+        self.model = _empty_model(self.config, self.architecture, without=self.naming.absent)
         self.prefix = _base_prefix(self.model)
         base = self.model.get_submodule(self.prefix) if self.prefix else self.model
         self.base: nn.Module = base
         self.blocks: nn.ModuleList = base.get_submodule(self.architecture.blocks)  # pyright: ignore[reportAttributeAccessIssue]
-        self._sources = _match_names(self.model, checkpoint)
+        self._sources = self.naming.sources
         self.dtype = self._stored_dtype()
 
     def block_name(self, index: int) -> str:
@@ -187,24 +175,26 @@ class Skeleton:
             _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
 
     def _stored_dtype(self) -> torch.dtype:
-        name = self._sources[f"{self.linear_names(0)[0]}.weight"]
-        info = self.checkpoint.tensors[name]
-        if info.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"weights stored as {info.dtype} cannot be quantized", name, "Give a float32, float16 or bfloat16 checkpoint"
-            )
-        return _DTYPES[info.dtype]
+        """The dtype in which most of the weights to be quantized are stored; float32 for float64, which no engine computes in."""
+        counts: Counter[str] = Counter()
+        for name in (f"{name}.weight" for index in range(len(self.blocks)) for name in self.linear_names(index)):
+            info = self.checkpoint.tensors[self._sources[name]]
+            counts[info.dtype] += int(torch.Size(info.shape).numel())
+        dtype = FLOATS[counts.most_common(1)[0][0]]
+        return torch.float32 if dtype == torch.float64 else dtype
 
 
-def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[tuple[int, int], str]]:
-    """Every linear of the model that a config.json describes, in the model's order: name -> ((rows, cols), "linear" or "conv1d").
-
-    Raises what ``Skeleton`` raises for a config that no model can be built from.
-    """
+def described_model(config: dict[str, Any]) -> PreTrainedModel:
+    """The model of a finished result's config.json, on the meta device, as if it were not quantized; errors as ``Skeleton``."""
     kind = transformers.CONFIG_MAPPING[config["model_type"]]
-    plain = kind.from_dict({key: value for key, value in config.items() if key != "quantization_config"})
+    plain = kind.from_dict(deepcopy({key: value for key, value in config.items() if key != "quantization_config"}))
+    return _empty_model(plain, architecture_of(config))
+
+
+def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[tuple[int, int], str]]:
+    """Every linear of ``model``, in its order: name -> ((rows, cols), "linear" or "conv1d")."""
     found: dict[str, tuple[tuple[int, int], str]] = {}
-    for name, module in _empty_model(plain, architecture_of(config)).named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             found[name] = ((module.out_features, module.in_features), "linear")
         elif isinstance(module, Conv1D):
@@ -226,18 +216,40 @@ def empty_model(checkpoint: Weights) -> PreTrainedModel:
 
 
 def _read_config(checkpoint: Weights) -> PreTrainedConfig:
+    stated = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+    if isinstance(stated, str) and not isinstance(getattr(torch, stated, None), torch.dtype):
+        where = checkpoint.directory / "config.json"
+        raise CheckpointError(
+            f"config.json calls {stated[:40]!r} the weights' dtype, which torch does not know", where, "Write bfloat16, float16 or float32"
+        )
     kind = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
     try:
-        config = kind.from_dict(dict(checkpoint.config))
+        config = kind.from_dict(deepcopy(checkpoint.config))  # transformers completes nested dicts in place
     except MemoryError:
         raise
     except Exception as error:  # what a stranger's values do inside of transformers' classes, nobody can list
-        raise CheckpointError(f"the config cannot be used: {error}", checkpoint.directory / "config.json") from error
+        where = checkpoint.directory / "config.json"
+        raise _unknown_rope(checkpoint.config, where) or CheckpointError(
+            f"the config cannot be used: {first_line(error)}", where
+        ) from error
     config.use_cache = False
     return config
 
 
-def _empty_model(config: PreTrainedConfig, architecture: Architecture) -> PreTrainedModel:
+def _unknown_rope(config: Mapping[str, Any], where: object) -> CheckpointError | None:
+    """The refusal of a rotary embedding whose type transformers does not compute, if the config names one."""
+    known = {"default", *ROPE_INIT_FUNCTIONS}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key)
+        for part in (rope, *rope.values()) if isinstance(rope, dict) else ():
+            kind = part.get("rope_type", part.get("type")) if isinstance(part, dict) else None
+            if kind is not None and kind not in known:
+                way_out = "'su' is longrope's first name: write longrope" if kind == "su" else f"Known: {', '.join(sorted(known))}"
+                return CheckpointError(f"rope_scaling is of type {str(kind)[:40]!r}, which transformers does not compute", where, way_out)
+    return None
+
+
+def _empty_model(config: PreTrainedConfig, architecture: Architecture, without: tuple[str, ...] = ()) -> PreTrainedModel:
     names = getattr(config, "architectures", None) or []
     family = transformers.CONFIG_MAPPING[config.model_type].__name__.removesuffix("Config").removesuffix("Text")
     name = names[0] if isinstance(names, list) and names else f"{family}{'ForCausalLM' if architecture.kind == 'decoder' else 'Model'}"
@@ -251,13 +263,14 @@ def _empty_model(config: PreTrainedConfig, architecture: Architecture) -> PreTra
     try:
         # Parameters stay empty; buffers (rotary tables, position ids) are small and computed for real.
         with init_empty_weights(include_buffers=False), _NothingAllocated():
-            model = model_class(config)
+            model = model_class(config, **({"add_pooling_layer": False} if "pooler" in without else {}))
             if architecture.sparse:
                 separate(model, config.model_type == "mixtral")
     except MemoryError:
         raise
     except Exception as error:
-        raise CheckpointError(f"no model can be built from the config: {error}", "config.json") from error
+        built = CheckpointError(f"no model can be built from the config: {first_line(error)}", "config.json")
+        raise _unknown_rope(config.to_dict(), "config.json") or built from error
     model.tie_weights()
     return model.eval()
 
@@ -273,51 +286,17 @@ class _NothingAllocated(TorchFunctionMode):
         return func(*args, **given)
 
 
+def _named(model: PreTrainedModel, architecture: Architecture, checkpoint: Weights) -> Naming:
+    prefix = _base_prefix(model)
+    path = f"{prefix}.{architecture.blocks}" if prefix else architecture.blocks
+    return match_names(model, checkpoint, f"{path}.", len(list(model.get_submodule(path).children())))
+
+
+def _untie(config: PreTrainedConfig) -> None:
+    for section in (config, config.get_text_config()):
+        section.tie_word_embeddings = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _base_prefix(model: PreTrainedModel) -> str:
     prefix = model.base_model_prefix
     return prefix if prefix and hasattr(model, prefix) else ""
-
-
-def _match_names(model: PreTrainedModel, checkpoint: Weights) -> dict[str, str]:
-    """Model name -> checkpoint name for every tensor; refuse with the whole list where they disagree."""
-    prefix = model.base_model_prefix
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    sources: dict[str, str] = {}
-    problems: list[str] = []
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
-    for name, shape in expected.items():
-        found = next((c for c in _spellings(name, prefix) if c in checkpoint.tensors), None)
-        if found is None:
-            if name not in tied:
-                problems.append(f"{name} is missing")
-            continue
-        stored = tuple(checkpoint.tensors[found].shape)
-        if stored != shape:
-            problems.append(f"{name} has shape {list(stored)}, the config asks for {list(shape)}")
-        elif name not in tied:
-            sources[name] = found
-    known = {c for name in expected for c in _spellings(name, prefix)}
-    known |= {c for name, _ in model.named_buffers() for c in _spellings(name, prefix)}
-    unexpected = [n for n in checkpoint.tensors if n not in known and not _ignorable(model, n)]
-    problems += [f"{name} is not part of the model" for name in unexpected]
-    if problems:
-        listed = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(
-            f"config and tensors disagree: {listed}", checkpoint.directory, "Use the config that belongs to these weights"
-        )
-    return sources
-
-
-def _spellings(name: str, prefix: str) -> Iterator[str]:
-    """The names under which a checkpoint may store the model's tensor ``name``."""
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        yield candidate
-        for new, old in _LEGACY_SUFFIXES:
-            if candidate.endswith(new):
-                yield candidate.removesuffix(new) + old
-
-
-def _ignorable(model: PreTrainedModel, name: str) -> bool:
-    """Tables that old checkpoints carry and today's modules compute."""
-    endings = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "embeddings.position_ids")
-    return name.endswith(endings) and name not in dict(model.named_parameters())

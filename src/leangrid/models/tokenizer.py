@@ -1,12 +1,17 @@
 """The checkpoint's tokenizer, or None where it has none."""
 
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from leangrid.errors import CheckpointError
+from leangrid.errors import CheckpointError, LeangridError, first_line
+from leangrid.storage.foreign import LFS_MARK, is_pointer, pointer
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "tokenizer_config.json")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
+          "vocab.json", "tekken.json")  # fmt: skip
+_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json")
+_WAY_OUT = "Restore the checkpoint's own tokenizer files"
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
@@ -15,11 +20,34 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         CheckpointError: tokenizer files exist and cannot be read.
     """
-    if not any((directory / name).is_file() for name in _FILES):
+    there = [directory / name for name in _FILES if (directory / name).is_file()]
+    if not there:
         return None
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise CheckpointError(
-            f"the tokenizer cannot be read: {error}", directory, "Restore the checkpoint's own tokenizer files"
-        ) from error
+        for path in there:
+            with path.open("rb") as file:
+                if is_pointer(file.read(len(LFS_MARK))):
+                    raise pointer(path)
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except (LeangridError, MemoryError):
+        raise
+    except Exception as error:  # what the files of any tokenizer class do inside of transformers, nobody can list
+        raise _refusal(directory, there, error) from error
+
+
+def _refusal(directory: Path, there: list[Path], error: Exception) -> CheckpointError:
+    """The file that is at fault where one is, or the code that the tokenizer asks for; else what transformers says."""
+    configs = {}
+    for path in (directory / name for name in _JSON):
+        try:
+            configs[path.name] = json.loads(path.read_bytes()) if path.is_file() else {}
+        except (OSError, ValueError, RecursionError) as broken:
+            return CheckpointError(f"the tokenizer cannot be read: '{path.name}' is no JSON: {first_line(broken)}", path, _WAY_OUT)
+    for name in ("tokenizer_config.json", "config.json"):
+        code = configs[name].get("auto_map") if isinstance(configs[name], dict) else None
+        asked = code.get("AutoTokenizer") if isinstance(code, dict) else code if name == "tokenizer_config.json" else None
+        if asked:
+            return CheckpointError(f"its tokenizer is code of its own ({str(asked)[:80]}), which leangrid never runs", directory / name,
+                                   "Save it as tokenizer.json with its own software, and remove auto_map")  # fmt: skip
+    names = ", ".join(path.name for path in there)
+    return CheckpointError(f"the tokenizer cannot be read from {names}: {first_line(error)}", directory, _WAY_OUT)

@@ -46,7 +46,8 @@ def _card(facts: Facts) -> str:
     if experts := expert_figures(facts.records):
         parts.append(_experts(experts))
     if measured:
-        parts.append("\n\n".join(("## Measured", *(_measured(found) for found in measured))))
+        warned = [f"**Warning:** {_plain(warning)}." for warning in facts.quality.get("warnings", [])]
+        parts.append("\n\n".join(("## Measured", *warned, *(_measured(found) for found in measured))))
     parts.append(_rescues(facts.records))
     return "\n\n".join(parts) + "\n"
 
@@ -54,14 +55,21 @@ def _card(facts: Facts) -> str:
 def measurements(facts: Facts) -> Iterator[dict[str, Any]]:
     """What was measured, each under the keys of ``eval --json`` and ``on``, what it was measured on: the quality gate's, then eval's.
 
-    The gate's is ``seen``: on text that the run calibrated with, where every quantizer looks better than elsewhere.
+    The gate's first is ``seen``: on text that the run calibrated with, where every quantizer looks better than elsewhere; its second is of
+    ``few`` tokens.
     """
     gate, recipe = facts.quality, facts.recipe
     if finite(gate.get("value")):
         on = f"the first {gate.get('windows')} calibration windows, {gate.get('tokens')} tokens of {calibration_words(recipe)}"
         key = "kl_mean" if gate["measure"] == "kl" else "embedding_cosine_mean"
-        figures = {name: gate.get(name) for name in ("perplexity", "reference_perplexity", "top1_agreement")}
-        yield {"on": on, "dataset": calibration_words(recipe), key: gate["value"], **figures, "tokens": gate.get("tokens"), "seen": True}
+        names = ("perplexity", "reference_perplexity", "top1_agreement", "tokens")
+        yield {"on": on, "dataset": calibration_words(recipe), key: gate["value"], **{name: gate.get(name) for name in names}, "seen": True}
+        unseen = gate.get("unseen") or {}
+        if finite(unseen.get("value")):
+            text = str(unseen.get("text"))
+            on = f"{unseen.get('windows')} windows, {unseen.get('tokens')} tokens, that calibration did not see: {text}"
+            figures = {key: unseen["value"], **{name: unseen.get(name) for name in names}}
+            yield {"on": on, "dataset": text, **figures, "seen": False, "few": True}
     for found in facts.evaluations:
         text = _last(str(found.get("text") or ""))
         on = f"{found.get('windows')} windows of {found.get('length')} tokens of {text}" if text else "tasks"
@@ -110,7 +118,7 @@ def _metadata(facts: Facts, measured: Sequence[Mapping[str, Any]]) -> ModelCardD
 def _eval_results(found: Mapping[str, Any], task: str) -> Iterator[EvalResult]:
     dataset = _one_line(str(found["dataset"])) or "text"
     for key, label in FIGURES:
-        if key != _OF_ORIGINAL and not (found["seen"] and key == "perplexity") and finite(found.get(key)):
+        if key != _OF_ORIGINAL and not ((found["seen"] or found.get("few")) and key == "perplexity") and finite(found.get(key)):
             label += ", on its own calibration text" if found["seen"] else ""
             yield EvalResult(task, dataset, _one_line(str(found["on"])), key, _digits(found[key]), metric_name=label)
     for name, metric, value in task_figures(found):
@@ -135,7 +143,7 @@ def _one_line(text: str) -> str:
 
 
 def _last(path: str) -> str:
-    return path.replace("\\", "/").rsplit("/", 1)[-1]
+    return path if path.startswith("hf:") else path.replace("\\", "/").rsplit("/", 1)[-1]
 
 
 def _made(facts: Facts) -> str:

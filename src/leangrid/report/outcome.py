@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import shlex
 import signal
@@ -10,14 +11,21 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import typer
+import typer.core
 
 from leangrid.errors import LeangridError
 
 BUG, BAD_INPUT, STOPPED = 1, 2, 3
+_PACKAGE = Path(__file__).resolve().parents[1]
+_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")  # read as the libraries are imported
+_VERBOSITIES = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY")
+_USAGE: Any = typer.BadParameter.__mro__[1]  # click's UsageError, whichever package has it
 
 
 class _Stop(BaseException):
@@ -29,14 +37,12 @@ def outcome(quiet: bool = False, resumable: bool = False, debug: bool = False, k
     """Run a command's body: LeangridError, signals and bugs become messages on stderr and typer.Exit with their code.
 
     Args:
+        quiet: nothing but errors on stderr.
         resumable: the same command goes on where it stopped, so a stop prints it.
         debug: tracebacks for every error, not for our bugs alone.
         kept: what it goes on with.
     """
-    if quiet or not _interactive():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the libraries below us
-    with warnings.catch_warnings(), _signals():
-        warnings.showwarning = _show_warning
+    with _libraries(quiet, debug), _signals():
         try:
             yield
         except typer.Exit:
@@ -87,6 +93,25 @@ def _fail(message: str, code: int, trace: bool, resume: bool) -> NoReturn:
 
 
 @contextlib.contextmanager
+def _libraries(quiet: bool, debug: bool) -> Iterator[None]:
+    """What the libraries below us would say on stderr stays away, and where it is ``quiet`` our own sentences; all comes with ``debug``."""
+    if quiet or not _interactive():
+        for name in _BARS:
+            os.environ.setdefault(name, "1")
+    for name in () if debug else _VERBOSITIES:
+        os.environ.setdefault(name, "error")
+    before = logging.root.manager.disable
+    if quiet:
+        logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, quiet, debug)
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """The first SIGINT or SIGTERM stops in good order; the second kills."""
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -114,8 +139,9 @@ def _interactive() -> bool:
         return False
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    if not issubclass(category, DeprecationWarning | FutureWarning):
+def _show_warning(quiet: bool, debug: bool, message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+    ours = Path(filename).is_relative_to(_PACKAGE) or "leangrid" in str(message)
+    if not quiet and (ours or debug) and not issubclass(category, DeprecationWarning | FutureWarning):
         say(f"note: {message}")
 
 
@@ -126,3 +152,21 @@ def strict(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: strict(item) for key, item in value.items()}
     return [strict(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands; what cannot be parsed is one sentence too."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except _USAGE as error:
+            usage: Any = error
+            message = str(usage.format_message())
+            if "\n" in message:  # the help, where nothing was given
+                usage.show()
+            else:
+                command = usage.ctx.command_path if usage.ctx is not None else "leangrid"
+                say(f"error: {message[:1].lower()}{message[1:].rstrip('.?')}. See: {command} --help")
+            sys.exit(BAD_INPUT)
+        sys.exit(code if isinstance(code, int) else 0)

@@ -172,11 +172,16 @@ def _task(found: Mapping[str, Any]) -> str:
 
 
 def _quality(found: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """What the gate found, as one row."""
+    """What the gate found: on the calibration's text, on unseen text, and what speaks against the calibration."""
     if found.get("value") is None:
         return []
     name = "KL to the original" if found["measure"] == "kl" else "1 - cosine"
-    return [(name, f"{found['value']:.4g} on {found['tokens']} tokens (allowed {found['limit']:g})")]
+    rows: list[tuple[str, object]] = [(name, f"{found['value']:.4g} on {found['tokens']} tokens (allowed {found['limit']:g})")]
+    unseen = found.get("unseen") or {}
+    if unseen.get("value") is not None:
+        beside = f", plain rounding {unseen['rounding']:.4g}" if unseen.get("rounding") is not None else ""
+        rows.append(("on unseen text", f"{unseen['value']:.4g} on {unseen['tokens']} tokens{beside}"))
+    return rows + [("warning", warning) for warning in found.get("warnings", [])]
 
 
 def _less(loss: int | float, other: int | float) -> str:

@@ -27,7 +27,7 @@ class Terminal:
 
     Args:
         stream: a text stream; stderr where None.
-        quiet: only sentences meant for the user ("notice"), no progress.
+        quiet: nothing.
         interactive: a bar; None: where ``stream`` is a terminal.
     """
 
@@ -59,9 +59,11 @@ class Terminal:
                 self.alive = False
 
     def _show(self, event: Event) -> None:
-        if event.message and (event.stage == "notice" or not self.quiet):
+        if self.quiet:
+            return
+        if event.message:
             self._print(event.message)
-        if self.quiet or event.blocks <= 0 or event.stage == "notice":
+        if event.blocks <= 0 or event.stage == "notice":
             return
         if self.interactive:
             self._draw(event)

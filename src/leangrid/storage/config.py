@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from leangrid.errors import CheckpointError
+from leangrid.storage.foreign import refuse_adapter
 from leangrid.storage.safetensors import strict_json
 
 _MAX_BYTES = 16 << 20
@@ -22,13 +23,16 @@ _LIMITS: dict[str, int] = {
 }
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "initializer_range", "initializer_factor")
+_ROPES = ("rope_scaling.", "rope_parameters.")
+_FACTORS = ("factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor")  # of a rotary embedding
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Parse a config.json and range-check its sizes; CheckpointError lists every value that is absurd."""
     try:
         if not path.is_file():
-            raise CheckpointError("there is no config.json", path.parent, "Give the directory of a Hugging Face checkpoint")
+            refuse_adapter(path.parent)
+            raise CheckpointError("there is no config.json", path.parent, _instead(path.parent))
         if path.stat().st_size > _MAX_BYTES:
             raise CheckpointError(f"config.json has {path.stat().st_size} bytes; {_MAX_BYTES} are allowed", path)
         raw = path.read_bytes()
@@ -41,6 +45,18 @@ def read_config(path: Path) -> dict[str, Any]:
     if problems:
         raise CheckpointError("config.json holds values no model has: " + "; ".join(problems[:8]), path, "Download the checkpoint again")
     return config
+
+
+def _instead(directory: Path) -> str:
+    """What to do about a directory without a config.json, from what it holds."""
+    names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    if files := [name for name in names if name.lower().endswith(".gguf")]:
+        return f"Give the .gguf file itself: {directory / files[0]}"
+    if "params.json" in names:
+        return "These are weights in Meta's or Mistral's own format: convert them to Hugging Face's first"
+    if inside := [name for name in names if (directory / name / "config.json").is_file()]:
+        return f"Give the directory that holds it: {directory / inside[0]}"
+    return "Give the directory of a Hugging Face checkpoint"
 
 
 def check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
@@ -93,6 +109,8 @@ def _absurdities(section: dict[str, Any], prefix: str) -> Iterator[str]:
                     yield f"{name} = {str(item)[:40]} (a whole number from 1 to {_LIMITS[key]})"
         elif key in _POSITIVE and value is not None and not _sensible(value):
             yield f"{name} = {str(value)[:40]} (a finite number, not negative)"
+        elif key in _FACTORS and prefix.startswith(_ROPES) and value is not None and not (_sensible(value) and value != 0):
+            yield f"{name} = {str(value)[:40]} (a finite number above 0)"
 
 
 def _sensible(value: Any) -> bool:

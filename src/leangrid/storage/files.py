@@ -130,6 +130,11 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def link(path: Path, target: Path) -> None:
+    """Make ``path`` a symbolic link to the file ``target``, for a directory that is thrown away."""
+    os.symlink(target.resolve(), path)
+
+
 def make_dir(path: Path) -> None:
     """Make a directory and its parents, durably; fine if it is there."""
     missing = [path]
@@ -200,6 +205,31 @@ def move_dir(staged: Path, final: Path) -> None:
         failpoint("publish.after_sync")
     except OSError as error:
         raise _stopped(f"rename {staged} to", final, error, 0) from error
+
+
+def move_entry(path: Path, directory: Path) -> None:
+    """Rename a file or directory into another directory, durably before the next such step."""
+    try:
+        failpoint("publish.before_rename")
+        os.replace(path, directory / path.name)
+        failpoint("publish.after_rename")
+        sync_dir(directory)
+        sync_dir(path.parent)
+        failpoint("publish.after_sync")
+    except OSError as error:
+        raise _stopped(f"move {path} into", directory, error, 0) from error
+
+
+def is_mount(path: Path) -> bool:
+    """Whether a file system, or a part of one, is mounted at ``path``: a rename of it, or onto it, fails."""
+    if os.path.ismount(path):
+        return True
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    name = os.fsencode(os.path.realpath(path))
+    return any(line.split()[4].decode("unicode_escape").encode("latin-1") == name for line in lines)
 
 
 def sync_names(directory: Path) -> None:

@@ -20,7 +20,7 @@ _MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
 _STRING, _ARRAY = 8, 9
 _MAX_NAME = 63  # ggml's GGML_MAX_NAME, less its final zero
 # Kind of a value -> its number in the file and how struct spells it.
-_SCALARS = {
+SCALARS = {
     "uint8": (0, "B"), "int8": (1, "b"), "uint16": (2, "H"), "int16": (3, "h"), "uint32": (4, "I"), "int32": (5, "i"), "float32": (6, "f"),
     "bool": (7, "?"), "uint64": (10, "Q"), "int64": (11, "q"), "float64": (12, "d"),
 }  # fmt: skip
@@ -83,7 +83,7 @@ def _header(fields: Mapping[str, Field], tensors: Mapping[str, TensorEntry]) -> 
 
 
 def _field(key: str, field: Field) -> bytes:
-    number = _STRING if field.kind == "string" else _SCALARS[field.kind][0]
+    number = _STRING if field.kind == "string" else SCALARS[field.kind][0]
     try:
         if isinstance(field.value, list | tuple):
             return struct.pack("<IIQ", _ARRAY, number, len(field.value)) + _values(field.kind, field.value)
@@ -95,7 +95,7 @@ def _field(key: str, field: Field) -> bytes:
 def _values(kind: str, values: Sequence[Any]) -> bytes:
     if kind == "string":
         return b"".join(_string(value) for value in values)
-    return struct.pack(f"<{len(values)}{_SCALARS[kind][1]}", *values)
+    return struct.pack(f"<{len(values)}{SCALARS[kind][1]}", *values)
 
 
 def _string(text: str) -> bytes:

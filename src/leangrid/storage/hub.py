@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from leangrid.errors import CheckpointError
+from leangrid.storage.gguf_header import begins_as_gguf
 from leangrid.storage.remote import Remote
+from leangrid.storage.side_files import module_downloads
 from leangrid.storage.source import ALLOWED_DOWNLOADS
 
 STREAM = "stream:"
@@ -23,15 +25,17 @@ def locate_source(text: str) -> Path:
         raise CheckpointError(
             "only plan and quantize read a model as a stream", text, f"Give {text.removeprefix(STREAM)}: it is downloaded"
         )
+    if not text.strip():
+        raise CheckpointError("the name of the source is empty", None, "Give a checkpoint directory, a hub id or a .gguf file")
     path = Path(text).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix == ".gguf":
+        if path.suffix.lower() == ".gguf" or begins_as_gguf(path):
             return path
         raise CheckpointError("a single file is no checkpoint", path, f"Give the directory: {path.parent}")
     match = _HUB_ID.fullmatch(text)
-    if match is None or path.suffix in (".gguf", ".safetensors"):
+    if match is None or path.suffix.lower() in (".gguf", ".safetensors"):
         raise CheckpointError("there is no such directory or .gguf file", text, "A hub id looks like org/name or org/name@revision")
     return _download(match["repo"], match["revision"], ALLOWED_DOWNLOADS)
 
@@ -53,7 +57,9 @@ def _download(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Pat
     from huggingface_hub import snapshot_download  # heavy, and only hub ids need it
 
     with _in_our_words(f"{repo}@{revision}" if revision else repo):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        directory = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+        further = module_downloads(directory)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=further)) if further else directory
 
 
 @contextmanager

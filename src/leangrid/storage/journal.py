@@ -11,6 +11,8 @@
       source/                       the dequantized checkpoint of a .gguf source
       publish/                      the result while it is being put together, then renamed to OUT
 
+Where OUT is a mount point, all of it lies inside, as OUT/.partial (storage/mount.py).
+
 A tensor file counts only if its .json is there and its bytes have the hash written in it.
 """
 
@@ -26,6 +28,7 @@ from torch import Tensor
 from leangrid.errors import CheckpointError, OutputError, ResumeError
 from leangrid.storage import files, safetensors
 from leangrid.storage.failpoints import failpoint
+from leangrid.storage.mount import INSIDE, MANIFEST, fixed, restore
 
 FORMAT_VERSION = 3  # of this layout; part of the identity, so that a newer leangrid never misreads an older journal
 _ENTRIES = frozenset({"LOCK", "identity.json", "sealed.json", "blocks", "state", "named", "head", "publish", "replaced", "source"})
@@ -44,7 +47,7 @@ class Journal:
         self.notices: list[str] = []
         self.identity: dict[str, Any] = {}
         self.is_fresh = False  # True for a run that this process began: nothing of an earlier one can be lost
-        self.states = partial / "state" if state_dir is None else state_dir / f"{partial.name}.state"
+        self.states = partial / "state" if state_dir is None else state_dir / f"{out_of(partial).name}.partial.state"
         self._lock = files.FileLock(partial / "LOCK")
         self._committed: int | None = None
 
@@ -83,6 +86,8 @@ class Journal:
             self._compare(path)
         elif any((self.partial / name).exists() for name in ("blocks", "state", "named")):
             raise ResumeError("an unfinished run without its identity.json", self.partial, _RESTART)
+        if self.states.parent != self.partial:
+            files.make_dir(self.states)  # first, so that a place that cannot be written to leaves nothing behind
         failpoint("journal.before_identity")
         if not path.exists():
             files.write_json(path, self.identity)
@@ -252,7 +257,10 @@ class Journal:
     def _wipe(self) -> None:
         """Remove everything but the lock; last what says whose it is, so that a kill leaves a directory that is still a run's."""
         out, replaced = out_of(self.partial), self.partial / "replaced"
-        if replaced.exists() and not out.exists():
+        if replaced.exists() and self.partial.parent == out:
+            if not (out / MANIFEST).exists():
+                restore(self.partial, out)
+        elif replaced.exists() and not out.exists():
             files.move_dir(replaced, out)  # a kill came between moving the old result away and the new one in
         for name in ("publish", "head", "blocks", "named", "replaced", "source"):
             files.remove_tree(self.partial / name)
@@ -262,10 +270,14 @@ class Journal:
             files.remove(self.partial / name)
         self._committed = None
 
-    def discard(self) -> None:
-        """After publishing: remove the whole journal and release the lock. Takes the lock if ``open`` was not called."""
+    def lock(self) -> None:
+        """Take the lock without opening the run; fine if it is held."""
         if not self._lock.held:
             self._lock.acquire()
+
+    def discard(self) -> None:
+        """After publishing: remove the whole journal and release the lock. Takes the lock if ``open`` was not called."""
+        self.lock()
         self._sweep()
         self._wipe()
         self._lock.release()
@@ -273,15 +285,16 @@ class Journal:
 
 
 def partial_of(out: Path) -> Path:
-    """``OUT.partial``, beside OUT so that the final rename stays on one file system. OutputError for a path without a name."""
+    """``OUT.partial``, beside OUT so that the final rename stays on one file system; ``OUT/.partial`` where no rename can replace OUT.
+    OutputError for a path without a name."""
     if out.name in ("", ".."):
         raise OutputError("not a name for an output directory", out, "Give a new directory, such as ./out")
-    return out.with_name(f"{out.name}.partial")
+    return out / INSIDE if fixed(out) else out.with_name(f"{out.name}.partial")
 
 
 def out_of(partial: Path) -> Path:
     """The inverse of ``partial_of``."""
-    return partial.with_name(partial.name.removesuffix(".partial"))
+    return partial.parent if partial.name == INSIDE else partial.with_name(partial.name.removesuffix(".partial"))
 
 
 def first_difference(then: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.storage.files import CHUNK, atomic_write, read_chunks
+from leangrid.storage.foreign import LFS_MARK, is_pointer, pointer
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
@@ -100,6 +101,8 @@ def checked_header(path: Path, file: Readable, size: int) -> Header:
     prefix = file.read(8) or b""
     if len(prefix) < 8:
         raise _broken(path, f"is truncated: {size} bytes, a header needs at least 8")
+    if prefix == LFS_MARK[:8]:
+        raise pointer(path)
     (length,) = struct.unpack("<Q", prefix)
     if length > _MAX_HEADER:
         raise _broken(path, f"announces a header of {length} bytes; the format allows {_MAX_HEADER}")
@@ -172,6 +175,8 @@ def strict_json(raw: bytes | bytearray, path: Path, *, allow_infinity: bool = Fa
             return float(text)
         raise _broken(path, f"contains {text}, which is not JSON")
 
+    if is_pointer(raw):
+        raise pointer(path)
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:

@@ -19,25 +19,22 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, Interrupted
 from leangrid.storage.config import check_layers, custom_code, read_config
+from leangrid.storage.files import CHUNK
+from leangrid.storage.foreign import ADAPTER_WEIGHTS, adapter_notice, refuse_adapter, refuse_quantized
 from leangrid.storage.fused import unfused
 from leangrid.storage.remote import Remote, here
 from leangrid.storage.safetensors import Header, Readable, TensorInfo, checked_header, open_header, read_tensor, strict_json
+from leangrid.storage.side_files import LOADED, TERMS, side_files
 
 _INDEX = "model.safetensors.index.json"
 _MAX_INDEX = 100 << 20
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ +=@-]{0,250}\.safetensors")
+_NUMBERED = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<of>\d{5})\.safetensors")
+_MOST_SHARDS = 10_000
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of each shard's data, for the fingerprint
 
-# Side files that a finished directory needs; nothing else is ever copied.
-_SIDE_FILES = frozenset({
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
-    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md",
-})  # fmt: skip
-_MAX_SIDE_FILE = 512 << 20
-ALLOWED_DOWNLOADS = ("config.json", "*.safetensors", _INDEX, *sorted(_SIDE_FILES))
+ALLOWED_DOWNLOADS = ("config.json", "*.safetensors", _INDEX, *LOADED, *TERMS)
 
 
 class Checkpoint:
@@ -99,6 +96,24 @@ class Checkpoint:
             check_finite(tensor, name, info.file)
         return tensor
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values: by their bytes, a piece at a time, where dtype and shape are the same."""
+        first, second = self.tensors[one], self.tensors[other]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return first.shape == second.shape and torch.equal(self.read(one).double(), self.read(other).double())
+        with closing(self._another(first.file)) as left, closing(self._another(second.file)) as right:
+            left.seek(first.start)
+            right.seek(second.start)
+            for at in range(0, first.nbytes, CHUNK):
+                size = min(CHUNK, first.nbytes - at)
+                if _exactly(left, size) != _exactly(right, size):
+                    return False
+        return True
+
+    def _another(self, path: Path) -> Readable:
+        """The file opened once more: two places of one file are read in turn."""
+        return self._remote_file(path) or path.open("rb", buffering=0)
+
     def expect(self, names: Iterable[str]) -> None:
         """Say that these tensors will be read next. The system may then read them into its page cache, which counts as nobody's memory;
         where it does not, they are read later."""
@@ -120,23 +135,11 @@ class Checkpoint:
             raise CheckpointError(f"config.json and the tensors disagree in {len(problems)} places: {shown}", self.directory)
 
     def side_files(self) -> dict[str, Path]:
-        """Relative name -> real path of the tokenizer, generation config, chat template and licence files to copy. Only names of a fixed
-        list; a link that leads out of the checkpoint (other than into the blobs of a hub cache) is skipped with a notice."""
-        found = {}
-        for name in sorted(_SIDE_FILES):
-            path = self.directory / name
-            if not path.is_file():
-                continue
-            real = path.resolve()
-            roots = [self.directory.resolve()]
-            if self.directory.parent.name == "snapshots":  # the hub cache: models--x--y/{snapshots/<revision>,blobs}
-                roots.append((self.directory.parent.parent / "blobs").resolve())
-            if not any(real.is_relative_to(root) for root in roots):
-                self._note(f"'{name}' is a link that leads out of the checkpoint: not copied")
-            elif real.stat().st_size > _MAX_SIDE_FILE:
-                self._note(f"'{name}' has {real.stat().st_size} bytes: not copied")
-            else:
-                found[name] = real
+        """Relative name -> real path of everything beside config and weights that belongs into a result (storage/side_files.py);
+        CheckpointError naming the file where a result could not hold what a loader reads."""
+        found, notices = side_files(self.directory)
+        for notice in notices:
+            self._note(notice)
         return found
 
     def _note(self, text: str) -> None:
@@ -145,8 +148,9 @@ class Checkpoint:
 
     def _file(self, path: Path) -> Readable:
         """The shard, opened once and kept until another is asked for; its header is checked again at each opening."""
-        if self.remote is not None and not here(self.remote, path):  # a commit of the hub does not change
-            return self.remote.open(path.name)
+        remote = self._remote_file(path)
+        if remote is not None:
+            return remote
         if self._open is None or self._open[0] != path.name:
             self.close()
             self._check_unchanged(path)
@@ -160,6 +164,10 @@ class Checkpoint:
         else:
             self._check_unchanged(path)
         return self._open[1]
+
+    def _remote_file(self, path: Path) -> Readable | None:
+        """The file at the other end of the network, whose commit does not change; None for one that lies here."""
+        return None if self.remote is None or here(self.remote, path) else self.remote.open(path.name)
 
     def _check_unchanged(self, path: Path) -> None:
         if not here(self.remote, path):
@@ -197,15 +205,14 @@ def open_source(directory: Path, *, allow_quantized: bool = False, remote: Remot
     if not directory.is_dir():
         raise CheckpointError("there is no such directory", directory, "Give a checkpoint directory, a hub id or a .gguf file")
     config = read_config(directory / "config.json")
-    quantized = next((key for key in ("quantization_config", "compression_config") if config.get(key)), None)
-    if quantized and not allow_quantized:
-        method = config[quantized].get("quant_method", "unnamed") if isinstance(config[quantized], dict) else "unnamed"
-        raise CheckpointError(f"the checkpoint is already quantized ({quantized}: {str(method)[:40]})", directory,
-                              "Give the original, unquantized one")  # fmt: skip
-    notices: list[str] = []
+    if remote is None:
+        refuse_adapter(directory)
+    notices = adapter_notice(directory)
     shards, listed = _shards(directory, notices, remote)
     headers = {name: _header(directory / name, remote) for name in shards}
     tensors = _collect(directory, headers, listed, notices)
+    if not allow_quantized:
+        refuse_quantized(config, tensors, directory)
     apart = unfused(tensors, config.get("model_type") == "mixtral")
     if len(apart) > len(tensors):
         notices.append("the experts of a block are stored in one tensor: they are read one by one, and written so")
@@ -222,7 +229,8 @@ def _header(path: Path, remote: Remote | None) -> Header:
 def _shards(directory: Path, notices: list[str], remote: Remote | None) -> tuple[list[str], dict[str, str] | None]:
     """The files that make up the checkpoint and, for an indexed one, tensor name -> file."""
     elsewhere = remote.sizes if remote is not None else {}
-    present = sorted({*elsewhere, *(p.name for p in directory.iterdir() if p.name.endswith(".safetensors"))})
+    there = {*elsewhere, *(p.name for p in directory.iterdir() if p.name.endswith(".safetensors"))}
+    present = sorted(name for name in there if not ADAPTER_WEIGHTS.fullmatch(name) and "/" not in name)  # others lie in modules' folders
     listed = None
     if "model.safetensors" in present:
         shards = ["model.safetensors"]
@@ -235,6 +243,8 @@ def _shards(directory: Path, notices: list[str], remote: Remote | None) -> tuple
         if missing:
             raise CheckpointError(f"{_INDEX} names shards that are missing: {', '.join(missing[:5])} ({len(missing)} of {len(shards)})",
                                   directory, "Finish the download")  # fmt: skip
+    elif numbered := _numbered(present, directory):
+        shards = numbered
     elif len(present) == 1:
         shards = present
     elif present:
@@ -246,6 +256,20 @@ def _shards(directory: Path, notices: list[str], remote: Remote | None) -> tuple
     if unlisted:
         notices.append(f"not part of the checkpoint and ignored: {', '.join(unlisted[:5])}{' ...' if len(unlisted) > 5 else ''}")
     return shards, listed
+
+
+def _numbered(present: Sequence[str], directory: Path) -> list[str]:
+    """The shards called NAME-00001-of-00003.safetensors where all of them are there: without an index too they belong together. Empty
+    where no file is called so, or files of several sets are; CheckpointError where some of the one set are missing."""
+    parsed = [match for name in present if (match := _NUMBERED.fullmatch(name))]
+    if len({(match["stem"], match["of"]) for match in parsed}) != 1:
+        return []
+    stem, of = parsed[0]["stem"], parsed[0]["of"]
+    wanted = [f"{stem}-{number:0{len(of)}d}-of-{of}.safetensors" for number in range(1, min(int(of), _MOST_SHARDS) + 1)]
+    missing = [name for name in wanted if name not in present]
+    if missing:
+        raise CheckpointError(f"shards are missing: {', '.join(missing[:5])} ({len(missing)} of {of})", directory, "Finish the download")
+    return wanted
 
 
 def _no_weights(directory: Path) -> CheckpointError:
@@ -295,6 +319,14 @@ def _collect(directory: Path, headers: Mapping[str, Header], listed: dict[str, s
     if not names:
         raise CheckpointError("the checkpoint holds no tensors", directory)
     return {name: headers[owner[name]].tensors[name] for name in names}
+
+
+def _exactly(file: Readable, size: int) -> bytes:
+    """The next ``size`` bytes, fewer at the file's end."""
+    found = b""
+    while len(found) < size and (piece := file.read(size - len(found))):
+        found += piece
+    return found
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

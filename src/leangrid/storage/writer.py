@@ -1,7 +1,8 @@
 """From the journal to a finished directory: streamed, hashed, named last. A directory called OUT is always complete.
 
-Everything is put together in ``OUT.partial/publish`` with ``manifest.json`` last, then one rename makes it OUT; only after that is durable
-does the journal go. ``verify`` holds a directory against its manifest; the manifest holds its own sha256 too, so every changed byte shows.
+Everything is put together in ``OUT.partial/publish`` with ``manifest.json`` last, then one rename makes it OUT (an empty OUT too; a mount
+point is filled, see storage/mount.py); only after that is durable does the journal go. ``verify`` holds a directory against its manifest;
+the manifest holds its own sha256 too, so every changed byte shows.
 """
 
 import hashlib
@@ -17,9 +18,10 @@ from leangrid.errors import FormatError, Interrupted, OutputError, VerifyError
 from leangrid.storage import files, safetensors
 from leangrid.storage.failpoints import failpoint
 from leangrid.storage.journal import Journal, partial_of
+from leangrid.storage.mount import INSIDE, MANIFEST, fill, vacant
 from leangrid.storage.safetensors import Source, TensorInfo
+from leangrid.storage.side_files import DEEPEST, missing_modules, without_code
 
-MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
 _TEMPORARY = re.compile(r"\.(.+)\.\d+\.[0-9a-f]{8}\.tmp")  # as files.atomic_write names it
 _SHOWN = 5  # differences that a refusal names
@@ -45,7 +47,7 @@ def publish(journal: Journal, out: Path, head_tensors: Iterable[tuple[str, Tenso
         listed = _write_shards(staged, sources, shard_bytes)
         for name, path in side_files.items():
             files.make_dir((staged / name).parent)
-            _add(staged, listed, name, _without_code(path) if name == "tokenizer_config.json" else files.read_chunks(path))
+            _add(staged, listed, name, _without_code(path) if name.endswith("_config.json") else files.read_chunks(path))
         for name, text in texts.items():
             _add(staged, listed, name, text.encode())
     except files.SourceReadError as error:
@@ -153,15 +155,14 @@ def _add(staged: Path, listed: dict[str, dict[str, Any]], name: str, chunks: fil
 
 
 def _without_code(path: Path) -> bytes:
-    """A tokenizer config less its ``auto_map``: the code it names is not copied, so nobody shall be asked to trust it."""
+    """The config of a tokenizer or processor less its ``auto_map``; byte for byte where it has none."""
     raw = b"".join(bytes(piece) for piece in files.read_chunks(path))
     try:
         value = json.loads(raw)
-    except ValueError:
+        plain = without_code(value)
+    except (ValueError, RecursionError):
         return raw
-    if not isinstance(value, dict) or "auto_map" not in value:
-        return raw
-    return files.json_bytes({key: item for key, item in value.items() if key != "auto_map"})
+    return raw if plain == value else files.json_bytes(plain)
 
 
 def _seal(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -171,24 +172,34 @@ def _seal(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replace(journal: Journal, staged: Path, out: Path, overwrite: bool) -> None:
-    if out.exists() or out.is_symlink():
-        if not (overwrite and _ours(out)) and not (overwrite and out.is_dir() and not any(out.iterdir())):
-            raise _exists(out, resumable=True)
-        files.remove_tree(journal.partial / "replaced")
+    older = (out.exists() or out.is_symlink()) and not vacant(out)
+    if older and not (overwrite and _ours(out)):
+        raise _exists(out, resumable=True)
+    files.remove_tree(journal.partial / "replaced")
+    if journal.partial.parent == out:
+        return fill(journal.partial, out)
+    if older:
         files.move_dir(out, journal.partial / "replaced")
-    files.move_dir(staged, out)
+    files.move_dir(staged, out)  # an empty directory is replaced by the same rename
+    return None
 
 
 def settle(out: Path, state_dir: Path | None = None) -> dict[str, Any] | None:
     """Finish what a kill between the last rename and the end left: if ``out`` is the published result of the run in ``OUT.partial``,
-    remove that journal and return the manifest; else None. Call it before ``check_output``."""
+    remove that journal and return the manifest; else None. A result that was being moved into a mount point is moved to its end first.
+    Call it before ``check_output``."""
     partial = partial_of(out)
+    if _half_moved(partial, out):
+        with Journal(partial, state_dir) as journal:
+            journal.lock()
+            if _half_moved(partial, out):  # and nobody else has done it
+                fill(partial, out)
     if _ours(out) and partial.is_dir() and {path.name for path in partial.iterdir()} <= {"LOCK"}:
         Journal(partial, state_dir).discard()  # its end or its beginning; either way nothing is in it
         return None
     try:
         sealed = json.loads((partial / "sealed.json").read_bytes())["manifest"]
-        if (partial / "publish").exists() or files.hash_file(out / MANIFEST) != sealed:
+        if any((partial / "publish").glob("*")) or files.hash_file(out / MANIFEST) != sealed:
             return None
         manifest = json.loads((out / MANIFEST).read_bytes())
     except (OSError, ValueError, KeyError, TypeError):
@@ -197,9 +208,18 @@ def settle(out: Path, state_dir: Path | None = None) -> dict[str, Any] | None:
     return manifest
 
 
+def _half_moved(partial: Path, out: Path) -> bool:
+    """Whether a complete result waits inside OUT to be moved to its place there."""
+    try:
+        sealed = json.loads((partial / "sealed.json").read_bytes())["manifest"]
+        return partial.parent == out and files.hash_file(partial / "publish" / MANIFEST) == sealed
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def check_output(out: Path, source: Path, overwrite: bool = False) -> None:
-    """Refuse (OutputError, nothing touched) an output that exists, is the source, or lies in it or around it. ``overwrite`` allows an
-    empty directory and one that carries our manifest."""
+    """Refuse (OutputError, nothing touched) an output that exists, is the source, or lies in it or around it. An empty directory is
+    allowed, also one that is a mount point; ``overwrite`` allows one that carries our manifest."""
     partial = partial_of(out)  # refuses a path without a name
     target = out.resolve()
     for path in (target, partial.resolve()):
@@ -211,7 +231,7 @@ def check_output(out: Path, source: Path, overwrite: bool = False) -> None:
             raise OutputError("the source lies inside the output", out, "Choose a directory outside the source")
     if out.is_symlink():
         raise OutputError("the output is a symbolic link", out, "Give the real directory, or a new name")
-    if out.exists() and not (overwrite and (_ours(out) or (out.is_dir() and not any(out.iterdir())))):
+    if out.exists() and not vacant(out) and not (overwrite and _ours(out)):
         raise _exists(out)
     for parent in target.parents:
         if parent.exists():
@@ -236,7 +256,8 @@ def _exists(out: Path, resumable: bool = False) -> OutputError:
         way_out = "It appeared during the run. Move it away and run the same command again: it resumes"
     else:
         way_out = "Choose another name or remove it; --overwrite only replaces directories that leangrid made"
-    error = OutputError("the output exists already", out, way_out)
+    held = sorted(path.name for path in out.iterdir())[:3] if out.is_dir() and not out.is_symlink() else []
+    error = OutputError("the output exists already" + (f" and holds {', '.join(held)}" if held else ""), out, way_out)
     error.exit_code = 3 if resumable else error.exit_code
     return error
 
@@ -265,9 +286,12 @@ def verify(directory: Path) -> list[str]:
         not_yet = name not in listed and found[0] == [f"{name}: missing"]  # what ``amend`` announced, and a kill came first
         differences += found[0] if all(found) and not not_yet else []
     present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()}
+    if (directory / INSIDE).is_dir():
+        differences.append(f"{INSIDE}: left by an unfinished run, which the same command finishes")
+        present = {name for name in present if not name.startswith(f"{INSIDE}/")}
     known = {*listed, *pending, MANIFEST}
     differences += [f"{name}: not in the manifest" for name in sorted(present - known) if not _begun(name, {*pending, MANIFEST})]
-    return differences
+    return differences + missing_modules(directory, listed)
 
 
 def _begun(name: str, coming: set[str]) -> bool:
@@ -311,7 +335,7 @@ def amend(directory: Path, texts: Mapping[str, bytes], facts: Mapping[str, Any] 
         raise VerifyError("no leangrid manifest, or a changed one", directory, "leangrid verify shows what differs")
     manifest = json.loads((directory / MANIFEST).read_bytes())
     for name in texts:
-        if not _plain(name) or name == MANIFEST:
+        if not _plain(name) or name == MANIFEST or not (directory / name).parent.is_dir():
             raise OutputError(f"the result cannot hold a file called '{name}'", directory)
     arrived = {name: entry for name, entry in manifest.get("pending", {}).items() if not _differences(directory, name, entry)}
     manifest["files"] |= arrived
@@ -327,4 +351,4 @@ def amend(directory: Path, texts: Mapping[str, bytes], facts: Mapping[str, Any] 
 def _plain(name: str) -> bool:
     parts = PurePosixPath(name).parts
     sound = all(part.isprintable() and not part.startswith((".", "/")) for part in parts)
-    return 0 < len(parts) <= 2 and "\\" not in name and sound
+    return 0 < len(parts) <= DEEPEST and "\\" not in name and sound

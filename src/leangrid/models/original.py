@@ -1,0 +1,194 @@
+"""A checkpoint as transformers itself opens it: its class, its names, its reading of the files. What our own reading is held against.
+
+Nothing is downloaded and no code of the checkpoint runs. Where transformers cannot find weights that ``storage/source.py`` accepts (an
+index without ``metadata``, a single file of another name) or would look for more than the weights (an adapter beside them), it is shown
+a temporary directory of links.
+"""
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from leangrid.devices import out_of_memory
+from leangrid.errors import CheckpointError, LeangridError, first_line
+from leangrid.models.naming import Weights
+from leangrid.storage import files
+from leangrid.storage.safetensors import strict_json
+
+_SINGLE, _INDEX, _GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+_MISREAD = ("adapter_config.json",)  # files that make transformers load something else than these weights
+
+
+def open_original(
+    checkpoint: Weights,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig | None = None,
+    dtype: torch.dtype | None = None,
+    absent: Sequence[str] = (),
+) -> tuple[PreTrainedModel, list[str]]:
+    """The dense checkpoint in memory by transformers' own ``from_pretrained``, in evaluation mode on the CPU.
+
+    Args:
+        checkpoint: an opened source that lies in a directory: its files are read, by transformers.
+        model_class: a class of transformers itself.
+        config: None: config.json as transformers reads it.
+        dtype: of its floating-point parameters; None: as stored.
+        absent: modules that the checkpoint is known not to hold (Naming.absent); transformers gives them random weights.
+
+    Returns:
+        the model, and the names of stored tensors that it has no place for.
+
+    Raises:
+        CheckpointError: transformers cannot open it, or finds a tensor of the model in no file.
+    """
+    with _readable(checkpoint) as where:
+        return _open(checkpoint.directory, where, model_class, config, dtype, absent)
+
+
+@contextmanager
+def original_on_disk(
+    checkpoint: Weights,
+    model_class: type[PreTrainedModel],
+    dtype: torch.dtype,
+    absent: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+) -> Iterator[PreTrainedModel]:
+    """The same for the length of the ``with``, computing on ``device``, with its weights left in their files: each is read whenever a
+    module needs it, so that memory holds one module, and tied tables.
+
+    Not for experts that transformers fuses: it would write all of them to disk.
+    """
+    with _readable(checkpoint) as where:
+        config = _config(checkpoint.directory, model_class)
+        yield _open(checkpoint.directory, where, model_class, config, dtype, absent, _map(model_class, config, absent, device))[0]
+
+
+def _open(
+    directory: Path,
+    where: Path,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig | None,
+    dtype: torch.dtype | None,
+    absent: Sequence[str],
+    placed: dict[str, str] | None = None,
+) -> tuple[PreTrainedModel, list[str]]:
+    try:
+        with quiet():
+            loaded: Any = model_class.from_pretrained(
+                where,
+                config=config or _config(directory, model_class),
+                dtype=dtype or "auto",
+                device_map=placed,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (LeangridError, MemoryError):
+        raise
+    except Exception as error:  # what a stranger's files do inside of transformers, nobody can list
+        if out_of_memory(error):
+            raise
+        raise CheckpointError(f"transformers cannot load it: {first_line(error)}", directory, "Check the download") from error
+    model, info = loaded
+    missing = sorted(name for name in info["missing_keys"] if not set(name.split(".")) & set(absent))
+    if missing:
+        what = f"transformers finds {len(missing)} tensors of {model_class.__name__} in no file, first {missing[0]}"
+        raise CheckpointError(what, directory, "Download or copy the directory again")
+    return model.eval(), sorted(info["unexpected_keys"])
+
+
+def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by its name, tied ones under each; those that wait in files are read one module at a time."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        dot = f"{path}." if path else ""
+        with align_module_device(module, torch.device("cpu")):
+            for own in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+                yield from ((dot + name, tensor) for name, tensor in own)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the ``with``, transformers and accelerate report nothing on the terminal: what they find is returned, or an error."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    placing = logging.getLogger("accelerate.big_modeling")
+    before = placing.level
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    placing.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        placing.setLevel(before)
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _config(directory: Path, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    kind: Any = model_class.config_class
+    return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def _map(model_class: type[PreTrainedModel], config: PreTrainedConfig, absent: Sequence[str], device: torch.device | str) -> dict[str, str]:
+    """Every module's weights on disk but those that are in no file, and tied ones: of two that wait on disk transformers does not see
+    whether they are equal. accelerate wants one that is not on disk: the smallest."""
+    with torch.device("meta"):
+        empty = model_class(config)
+    tied = getattr(empty, "all_tied_weights_keys", None) or {}
+    names = {name for pair in tied.items() for name in pair}
+    names |= {name for name, _ in empty.named_parameters() if set(name.split(".")) & set(absent)}
+    sizes: dict[str, int] = {}  # of the outermost modules with parameters of their own: accelerate places whole modules
+    for path, module in empty.named_modules():
+        if any(True for _ in module.parameters(recurse=False)) and not any(path.startswith(f"{outer}.") for outer in sizes):
+            sizes[path] = sum(parameter.numel() for parameter in module.parameters())
+    here = {path for path in sizes if any(name.startswith(f"{path}.") for name in names)} | {min(sizes, key=lambda path: sizes[path])}
+    return {path: str(device) if path in here else "disk" for path in sizes}
+
+
+@contextmanager
+def _readable(checkpoint: Weights) -> Iterator[Path]:
+    """The checkpoint's directory, or for the length of the ``with`` one of links in which transformers finds the same weights."""
+    directory = checkpoint.directory
+    if _found(directory) and not any((directory / name).exists() for name in _MISREAD):
+        yield directory
+        return
+    shards = sorted({Path(info.file) for info in checkpoint.tensors.values()})
+    with tempfile.TemporaryDirectory(prefix="leangrid-") as folder:
+        view = Path(folder)
+        if len(shards) == 1:
+            files.link(view / _SINGLE, shards[0])
+        else:
+            owners = {name: shard.name for shard in shards for name in _names(shard)}
+            files.write_json(view / _INDEX, {"metadata": {}, "weight_map": owners})
+            for shard in shards:
+                files.link(view / shard.name, shard)
+        if (directory / _GENERATION).is_file():
+            files.link(view / _GENERATION, directory / _GENERATION)
+        yield view
+
+
+def _found(directory: Path) -> bool:
+    """Whether transformers finds the weights: a single file of its own name, or an index as it writes them."""
+    if (directory / _SINGLE).is_file():
+        return True
+    index = directory / _INDEX
+    return index.is_file() and isinstance(strict_json(index.read_bytes(), index).get("metadata"), dict)
+
+
+def _names(shard: Path) -> list[str]:
+    with safe_open(shard, framework="pt") as opened:
+        return list(opened.keys())

@@ -1,0 +1,142 @@
+"""What lies where a plain 16-bit checkpoint was expected, recognised by its first bytes and its tensors' names: so that a refusal names it.
+
+Git LFS pointers, LoRA adapters, weights of other quantizers without the config that says so, and a config that says so of plain weights.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from leangrid.errors import CheckpointError
+
+LFS_MARK = b"version https://git-lfs"  # the first line of a pointer (git-lfs, docs/spec.md)
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", re.compile(r"adapter_model.*\.safetensors")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
+_WAY_OUT = "Give the original, unquantized checkpoint"
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+# The ends of tensors' names that only one kind of quantized weights has -> what they are.
+_FORMS = (
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ codes"),
+    (re.compile(r"\.weight_packed$"), "compressed-tensors codes"),
+    (
+        re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)$|\.weight_format$|\.SCB$"),
+        "bitsandbytes codes",
+    ),
+    (re.compile(r"_proj_blocks$"), "MXFP4 blocks"),
+    (re.compile(r"\.(W_q|lut|weight_lut|qidxs|Qidxs|codebooks)$"), "codes of another quantizer"),
+    (
+        re.compile(r"(\.|_)(weight_scale_inv|weight_scale|weight_scale_2|input_scale|scale_inv)$"),
+        "weights in 8 bits or fewer and their scales",
+    ),
+)
+_ADAPTER = re.compile(
+    r"(^|\.)(base_layer|modules_to_save|(lora|vera|hada|lokr|ia3|oft|boft|hra|fourierft|randlora|bone|adaption|prompt|prefix)_\w+)(\.|$)"
+)
+_NOT_MERGED = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT")  # PEFT's own names
+# A model inside of another, or inside of what trained it: the names begin (or go on) with this.
+_WRAPPERS = ("base_model.model.", "_orig_mod.", "_fsdp_wrapped_module.", "module.", "language_model.model.", "model.language_model.",
+             "language_model.", "text_model.", "llm.", "model.text_model.")  # fmt: skip
+
+
+def is_pointer(start: bytes | bytearray | memoryview) -> bool:
+    """Whether a file that begins so is what Git LFS leaves where a large file was not fetched."""
+    return bytes(start[: len(LFS_MARK)]) == LFS_MARK
+
+
+def pointer(path: Path) -> CheckpointError:
+    """The refusal of a Git LFS pointer at ``path``."""
+    return CheckpointError(f"'{path.name}' is a Git LFS pointer, not the file itself", path, "Fetch the files: git lfs pull")
+
+
+def refuse_adapter(directory: Path) -> None:
+    """CheckpointError where ``directory`` holds a LoRA adapter (PEFT's layout) and no weights of a model."""
+    if not directory.is_dir():
+        return
+    names = [path.name for path in directory.iterdir()]
+    adapter = ADAPTER_CONFIG in names or any(ADAPTER_WEIGHTS.fullmatch(name) or name == "adapter_model.bin" for name in names)
+    weights = any(name.endswith((".safetensors", ".bin", ".safetensors.index.json")) and not name.startswith("adapter_") for name in names)
+    if adapter and not weights:
+        kind = _peft_type(directory / ADAPTER_CONFIG)
+        merge = "Merge it into its base model first (PEFT: merge_and_unload, then save_pretrained)"
+        way_out = "It cannot be merged into weights: give its base model" if kind in _NOT_MERGED else merge
+        raise CheckpointError(f"this is a {kind.replace('LORA', 'LoRA')} adapter, not a model", directory, way_out)
+
+
+def _peft_type(path: Path) -> str:
+    """What kind of adapter PEFT's config says it is; LORA where it says nothing."""
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        said = None
+    kind = said.get("peft_type") if isinstance(said, dict) else None
+    return kind[:40] if isinstance(kind, str) and kind.isprintable() and kind else "LORA"
+
+
+def adapter_notice(directory: Path) -> list[str]:
+    """A sentence where an adapter lies beside the weights: it is not applied."""
+    names = [path.name for path in directory.iterdir() if path.name == ADAPTER_CONFIG or path.name.startswith("adapter_model")]
+    return [f"{min(names)}: an adapter beside the weights is not applied and not copied; merge it first if it belongs"] if names else []
+
+
+def quantized_form(tensors: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What quantized weights these are and the tensor that tells, by names and dtypes; None where all are plain.
+
+    ``tensors``: name -> anything with ``dtype`` (as safetensors names it) and ``shape``."""
+    for name, info in tensors.items():
+        if info.dtype.startswith(("F8_", "F4", "F6")):
+            return f"fp8 weights ({info.dtype})", name
+    for form, what in _FORMS:
+        found = next((name for name in tensors if form.search(name)), None)
+        if found is not None:
+            return what, found
+    for name, info in tensors.items():
+        beside = {f"{name.rpartition('.')[0]}.{end}" for end in ("scales", "biases")}
+        if info.dtype == "U32" and beside & tensors.keys():
+            return "MLX codes", name
+    return None
+
+
+def refuse_quantized(config: Mapping[str, Any], tensors: Mapping[str, Any], directory: Path) -> None:
+    """CheckpointError for a config.json that says that the weights are quantized: where they are, and where they are not."""
+    said = next(((key, section[key]) for section in _sections(config) for key in QUANTIZATION_KEYS if section.get(key) is not None), None)
+    if said is None:
+        return
+    key, value = said
+    if not value:
+        raise CheckpointError(f"config.json has an empty {key}, which no reader understands", directory / "config.json", f"Remove {key}")
+    method = str(value.get("quant_method", "mlx" if key == "quantization" else "unnamed"))[:40] if isinstance(value, dict) else "unnamed"
+    matrices = {info.dtype for name, info in tensors.items() if len(info.shape) > 1}
+    if quantized_form(tensors) or matrices - _FLOATS or not matrices:
+        raise CheckpointError(f"the checkpoint is already quantized ({key}: {method})", directory, _WAY_OUT)
+    what = f"config.json says that the weights are quantized ({key}: {method}), but they are plain {' and '.join(sorted(matrices))}"
+    raise CheckpointError(what, directory / "config.json", f"If these are the original weights, remove {key} from config.json")
+
+
+def refuse_disguised(tensors: Mapping[str, Any], directory: Path) -> None:
+    """CheckpointError for quantized weights whose config.json does not say so. Only for tensors that do not fit the model: names alone
+    prove nothing."""
+    form = quantized_form(tensors)
+    if form is not None:
+        raise CheckpointError(f"the checkpoint is already quantized: it holds {form[0]}, such as '{form[1]}'", directory, _WAY_OUT)
+
+
+def wrapped_names(names: Iterable[str]) -> str | None:
+    """Why these tensor names, which the model does not have, are not its own, in a few words with the way out; None where unknown."""
+    listed = list(names)
+    if found := next((name for name in listed if _ADAPTER.search(name)), None):
+        return f"'{found}' belongs to an adapter such as LoRA, saved without merging it. Merge it first (PEFT: merge_and_unload)"
+    for wrapper in _WRAPPERS:
+        inside = [name for name in listed if name.startswith(wrapper)]
+        if inside and len(inside) * 2 >= len(listed):
+            return (f"the names begin with '{wrapper}': they are of a model inside of another. "
+                    "Give the whole model's checkpoint with its own config.json, or one that was saved without the prefix")  # fmt: skip
+    if found := next((name for name in listed if re.fullmatch(r"layers\.\d+\.(attention|feed_forward)\.w[a-z0-9]+\.weight", name)), None):
+        return f"'{found}' is a name of Meta's and Mistral's own format. Convert the checkpoint to Hugging Face's format first"
+    return None
+
+
+def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [config, *(value for value in config.values() if isinstance(value, dict))]
