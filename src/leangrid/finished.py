@@ -30,6 +30,7 @@ class Finished:
         format, schemes: how the layers are stored, layer by layer.
         layers: name -> (rows, cols) = (out_features, in_features) of every quantized linear, in the model's order.
         ignore: names of the nn.Linear that are not quantized, and of what is no part of the model.
+        predicts: whether it has a language-model head.
         beyond: tensors that are no part of the model, copied from its source as they were (models/naming.py).
     """
 
@@ -42,6 +43,7 @@ class Finished:
     layers: dict[str, tuple[int, int]]
     ignore: list[str]
     beyond: frozenset[str] = frozenset()
+    predicts: bool = True
 
     @classmethod
     def open(cls, directory: Path) -> "Finished":
@@ -71,10 +73,11 @@ class Finished:
             raise CheckpointError(what, directory, "The config does not belong to these weights")
         modules = {path for path, _ in model.named_modules()}
         beyond = frozenset(name for name in checkpoint.tensors if name.rpartition(".")[0] not in modules)
+        predicts = architecture.kind == "decoder" and bool(model.can_generate())
         kept = {name for name, (_, kind) in linears.items() if kind == "linear" and name not in layers}
         ignore = sorted(kept | {name.rpartition(".")[0] for name in beyond})
         manifest = json.loads((directory / MANIFEST).read_bytes())
-        return cls(checkpoint, manifest, architecture, _dtype(checkpoint), container, schemes, layers, ignore, beyond)
+        return cls(checkpoint, manifest, architecture, _dtype(checkpoint), container, schemes, layers, ignore, beyond, predicts)
 
     @property
     def directory(self) -> Path:

@@ -51,6 +51,8 @@ def write(finished: Finished, staged: Path, like: Path | None, progress: Progres
     if finished.beyond:
         notices.append(f"left out, since llama.cpp's {model.arch} has no place for them: {', '.join(sorted(finished.beyond)[:3])}"
                        + (f" and {len(finished.beyond) - 3} more" if len(finished.beyond) > 3 else ""))  # fmt: skip
+    if not finished.predicts:
+        notices.append("the model has no language-model head: llama.cpp takes the embeddings for one, so use the file for embeddings only")
     if progress is not None:
         for message in notices:
             progress(Event("notice", message=message))

@@ -25,6 +25,7 @@ from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.storage.config import read_config
 from leangrid.storage.hub import locate_source
+from leangrid.storage.side_files import refuse_pointers
 from leangrid.storage.source import open_source
 
 
@@ -58,7 +59,8 @@ def load(
             return load(Path(folder) / "model", device, dtype, dense)
     stored = _read_config(path)
     read_config(path / "config.json")  # refuses sizes that no model has before transformers allocates by them
-    model = _dense_checkpoint(path, dtype) if stored.get("quantization_config") is None else _packed(path, stored, dtype)
+    refuse_pointers(path)
+    model = _dense_checkpoint(path, dtype) if not stored.get("quantization_config") else _packed(path, stored, dtype)
     if dense:
         _to_dense(model)
     return model.to(device).eval(), load_tokenizer(path)  # pyright: ignore[reportArgumentType]

@@ -64,7 +64,10 @@ def _nbytes(finished: Finished, name: str) -> int:
 
 
 def refuse(finished: Finished) -> None:
-    """FormatError for the first layer that MatMulNBits cannot hold, then for a missing package."""
+    """FormatError for a model without a language-model head, the first layer that MatMulNBits cannot hold, a missing package."""
+    if not finished.predicts:
+        raise FormatError("onnxruntime-genai builds decoders with a language-model head, and this model has none", finished.directory,
+                          "Export to dense, or serve it as compressed-tensors")  # fmt: skip
     for name, (rows, cols) in finished.layers.items():
         if reason := nbits.refuse(finished.scheme, name, rows, cols, finished.architecture.layer):
             raise FormatError(reason)
@@ -100,7 +103,8 @@ def _build(plain: Path, graph: Path) -> None:
                "--execution_provider", "cpu", "--cache_dir", str(graph / "cache"), "--extra_options", "hf_remote=false"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - our own interpreter, paths of ours
     if done.returncode or not (graph / MODEL).is_file():
-        raise FormatError(f"onnxruntime-genai cannot build this model's graph: {done.stderr.strip()[-_TAIL:]}", plain.parent,
+        last = " ".join((done.stderr.strip().splitlines() or ["it said nothing"])[-1].split())[-_TAIL:]
+        raise FormatError(f"onnxruntime-genai cannot build this model's graph: {last}", plain.parent,
                           "Its documentation lists the architectures; compressed-tensors serves the others")  # fmt: skip
 
 

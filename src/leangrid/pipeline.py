@@ -14,6 +14,7 @@ from torch import Tensor
 
 from leangrid.correction import Correction, correct
 from leangrid.devices import out_of_memory, use_threads
+from leangrid.errors import CalibrationError, RecipeError
 from leangrid.expert_sums import expert_hessians
 from leangrid.factor import factorize
 from leangrid.hessian import Hessian, HessianSum
@@ -70,7 +71,9 @@ def quantize(
         LeangridError: bad input (nothing was written) or a stop (the same call resumes).
     """
     use_threads(threads)
-    recipe = recipe or Recipe.build()
+    recipe = _checked(recipe)
+    if windows is not None and not isinstance(windows, Tensor):
+        raise CalibrationError(f"windows must be a tensor of int64 [samples, length], not {type(windows).__name__}", "windows")
     with joined(device) as (ranks, own_device), torch.no_grad():
         kept = None if state_dir is None else Path(state_dir)
         complete = ranks.from_first(finished_result(Path(out), kept, max_rescued, max_kl) if ranks.first else None)
@@ -82,6 +85,13 @@ def quantize(
             for index in run.remaining_blocks():
                 streams = quantize_block(run, index, streams)
             return ranks.from_first(run.publish(max_rescued, max_kl) if ranks.first else None)
+
+
+def _checked(recipe: Recipe | None) -> Recipe:
+    """The recipe, validated once more: a copy with other fields (``model_copy``) has passed no door. RecipeError for anything else."""
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise RecipeError(f"a recipe is a leangrid.Recipe, not {type(recipe).__name__}", "recipe", 'Write leangrid.Recipe(scheme="NU4")')
+    return Recipe.build() if recipe is None else Recipe.build(**recipe.model_dump())
 
 
 def quantize_block(run: Run, index: int, streams: Streams) -> Streams:

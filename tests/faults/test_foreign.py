@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import leangrid
 import tiny_models
-from leangrid.errors import ArchitectureError, CheckpointError
+from leangrid.errors import ArchitectureError, CheckpointError, LeangridError
+from leangrid.evaluate.opened import open_model
 from leangrid.load import load
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
@@ -53,7 +57,9 @@ def change(source: Path, edit: Callable[[Tensors], None], **config: object) -> N
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+)
 def test_a_git_lfs_pointer_in_place_of_a_file(source: Path, name: str) -> None:
     (source / name).write_text(POINTER)
     refused(source, "Git LFS pointer", name, "git lfs pull")
@@ -230,3 +236,119 @@ def test_a_gguf_file_and_a_hub_id_load_too(source: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model, tokenizer = load("org/name")
     assert isinstance(model, hf.LlamaForCausalLM) and tokenizer is not None
+
+
+@pytest.mark.parametrize(("kind", "told"), [("LORA", "LoRA adapter"), ("IA3", "IA3 adapter"), ("PROMPT_TUNING", "cannot be merged")])
+def test_the_kind_of_an_adapter_is_named(source: Path, kind: str, told: str) -> None:
+    (source / "model.safetensors").unlink()
+    (source / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    refused(source, "adapter", told)
+
+
+@pytest.mark.parametrize("part", ["lora_magnitude_vector", "vera_lambda_b", "ia3_l", "oft_r"])
+def test_tensors_of_every_kind_of_adapter_are_recognised(source: Path, part: str) -> None:
+    name = f"model.layers.0.self_attn.q_proj.{part}.default.weight"
+    change(source, lambda tensors: tensors.update({name: torch.ones(4)}))
+    refused(source, "adapter", "Merge")
+
+
+def test_an_empty_quantization_config(source: Path) -> None:
+    change(source, lambda tensors: None, quantization_config={})
+    refused(source, "empty quantization_config", "Remove")
+    change(source, lambda tensors: None, quantization_config=None)
+    assert load(source)[0] is not None
+
+
+@pytest.mark.parametrize(("fields", "told"), [
+    ({"torch_dtype": "auto", "dtype": "auto"}, "'auto'"), ({"hidden_act": "swish_foo"}, "swish_foo"), ({"num_attention_heads": 3}, "heads"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "rope_parameters.factor = 4"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "rope_parameters.factor = 0.0"),
+])  # fmt: skip
+def test_what_a_config_says_wrongly_is_named(source: Path, fields: dict[str, object], told: str) -> None:
+    change(source, lambda tensors: None, **fields)
+    refused(source, told)
+
+
+def test_the_name_of_the_source_is_empty(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="name of the source is empty"):
+        leangrid.quantize("", tmp_path / "out")
+
+
+def test_a_model_of_nan_neither_answers_nor_measures(source: Path) -> None:
+    change(source, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*NaN"):
+        open_model(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("special_tokens_map.json", "{not json", "'special_tokens_map.json' is no JSON"),
+        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["ev.Tk", null]}, "tokenizer_class": "Tk"}', "code of its own"),
+        ("tokenizer_config.json", '{"auto_map": "ev.Tk", "tokenizer_class": "Tk"}', "code of its own"),
+    ],
+)
+def test_the_file_of_a_tokenizer_that_is_at_fault_is_named(source: Path, name: str, content: str, told: str) -> None:
+    (source / name).write_text(content)
+    with pytest.raises(CheckpointError, match=told):
+        load_tokenizer(source)
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"threads": -2}, {"device": "cuda:9"}, {"device": "walrus"}])
+def test_threads_and_devices_that_are_not_there(source: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(LeangridError, match=r"threads|CUDA|device"):
+        leangrid.quantize(source, source.parent / "out", leangrid.Recipe(scheme="W8A16"), **wrong)
+    assert not (source.parent / "out.partial").exists()
+    if "device" in wrong:
+        with pytest.raises(LeangridError, match=r"CUDA|device"):
+            load(source, device=wrong["device"])
+
+
+WRONG = """
+import sys, leangrid
+for wrong in ({"recipe": "W8A16"}, {"recipe": {"scheme": "NU4"}}, {"windows": [[1, 2]]}):
+    try:
+        leangrid.quantize(sys.argv[1], sys.argv[1] + "-out", **wrong)
+    except leangrid.errors.LeangridError as error:
+        print(type(error).__name__)
+"""
+
+
+def test_arguments_of_another_type_from_python(source: Path) -> None:
+    """In a process of its own: here the tests' checks of types come first."""
+    done = subprocess.run([sys.executable, "-c", WRONG, source], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["RecipeError", "RecipeError", "CalibrationError"], done.stderr[-500:]
+
+
+def test_a_recipe_copied_past_its_door(source: Path) -> None:
+    with pytest.raises(LeangridError, match="samples"):
+        leangrid.quantize(source, source.parent / "out", leangrid.Recipe().model_copy(update={"samples": 0}))
+    assert not (source.parent / "out.partial").exists()
+
+
+def test_a_state_directory_that_cannot_be_made_leaves_nothing(source: Path) -> None:
+    (source.parent / "file").write_text("")
+    with pytest.raises(LeangridError):
+        leangrid.quantize(
+            source,
+            source.parent / "out",
+            leangrid.Recipe(scheme="W8A16"),
+            windows=tiny_models.tokens(2, 32),
+            state_dir=source.parent / "file",
+        )
+    assert not (source.parent / "out.partial").exists()
+
+
+def test_pickled_weights_that_are_a_pointer(source: Path) -> None:
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_text(POINTER)
+    refused(source, "Git LFS pointer")
+
+
+def test_a_damaged_sentencepiece_model_is_named(source: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink(missing_ok=True)
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (source / "tokenizer.model").write_bytes(b"no model at all")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
+        load_tokenizer(source)

@@ -159,6 +159,8 @@ def test_a_module_that_cannot_be_copied_is_refused_by_name(source: Path, tmp_pat
     with pytest.raises(CheckpointError, match="'2_Dense' has no weights"):
         side_files(source)
     (source / "2_Dense" / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"'2_Dense' has no config\.json"):
+        side_files(source)
     (source / "2_Dense").rmdir()
     with pytest.raises(CheckpointError, match=r"'2_Dense', which modules\.json names, is not there"):
         side_files(source)

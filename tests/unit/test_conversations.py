@@ -41,6 +41,7 @@ def written(folder: Path, rows: list[Any]) -> str:
 
 LAYOUTS: dict[str, tuple[dict[str, Any] | list[Any], str]] = {
     "messages": ({"messages": [USER, ASSISTANT]}, PAIR),
+    "a turn without content": ({"messages": [USER, {"role": "assistant", "content": None}, ASSISTANT]}, PAIR),
     "an id and a url beside": ({"id": "conversation-1", "url": "https://x.org", "messages": [USER, ASSISTANT]}, PAIR),
     "a text beside": ({"text": "### other", "messages": [USER, ASSISTANT]}, PAIR),
     "a prompt beside": ({"prompt": "p", "prompt_id": "q", "messages": [USER, ASSISTANT]}, PAIR),
@@ -198,3 +199,10 @@ def test_halves_of_characters_do_not_reach_the_tokenizer(tmp_path: Path) -> None
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a \\ud83d\\ude00 \\ud800 b"}')
     assert [document.text for document in documents(str(file))] == ["a 😀 \ufffd b"]
+
+
+def test_half_a_pair_is_named_and_blank_text_shows_the_columns(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"column 'prompt' is empty beside.*there are: prompt, completion"):
+        joined(written(tmp_path, [{"prompt": None, "completion": "one"}] * 3), tokenizer=tokenizer())
+    with pytest.raises(CalibrationError, match=r"all of its 3 rows are blank; there are: text, content"):
+        joined(written(tmp_path, [{"text": "", "content": "one"}] * 3), tokenizer=tokenizer())

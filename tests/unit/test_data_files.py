@@ -158,6 +158,7 @@ def test_line_ends_of_every_kind(tmp_path: Path) -> None:
         ("a.zip", b"PK\x03\x04" + bytes(40), "zip archive"),
         ("a.tar.gz", gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar" + bytes(250)), "tar archive"),
         ("a.jsonl", b"%PDF-1.7 ...", "PDF"),
+        ("a.txt", b"<!DOCTYPE html>\n<html>Entry not found</html>", "a web page"),
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n", "Git LFS pointer"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n", "Git LFS pointer"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"not JSON: .*a\.jsonl:2"),

@@ -101,6 +101,8 @@ def _textual(stream: io.BufferedReader, head: bytes, kind: str, path: Path) -> I
     named = next((name for magic, name in _NO_TEXT.items() if head.startswith(magic)), None)
     if head[257:262] == b"ustar":
         named = "a tar archive"
+    if path.suffix.lower() not in (".html", ".htm") and head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+        named = "a web page"  # what a download that failed leaves behind
     if named is None and encoding == "utf-8-sig" and b"\0" in head:
         named = "binary, or UTF-16 without its mark"
     if named is not None:

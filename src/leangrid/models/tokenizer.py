@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from leangrid.errors import CheckpointError, LeangridError, first_line
-from leangrid.storage.foreign import LFS_MARK, is_pointer, pointer
+from leangrid.storage.side_files import refuse_pointers
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
           "vocab.json", "tekken.json")  # fmt: skip
@@ -24,10 +24,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not there:
         return None
     try:
-        for path in there:
-            with path.open("rb") as file:
-                if is_pointer(file.read(len(LFS_MARK))):
-                    raise pointer(path)
+        refuse_pointers(directory)
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (LeangridError, MemoryError):
         raise
@@ -47,7 +44,10 @@ def _refusal(directory: Path, there: list[Path], error: Exception) -> Checkpoint
         code = configs[name].get("auto_map") if isinstance(configs[name], dict) else None
         asked = code.get("AutoTokenizer") if isinstance(code, dict) else code if name == "tokenizer_config.json" else None
         if asked:
-            return CheckpointError(f"its tokenizer is code of its own ({str(asked)[:80]}), which leangrid never runs", directory / name,
+            names = ", ".join(str(one) for one in (asked if isinstance(asked, list) else [asked]) if one)
+            return CheckpointError(f"its tokenizer is code of its own ({names[:80]}), which leangrid never runs", directory / name,
                                    "Save it as tokenizer.json with its own software, and remove auto_map")  # fmt: skip
+    if "tiktoken" in str(error) and (directory / "tokenizer.model").is_file():  # what transformers tries when sentencepiece gives up
+        return CheckpointError("'tokenizer.model' is no model of SentencePiece", directory / "tokenizer.model", _WAY_OUT)
     names = ", ".join(path.name for path in there)
     return CheckpointError(f"the tokenizer cannot be read from {names}: {first_line(error)}", directory, _WAY_OUT)

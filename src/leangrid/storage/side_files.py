@@ -59,6 +59,16 @@ def side_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
     return dict(sorted(found.items())), notices
 
 
+def refuse_pointers(directory: Path) -> None:
+    """CheckpointError for the first file that a loader reads and in whose place Git LFS left a pointer."""
+    for name in _present(directory, LOADED):
+        path = directory / name
+        if path.is_file():
+            with path.open("rb") as file:
+                if is_pointer(file.read(_LFS_BYTES)):
+                    raise pointer(path)
+
+
 def _present(directory: Path, patterns: Iterable[str]) -> list[str]:
     """The names in ``directory``, and one folder down, that match; broken links are among them."""
     names: set[str] = set()

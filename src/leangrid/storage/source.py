@@ -20,7 +20,7 @@ from torch import Tensor
 from leangrid.errors import CheckpointError, Interrupted
 from leangrid.storage.config import check_layers, custom_code, read_config
 from leangrid.storage.files import CHUNK
-from leangrid.storage.foreign import ADAPTER_WEIGHTS, adapter_notice, refuse_adapter, refuse_quantized
+from leangrid.storage.foreign import ADAPTER_WEIGHTS, LFS_MARK, adapter_notice, is_pointer, pointer, refuse_adapter, refuse_quantized
 from leangrid.storage.fused import unfused
 from leangrid.storage.remote import Remote, here
 from leangrid.storage.safetensors import Header, Readable, TensorInfo, checked_header, open_header, read_tensor, strict_json
@@ -274,6 +274,10 @@ def _numbered(present: Sequence[str], directory: Path) -> list[str]:
 
 def _no_weights(directory: Path) -> CheckpointError:
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
+    for path in (directory / name for name in pickles):
+        with path.open("rb") as file:
+            if is_pointer(file.read(len(LFS_MARK))):
+                return pointer(path)
     if not pickles:
         return CheckpointError("there are no safetensors weights", directory, "Give the directory of a Hugging Face checkpoint")
     convert = ("from transformers import AutoModelForCausalLM as M; "
