@@ -140,6 +140,24 @@ def test_quantized_weights_whose_config_does_not_say_so(source: Path, edit: Call
     refused(source, "quantized", told)
 
 
+@pytest.mark.parametrize(("end", "dtype"), [("weight", torch.uint8), ("int_weight", torch.int8), ("codes", torch.int32)])
+def test_integer_matrices_of_a_quantizer_that_nobody_knows(source: Path, end: str, dtype: torch.dtype) -> None:
+    def edit(tensors: Tensors) -> None:
+        for name in [name for name in tensors if "up_proj" in name]:
+            tensors[name.removesuffix("weight") + end] = torch.zeros(tensors.pop(name).shape[0], 32, dtype=dtype)
+
+    change(source, edit)
+    refused(source, "integers", "quantized")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "special_tokens_map.json", "added_tokens.json"])
+def test_json_beside_the_weights_that_is_no_object(source: Path, name: str) -> None:
+    (source / name).write_text("[]")
+    with pytest.raises(CheckpointError, match=f"'{name}' is no JSON object"):
+        leangrid.quantize(source, source.parent / "out", leangrid.Recipe(scheme="W8A16", calibration="embedded", samples=2, length=32))
+    assert not (source.parent / "out.partial").exists()
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "language_model.", "policy."])
 def test_a_prefix_before_every_name_is_named(source: Path, prefix: str) -> None:
     def edit(tensors: Tensors) -> None:

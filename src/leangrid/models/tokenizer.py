@@ -40,8 +40,11 @@ def _refusal(directory: Path, there: list[Path], error: Exception) -> Checkpoint
             configs[path.name] = json.loads(path.read_bytes()) if path.is_file() else {}
         except (OSError, ValueError, RecursionError) as broken:
             return CheckpointError(f"the tokenizer cannot be read: '{path.name}' is no JSON: {first_line(broken)}", path, _WAY_OUT)
+    strange = next((name for name in _JSON if not isinstance(configs[name], dict)), None)
+    if strange is not None:
+        return CheckpointError(f"the tokenizer cannot be read: '{strange}' is no JSON object", directory / strange, _WAY_OUT)
     for name in ("tokenizer_config.json", "config.json"):
-        code = configs[name].get("auto_map") if isinstance(configs[name], dict) else None
+        code = configs[name].get("auto_map")
         asked = code.get("AutoTokenizer") if isinstance(code, dict) else code if name == "tokenizer_config.json" else None
         if asked:
             names = ", ".join(str(one) for one in (asked if isinstance(asked, list) else [asked]) if one)

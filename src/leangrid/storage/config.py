@@ -22,7 +22,7 @@ _LIMITS: dict[str, int] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 1 << 31),
 }
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-_POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "initializer_range", "initializer_factor")
+_POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "initializer_range", "initializer_factor")
 _ROPES = ("rope_scaling.", "rope_parameters.")
 _FACTORS = ("factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor")  # of a rotary embedding
 
@@ -109,7 +109,11 @@ def _absurdities(section: dict[str, Any], prefix: str) -> Iterator[str]:
                     yield f"{name} = {str(item)[:40]} (a whole number from 1 to {_LIMITS[key]})"
         elif key in _POSITIVE and value is not None and not _sensible(value):
             yield f"{name} = {str(value)[:40]} (a finite number, not negative)"
-        elif key in _FACTORS and prefix.startswith(_ROPES) and value is not None and not (_sensible(value) and value != 0):
+        elif (
+            (key == "rope_theta" or (key in _FACTORS and prefix.startswith(_ROPES)))
+            and value is not None
+            and not (_sensible(value) and value != 0)
+        ):
             yield f"{name} = {str(value)[:40]} (a finite number above 0)"
 
 

@@ -54,9 +54,21 @@ def side_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
             found[name] = _file(directory, name)
         except CheckpointError as error:
             notices.append(f"{error.what}: not copied")
+    if "generation_config.json" in found:
+        _refuse_no_object(found["generation_config.json"], directory / "generation_config.json")
     for module, kind in modules(directory).items():
         _add_module(directory, module, kind, found, notices)
     return dict(sorted(found.items())), notices
+
+
+def _refuse_no_object(real: Path, path: Path) -> None:
+    """CheckpointError for JSON that is no object, on which transformers stumbles; what is no JSON at all it leaves unread."""
+    try:
+        value = strict_json(real.read_bytes(), path)
+    except CheckpointError:
+        return
+    if not isinstance(value, dict):
+        raise CheckpointError(f"'{path.name}' is no JSON object", path, "Restore the checkpoint's own file, or remove it")
 
 
 def refuse_pointers(directory: Path) -> None:
