@@ -155,9 +155,9 @@ class LeangridQuantizer(HfQuantizer):
         if others := sorted(scaled - made):
             raise FormatError("leangrid reads quantized linears only, and this is another layer", others[0], "Load it with mlx-lm")
 
-    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
-        """A mixture is already as the checkpoint stores it: transformers must not stack or rename its experts."""
-        return [] if self._separate else super().update_weight_conversions(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
+        """A mixture is already as the checkpoint stores it: transformers must not stack or rename its experts. (5.17 gives no model.)"""
+        return [] if self._separate else super().update_weight_conversions(weight_conversions, *model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Values, before anything runs: finite grids in order, padding bits zero. Then the layout that the kernels read."""

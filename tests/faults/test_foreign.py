@@ -370,3 +370,15 @@ def test_a_damaged_sentencepiece_model_is_named(source: Path) -> None:
     (source / "tokenizer.model").write_bytes(b"no model at all")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
         load_tokenizer(source)
+
+
+def test_masks_of_old_checkpoints_are_no_quantized_weights(tmp_path: Path) -> None:
+    source = tiny_models.save("gpt2", tmp_path / "source")
+    change(source, lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8)}), n_embd=32)
+    assert "quantized" not in refused(source, "has shape")
+
+
+def test_weights_that_are_a_broken_link(source: Path) -> None:
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").symlink_to("nowhere")
+    refused(source, "link to one that is not there")

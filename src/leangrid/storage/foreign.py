@@ -16,6 +16,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", re.compile(r"adapter_mo
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 _WAY_OUT = "Give the original, unquantized checkpoint"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_MASKS = ("attn.bias", "attention.bias", "masked_bias", "position_ids", "token_type_ids")  # tables of old checkpoints
 _CODES = {"U8", "I8", "I16", "U16", "I32", "U32"}  # not int64: tables of positions
 
 # The ends of tensors' names that only one kind of quantized weights has -> what they are.
@@ -122,7 +123,7 @@ def refuse_disguised(tensors: Mapping[str, Any], directory: Path) -> None:
     form = quantized_form(tensors)
     if form is not None:
         raise CheckpointError(f"the checkpoint is already quantized: it holds {form[0]}, such as '{form[1]}'", directory, _WAY_OUT)
-    codes = [name for name, info in tensors.items() if len(info.shape) > 1 and info.dtype in _CODES]
+    codes = [name for name, info in tensors.items() if len(info.shape) > 1 and info.dtype in _CODES and not name.endswith(_MASKS)]
     if codes:
         what = f"matrices are stored as integers ({tensors[codes[0]].dtype}), such as '{codes[0]}': these are quantized weights"
         raise CheckpointError(what, directory, _WAY_OUT)

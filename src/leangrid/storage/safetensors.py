@@ -91,7 +91,8 @@ def open_header(path: Path) -> Header:
         with path.open("rb", buffering=0) as file:
             return checked_header(path, file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
-        raise CheckpointError("the file does not exist", path, _WAY_OUT) from None
+        what = "the file is a link to one that is not there" if path.is_symlink() else "the file does not exist"
+        raise CheckpointError(what, path, _WAY_OUT) from None
     except OSError as error:
         raise CheckpointError(f"cannot read: {error.strerror or error}", path, "Check the file's permissions and the disk") from error
 
