@@ -195,6 +195,13 @@ def test_a_bert_without_its_pooler_is_read_without_it(tmp_path: Path) -> None:
     assert not any("pooler" in name for name in stored)
 
 
+@pytest.mark.fault("S18")
+def test_half_a_pooler_is_missing_tensors(tmp_path: Path) -> None:
+    source = write("bert", tmp_path / "m", _drop("pooler.dense.bias"))
+    with pytest.raises(CheckpointError, match=r"pooler\.dense\.bias is missing"):
+        Skeleton(open_source(source))
+
+
 @pytest.mark.fault("S19")
 def test_mixed_dtypes_stay_as_they_are_stored(tmp_path: Path) -> None:
     def edit(tensors: Tensors) -> None:

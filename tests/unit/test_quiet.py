@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -72,3 +73,12 @@ def test_what_cannot_be_parsed_is_one_sentence(arguments: tuple[str, ...], said:
     done = CliRunner().invoke(app, list(arguments), prog_name="leangrid")
     assert done.exit_code == 2 and done.output.startswith("error: ") and said in done.output and done.output.count("\n") == 1
     assert "leangrid" in done.output and "--help" in done.output
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_VERBOSITY", "info")
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY", raising=False)
+    before = dict(os.environ)
+    with outcome(quiet=True):
+        assert os.environ["TRANSFORMERS_VERBOSITY"] == "error" and os.environ["HF_HUB_VERBOSITY"] == "info"
+    assert dict(os.environ) == before

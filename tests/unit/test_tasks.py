@@ -188,7 +188,7 @@ def test_the_command_prints_figures_and_ends_with_3_where_a_task_failed(tiny: Ti
     assert "acc 0." in shown.stdout and "±" in shown.stdout and "n 4" in shown.stdout
     assert "windows of" not in shown.stdout
     encoder = CliRunner().invoke(app, ["eval", str(tiny("bert")), *command[2:], "--json"], prog_name="leangrid")
-    assert encoder.exit_code == 3 and "it is an encoder" in json.loads(encoder.stdout)["tasks"]["words"]["error"]
+    assert encoder.exit_code == 3 and "no language-model head" in json.loads(encoder.stdout)["tasks"]["words"]["error"]
     assert "error: task words: the model cannot run this task" in encoder.stderr
     unknown = CliRunner().invoke(app, [*command[:3], "wordz", *command[4:]], prog_name="leangrid")
     assert unknown.exit_code == 2 and "there is no task 'wordz'" in unknown.stderr and not unknown.stdout

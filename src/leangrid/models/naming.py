@@ -83,7 +83,8 @@ def match_names(model: PreTrainedModel, checkpoint: Weights, blocks: str, count:
     left = [name for name in checkpoint.tensors if name not in known and not _is_table(model, name)]
     beyond = [name for name in left if _is_beyond(name, model, checkpoint.config, blocks, count)]
     unexpected = sorted(set(left) - set(beyond))
-    absent = ("pooler",) if missing and all(".pooler." in f".{name}" for name in missing) else ()
+    pooler = {name for name in expected if ".pooler." in f".{name}"}
+    absent = ("pooler",) if missing and set(missing) == pooler else ()
     if (missing and not absent) or wrong or unexpected:
         refuse_disguised(checkpoint.tensors, checkpoint.directory)
         raise _disagreement(missing, wrong, unexpected, beyond, checkpoint, _head(model))

@@ -95,11 +95,10 @@ def _fail(message: str, code: int, trace: bool, resume: bool) -> NoReturn:
 @contextlib.contextmanager
 def _libraries(quiet: bool, debug: bool) -> Iterator[None]:
     """What the libraries below us would say on stderr stays away, and where it is ``quiet`` our own sentences; all comes with ``debug``."""
-    if quiet or not _interactive():
-        for name in _BARS:
-            os.environ.setdefault(name, "1")
-    for name in () if debug else _VERBOSITIES:
-        os.environ.setdefault(name, "error")
+    wanted: dict[str, str] = dict.fromkeys(_BARS, "1") if quiet or not _interactive() else {}
+    wanted = wanted if debug else wanted | dict.fromkeys(_VERBOSITIES, "error")
+    ours = wanted.keys() - os.environ.keys()  # whoever set one has decided
+    os.environ.update({name: wanted[name] for name in ours})
     before = logging.root.manager.disable
     if quiet:
         logging.disable(logging.CRITICAL)
@@ -109,6 +108,8 @@ def _libraries(quiet: bool, debug: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+        for name in ours:
+            os.environ.pop(name, None)  # a program that calls us as a function keeps its own environment
 
 
 @contextlib.contextmanager
