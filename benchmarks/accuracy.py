@@ -1,11 +1,12 @@
-"""What does a scheme cost in answers? Accuracy of the original and of each scheme on lm-evaluation-harness's tasks, one JSON line each.
+"""What does a scheme cost in answers? Accuracy of the original and of each scheme on lm-evaluation-harness's tasks, one
+JSON line each.
 
     python benchmarks/local_tasks.py downloads my-tasks
     python benchmarks/accuracy.py --tasks-dir my-tasks --calibration c4.jsonl [--limit 250] [--out benchmarks/results/accuracy.jsonl]
 
-Without --tasks-dir the tasks come from the hub. Every model answers the same documents (the first --limit of each task) in float32, packed
-layers as they are, by `leangrid eval --tasks`. "original" among --schemes stands for the model itself.
-"""
+Without --tasks-dir the tasks come from the hub. Every model answers the same documents (the first --limit of each task)
+in float32, packed layers as they are, by `leangrid eval --tasks`. "original" among --schemes stands for the model
+itself."""
 
 import argparse
 import shutil
@@ -15,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import once
-import quality
 import torch
-from workload import Workload, default_source
 
-from leangrid.evaluate import Tasks, evaluate
+from common import quantize_process
+from common.task_list import Tasks as TaskList
+from common.task_list import run_each
+from common.workload import Workload, default_source
+from leangrid.evaluation import Tasks, evaluate
 from leangrid.recipe import Recipe
 
 _TASKS = "arc_easy,hellaswag,piqa,winogrande"
@@ -31,13 +33,13 @@ def answered(model: Path, asked: Tasks, device: str = "cpu") -> dict[str, Any]:
     """The figures of each task, their mean accuracy in percent and its standard error.
 
     Raises:
-        once.Failed: a task failed, or has no accuracy; it says which and why.
+        quantize_process.Failed: a task failed, or has no accuracy; it says which and why.
     """
     found = evaluate(model, tasks=asked, device=device)["tasks"]
     if failed := [f"{name}: {figures['error']}" for name, figures in found.items() if "error" in figures]:
-        raise once.Failed("; ".join(failed))
+        raise quantize_process.Failed("; ".join(failed))
     if without := [name for name, figures in found.items() if "acc" not in figures or figures["stderr"] is None]:
-        raise once.Failed(f"no accuracy with a standard error: {', '.join(without)}")
+        raise quantize_process.Failed(f"no accuracy with a standard error: {', '.join(without)}")
     accuracies, deviations = ([figures[key] for figures in found.values()] for key in ("acc", "stderr"))
     return {"tasks": found, "mean_accuracy": 100 * sum(accuracies) / len(found),
             "mean_stderr": 100 * sum(value**2 for value in deviations) ** 0.5 / len(found)}  # fmt: skip
@@ -46,7 +48,9 @@ def answered(model: Path, asked: Tasks, device: str = "cpu") -> dict[str, Any]:
 def quantized(work: Workload, recipe: Recipe, asked: Tasks, folder: Path, threads: int | None) -> dict[str, Any]:
     """Quantize by the defaults, ask, delete."""
     out = folder / "out"
-    result = once.quantize(work.source, out, recipe.model_dump(exclude={"calibration"}), work.windows_file, threads)
+    result = quantize_process.quantize(
+        work.source, out, recipe.model_dump(exclude={"calibration"}), work.windows_file, threads
+    )
     try:
         found = answered(out, asked)
     finally:
@@ -56,7 +60,9 @@ def quantized(work: Workload, recipe: Recipe, asked: Tasks, folder: Path, thread
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given")
+    parser.add_argument(
+        "--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given"
+    )
     parser.add_argument("--tasks", default=_TASKS)
     parser.add_argument("--tasks-dir", type=Path)
     parser.add_argument("--limit", type=int, help="documents of each task; all where none is given")
@@ -72,11 +78,15 @@ def main() -> None:
     asked = Tasks.parse(options.tasks, directory=options.tasks_dir, limit=options.limit)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        work = Workload.open(options.source or default_source(), options.calibration, options.samples, options.length, 0, folder)
+        work = Workload.open(
+            options.source or default_source(), options.calibration, options.samples, options.length, 0, folder
+        )
         chosen = [scheme for scheme in options.schemes.split(",") if scheme]
-        recipes = {scheme: work.recipe(scheme, {}) for scheme in chosen if scheme != "original"}  # a wrong scheme is told now
+        recipes = {
+            scheme: work.recipe(scheme, {}) for scheme in chosen if scheme != "original"
+        }  # a wrong scheme is told now
 
-        def tasks() -> quality.Tasks:
+        def tasks() -> TaskList:
             for number, scheme in enumerate(chosen, 1):
                 print(f"{number} of {len(chosen)}: {scheme}", file=sys.stderr, flush=True)
                 head = {"benchmark": "accuracy", "model": work.name, "scheme": scheme, "variant": "default",
@@ -87,7 +97,7 @@ def main() -> None:
                     learned = {"recipe": recipes[scheme].model_dump(), "windows_sha256": work.windows_sha256}
                     yield head | learned, partial(quantized, work, recipes[scheme], asked, folder, options.threads)
 
-        quality.keep_each(tasks(), options.out)
+        run_each(tasks(), options.out)
 
 
 if __name__ == "__main__":

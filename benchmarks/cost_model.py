@@ -1,23 +1,25 @@
-"""How near does the model of cost come? Predicted over measured seconds by stage, for blocks of known shapes on this machine.
+"""How near does the model of cost come? Predicted over measured seconds by stage, for blocks of known shapes on this
+machine.
 
-    python benchmarks/cost_model.py --out benchmarks/results/cost_model.jsonl        # SmolLM2's shape and a wider one, some minutes
+    # SmolLM2's shape and a wider one, some minutes
+    python benchmarks/cost_model.py --out benchmarks/results/cost_model.jsonl
 
-Two random blocks in a model's shape, one thread, go through ``leangrid.quantize``; ``leangrid.plan`` of the same says what each stage
-should take (docs/performance.md has the formulas). One JSON line a model and scheme; stages under 0.05 s are left out of the ratios.
-"""
+Two random blocks in a model's shape, one thread, go through ``leangrid.quantize``; ``leangrid.plan`` of the same says
+what each stage should take (docs/performance.md has the formulas). One JSON line a model and scheme; stages under 0.05
+s are left out of the ratios."""
 
 import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import lines
 import torch
-from gpu_block import MODELS, checkpoint
-from machine import provenance
 
 import leangrid
-from leangrid.placement import Placement
+from common import lines
+from common.machine import provenance
+from common.random_model import MODELS, checkpoint
+from leangrid.planning.placement import Placement
 
 _LEAST = 0.05  # seconds
 
@@ -30,8 +32,11 @@ def measure(model: str, scheme: str, options: argparse.Namespace, folder: Path) 
     planned = leangrid.plan(source, recipe, threads=1, out=folder / "out")
     placement = Placement.from_json(planned.placement)
     done = leangrid.quantize(source, folder / "out", recipe, windows=windows, threads=1, placement=placement)
-    ratios = {name: round(planned.seconds[name] / took, 2) for name, took in done.seconds.items()
-              if name in planned.seconds and name not in ("load", "save", "pack", "check") and took >= _LEAST}  # fmt: skip
+    ratios = {
+        name: round(planned.seconds[name] / took, 2)
+        for name, took in done.seconds.items()
+        if name in planned.seconds and name not in ("load", "save", "pack", "check") and took >= _LEAST
+    }
     return {
         "blocks": options.blocks,
         "tokens": windows.numel(),
@@ -61,9 +66,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as temporary:
                 found = measure(model, scheme, options, Path(temporary))
             line = {"benchmark": "cost_model", "model": model, "scheme": scheme} | found | provenance()
-            print(lines.text(line), flush=True)
-            if options.out:
-                lines.add(options.out, line)
+            lines.show(line, options.out)
 
 
 if __name__ == "__main__":

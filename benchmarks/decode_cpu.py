@@ -3,13 +3,13 @@
     python benchmarks/decode_cpu.py layers [--threads 1] [--shapes 576x576 4096x4096]
     python benchmarks/decode_cpu.py models --packed out/NU4 out/W4A16_G64 --source MODEL.gguf [--llama-python PYTHON]
 
-``layers``: microseconds of one product at 1, 4 and 16 tokens, packed at 4, 3 and 2 bits beside torch's dense one in float32 and bfloat16.
-Copies of each layer, 256 MB of them as float32, take turns, so weights come from memory or the last cache as in a model; the rate counts
-the bytes of the packed weight, and ``of_memory`` compares it with what torch reads when it sums half a gigabyte.
-``models``: tokens a second after the prompt. Everyone answers the same prompt greedily with the same threads, one after the other,
-``--repeats`` times; the median counts. Dense bfloat16 is transformers' own forward; llama.cpp is the released build in the package
-xllamacpp, on the source file as it is and as Q4_K_M (llama_worker.py). Its Python is made if ``--llama-python`` names none; "no" skips it.
-"""
+``layers``: microseconds of one product at 1, 4 and 16 tokens, packed at 4, 3 and 2 bits beside torch's dense one in
+float32 and bfloat16. Copies of each layer, 256 MB of them as float32, take turns, so weights come from memory or the
+last cache as in a model; the rate counts the bytes of the packed weight, and ``of_memory`` compares it with what torch
+reads when it sums half a gigabyte. ``models``: tokens a second after the prompt. Everyone answers the same prompt
+greedily with the same threads, one after the other, ``--repeats`` times; the median counts. Dense bfloat16 is
+transformers' own forward; llama.cpp is the released build in the package xllamacpp, on the source file as it is and as
+Q4_K_M (llama_worker.py). Its Python is made if ``--llama-python`` names none; "no" skips it."""
 
 import argparse
 import json
@@ -24,19 +24,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import ROOT, provenance
 from torch.nn import functional
 
+from common.llama_python import WORKER, llama_python
+from common.machine import ROOT, provenance
 from leangrid import kernels
 from leangrid.data.sampling import stream
-from leangrid.evaluate.opened import open_model
-from leangrid.kernels import decode
-from leangrid.models.decoder import native_step
+from leangrid.evaluation.opened import open_model
+from leangrid.inference.native_step import native_step
+from leangrid.kernels import packed
 
 SHAPES = ("576x576", "192x576", "1536x576", "576x1536", "4096x4096", "14336x4096", "4096x14336")
 TOKENS = (1, 4, 16)
 PROMPT = "The capital of France is"
-_WORKER = Path(__file__).with_name("llama_worker.py")
 
 
 def best_of(repeats: int, work: Callable[[], object]) -> float:
@@ -71,17 +71,19 @@ def products(rows: int, cols: int) -> dict[str, tuple[int, Callable[[int, torch.
         found[str(dtype).removeprefix("torch.")] = many[0].nbytes, dense(many)
     for bits in (4, 3, 2):
         codes = torch.randint(2**bits, (rows, cols), generator=generator, dtype=torch.uint8)
-        tiles = decode.tile(decode.pack(codes, bits), bits, cols)
+        tiles = packed.tile(packed.pack(codes, bits), bits, cols)
         many = [tiles.clone() for _ in range(copies)]
         lut = torch.randn(rows, 2**bits, generator=generator).bfloat16().float()
         scale = torch.rand(rows, cols // 64, generator=generator).bfloat16().float()
         zeros = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
 
         def nonuniform(i: int, x: torch.Tensor, many: list = many, lut: torch.Tensor = lut, bits: int = bits) -> object:
-            return decode.lut_linear(x, many[i % copies], lut, None, bits)
+            return packed.lut_linear(x, many[i % copies], lut, None, bits)
 
-        def affine(i: int, x: torch.Tensor, many: list = many, grid: tuple = (scale, zeros), bits: int = bits) -> object:
-            return decode.affine_linear(x, many[i % copies], *grid, None, bits, 64, torch.bfloat16)
+        def affine(
+            i: int, x: torch.Tensor, many: list = many, grid: tuple = (scale, zeros), bits: int = bits
+        ) -> object:
+            return packed.affine_linear(x, many[i % copies], *grid, None, bits, 64, torch.bfloat16)
 
         found[f"NU{bits}"] = tiles.nbytes + lut.nbytes, nonuniform
         found[f"W{bits}A16_G64"] = tiles.nbytes + scale.nbytes + zeros.nbytes, affine
@@ -125,8 +127,10 @@ class Llama:
     """llama.cpp in a process of its own."""
 
     def __init__(self, python: Path, model: Path, threads: int) -> None:
-        command = [python, _WORKER, "serve", model, str(threads)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        command = [python, WORKER, "serve", model, str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
 
     def rate(self, tokens: int) -> float:
         if self.process.stdin is None or self.process.stdout is None:
@@ -134,23 +138,12 @@ class Llama:
         print(json.dumps({"prompt": PROMPT, "tokens": tokens}), file=self.process.stdin, flush=True)
         while not (line := self.process.stdout.readline()).startswith('{"'):
             if not line:
-                raise SystemExit(f"llama.cpp stopped: run {_WORKER.name} serve by hand")
+                raise SystemExit(f"llama.cpp stopped: run {WORKER.name} serve by hand")
         return json.loads(line)["predicted_per_second"]
 
     def close(self) -> None:
         self.process.terminate()
         self.process.wait()
-
-
-def llama_python(given: str | None) -> Path:
-    """An interpreter that has xllamacpp and gguf."""
-    if given:
-        return Path(given)
-    home = ROOT / "build" / "venv-llama"
-    if not (home / "bin" / "python").exists():
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        subprocess.run([home / "bin" / "python", "-m", "pip", "install", "--quiet", "xllamacpp", "gguf"], check=True)
-    return home / "bin" / "python"
 
 
 def subjects(args: argparse.Namespace, stack: ExitStack) -> dict[str, Ours | Llama]:
@@ -167,7 +160,7 @@ def subjects(args: argparse.Namespace, stack: ExitStack) -> dict[str, Ours | Lla
     q4km = args.work / (source.stem + ".Q4_K_M.gguf")
     if not q4km.exists():
         args.work.mkdir(parents=True, exist_ok=True)
-        subprocess.run([python, _WORKER, "quantize", source, q4km], check=True, stdout=sys.stderr)
+        subprocess.run([python, WORKER, "quantize", source, q4km], check=True, stdout=sys.stderr)
     for name, model in {"llama.cpp Q4_K_M": q4km, f"llama.cpp {source.name.split('.')[-2]}": source}.items():
         worker = Llama(python, model, args.threads)
         stack.callback(worker.close)
@@ -187,8 +180,15 @@ def compare_models(args: argparse.Namespace) -> None:
     median = {name: statistics.median(found) for name, found in rates.items()}
     base = median.get("llama.cpp Q4_K_M")
     for name, found in rates.items():
-        line = {"benchmark": "decode_cpu", "model": Path(args.source).name, "variant": name, "threads": args.threads, "tokens": args.tokens,
-                "tokens_per_second": round(median[name], 2), "spread": [round(min(found), 2), round(max(found), 2)]}  # fmt: skip
+        line = {
+            "benchmark": "decode_cpu",
+            "model": Path(args.source).name,
+            "variant": name,
+            "threads": args.threads,
+            "tokens": args.tokens,
+            "tokens_per_second": round(median[name], 2),
+            "spread": [round(min(found), 2), round(max(found), 2)],
+        }
         ratio = {} if base is None else {"of_llama_cpp_q4_k_m": round(median[name] / base, 3)}
         print(json.dumps(line | ratio | {"kernels": kernels.backend()} | provenance()), flush=True)
 
@@ -202,7 +202,9 @@ def main() -> None:
     parser.add_argument("--packed", nargs="+", default=[], metavar="DIR", help="results of leangrid quantize")
     parser.add_argument("--source", help="the .gguf file that they were made from")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--llama-python", help="has xllamacpp and gguf; made in build/ without it; no: without llama.cpp")
+    parser.add_argument(
+        "--llama-python", help="has xllamacpp and gguf; made in build/ without it; no: without llama.cpp"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "decode", help="where the Q4_K_M file goes")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -214,9 +216,17 @@ def main() -> None:
     memory = memory_rate()
     for shape in args.shapes:
         rows, cols = map(int, shape.split("x"))
-        line = {"benchmark": "decode_layers_cpu", "model": shape, "threads": args.threads, "kernels": kernels.backend(),
-                "unit": "microseconds a product of 1, 4, 16 tokens", "memory_gb_per_s": round(memory / 1e9, 2)}  # fmt: skip
-        print(json.dumps(line | {"results": measure_layer(rows, cols, args.repeats, memory)} | provenance()), flush=True)
+        line = {
+            "benchmark": "decode_layers_cpu",
+            "model": shape,
+            "threads": args.threads,
+            "kernels": kernels.backend(),
+            "unit": "microseconds a product of 1, 4, 16 tokens",
+            "memory_gb_per_s": round(memory / 1e9, 2),
+        }
+        print(
+            json.dumps(line | {"results": measure_layer(rows, cols, args.repeats, memory)} | provenance()), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How near do the Triton decode kernels come to the memory's speed? The linears of Llama-3-8B, LUT and affine beside dense bfloat16 torch.
+"""How near do the Triton decode kernels come to the memory's speed? The linears of Llama-3-8B, LUT and affine beside
+dense bfloat16 torch.
 
     python benchmarks/decode_kernel.py [--bits 4 3 2] [--batch 1 4 16] [--rows-by-cols 4096x4096 ...]
     TRITON_INTERPRET=1 python benchmarks/decode_kernel.py --check          (no GPU: tiny shapes, right or wrong, no time)
 
-One JSON line a case: microseconds, GB/s of the bytes that must move (codes, tables, x, y), ``roofline``: that bandwidth over the one a
-device copy reaches here, and ``dense``: dense time over ours. A case is a CUDA graph of calls on different weights, half a
-gigabyte of them, so no call finds its weight in the cache and no launch waits for Python; the median of several replays counts.
-"""
+One JSON line a case: microseconds, GB/s of the bytes that must move (codes, tables, x, y), ``roofline``: that bandwidth
+over the one a device copy reaches here, and ``dense``: dense time over ours. A case is a CUDA graph of calls on
+different weights, half a gigabyte of them, so no call finds its weight in the cache and no launch waits for Python; the
+median of several replays counts."""
 
 import argparse
 import os
@@ -18,11 +19,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from lines import text
-from machine import provenance
 from torch import Tensor
 
-from leangrid.packing import pack
+from common.lines import text
+from common.machine import provenance
+from leangrid.formats.bit_stream import pack
 
 SHAPES = ("4096x4096", "1024x4096", "14336x4096", "4096x14336")
 TINY = ("40x256", "33x384")
@@ -33,7 +34,8 @@ REPLAYS = 20
 
 @dataclass(frozen=True)
 class Case:
-    """``calls``, each on weights of its own, the ``bytes`` one of them must move, and the error against the dense product."""
+    """``calls``, each on weights of its own, the ``bytes`` one of them must move, and the error against the dense
+    product."""
 
     calls: Sequence[Callable[[], Tensor]]
     bytes: int
@@ -115,10 +117,19 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     case = packed(kind, rows, cols, bits, batch, copies, "cuda")
                     time = microseconds(case.calls)
                     speed = case.bytes / (time * 1e-6)
-                    yield {"shape": shape, "bits": bits, "batch": batch, "kind": kind, "microseconds": round(time, 2),
-                           "gb_per_s": round(speed / 1e9, 1), "roofline": round(speed / bandwidth, 3), "dense_microseconds": round(base, 2),
-                           "dense": round(base / time, 2), "copy_gb_per_s": round(bandwidth / 1e9, 1),
-                           "relative_error": round(case.error, 5)}  # fmt: skip
+                    yield {
+                        "shape": shape,
+                        "bits": bits,
+                        "batch": batch,
+                        "kind": kind,
+                        "microseconds": round(time, 2),
+                        "gb_per_s": round(speed / 1e9, 1),
+                        "roofline": round(speed / bandwidth, 3),
+                        "dense_microseconds": round(base, 2),
+                        "dense": round(base / time, 2),
+                        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+                        "relative_error": round(case.error, 5),
+                    }
 
 
 def checked(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -132,7 +143,13 @@ def checked(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     error = packed(kind, rows, cols, bits, batch, 1, device).error
                     if not error < 0.01:
                         sys.exit(f"{kind} {shape} at {bits} bits, batch {batch}: relative error {error:.3g}")
-                    yield {"shape": shape, "bits": bits, "batch": batch, "kind": kind, "relative_error": round(error, 5)}
+                    yield {
+                        "shape": shape,
+                        "bits": bits,
+                        "batch": batch,
+                        "kind": kind,
+                        "relative_error": round(error, 5),
+                    }
 
 
 def main() -> None:
@@ -140,10 +157,14 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rows-by-cols", nargs="+", metavar="RxC")
-    parser.add_argument("--check", action="store_true", help="tiny shapes against the dense product; also under TRITON_INTERPRET=1")
+    parser.add_argument(
+        "--check", action="store_true", help="tiny shapes against the dense product; also under TRITON_INTERPRET=1"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available() and not (args.check and os.environ.get("TRITON_INTERPRET") == "1"):
-        sys.exit("decode_kernel: no CUDA device here; TRITON_INTERPRET=1 with --check tests the same kernels on the CPU, without times")
+        sys.exit(
+            "decode_kernel: no CUDA device here; TRITON_INTERPRET=1 with --check tests the same kernels on the CPU, without times"
+        )
     import triton
 
     source = provenance()

@@ -1,12 +1,13 @@
-"""Does LeanQuant-Exact earn its time on an encoder? SQuAD F1 of each method at 4 and 3 bits, the paper's BERT table; one JSON line each.
+"""Does LeanQuant-Exact earn its time on an encoder? SQuAD F1 of each method at 4 and 3 bits, the paper's BERT table;
+one JSON line each.
 
     python benchmarks/squad_finetune.py xquad.en.json .models/minilm_squad
     python benchmarks/encoder.py .models/minilm_squad [--schemes NU4_EXACT,...] [--out FILE]
 
-MODEL is what squad_finetune.py left, with MODEL-data beside it: the articles it never saw are asked (`leangrid eval --tasks squad`),
-contexts it was trained on calibrate. Exact and blocked go by the paper (no correction, no refit, no guarded rows), so that they differ in
-the order of elimination alone; `default` is what leangrid does by itself. Each quantization runs in a process of its own.
-"""
+MODEL is what squad_finetune.py left, with MODEL-data beside it: the articles it never saw are asked (`leangrid eval
+--tasks squad`), contexts it was trained on calibrate. Exact and blocked go by the paper (no correction, no refit, no
+guarded rows), so that they differ in the order of elimination alone; `default` is what leangrid does by itself. Each
+quantization runs in a process of its own."""
 
 import argparse
 import shutil
@@ -15,14 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import lines
-import once
 import torch
-from machine import provenance
 from transformers.utils import logging as transformers_logging
-from workload import Workload
 
-from leangrid.evaluate import Tasks, evaluate
+from common import lines, quantize_process
+from common.machine import provenance
+from common.workload import Workload
+from leangrid.evaluation import Tasks, evaluate
 from leangrid.recipe import Recipe, Scheme
 
 _PLAIN = {"correct": "0", "refine": "0", "guard": "false"}
@@ -52,7 +52,11 @@ class Encoder:
     """The model, what calibrates it, and what it answers before it is quantized."""
 
     def __init__(self, model: Path, samples: int, length: int, folder: Path, threads: int | None) -> None:
-        self.folder, self.threads, data = folder, threads or torch.get_num_threads(), model.with_name(model.name + "-data")
+        self.folder, self.threads, data = (
+            folder,
+            threads or torch.get_num_threads(),
+            model.with_name(model.name + "-data"),
+        )
         self.work = Workload.open(model, str(data / "train.txt"), samples, length, 0, folder)
         self.asked = data / "heldout"
         self.original = measured(model, self.asked)
@@ -60,13 +64,24 @@ class Encoder:
     def line(self, method: str, recipe: Recipe) -> dict[str, Any]:
         """One run, without where it comes from."""
         out = self.folder / "out"
-        result = once.quantize(self.work.source, out, recipe.model_dump(exclude={"calibration"}), self.work.windows_file, self.threads)
+        result = quantize_process.quantize(
+            self.work.source, out, recipe.model_dump(exclude={"calibration"}), self.work.windows_file, self.threads
+        )
         found = measured(out, self.asked)
         shutil.rmtree(out)
-        return {"benchmark": "encoder", "model": self.work.name, "scheme": recipe.scheme, "variant": method, "bits": recipe.parsed.bits,
-                "windows_sha256": self.work.windows_sha256, "threads": self.threads, **found,
-                "original_f1": self.original["f1"], "original_exact_match": self.original["exact_match"],
-                **{key: result[key] for key in _KEPT}}  # fmt: skip
+        return {
+            "benchmark": "encoder",
+            "model": self.work.name,
+            "scheme": recipe.scheme,
+            "variant": method,
+            "bits": recipe.parsed.bits,
+            "windows_sha256": self.work.windows_sha256,
+            "threads": self.threads,
+            **found,
+            "original_f1": self.original["f1"],
+            "original_exact_match": self.original["exact_match"],
+            **{key: result[key] for key in _KEPT},
+        }
 
 
 def main() -> None:
@@ -87,9 +102,7 @@ def main() -> None:
         for number, (method, recipe) in enumerate(todo, 1):
             print(f"{number} of {len(todo)}: {recipe.scheme} {method}", file=sys.stderr, flush=True)
             line = encoder.line(method, recipe) | provenance()
-            print(lines.text(line), flush=True)
-            if options.out:
-                lines.add(options.out, line)
+            lines.show(line, options.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Draw docs/figures from benchmarks/results: one SVG for each variable of scaling.py, the same bytes for the same lines.
+"""Draw docs/figures from benchmarks/results: one SVG for each variable of scaling.py, the same bytes for the same
+lines.
 
 python benchmarks/figures.py [--results benchmarks/results/scaling.jsonl] [--out docs/figures]
 """
@@ -8,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lines
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-ROOT = Path(__file__).resolve().parents[1]
+from common import lines
+from common.machine import ROOT
+
 AXES = {
     "rows": "rows",
     "cols": "columns",
@@ -27,8 +29,17 @@ COLOURS = {"hessian": "#0072B2", "hessian bf16": "#6A3D9A", "factor": "#56B4E9",
            "nonuniform": "#CC79A7", "sweep": "#009E73",
            "refine": "#E69F00", "refine levels": "#B8A200", "pack": "#999999", "linear": "#000000"}  # fmt: skip
 # Text stays text and ids come from a fixed seed: small files that change only where a number does.
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "leangrid", "font.size": 9, "font.family": "sans-serif", "axes.grid": True,
-         "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "leangrid",
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 
 def draw(variable: str, found: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -38,7 +49,15 @@ def draw(variable: str, found: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes = figure.add_subplot()
         for line in found:
             label = f"{line['stage']}  {line['exponent']:.2f}"
-            axes.plot(line["values"], line["seconds"], marker="o", markersize=3, linewidth=1.4, color=COLOURS[line["stage"]], label=label)
+            axes.plot(
+                line["values"],
+                line["seconds"],
+                marker="o",
+                markersize=3,
+                linewidth=1.4,
+                color=COLOURS[line["stage"]],
+                label=label,
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         values = sorted({value for line in found for value in line["values"]})
@@ -47,7 +66,9 @@ def draw(variable: str, found: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(AXES[variable])
         axes.set_ylabel("CPU seconds, 1 thread")
-        axes.legend(title="exponent", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8)
+        axes.legend(
+            title="exponent", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 

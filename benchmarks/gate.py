@@ -2,9 +2,9 @@
 
     python benchmarks/gate.py --source MODEL --calibration c4.jsonl --amounts 16x1024 4x32 [--scheme W4A16_G64] [--out FILE.jsonl]
 
-Each run is a process of its own. ``check_seconds`` are the gate's, of ``seconds``; ``seen``, ``unseen`` and their ``rounding`` are the
-distances from the original on the calibration's text and on text that it did not hold; ``warnings`` what a user is told.
-"""
+Each run is a process of its own. ``check_seconds`` are the gate's, of ``seconds``; ``seen``, ``unseen`` and their
+``rounding`` are the distances from the original on the calibration's text and on text that it did not hold;
+``warnings`` what a user is told."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import provenance
+from common.machine import provenance
 
 
 def measure(source: str, calibration: str, scheme: str, samples: int, length: int) -> dict[str, Any]:
@@ -53,7 +53,15 @@ def main() -> None:
             found = pool.apply(measure, (asked.source, asked.calibration, asked.scheme, samples, length))
         name = Path(asked.source).name.split(".")[0]
         text = "embedded" if asked.calibration == "embedded" else Path(asked.calibration).name
-        line = {"benchmark": "gate", "model": name, "scheme": asked.scheme, "variant": amount, "calibration": text, **found, **provenance()}
+        line = {
+            "benchmark": "gate",
+            "model": name,
+            "scheme": asked.scheme,
+            "variant": amount,
+            "calibration": text,
+            **found,
+            **provenance(),
+        }
         lines.append(json.dumps(line))
         print(lines[-1], flush=True)
     if asked.out is not None:

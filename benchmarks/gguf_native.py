@@ -1,16 +1,16 @@
-"""Our grids in llama.cpp's block types against llama.cpp's own quantizer with its importance matrix, type by type. Prints JSON lines.
+"""Our grids in llama.cpp's block types against llama.cpp's own quantizer with its importance matrix, type by type.
+Prints JSON lines.
 
     python benchmarks/gguf_native.py layers --source DIR --calibration c4.jsonl --types Q4_0 Q4_K --out benchmarks/results/gguf_native.jsonl
     python benchmarks/gguf_native.py models --source DIR --calibration c4.jsonl --text wiki.test.raw --windows 12 --types Q4_0 Q4_K
 
-``layers``: tr(E H E^T)/2 of every linear, H of the original model's inputs, no layer knows of another's error; sums over the layers of
-one width. ``leangrid`` is the whole treatment (grid, sweep, refit), ``min-max GPTQ`` and ``min-max`` the baselines, ``llama.cpp`` what
-``ggml_quantize_chunk`` of the released library makes with the mean squared inputs of the same tokens as its importance matrix,
-``llama.cpp plain`` without one.
-``models``: the whole model, as ``leangrid quantize`` makes it and with every one of the same linears replaced by llama.cpp's bytes,
-dequantized; embeddings, head and norms stay as they are. Same types layer by layer, same calibration windows, one evaluator (quality.py).
-llama.cpp runs in a Python of its own that has xllamacpp and gguf (llama_worker.py).
-"""
+``layers``: tr(E H E^T)/2 of every linear, H of the original model's inputs, no layer knows of another's error; sums
+over the layers of one width. ``leangrid`` is the whole treatment (grid, sweep, refit), ``min-max GPTQ`` and ``min-max``
+the baselines, ``llama.cpp`` what ``ggml_quantize_chunk`` of the released library makes with the mean squared inputs of
+the same tokens as its importance matrix, ``llama.cpp plain`` without one. ``models``: the whole model, as ``leangrid
+quantize`` makes it and with every one of the same linears replaced by llama.cpp's bytes, dequantized; embeddings, head
+and norms stay as they are. Same types layer by layer, same calibration windows, one evaluator (quality.py). llama.cpp
+runs in a Python of its own that has xllamacpp and gguf (llama_worker.py)."""
 
 import argparse
 import gc
@@ -20,37 +20,36 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lines
 import numpy as np
-import once
 import torch
-from decode_cpu import llama_python
-from machine import provenance
-from quality import yardstick
-from torch import Tensor, nn
-from workload import Workload, default_source
+from torch import Tensor
 
 import leangrid
+from common import lines, quantize_process
+from common.hessians import collect_hessians
+from common.llama_python import WORKER, llama_python
+from common.machine import provenance
+from common.original import open_original
+from common.workload import Workload, default_source
 from leangrid.block_types import BLOCK_TYPES
-from leangrid.factor import factorize
-from leangrid.hessian import Hessian, HessianSum
-from leangrid.linear import loss, solve_linear
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
+from leangrid.solve.factor import factorize
+from leangrid.solve.hessian import Hessian
+from leangrid.solve.layer import loss, solve_linear
 from leangrid.storage.source import open_source
-
-_WORKER = Path(__file__).with_name("llama_worker.py")
 
 
 class Llama:
     """llama.cpp's quantizer, one matrix after the other."""
 
     def __init__(self, python: Path, folder: Path) -> None:
-        self.process = subprocess.Popen([python, _WORKER, "blocks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [python, WORKER, "blocks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.folder = folder
 
     def quantized(self, weight: Tensor, kind: str, importance: Tensor | None) -> Tensor:
@@ -66,38 +65,12 @@ class Llama:
         self.process.stdin.write(json.dumps(asked) + "\n")
         self.process.stdin.flush()
         if not self.process.stdout.readline():
-            raise SystemExit(f"llama.cpp stopped at {kind}: run {_WORKER.name} blocks by hand")
+            raise SystemExit(f"llama.cpp stopped at {kind}: run {WORKER.name} blocks by hand")
         return torch.from_numpy(np.load(asked["out"]))
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-@contextmanager
-def summed(model: nn.Module, names: list[str]) -> Iterator[dict[str, HessianSum]]:
-    """While open, every token that passes one of the linears is added to its sums."""
-    sums: dict[str, HessianSum] = {}
-    hooks = []
-    for name in names:
-        linear = model.get_submodule(name)
-        sums[name] = HessianSum(linear.weight.shape[1])  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], total: HessianSum = sums[name]) -> None:
-            total.add(inputs[0].flatten(0, -2).float())
-
-        hooks.append(linear.register_forward_pre_hook(add))
-    yield sums
-    for hook in hooks:
-        hook.remove()
-
-
-@torch.no_grad()
-def hessians(model: Any, names: list[str], windows: Tensor) -> dict[str, Hessian]:
-    with summed(model, names) as sums:
-        for window in windows:
-            model(input_ids=window[None].to(model.device))
-    return {name: total.finish() for name, total in sums.items()}
 
 
 def importance(hessian: Hessian) -> Tensor:
@@ -106,11 +79,13 @@ def importance(hessian: Hessian) -> Tensor:
 
 
 @torch.no_grad()
-def layer_lines(work: Workload, types: list[str], llama: Llama, names: list[str], only: str) -> Iterator[dict[str, Any]]:
+def layer_lines(
+    work: Workload, types: list[str], llama: Llama, names: list[str], only: str
+) -> Iterator[dict[str, Any]]:
     """One line a type and width: sums of losses over the layers."""
     model, _ = leangrid.load(work.source, dtype=torch.float32)
     taken = [name for name in names if only in name]
-    found = hessians(model, taken, work.windows)
+    found = collect_hessians(model, taken, work.windows)
     factors: dict[str, Any] = {}
     for kind in types:
         recipe = Recipe(scheme=kind, correct=0).resolved()
@@ -124,14 +99,24 @@ def layer_lines(work: Workload, types: list[str], llama: Llama, names: list[str]
             result = solve_linear(weight, factors[name], hessian.matrix, recipe)
             theirs = {name: loss(llama.quantized(weight, kind, share), weight, hessian.matrix)
                       for name, share in (("llama.cpp", importance(hessian)), ("llama.cpp plain", None))}  # fmt: skip
-            values = {"leangrid": result.loss, "min-max GPTQ": result.loss_minmax, "min-max": result.loss_rounding, **theirs}
+            values = {
+                "leangrid": result.loss,
+                "min-max GPTQ": result.loss_minmax,
+                "min-max": result.loss_rounding,
+                **theirs,
+            }
             row = sums.setdefault(weight.shape[1], {"layers": 0.0})
             row["layers"] += 1
             for key, value in values.items():
                 row[key] = row.get(key, 0.0) + value
         for cols, row in sums.items():
-            yield {"scheme": kind, "cols": cols, "layers": int(row.pop("layers")), "losses": {k: float(f"{v:.5g}") for k, v in row.items()},
-                   "of_llama_cpp": round(row["leangrid"] / row["llama.cpp"], 4)}  # fmt: skip
+            yield {
+                "scheme": kind,
+                "cols": cols,
+                "layers": int(row.pop("layers")),
+                "losses": {k: float(f"{v:.5g}") for k, v in row.items()},
+                "of_llama_cpp": round(row["leangrid"] / row["llama.cpp"], 4),
+            }
 
 
 @torch.no_grad()
@@ -151,20 +136,40 @@ def llama_checkpoint(work: Workload, kind: str, llama: Llama, found: dict[str, H
     return stored / weights
 
 
-def model_lines(work: Workload, args: argparse.Namespace, llama: Llama, names: list[str], folder: Path) -> Iterator[dict[str, Any]]:
+def model_lines(
+    work: Workload, args: argparse.Namespace, llama: Llama, names: list[str], folder: Path
+) -> Iterator[dict[str, Any]]:
     """Two lines a type: ours, llama.cpp's."""
     model, _ = leangrid.load(work.source, dtype=torch.float32)
-    found = hessians(model, names, work.windows)
+    found = collect_hessians(model, names, work.windows)
     del model
-    yard = yardstick(work.source, args.text, args.windows, args.length)
+    original = open_original(work.source, args.text, args.windows, args.length)
     for kind in args.types:
         recipe, out = work.recipe(kind, {}), folder / "model"
-        result = once.quantize(work.source, out, recipe.model_dump(exclude={"calibration"}), work.windows_file, args.threads)
-        kept = {name: result[name] for name in ("bits_per_weight", "loss", "loss_minmax", "loss_rounding", "rescues", "seconds")}
-        yield {"scheme": kind, "variant": "leangrid", "recipe": recipe.model_dump(), **yard.about, **yard.figures(out), **kept}
+        result = quantize_process.quantize(
+            work.source, out, recipe.model_dump(exclude={"calibration"}), work.windows_file, args.threads
+        )
+        kept = {
+            name: result[name]
+            for name in ("bits_per_weight", "loss", "loss_minmax", "loss_rounding", "rescues", "seconds")
+        }
+        yield {
+            "scheme": kind,
+            "variant": "leangrid",
+            "recipe": recipe.model_dump(),
+            **original.about,
+            **original.measure(out),
+            **kept,
+        }
         shutil.rmtree(out)
         bits = llama_checkpoint(work, kind, llama, found, out)
-        yield {"scheme": kind, "variant": "llama.cpp", **yard.about, **yard.figures(out), "bits_per_weight": round(bits, 4)}
+        yield {
+            "scheme": kind,
+            "variant": "llama.cpp",
+            **original.about,
+            **original.measure(out),
+            "bits_per_weight": round(bits, 4),
+        }
         shutil.rmtree(out)
         gc.collect()
 
@@ -172,15 +177,21 @@ def model_lines(work: Workload, args: argparse.Namespace, llama: Llama, names: l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("layers", "models"))
-    parser.add_argument("--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given")
+    parser.add_argument(
+        "--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given"
+    )
     parser.add_argument("--name", help="of the model in the tables; the source's own where none is given")
     parser.add_argument("--calibration", default="self", help="as quality.py takes it")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--text", default="embedded", help="what whole models are evaluated on; an STS .csv file for an encoder")
+    parser.add_argument(
+        "--text", default="embedded", help="what whole models are evaluated on; an STS .csv file for an encoder"
+    )
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_1", "Q4_K", "Q3_K", "Q2_K"], choices=sorted(BLOCK_TYPES))
+    parser.add_argument(
+        "--types", nargs="+", default=["Q4_0", "Q4_1", "Q4_K", "Q3_K", "Q2_K"], choices=sorted(BLOCK_TYPES)
+    )
     parser.add_argument("--only", default="", help="layers: those whose names hold this")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--llama-python", help="has xllamacpp and gguf; made in build/ without it")
@@ -191,7 +202,9 @@ def main() -> None:
     python = llama_python(args.llama_python)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        work = Workload.open(args.source or default_source(), args.calibration, args.samples, args.length, args.seed, folder, args.name)
+        work = Workload.open(
+            args.source or default_source(), args.calibration, args.samples, args.length, args.seed, folder, args.name
+        )
         skeleton = Skeleton(open_source(work.source))
         names = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
         llama = Llama(python, folder)
@@ -202,11 +215,13 @@ def main() -> None:
                 else model_lines(work, args, llama, names, folder)
             )
             for line in made:
-                head = {"benchmark": f"gguf_native_{args.part}", "model": work.name, "windows_sha256": work.windows_sha256,
-                        "threads": torch.get_num_threads()}  # fmt: skip
-                print(lines.text(head | line | provenance()), flush=True)
-                if args.out:
-                    lines.add(args.out, head | line | provenance())
+                head = {
+                    "benchmark": f"gguf_native_{args.part}",
+                    "model": work.name,
+                    "windows_sha256": work.windows_sha256,
+                    "threads": torch.get_num_threads(),
+                }
+                lines.show(head | line | provenance(), args.out)
         finally:
             llama.close()
 

@@ -1,15 +1,16 @@
-"""How much does a fused, de-duplicated affine search save? The comparison of the paper's Table 5, on one layer; prints one JSON line.
+"""How much does a fused, de-duplicated affine search save? The comparison of the paper's Table 5, on one layer; prints
+one JSON line.
 
     python benchmarks/grid_search.py [--rows 4096] [--cols 4096] [--bits 4] [--steps 2048] [--group 128] [--enumerated 4096]
 
-``enumeration`` is the search as torch code says it: for each of the t^2 candidates (168,100 at 4 bits and T = 2048) quantize all weights,
-sum the weighted squares, keep the better pair a row; float32, all rows at once. Against it: ``torch`` (the same optimum from distinct
-(S, Z) and prefix sums, our twin), ``cpu`` (C++, one thread) and ``triton`` (where there is a GPU). All must reach the same objectives.
+``enumeration`` is the search as torch code says it: for each of the t^2 candidates (168,100 at 4 bits and T = 2048)
+quantize all weights, sum the weighted squares, keep the better pair a row; float32, all rows at once. Against it:
+``torch`` (the same optimum from distinct (S, Z) and prefix sums, our twin), ``cpu`` (C++, one thread) and ``triton``
+(where there is a GPU). All must reach the same objectives.
 
-On a GPU the default layer is 4096 x 4096; on a CPU 64 x 4096, of which 4 rows are enumerated (64 take minutes, and less a row: the fixed
-cost of 2 million small torch calls is then shared). Times are given a row.
-The best of the repeats counts: seconds on a GPU, CPU seconds of one thread without; the enumeration, being long, runs once.
-"""
+On a GPU the default layer is 4096 x 4096; on a CPU 64 x 4096, of which 4 rows are enumerated (64 take minutes, and less
+a row: the fixed cost of 2 million small torch calls is then shared). Times are given a row. The best of the repeats
+counts: seconds on a GPU, CPU seconds of one thread without; the enumeration, being long, runs once."""
 
 import argparse
 import os
@@ -17,19 +18,20 @@ import time
 from collections.abc import Callable
 
 import torch
-from lines import text
-from machine import provenance
 from torch import Tensor
 
+from common.lines import text
+from common.machine import provenance
 from leangrid import kernels
 from leangrid.grids.affine import SHRINK
-from leangrid.kernels.torch_affine import shrink_steps
+from leangrid.kernels.plain.affine import shrink_steps
 
 Pairs = tuple[Tensor, Tensor]
 
 
 def enumeration(weight: Tensor, share: Tensor, bits: int, steps: int, t: int) -> Pairs:
-    """Scale and zero point f32 [items] of the best of the t^2 candidates of each row; weight f32 [items, n], share f32 [items or 1, n]."""
+    """Scale and zero point f32 [items] of the best of the t^2 candidates of each row; weight f32 [items, n], share f32
+    [items or 1, n]."""
     top = 2**bits - 1
     lo, hi = weight.amin(1, keepdim=True).clamp(max=0.0), weight.amax(1, keepdim=True).clamp(min=0.0)
     step = (hi - lo) / steps
@@ -80,7 +82,11 @@ def _clock(device: torch.device) -> float:
 
 def measured(args: argparse.Namespace, device: torch.device) -> dict[str, object]:
     g = torch.Generator().manual_seed(0)
-    weight = torch.randn(args.rows, args.cols, generator=g) * torch.exp(0.5 * torch.randn(args.rows, args.cols, generator=g)) * 0.02
+    weight = (
+        torch.randn(args.rows, args.cols, generator=g)
+        * torch.exp(0.5 * torch.randn(args.rows, args.cols, generator=g))
+        * 0.02
+    )
     share = 10.0 ** (-4 * torch.rand(args.cols, generator=g, dtype=torch.float64))
     group, shrink, cpu = args.group or args.cols, SHRINK.get(args.bits, 0.2), torch.device("cpu")
     t = shrink_steps(args.steps, shrink)
@@ -97,11 +103,19 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, object
 
     few = min(args.enumerated, args.rows)
     items = weight[:few].reshape(-1, group).to(device)
-    shares = share.reshape(-1, group).repeat(few, 1).float().to(device) if group < args.cols else share.float()[None].to(device)
+    shares = (
+        share.reshape(-1, group).repeat(few, 1).float().to(device)
+        if group < args.cols
+        else share.float()[None].to(device)
+    )
     spent, pairs = once(lambda: enumeration(items, shares, args.bits, args.steps, t), device)
-    reached = {"enumeration": objective(items.cpu(), shares.cpu(), pairs=(pairs[0].cpu(), pairs[1].cpu()), bits=args.bits)}
+    reached = {
+        "enumeration": objective(items.cpu(), shares.cpu(), pairs=(pairs[0].cpu(), pairs[1].cpu()), bits=args.bits)
+    }
     a_row = {"enumeration": spent / few}
-    paths = {"torch": ("torch", device), "cpu": ("", cpu)} | ({"triton": ("triton", device)} if device.type == "cuda" else {})
+    paths = {"torch": ("torch", device), "cpu": ("", cpu)} | (
+        {"triton": ("triton", device)} if device.type == "cuda" else {}
+    )
     for name, (path, where) in paths.items():
         a_row[name], pairs = ours(path, where)
         first = (pairs[0][: len(items)], pairs[1][: len(items)])
@@ -109,13 +123,17 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, object
     os.environ.pop("LEANGRID_KERNELS", None)
     least = torch.stack(list(reached.values())).amin(0)
     worst = {name: float((value / least - 1).max()) for name, value in reached.items()}
-    if max(worst.values()) > 1e-4:  # float32 sums of the enumeration may take a neighbouring candidate; more is another answer
+    if (
+        max(worst.values()) > 1e-4
+    ):  # float32 sums of the enumeration may take a neighbouring candidate; more is another answer
         raise SystemExit(f"not the same answer: objectives above the least by {worst}")
     return {
         "candidates": t * t,
         "enumerated_rows": few,
         "microseconds_a_row": {name: round(value * 1e6, 3) for name, value in a_row.items()},
-        "times_faster": {name: round(a_row["enumeration"] / value, 1) for name, value in a_row.items() if name != "enumeration"},
+        "times_faster": {
+            name: round(a_row["enumeration"] / value, 1) for name, value in a_row.items() if name != "enumeration"
+        },
         "objective_above_least": {name: float(f"{value:.1e}") for name, value in worst.items()},
     }
 
@@ -129,14 +147,25 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2048)
     parser.add_argument("--group", type=int, default=0, help="columns a group; 0: whole rows")
-    parser.add_argument("--enumerated", type=int, default=4096 if full else 4, help="rows on which the enumeration runs")
+    parser.add_argument(
+        "--enumerated", type=int, default=4096 if full else 4, help="rows on which the enumeration runs"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     if not full:
         torch.set_num_threads(1)
     unit = "seconds on the GPU (cpu: CPU seconds, its threads together)" if full else "CPU seconds, 1 thread"
-    line = {"benchmark": "grid_search", "unit": unit, "threads": torch.get_num_threads(), "rows": args.rows, "cols": args.cols,
-            "bits": args.bits, "steps": args.steps, "group": args.group, "device": device.type}  # fmt: skip
+    line = {
+        "benchmark": "grid_search",
+        "unit": unit,
+        "threads": torch.get_num_threads(),
+        "rows": args.rows,
+        "cols": args.cols,
+        "bits": args.bits,
+        "steps": args.steps,
+        "group": args.group,
+        "device": device.type,
+    }
     print(text(line | measured(args, device) | provenance()))
 
 

@@ -1,18 +1,25 @@
-"""Does every engine read what we write? Each format in its engine, beside our own model of the same result. One JSON line a case.
+"""Does every engine read what we write? Each format in its engine, beside our own model of the same result. One JSON
+line a case.
 
-    python benchmarks/interop.py                                             # every engine that installs here: make interop
-    python benchmarks/interop.py --engines vllm,onnx --models results/       # two of them, on results that are already there
+    # every engine that installs here: make interop
+    python benchmarks/interop.py
+    # two of them, on results that are already there
+    python benchmarks/interop.py --engines vllm,onnx --models results/
 
-An engine is tests/interop/engines/ENGINE.txt (its packages, pinned) and run_ENGINE.py, which runs in an environment of its own in .peers/
-and knows nothing of leangrid, but for the engines whose list says ``# with: leangrid``: there our plugin is what is tested. A case is a
-result of ``leangrid quantize``, exported to the engine's container where it is another one, opened by the engine and by ``leangrid.load``.
+An engine is tests/interop/engines/ENGINE.txt (its packages, pinned) and run_ENGINE.py, which runs in an environment of
+its own in .peers/ and knows nothing of leangrid, but for the engines whose list says ``# with: leangrid``: there our
+plugin is what is tested. A case is a result of ``leangrid quantize``, exported to the engine's container where it is
+another one, opened by the engine and by ``leangrid.load``.
 
-* max_logit_difference, kl: over all tokens of the prompt, from our model in the engine's dtype (float32 unless its runner says otherwise).
-* greedy_equal: the next 32 tokens are the same. Where they are not, ``margin`` is our model's logit of its own token less its logit of
-  the engine's, at the first place where they differ: a small one is a tie that rounding decides, a large one a model that was read wrongly.
-* weights_equal: whether every quantized linear as the engine itself dequantizes it (llama.cpp does, where asked) is ours bit for bit.
-* state: ok; differs (other weights, or kl or margin above what the engine's arithmetic explains); or why there is no figure: not
-  installed, failed, refused.
+* max_logit_difference, kl: over all tokens of the prompt, from our model in the engine's dtype (float32 unless its
+runner says otherwise).
+* greedy_equal: the next 32 tokens are the same. Where they are not, ``margin`` is our model's logit of its own token
+  less its logit of the engine's, at the first place where they differ: a small one is a tie that rounding decides, a
+  large one a model that was read wrongly.
+* weights_equal: whether every quantized linear as the engine itself dequantizes it (llama.cpp does, where asked) is
+ours bit for bit.
+* state: ok; differs (other weights, or kl or margin above what the engine's arithmetic explains); or why there is no
+  figure: not installed, failed, refused.
 
 Exit 1 where a case differs or fails.
 """
@@ -24,17 +31,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lines
 import torch
-from environment import Environment, EnvironmentFailed
-from interop_models import Models, Ours, llama_weights
-from machine import provenance
 from safetensors.torch import load_file
 
+from common import lines
+from common.environment import Environment, EnvironmentFailed
+from common.interop_models import Models, Ours, llama_weights
+from common.machine import ROOT, provenance
 from leangrid.errors import LeangridError
-from leangrid.finished import Finished
+from leangrid.exporters.result_reader import Finished
 
-ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ROOT / "tests" / "interop" / "engines"
 NEW = 32
 # The largest KL, and margin of another token, of a model that was read rightly: bfloat16 holds logits near 20 to 0.06.
@@ -101,7 +107,10 @@ KNOWN: dict[str, Engine] = {
             ("W6A16_SYM", "gguf", TINY),
             ("W8A16_SYM", "gguf", TINY),
             *((scheme, "gguf", REAL) for scheme in ("Q4_K", "Q3_K", "Q2_K", "Q4_0")),
-            *((scheme, "gguf", TINY) for scheme in ("Q4_K", "Q3_K", "Q2_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")),
+            *(
+                (scheme, "gguf", TINY)
+                for scheme in ("Q4_K", "Q3_K", "Q2_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q5_K", "Q6_K", "Q8_0")
+            ),
         ),
         "8-bit activations",
         bounds=(0.02, 0.5),
@@ -147,9 +156,14 @@ def compared(ours: Ours, theirs: dict[str, Any], logits: torch.Tensor | None) ->
     found["greedy_equal"] = said == expected
     found["greedy_tokens"] = len(expected)
     if said != expected:
-        place = next((i for i, pair in enumerate(zip(said, expected, strict=False)) if pair[0] != pair[1]), min(len(said), len(expected)))
+        place = next(
+            (i for i, pair in enumerate(zip(said, expected, strict=False)) if pair[0] != pair[1]),
+            min(len(said), len(expected)),
+        )
         found["first_difference"] = place
-        chosen, other = (tokens[place : place + 1] or list(ours.ends) for tokens in (expected, said))  # one may end the text here
+        chosen, other = (
+            tokens[place : place + 1] or list(ours.ends) for tokens in (expected, said)
+        )  # one may end the text here
         if chosen and other:
             found["margin"] = float(ours.steps[place, chosen].max() - ours.steps[place, other].max())
     return found
@@ -168,15 +182,23 @@ def equal_weights(directory: Path, file: Path) -> bool:
     return all(torch.equal(theirs[name], weight.flatten()) for name, weight in llama_weights(Finished.open(directory)))
 
 
-def run_case(name: str, case: tuple[str, str, str], models: Models, settings: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def run_case(
+    name: str, case: tuple[str, str, str], models: Models, settings: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
     """One line without its provenance."""
     scheme, container, model = case
     about = models.about(scheme, container, model)
     environment = environment_of(name, settings)
     try:
         directory, exported = models.result(scheme, container, model), models.exported(scheme, container, model)
-        job = {"model": str(exported), "tokens": models.prompt(model), "new": NEW, "logits": str(folder / "logits.safetensors"),
-               "weights": str(folder / "weights.safetensors"), "threads": settings.threads}  # fmt: skip
+        job = {
+            "model": str(exported),
+            "tokens": models.prompt(model),
+            "new": NEW,
+            "logits": str(folder / "logits.safetensors"),
+            "weights": str(folder / "weights.safetensors"),
+            "threads": settings.threads,
+        }
         for kind in ("logits", "weights"):
             Path(job[kind]).unlink(missing_ok=True)
         theirs = environment.run(job, folder)
@@ -187,12 +209,19 @@ def run_case(name: str, case: tuple[str, str, str], models: Models, settings: ar
     dtype = theirs.get("dtype", "float32")
     logits = load_file(folder / "logits.safetensors")["logits"] if (folder / "logits.safetensors").is_file() else None
     rounds = theirs.get("rounds", KNOWN[name].rounds)
-    found = {"dtype": dtype} | compared(Ours.of(directory, models.prompt(model), NEW, getattr(torch, dtype), rounds), theirs, logits)
+    found = {"dtype": dtype} | compared(
+        Ours.of(directory, models.prompt(model), NEW, getattr(torch, dtype), rounds), theirs, logits
+    )
     if (folder / "weights.safetensors").is_file():
         found["weights_equal"] = equal_weights(directory, folder / "weights.safetensors")
     notes = {"note": theirs["note"]} if "note" in theirs else {}
-    return about | {**found, "state": verdict(found, KNOWN[name]), **notes,
-                    "version": next(iter(theirs["versions"].values())), "engine_versions": theirs["versions"]}  # fmt: skip
+    return about | {
+        **found,
+        "state": verdict(found, KNOWN[name]),
+        **notes,
+        "version": next(iter(theirs["versions"].values())),
+        "engine_versions": theirs["versions"],
+    }
 
 
 def environment_of(name: str, settings: argparse.Namespace) -> Environment:
@@ -208,7 +237,9 @@ def installed(name: str, settings: argparse.Namespace) -> str | None:
             environment.build()
     except EnvironmentFailed as error:
         return f"not installed: {str(error).strip().splitlines()[-1][:300]}"
-    return None if environment.python.exists() else f"not installed: no folder {environment.name} among the environments"
+    return (
+        None if environment.python.exists() else f"not installed: no folder {environment.name} among the environments"
+    )
 
 
 def run(names: list[str], settings: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -218,15 +249,20 @@ def run(names: list[str], settings: argparse.Namespace, folder: Path) -> list[di
     for name in names:
         missing = installed(name, settings)
         for case in KNOWN[name].cases:
-            if any(asked and found not in asked.split(",") for asked, found in ((settings.schemes, case[0]), (settings.of, case[2]))):
+            if any(
+                asked and found not in asked.split(",")
+                for asked, found in ((settings.schemes, case[0]), (settings.of, case[2]))
+            ):
                 continue
-            found = run_case(name, case, models, settings, folder) if missing is None else models.about(*case) | {"state": missing}
+            found = (
+                run_case(name, case, models, settings, folder)
+                if missing is None
+                else models.about(*case) | {"state": missing}
+            )
             if log := found.pop("log", ""):
                 print(log, file=sys.stderr, flush=True)
             line = {"benchmark": "interop", "engine": name, **found, "arithmetic": KNOWN[name].why, **origin}
-            print(lines.text(line), flush=True)
-            if settings.out:
-                lines.add(settings.out, line)
+            lines.show(line, settings.out)
             done.append(line)
     return done
 
@@ -236,7 +272,9 @@ def main() -> None:
     parser.add_argument("--engines", default=",".join(KNOWN), help="with commas between them")
     parser.add_argument("--schemes", default="", help="only these, with commas between them")
     parser.add_argument("--of", default="", help=f"only of these models, with commas between them: {REAL}, {TINY} ...")
-    parser.add_argument("--models", type=Path, default=ROOT / ".cache" / "interop", help="where the results are kept, and made once")
+    parser.add_argument(
+        "--models", type=Path, default=ROOT / ".cache" / "interop", help="where the results are kept, and made once"
+    )
     parser.add_argument("--environments", type=Path, default=ROOT / ".peers", help="where the engines are installed")
     parser.add_argument("--no-build", action="store_true", help="take the environments as they are")
     parser.add_argument("--threads", type=int, default=2)

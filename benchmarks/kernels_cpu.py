@@ -1,12 +1,13 @@
-"""How fast are the CPU kernels? One thread, microseconds a row, every instruction set of this machine; prints one JSON line.
+"""How fast are the CPU kernels? One thread, microseconds a row, every instruction set of this machine; prints one JSON
+line.
 
     python benchmarks/kernels_cpu.py [--rows 64] [--cols 4096] [--repeats 5]
 
-Rows are heavy-tailed (Gaussian times log-normal), importances spread over four decades. ``*_g64`` and ``*_g128`` are microseconds a GROUP
-(scale rounded to bfloat16 unless said), ``*_576`` and ``*_1536`` a row of that many columns, ``sweep_*`` and ``descend_*`` a row of one
-128-column block, ``level_gram`` a row of n columns, ``exact_*`` a row of LeanQuant-Exact.
-The best of the repeats counts, in CPU time of the process: other work on the machine only ever adds time.
-"""
+Rows are heavy-tailed (Gaussian times log-normal), importances spread over four decades. ``*_g64`` and ``*_g128`` are
+microseconds a GROUP (scale rounded to bfloat16 unless said), ``*_576`` and ``*_1536`` a row of that many columns,
+``sweep_*`` and ``descend_*`` a row of one 128-column block, ``level_gram`` a row of n columns, ``exact_*`` a row of
+LeanQuant-Exact. The best of the repeats counts, in CPU time of the process: other work on the machine only ever adds
+time."""
 
 import argparse
 import json
@@ -15,9 +16,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from machine import provenance
 from torch import Tensor
 
+from common.machine import provenance
 from leangrid import kernels
 
 ISAS = ("portable", "avx2", "avx512")
@@ -64,14 +65,17 @@ def cases(rows: int, cols: int) -> dict[str, tuple[Callable[[], object], float]]
         "affine_3": (lambda: kernels.affine_search(weight, share, 3, 2048, 0.3, cols), rows),
         "affine_2": (lambda: kernels.affine_search(weight, share, 2, 2048, 0.4, cols), rows),
         "affine_4_symmetric": (lambda: kernels.affine_search(weight, share, 4, 2048, 0.2, cols, True), rows),
-        "affine_4_g128": (lambda: kernels.affine_search(weight, share, 4, 2048, 0.2, 128, False, torch.bfloat16), groups),
+        "affine_4_g128": (
+            lambda: kernels.affine_search(weight, share, 4, 2048, 0.2, 128, False, torch.bfloat16),
+            groups,
+        ),
         "affine_4_g128_f32": (lambda: kernels.affine_search(weight, share, 4, 2048, 0.2, 128), groups),
         "sweep_levels_16": (lambda: kernels.sweep_levels(wide, upper, levels), many),
         "sweep_affine_4": (lambda: kernels.sweep_affine(wide, upper, scale, zero, group, 4), many),
         "descend_levels_16": (lambda: kernels.descend_levels(wide, hessian, codes, levels), many),
         "descend_affine_4": (lambda: kernels.descend_affine(wide, hessian, codes, scale, zero, group, 4), many),
         "level_gram_16": (lambda: kernels.level_gram(big, long_codes, 16), rows),
-    } | small_cases()  # fmt: skip
+    } | small_cases()
 
 
 def small_cases() -> dict[str, tuple[Callable[[], object], float]]:
@@ -80,8 +84,12 @@ def small_cases() -> dict[str, tuple[Callable[[], object], float]]:
     weight = torch.randn(64, 4608, generator=g) * torch.exp(0.5 * torch.randn(64, 4608, generator=g)) * 0.02
     share = 10.0 ** (-4 * torch.rand(4608, generator=g, dtype=torch.float64))
 
-    def search(bits: int, shrink: float, size: int, symmetric: bool, dtype: torch.dtype | None) -> tuple[Callable[[], object], float]:
-        return lambda: kernels.affine_search(weight, share, bits, 2048, shrink, size, symmetric, dtype), weight.numel() // size
+    def search(
+        bits: int, shrink: float, size: int, symmetric: bool, dtype: torch.dtype | None
+    ) -> tuple[Callable[[], object], float]:
+        return lambda: kernels.affine_search(
+            weight, share, bits, 2048, shrink, size, symmetric, dtype
+        ), weight.numel() // size
 
     def optimal(levels: int, cols: int) -> tuple[Callable[[], object], float]:
         rows = weight.view(-1, cols)
@@ -125,8 +133,15 @@ def main() -> None:
     for isa in isas:
         os.environ["LEANGRID_KERNELS"] = isa
         table = cases(args.rows, args.cols)
-        results[isa] = {name: round(best_of(args.repeats, work) / count * 1e6, 2) for name, (work, count) in table.items()}
-    line = {"benchmark": "kernels_cpu", "unit": "CPU microseconds a row (or group), 1 thread", "cols": args.cols, "rows": args.rows}
+        results[isa] = {
+            name: round(best_of(args.repeats, work) / count * 1e6, 2) for name, (work, count) in table.items()
+        }
+    line = {
+        "benchmark": "kernels_cpu",
+        "unit": "CPU microseconds a row (or group), 1 thread",
+        "cols": args.cols,
+        "rows": args.rows,
+    }
     print(json.dumps(line | {"results": results} | provenance()))
 
 

@@ -1,15 +1,18 @@
 """Does a model of several times the memory go through under a hard limit, and how near was the plan?
 
-    python benchmarks/larger_than_ram.py --out benchmarks/results/larger_than_ram.jsonl       # 6 GB of weights, 2 GiB of memory
-    python benchmarks/larger_than_ram.py --gigabytes 1.5 --limit 1.3                          # two minutes: is the script sound?
-    systemd-run --scope -p MemoryMax=2G python benchmarks/larger_than_ram.py                  # the same under a control group's limit
+    # 6 GB of weights, 2 GiB of memory
+    python benchmarks/larger_than_ram.py --out benchmarks/results/larger_than_ram.jsonl
+    # two minutes: is the script sound?
+    python benchmarks/larger_than_ram.py --gigabytes 1.5 --limit 1.3
+    # the same under a control group's limit
+    systemd-run --scope -p MemoryMax=2G python benchmarks/larger_than_ram.py
 
-Random bfloat16 weights, many blocks of 24 MB, are written block by block; a process of its own, limited before it imports anything,
-plans and quantizes them. The limit is RLIMIT_DATA, hard: the kernel refuses every private writable page beyond it (heap, anonymous and
-private mappings, what torch's allocator and threads take), touched or not. Mapped files and page cache do not count, and a
-control group's limit, which counts both but takes page cache back, is stricter only where pages cannot be taken back. One JSON line:
-the plan's peak, VmHWM (with mapped files), the peaks of RssAnon and VmData (sampled), seconds, and the bytes of the weights.
-"""
+Random bfloat16 weights, many blocks of 24 MB, are written block by block; a process of its own, limited before it
+imports anything, plans and quantizes them. The limit is RLIMIT_DATA, hard: the kernel refuses every private writable
+page beyond it (heap, anonymous and private mappings, what torch's allocator and threads take), touched or not. Mapped
+files and page cache do not count, and a control group's limit, which counts both but takes page cache back, is stricter
+only where pages cannot be taken back. One JSON line: the plan's peak, VmHWM (with mapped files), the peaks of RssAnon
+and VmData (sampled), seconds, and the bytes of the weights."""
 
 import argparse
 import json
@@ -55,14 +58,20 @@ def limited(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
     start = _status("VmHWM", "VmData")
     recipe = leangrid.Recipe.build(
-        scheme=options.scheme, samples=options.samples, length=options.length, correct=options.correct, refine=options.refine
+        scheme=options.scheme,
+        samples=options.samples,
+        length=options.length,
+        correct=options.correct,
+        refine=options.refine,
     )
     planned = leangrid.plan(options.folder / "source", recipe, threads=options.threads, out=options.folder / "out")
     windows = torch.randint(512, (options.samples, options.length), generator=torch.Generator().manual_seed(0))
     sampler = Sampler()
     sampler.start()
     began = time.perf_counter()
-    result = leangrid.quantize(options.folder / "source", options.folder / "out", recipe, windows=windows, threads=options.threads)
+    result = leangrid.quantize(
+        options.folder / "source", options.folder / "out", recipe, windows=windows, threads=options.threads
+    )
     took = time.perf_counter() - began
     sampler.over.set()
     anonymous, data = sampler.peaks
@@ -101,16 +110,18 @@ def main() -> None:
     parser.add_argument("--correct", type=float, default=0.5)
     parser.add_argument("--refine", type=int, default=0, help="rounds; 0 leaves the sweep as it is")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="where source and result are written; a temporary one where none is given")
+    parser.add_argument(
+        "--folder", type=Path, help="where source and result are written; a temporary one where none is given"
+    )
     parser.add_argument("--limited", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
     options = parser.parse_args()
     if options.limited:
         print(json.dumps(limited(options)))
         return
-    import lines
-    from gpu_block import checkpoint
-    from machine import provenance
+    from common import lines
+    from common.machine import provenance
+    from common.random_model import checkpoint
 
     made_by = provenance()  # before the minutes in which files may change
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
@@ -120,15 +131,21 @@ def main() -> None:
             f"--{name}={getattr(options, name)}"
             for name in ("limit", "scheme", "samples", "length", "correct", "refine", "threads", "folder")
         ]
-        child = subprocess.run([sys.executable, __file__, "--limited", *asked], capture_output=True, text=True, check=False)
+        child = subprocess.run(
+            [sys.executable, __file__, "--limited", *asked], capture_output=True, text=True, check=False
+        )
         if child.returncode:
             raise SystemExit(f"the limited process ended with {child.returncode}:\n{child.stderr[-2000:]}")
         found = json.loads(child.stdout.splitlines()[-1])
-    line = {"benchmark": "larger_than_ram", "model": "narrow", "scheme": options.scheme, "variant": f"{options.gigabytes:g} GB",
-            **found, **made_by}  # fmt: skip
-    print(lines.text(line), flush=True)
-    if options.out:
-        lines.add(options.out, line)
+    line = {
+        "benchmark": "larger_than_ram",
+        "model": "narrow",
+        "scheme": options.scheme,
+        "variant": f"{options.gigabytes:g} GB",
+        **found,
+        **made_by,
+    }
+    lines.show(line, options.out)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
     python benchmarks/local_tasks.py DATA OUT
 
-DATA holds any of: hellaswag*.jsonl (Zellers et al.'s file), piqa*.jsonl with piqa*labels.lst (Bisk et al.'s), *arc_easy*.jsonl (query,
-choices, gold), *winogrande*.jsonl (context_options, continuation, gold). OUT gets each as documents in the shape its yaml in
-benchmarks/tasks reads, and the yaml. The texts that the model sees are those of lm-evaluation-harness; HellaSwag's are cleaned by its
-own function.
-"""
+DATA holds any of: hellaswag*.jsonl (Zellers et al.'s file), piqa*.jsonl with piqa*labels.lst (Bisk et al.'s),
+*arc_easy*.jsonl (query, choices, gold), *winogrande*.jsonl (context_options, continuation, gold). OUT gets each as
+documents in the shape its yaml in benchmarks/tasks reads, and the yaml. The texts that the model sees are those of
+lm-evaluation-harness; HellaSwag's are cleaned by its own function."""
 
 import argparse
 import json
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from leangrid.errors import LeangridError, TaskError
-from leangrid.evaluate.task_files import read_json_lines, read_text, the_file
+from leangrid.evaluation.tasks.files import read_json_lines, read_text, the_file
 
 YAML = Path(__file__).with_name("tasks")
 Rows = Iterator[dict[str, Any]]
@@ -32,7 +31,11 @@ def hellaswag(data: Path) -> Rows:
     clean: Callable[[str], str] = import_module("lm_eval.tasks.hellaswag.utils").preprocess
     for row in read_json_lines(the_file("hellaswag", data, "hellaswag*.jsonl")):
         context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-        yield {"query": clean(context), "choices": [clean(ending) for ending in row["endings"]], "gold": int(row["label"])}
+        yield {
+            "query": clean(context),
+            "choices": [clean(ending) for ending in row["endings"]],
+            "gold": int(row["label"]),
+        }
 
 
 def piqa(data: Path) -> Rows:
@@ -40,7 +43,11 @@ def piqa(data: Path) -> Rows:
     file = the_file("piqa", data, "piqa*labels.lst")
     labels = read_text(file).split()
     if len(labels) != len(rows):
-        raise TaskError(f"{len(labels)} labels for {len(rows)} questions", file, "Take the labels that belong to the questions' file")
+        raise TaskError(
+            f"{len(labels)} labels for {len(rows)} questions",
+            file,
+            "Take the labels that belong to the questions' file",
+        )
     for row, label in zip(rows, labels, strict=True):
         yield {"goal": row["goal"], "sol1": row["sol1"], "sol2": row["sol2"], "label": int(label)}
 
@@ -50,7 +57,12 @@ def winogrande(data: Path) -> Rows:
         yield {"context_options": row["context_options"], "continuation": row["continuation"], "gold": row["gold"]}
 
 
-TASKS: dict[str, Callable[[Path], Rows]] = {"arc_easy": arc_easy, "hellaswag": hellaswag, "piqa": piqa, "winogrande": winogrande}
+TASKS: dict[str, Callable[[Path], Rows]] = {
+    "arc_easy": arc_easy,
+    "hellaswag": hellaswag,
+    "piqa": piqa,
+    "winogrande": winogrande,
+}
 
 
 def convert(data: Path, out: Path) -> dict[str, int]:

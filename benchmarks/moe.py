@@ -1,13 +1,15 @@
-"""A mixture of experts through the tool: tokens per expert, distance from the original. One JSON line for each run, on stdout and in --out.
+"""A mixture of experts through the tool: tokens per expert, distance from the original. One JSON line for each run, on
+stdout and in --out.
 
     python benchmarks/moe.py --text wiki.train.paragraphs-4444.txt --evaluate wiki.test.raw --model DIR --out benchmarks/results/moe.jsonl
 
-No checkpoint of a real mixture fits here, so the model is small and made here, once, in DIR: transformers' Qwen3-MoE with 64 experts and
-8 of them a token, trained on the first part of the text until its routers route (--steps), with a byte-level BPE of the same text. It
-is bfloat16, as checkpoints are. Calibration is the text's rest, what is measured on is another file.
+No checkpoint of a real mixture fits here, so the model is small and made here, once, in DIR: transformers' Qwen3-MoE
+with 64 experts and 8 of them a token, trained on the first part of the text until its routers route (--steps), with a
+byte-level BPE of the same text. It is bfloat16, as checkpoints are. Calibration is the text's rest, what is measured on
+is another file.
 
-Two sizes of calibration: --samples windows, and --few, where experts have fewer tokens than their linears have columns. There three
-variants differ in the Hessian of such an expert alone (expert_sums.py):
+Two sizes of calibration: --samples windows, and --few, where experts have fewer tokens than their linears have columns.
+There three variants differ in the Hessian of such an expert alone (expert_sums.py):
 
 * prior: its own sum blended with the prior, the Hessian of what all experts read, as the tool does;
 * own: its own sum, however few tokens are in it (without any, the prior);
@@ -29,17 +31,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import once
 import torch
 import transformers
-from quality import Causal, Tasks, keep_each, opened
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from workload import Workload
 
-from leangrid import expert_sums
-from leangrid.expert_sums import blended
-from leangrid.hessian import Hessian, HessianSum
+from common import quantize_process
+from common.original import CausalOriginal, open_dense
+from common.task_list import Tasks, run_each
+from common.workload import Workload
 from leangrid.models.tokenizer import load_tokenizer
+from leangrid.run import experts
+from leangrid.run.experts import blended
+from leangrid.solve.hessian import Hessian, HessianSum
 
 EXPERTS, CHOSEN, HIDDEN, INNER, BLOCKS, VOCABULARY, LENGTH = 64, 8, 256, 128, 2, 1024, 256
 NAME, SCHEMES, FILLS = "qwen3-moe-64x8", ("NU4", "W4A16", "GPTQ4", "RTN4", "NU3"), ("prior", "own", "weights")
@@ -48,7 +51,8 @@ _BATCH, _TRAINED = 4, 0.9  # windows of a step; share of the text that is traine
 
 
 def made(directory: Path, text: Path, steps: int) -> Path:
-    """The checkpoint in ``directory``, with calibration.txt and training.json beside it; trained where it is not there yet."""
+    """The checkpoint in ``directory``, with calibration.txt and training.json beside it; trained where it is not there
+    yet."""
     source = directory / "source"
     if (directory / "training.json").is_file():
         return source
@@ -63,7 +67,13 @@ def made(directory: Path, text: Path, steps: int) -> Path:
         parameter.data = parameter.data.to(torch.bfloat16)
     model.save_pretrained(source)
     tokenizer.save_pretrained(source)
-    figures |= {"text": text.name, "experts": EXPERTS, "experts_per_token": CHOSEN, "hidden": HIDDEN, "expert_intermediate": INNER}
+    figures |= {
+        "text": text.name,
+        "experts": EXPERTS,
+        "experts_per_token": CHOSEN,
+        "hidden": HIDDEN,
+        "expert_intermediate": INNER,
+    }
     (directory / "training.json").write_text(json.dumps(figures), encoding="utf-8")
     return source
 
@@ -72,7 +82,9 @@ def _tokenizer(text: str) -> transformers.PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")  # noqa: S106
 
@@ -81,14 +93,30 @@ def _trained(ids: torch.Tensor, steps: int) -> tuple[transformers.PreTrainedMode
     """AdamW over random windows, the balancing loss of the routers included, as the family is trained."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 4 * INNER, "moe_intermediate_size": INNER,
-        "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts": EXPERTS,
-        "num_experts_per_tok": CHOSEN, "norm_topk_prob": True, "max_position_embeddings": 2048, "tie_word_embeddings": False,
-        "output_router_logits": True, "router_aux_loss_coef": 0.001, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": None,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 4 * INNER,
+        "moe_intermediate_size": INNER,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": CHOSEN,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "output_router_logits": True,
+        "router_aux_loss_coef": 0.001,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
     model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
     begin, losses = time.perf_counter(), []
     for step in range(steps):
         starts = torch.randint(len(ids) - LENGTH, (_BATCH,))
@@ -101,14 +129,23 @@ def _trained(ids: torch.Tensor, steps: int) -> tuple[transformers.PreTrainedMode
         optimizer.zero_grad()
         losses.append(float(out.loss.detach()))
         if step % 50 == 0:
-            print(f"step {step} of {steps}: loss {losses[-1]:.2f}, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"step {step} of {steps}: loss {losses[-1]:.2f}, {time.perf_counter() - begin:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
     model.config.output_router_logits = False
-    figures = {"steps": steps, "tokens": steps * _BATCH * LENGTH, "loss": sum(losses[-10:]) / 10, "seconds": time.perf_counter() - begin}
+    figures = {
+        "steps": steps,
+        "tokens": steps * _BATCH * LENGTH,
+        "loss": sum(losses[-10:]) / 10,
+        "seconds": time.perf_counter() - begin,
+    }
     return model.eval(), figures
 
 
 def filled(fill: str, own: HessianSum, prior: Hessian | None, name: str) -> Hessian:
-    """``expert_sums.blended`` with another Hessian for an expert that has fewer tokens than columns."""
+    """``experts.blended`` with another Hessian for an expert that has fewer tokens than columns."""
     as_ever = blended(own, prior, name)
     if not as_ever.blended or (fill == "own" and not own.tokens):
         return as_ever
@@ -123,16 +160,29 @@ def runs(schemes: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     yield from (("few", scheme, fill) for scheme in schemes if scheme in STARVING for fill in FILLS)
 
 
-def measured(work: Workload, yard: Causal, scheme: str, fill: str, folder: Path, threads: int | None) -> dict[str, Any]:
+def measured(
+    work: Workload, original: CausalOriginal, scheme: str, fill: str, folder: Path, threads: int | None
+) -> dict[str, Any]:
     """Quantize, measure, delete."""
     out, recipe = folder / "out", work.recipe(scheme, {}).model_dump(exclude={"calibration"})
-    program = [once.__file__] if fill == "prior" else [__file__, "--fill", fill]
+    program = [quantize_process.__file__] if fill == "prior" else [__file__, "--fill", fill]
     shutil.rmtree(folder / "out.partial", ignore_errors=True)  # of a run that failed
-    result = once.quantize(work.source, out, recipe, work.windows_file, threads, program=program)
-    figures = yard.figures(out)
+    result = quantize_process.quantize(work.source, out, recipe, work.windows_file, threads, program=program)
+    figures = original.measure(out)
     shutil.rmtree(out)
-    kept = ("bits_per_weight", "layers", "loss", "loss_minmax", "loss_rounding", "rescues", "notes", "experts", "seconds",
-            "peak_ram_bytes", "kernels")  # fmt: skip
+    kept = (
+        "bits_per_weight",
+        "layers",
+        "loss",
+        "loss_minmax",
+        "loss_rounding",
+        "rescues",
+        "notes",
+        "experts",
+        "seconds",
+        "peak_ram_bytes",
+        "kernels",
+    )
     return figures | {name: result[name] for name in kept}
 
 
@@ -159,27 +209,43 @@ def main() -> None:
         folder, works = Path(temporary), {}
         for name, samples in (("enough", options.samples), ("few", options.few)):
             (folder / name).mkdir()
-            works[name] = Workload.open(source, str(options.model / "calibration.txt"), samples, LENGTH, 0, folder / name, NAME)
-        yard = Causal(opened(source)[0], load_tokenizer(source), str(options.evaluate), options.windows, LENGTH)
+            works[name] = Workload.open(
+                source, str(options.model / "calibration.txt"), samples, LENGTH, 0, folder / name, NAME
+            )
+        original = CausalOriginal(
+            open_dense(source)[0], load_tokenizer(source), str(options.evaluate), options.windows, LENGTH
+        )
 
         def tasks() -> Tasks:
             for calibration, scheme, fill in runs(options.schemes.split(",")):
-                if options.only not in (None, calibration) or (calibration == "few" and fill not in options.fills.split(",")):
+                if options.only not in (None, calibration) or (
+                    calibration == "few" and fill not in options.fills.split(",")
+                ):
                     continue
                 work = works[calibration]
                 print(f"{calibration} {scheme} {fill}", file=sys.stderr, flush=True)
-                head = {"benchmark": "moe", "model": NAME, "scheme": scheme, "variant": f"{calibration}, {fill}",
-                        "calibration": calibration, "calibration_tokens": work.windows.numel(), "fill": fill,
-                        "recipe": work.recipe(scheme, {}).model_dump(), "windows_sha256": work.windows_sha256,
-                        "threads": options.threads or torch.get_num_threads(), **yard.about, "training": training}  # fmt: skip
-                yield head, partial(measured, work, yard, scheme, fill, folder, options.threads)
+                head = {
+                    "benchmark": "moe",
+                    "model": NAME,
+                    "scheme": scheme,
+                    "variant": f"{calibration}, {fill}",
+                    "calibration": calibration,
+                    "calibration_tokens": work.windows.numel(),
+                    "fill": fill,
+                    "recipe": work.recipe(scheme, {}).model_dump(),
+                    "windows_sha256": work.windows_sha256,
+                    "threads": options.threads or torch.get_num_threads(),
+                    **original.about,
+                    "training": training,
+                }
+                yield head, partial(measured, work, original, scheme, fill, folder, options.threads)
 
-        keep_each(tasks(), options.out)
+        run_each(tasks(), options.out)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--fill"]:  # a child of ``measured``: one run of the tool with that fill
-        expert_sums.blended = partial(filled, sys.argv[2])
-        once.main()
+        experts.blended = partial(filled, sys.argv[2])
+        quantize_process.main()
     else:
         main()

@@ -3,10 +3,9 @@
     python benchmarks/quantize_time.py                                                        # the demo model
     python benchmarks/quantize_time.py --source DIR --schemes W4A16_G64 NU4 NU4@paper GPTQ4_G64 --rounds 3 --out FILE.jsonl
 
-Every run is a process of its own on the same windows. The schemes take turns (A B C A B C ...), so that a machine that slows down slows
-all of them; a line holds the medians over the rounds, every round's total, and the ratio to the first scheme (median over the rounds of
-the ratio within a round). SCHEME@VARIANT takes a variant of variants.py.
-"""
+Every run is a process of its own on the same windows. The schemes take turns (A B C A B C ...), so that a machine that
+slows down slows all of them; a line holds the medians over the rounds, every round's total, and the ratio to the first
+scheme (median over the rounds of the ratio within a round). SCHEME@VARIANT takes a variant of variants.py."""
 
 import argparse
 import sys
@@ -15,13 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import lines
-import once
 import torch
-import variants
-from machine import provenance
-from workload import Workload, default_source
 
+from common import lines, quantize_process, variants
+from common.machine import provenance
+from common.workload import Workload, default_source
 from leangrid.recipe import Recipe
 
 
@@ -41,7 +38,10 @@ def summary(results: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[
     """Medians of several runs of one scheme, against the runs of the first scheme in the same rounds."""
     totals = [result["seconds"]["total"] for result in results]
     ratios = [total / other["seconds"]["total"] for total, other in zip(totals, first, strict=True)]
-    stages = {stage: round(median(result["seconds"].get(stage, 0.0) for result in results), 3) for stage in results[0]["seconds"]}
+    stages = {
+        stage: round(median(result["seconds"].get(stage, 0.0) for result in results), 3)
+        for stage in results[0]["seconds"]
+    }
     return {
         "seconds": stages,
         "totals": totals,
@@ -54,7 +54,9 @@ def summary(results: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given")
+    parser.add_argument(
+        "--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given"
+    )
     parser.add_argument("--name", help="of the model in the tables; the source's own where none is given")
     parser.add_argument("--calibration", default="embedded", help="its content does not change the time")
     parser.add_argument("--samples", type=int, default=16)
@@ -71,24 +73,36 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         source = options.source or default_source()
-        work = Workload.open(source, options.calibration, options.samples, options.length, options.seed, folder, options.name)
+        work = Workload.open(
+            source, options.calibration, options.samples, options.length, options.seed, folder, options.name
+        )
         chosen = recipes(work, options.schemes)
         results: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in chosen}
         for turn in range(options.rounds):
             for number, (key, recipe) in enumerate(chosen.items()):
                 fields = recipe.model_dump(exclude={"calibration"})
-                result = once.quantize(work.source, folder / f"{turn}-{number}", fields, work.windows_file, options.threads, options.device)
+                result = quantize_process.quantize(
+                    work.source, folder / f"{turn}-{number}", fields, work.windows_file, options.threads, options.device
+                )
                 results[key].append(result)
-                print(f"round {turn + 1}: {'@'.join(key)} {result['seconds']['total']:.1f} s", file=sys.stderr, flush=True)
+                print(
+                    f"round {turn + 1}: {'@'.join(key)} {result['seconds']['total']:.1f} s", file=sys.stderr, flush=True
+                )
         origin = provenance()
     first = next(iter(results.values()))
     for (scheme, variant), every in results.items():
-        line = {"benchmark": "quantize_time", "model": work.name, "scheme": scheme, "variant": variant, "rounds": options.rounds,
-                "recipe": chosen[scheme, variant].model_dump(), "windows_sha256": work.windows_sha256,
-                "threads": options.threads or torch.get_num_threads(), **summary(every, first)} | origin  # fmt: skip
-        print(lines.text(line), flush=True)
-        if options.out:
-            lines.add(options.out, line)
+        line = {
+            "benchmark": "quantize_time",
+            "model": work.name,
+            "scheme": scheme,
+            "variant": variant,
+            "rounds": options.rounds,
+            "recipe": chosen[scheme, variant].model_dump(),
+            "windows_sha256": work.windows_sha256,
+            "threads": options.threads or torch.get_num_threads(),
+            **summary(every, first),
+        } | origin
+        lines.show(line, options.out)
 
 
 if __name__ == "__main__":

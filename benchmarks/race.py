@@ -1,19 +1,24 @@
-"""leangrid against GPTQModel and llm-compressor: the same model, token ids, threads and machine, in turn. One JSON line an entrant.
+"""leangrid against GPTQModel and llm-compressor: the same model, token ids, threads and machine, in turn. One JSON line
+an entrant.
 
-    python benchmarks/race.py                                                  # the demo model, its own samples, Python's documentation
+    # the demo model, its own samples, Python's documentation
+    python benchmarks/race.py
     python benchmarks/race.py --calibration c4.jsonl --text wiki.test.raw --rounds 3 --out benchmarks/results/race.jsonl
 
-The peers' environments are built in .peers/ (about 1.5 GB each, from the package index) unless they stand. Every quantization is a process
-of its own, held to the same cores; the entrants take turns (A B C A B C ...), so that a machine that slows down slows all of them. All get
-the same windows of token ids, and each peer's runner fails unless its model saw exactly those. 4 bits, groups of 64, asymmetric, damping
-0.01 for all; everything else is each one's default, or stands in the line's "recipe".
+The peers' environments are built in .peers/ (about 1.5 GB each, from the package index) unless they stand. Every
+quantization is a process of its own, held to the same cores; the entrants take turns (A B C A B C ...), so that a
+machine that slows down slows all of them. All get the same windows of token ids, and each peer's runner fails unless
+its model saw exactly those. 4 bits, groups of 64, asymmetric, damping 0.01 for all; everything else is each one's
+default, or stands in the line's "recipe".
 
-* seconds: the quantize call alone. leangrid's also reads the checkpoint and writes the result; a peer's model is loaded before and saved
-  after. with_files: loading and saving counted for all. speedup_over: a peer's seconds over this entrant's, median of the rounds' ratios.
-* cpu_seconds: of that call, user and system; peak_ram_bytes: of the whole process; both the worst or median of the rounds.
-* kl_mean, perplexity: every result by the evaluator of ``leangrid eval``, against the original in float32. GPTQModel's file is dequantized
-  first (gptq_file.py). kernel_kl is the distance between a peer's own answer to one window and what the evaluator sees: a file
-  read wrongly would show there, and above 0.01 stops the race.
+* seconds: the quantize call alone. leangrid's also reads the checkpoint and writes the result; a peer's model is loaded
+  before and saved after. with_files: loading and saving counted for all. speedup_over: a peer's seconds over this
+  entrant's, median of the rounds' ratios.
+* cpu_seconds: of that call, user and system; peak_ram_bytes: of the whole process; both the worst or median of the
+rounds.
+* kl_mean, perplexity: every result by the evaluator of ``leangrid eval``, against the original in float32. GPTQModel's
+  file is dequantized first (gptq_file.py). kernel_kl is the distance between a peer's own answer to one window and what
+  the evaluator sees: a file read wrongly would show there, and above 0.01 stops the race.
 """
 
 import argparse
@@ -26,21 +31,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import gptq_file
-import lines
-import once
 import torch
-import variants
-from environment import threads_environment
-from machine import provenance
-from peer import Peer
-from workload import Workload, default_source
 
 import leangrid
-from leangrid.evaluate.measure import evaluate_many
+from common import gptq_file, lines, quantize_process, variants
+from common.environment import threads_environment
+from common.machine import ROOT, provenance
+from common.peer import Peer
+from common.workload import Workload, default_source
+from leangrid.evaluation.measure import evaluate_many
 from leangrid.storage import safetensors
 
-ROOT = Path(__file__).resolve().parents[1]
 SCHEME = "W4A16_G64"
 MAX_KERNEL_KL = 0.01
 _COMMON = {"bits": 4, "group_size": 64, "symmetric": False, "damping": 0.01}
@@ -87,16 +88,27 @@ class Entrant:
 
     def _leangrid(self, out: Path) -> dict[str, Any]:
         work = self.settings.work
-        result = once.quantize(work.source, out, self._fields, work.windows_file, self.settings.threads)
+        result = quantize_process.quantize(work.source, out, self._fields, work.windows_file, self.settings.threads)
         seconds = round(result["seconds"]["total"], 3)
         same = {name: result[name] for name in ("cpu_seconds", "process_cpu_seconds", "peak_ram_bytes")}
-        return same | {"seconds": seconds, "with_files": seconds, "stages": result["seconds"], "kernels": result["kernels"]}
+        return same | {
+            "seconds": seconds,
+            "with_files": seconds,
+            "stages": result["seconds"],
+            "kernels": result["kernels"],
+        }
 
     def _peer(self, peer: Peer, out: Path) -> dict[str, Any]:
         work = self.settings.work
         check = "" if self.runs else str(self.settings.folder / f"{self.name}.logits")
-        job = {"source": str(work.source.absolute()), "out": str(out), "windows": str(work.windows_file), "threads": self.settings.threads,
-               "settings": self.recipe, "check": check}  # fmt: skip
+        job = {
+            "source": str(work.source.absolute()),
+            "out": str(out),
+            "windows": str(work.windows_file),
+            "threads": self.settings.threads,
+            "settings": self.recipe,
+            "check": check,
+        }
         found = peer.quantize(job, self.settings.folder)
         parts = found.pop("seconds")
         return found | {"seconds": parts["quantize"], "with_files": round(sum(parts.values()), 3), "stages": parts,
@@ -123,15 +135,21 @@ class Entrant:
 
 def summary(runs: list[dict[str, Any]], peers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians over the rounds, and against each of ``peers`` the median of the ratios within a round."""
-    kept = {"seconds": round(median(run["seconds"] for run in runs), 3), "rounds_seconds": [run["seconds"] for run in runs]}
+    kept = {
+        "seconds": round(median(run["seconds"] for run in runs), 3),
+        "rounds_seconds": [run["seconds"] for run in runs],
+    }
     for name in ("with_files", "process_seconds", "cpu_seconds"):
         kept[name] = round(median(run[name] for run in runs), 3)
     kept["peak_ram_bytes"] = max(run["peak_ram_bytes"] for run in runs)
     for measure in ("seconds", "with_files", "cpu_seconds"):
         ratios = {
-            peer: [theirs[measure] / mine[measure] for mine, theirs in zip(runs, found, strict=True)] for peer, found in peers.items()
+            peer: [theirs[measure] / mine[measure] for mine, theirs in zip(runs, found, strict=True)]
+            for peer, found in peers.items()
         }
-        kept["speedup_over" if measure == "seconds" else f"speedup_over_{measure}"] = {p: round(median(r), 3) for p, r in ratios.items()}
+        kept["speedup_over" if measure == "seconds" else f"speedup_over_{measure}"] = {
+            p: round(median(r), 3) for p, r in ratios.items()
+        }
     kept["peak_ram_share_of"] = {peer: round(kept["peak_ram_bytes"] / max(run["peak_ram_bytes"] for run in found), 3)
                                  for peer, found in peers.items()}  # fmt: skip
     once_said = ("stages", "tokens_seen", "peer_versions", "kernel_kl", "kernels")
@@ -149,8 +167,20 @@ def held_to(threads: int) -> None:
 def figures(entrants: list[Entrant], options: argparse.Namespace) -> list[dict[str, Any]]:
     """KL and perplexity of every first result, by one evaluator on one text."""
     readable: list[str | Path] = [entrant.readable() for entrant in entrants]
-    found = evaluate_many(readable, entrants[0].settings.work.source, options.text, length=options.length, windows=options.windows)
-    names = ("sha256_of_text", "length", "windows", "tokens", "perplexity", "reference_perplexity", "kl_mean", "kl_p99", "top1_agreement")
+    found = evaluate_many(
+        readable, entrants[0].settings.work.source, options.text, length=options.length, windows=options.windows
+    )
+    names = (
+        "sha256_of_text",
+        "length",
+        "windows",
+        "tokens",
+        "perplexity",
+        "reference_perplexity",
+        "kl_mean",
+        "kl_p99",
+        "top1_agreement",
+    )
     sizes = [sum(file.stat().st_size for file in entrant.out.glob("*.safetensors")) for entrant in entrants]
     return [{"text": Path(options.text).name, "weight_bytes": size} | {name: row[name] for name in names}
             for size, row in zip(sizes, found, strict=True)]  # fmt: skip
@@ -158,11 +188,15 @@ def figures(entrants: list[Entrant], options: argparse.Namespace) -> list[dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given")
+    parser.add_argument(
+        "--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given"
+    )
     parser.add_argument("--name", help="of the model in the tables; the source's own where none is given")
     parser.add_argument("--calibration", default="self", help="self, embedded, c4, wikitext2, or a .txt/.jsonl file")
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a calibration window, and of an evaluation window")
+    parser.add_argument(
+        "--length", type=int, default=1024, help="tokens of a calibration window, and of an evaluation window"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", default="embedded", help="what is evaluated on")
     parser.add_argument("--windows", type=int, default=12, help="of the evaluation")
@@ -188,24 +222,36 @@ def main() -> None:
 def run(options: argparse.Namespace, peers: list[str], folder: Path, origin: dict[str, Any]) -> None:
     """All rounds, the evaluation, and the lines."""
     source = options.source or default_source()
-    work = Workload.open(source, options.calibration, options.samples, options.length, options.seed, folder, options.name)
+    work = Workload.open(
+        source, options.calibration, options.samples, options.length, options.seed, folder, options.name
+    )
     settings = Settings(work, folder, options.environments.absolute(), options.threads)
     entrants = [Entrant(name, settings) for name in (*OURS, *peers)]
     for turn in range(options.rounds):
         for entrant in entrants:
             found = entrant.run()
             print(
-                f"round {turn + 1}: {entrant.name} {found['seconds']:.1f} s, {found['cpu_seconds']:.1f} CPU s", file=sys.stderr, flush=True
+                f"round {turn + 1}: {entrant.name} {found['seconds']:.1f} s, {found['cpu_seconds']:.1f} CPU s",
+                file=sys.stderr,
+                flush=True,
             )
     measured = figures(entrants, options)
     for entrant, quality in zip(entrants, measured, strict=True):
         rivals = {other.name: other.runs for other in entrants if other.peer is not None and other is not entrant}
-        line = {"benchmark": "race", "model": work.name, "scheme": SCHEME, "variant": entrant.name, "rounds": options.rounds,
-                "recipe": entrant.recipe, "windows_sha256": work.windows_sha256, "calibration_tokens": work.windows.numel(),
-                "threads": options.threads, **quality, **summary(entrant.runs, rivals)} | origin  # fmt: skip
-        print(lines.text(line), flush=True)
-        if options.out:
-            lines.add(options.out, line)
+        line = {
+            "benchmark": "race",
+            "model": work.name,
+            "scheme": SCHEME,
+            "variant": entrant.name,
+            "rounds": options.rounds,
+            "recipe": entrant.recipe,
+            "windows_sha256": work.windows_sha256,
+            "calibration_tokens": work.windows.numel(),
+            "threads": options.threads,
+            **quality,
+            **summary(entrant.runs, rivals),
+        } | origin
+        lines.show(line, options.out)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     python benchmarks/ranks.py                                                                   # the demo model
     python benchmarks/ranks.py --source DIR --counts 1,2,4 --samples 8 --length 512 --out benchmarks/results/ranks.jsonl
 
-Each run is started by torchrun (one rank by Python itself) with one thread a rank, one after the other, on the same windows. --twice
-runs one of the counts a second time and says whether the bytes are the same; a line holds both times, and the sha256 over all of the
-result's weight files. Losses are held against those of the first count, layer by layer. Bytes are those that the ranks send
-each other, memory is each process's own peak. The KL is the quality gate's, on its windows.
-"""
+Each run is started by torchrun (one rank by Python itself) with one thread a rank, one after the other, on the same
+windows. --twice runs one of the counts a second time and says whether the bytes are the same; a line holds both times,
+and the sha256 over all of the result's weight files. Losses are held against those of the first count, layer by layer.
+Bytes are those that the ranks send each other, memory is each process's own peak. The KL is the quality gate's, on its
+windows."""
 
 import argparse
 import hashlib
@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lines
-import once
 import torch
 import torch.distributed as dist
-from machine import provenance
-from workload import Workload, default_source
+
+from common import lines, quantize_process
+from common.machine import provenance
+from common.workload import Workload, default_source
 
 
 class Sent:
@@ -43,7 +43,7 @@ class Sent:
 def worker(job: dict[str, Any]) -> None:
     """One rank: the run, and what this process used, into the job's folder."""
     import leangrid
-    from leangrid.report.terminal import Terminal
+    from leangrid.cli.progress_bar import Terminal
     from leangrid.storage import safetensors
 
     rank = os.environ.get("RANK", "0")
@@ -51,10 +51,16 @@ def worker(job: dict[str, Any]) -> None:
     windows = safetensors.load(Path(job["windows"]))["windows"]
     begin, processor = time.perf_counter(), time.process_time()
     with Terminal(quiet=rank != "0") as terminal:
-        result = leangrid.quantize(job["source"], job["out"], leangrid.Recipe.build(**job["recipe"]), windows=windows, threads=1,
-                                   progress=terminal)  # fmt: skip
+        result = leangrid.quantize(
+            job["source"],
+            job["out"],
+            leangrid.Recipe.build(**job["recipe"]),
+            windows=windows,
+            threads=1,
+            progress=terminal,
+        )
     used = {"seconds": round(time.perf_counter() - begin, 2), "cpu_seconds": round(time.process_time() - processor, 2),
-            "peak_ram_bytes": once.own_peak() or result.peak_ram_bytes, "sent_bytes": sent.bytes}  # fmt: skip
+            "peak_ram_bytes": quantize_process.own_peak() or result.peak_ram_bytes, "sent_bytes": sent.bytes}  # fmt: skip
     Path(job["folder"], f"{rank}.json").write_text(json.dumps({"used": used, "result": result.to_json()}))
 
 
@@ -65,7 +71,9 @@ def run(job: dict[str, Any], count: int, folder: Path) -> list[dict[str, Any]]:
     told = folder / "job.json"
     told.write_text(json.dumps(job | {"folder": str(folder), "out": str(folder / "out")}))
     done = subprocess.run(
-        [sys.executable, *torchrun, __file__, "--worker", str(told)], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+        [sys.executable, *torchrun, __file__, "--worker", str(told)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{count} ranks ended with {done.returncode}")
@@ -88,8 +96,11 @@ def losses(out: Path) -> dict[str, float]:
     return {record["name"]: record["loss"] for record in found}
 
 
-def summary(runs: list[list[dict[str, Any]]], outs: list[Path], first: tuple[float, dict[str, float]] | None) -> dict[str, Any]:
-    """One line's figures from the runs of one count and their results; ``first``: seconds and losses of the first count."""
+def summary(
+    runs: list[list[dict[str, Any]]], outs: list[Path], first: tuple[float, dict[str, float]] | None
+) -> dict[str, Any]:
+    """One line's figures from the runs of one count and their results; ``first``: seconds and losses of the first
+    count."""
     used, result = [rank["used"] for rank in runs[0]], runs[0][0]["result"]
     hashes, mine = [weights_sha256(out) for out in outs], losses(outs[0])
     figures = {
@@ -119,7 +130,9 @@ def summary(runs: list[list[dict[str, Any]]], outs: list[Path], first: tuple[flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given")
+    parser.add_argument(
+        "--source", type=Path, help="checkpoint directory or .gguf file; the demo model where none is given"
+    )
     parser.add_argument("--name", help="of the model in the tables; the source's own where none is given")
     parser.add_argument("--calibration", default="embedded")
     parser.add_argument("--samples", type=int, default=8)
@@ -138,21 +151,34 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         source = options.source or default_source()
-        work = Workload.open(source, options.calibration, options.samples, options.length, options.seed, folder, options.name)
+        work = Workload.open(
+            source, options.calibration, options.samples, options.length, options.seed, folder, options.name
+        )
         recipe = work.recipe(options.scheme, {})
-        job = {"source": str(work.source), "windows": str(work.windows_file), "recipe": recipe.model_dump(exclude={"calibration"})}
+        job = {
+            "source": str(work.source),
+            "windows": str(work.windows_file),
+            "recipe": recipe.model_dump(exclude={"calibration"}),
+        }
         first: tuple[float, dict[str, float]] | None = None
         for count in map(int, options.counts.split(",")):
             folders = [folder / f"{count}-{turn}" for turn in range(2 if count == options.twice else 1)]
             runs = [run(job, count, one) for one in folders]
             figures = summary(runs, [one / "out" for one in folders], first)
             first = first or (figures["seconds"], losses(folders[0] / "out"))
-            line = {"benchmark": "ranks", "model": work.name, "scheme": options.scheme, "variant": f"{count} rank{'s' * (count > 1)}",
-                    "length": options.length, "windows": options.samples, "threads": 1, "recipe": recipe.model_dump(),
-                    "windows_sha256": work.windows_sha256, **figures} | origin  # fmt: skip
-            print(lines.text(line), flush=True)
-            if options.out:
-                lines.add(options.out, line)
+            line = {
+                "benchmark": "ranks",
+                "model": work.name,
+                "scheme": options.scheme,
+                "variant": f"{count} rank{'s' * (count > 1)}",
+                "length": options.length,
+                "windows": options.samples,
+                "threads": 1,
+                "recipe": recipe.model_dump(),
+                "windows_sha256": work.windows_sha256,
+                **figures,
+            } | origin
+            lines.show(line, options.out)
 
 
 if __name__ == "__main__":

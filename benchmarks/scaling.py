@@ -1,13 +1,15 @@
-"""How does the cost of each stage grow? One variable at a time around a base point; one JSON line for each stage and variable.
+"""How does the cost of each stage grow? One variable at a time around a base point; one JSON line for each stage and
+variable.
 
-    python benchmarks/scaling.py --out benchmarks/results/scaling.jsonl      # then benchmarks/figures.py draws docs/figures
+    # then benchmarks/figures.py draws docs/figures
+    python benchmarks/scaling.py --out benchmarks/results/scaling.jsonl
     python benchmarks/scaling.py --stages affine sweep --small               # a look, in seconds
 
-One thread, CPU seconds of the process, the best of the repeats: other work on the machine only ever adds time. ``exponent`` is the slope
-of log(seconds) over log(value) by least squares, ``exponent_end`` that of the last two points alone, ``exponent_flops`` the slope that
-the counted operations (cost below) have at the same points. For bits the value is the number of levels 2^bits.
-Weights are heavy-tailed, the Hessian is low-rank plus a diagonal that falls over two decades: what real layers look like, but random.
-"""
+One thread, CPU seconds of the process, the best of the repeats: other work on the machine only ever adds time.
+``exponent`` is the slope of log(seconds) over log(value) by least squares, ``exponent_end`` that of the last two points
+alone, ``exponent_flops`` the slope that the counted operations (cost below) have at the same points. For bits the value
+is the number of levels 2^bits. Weights are heavy-tailed, the Hessian is low-rank plus a diagonal that falls over two
+decades: what real layers look like, but random."""
 
 import argparse
 import functools
@@ -19,22 +21,26 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import lines
 import torch
-from machine import provenance
 from torch import Tensor
 
+from common import lines
+from common.machine import provenance
 from leangrid import kernels
-from leangrid.factor import Factor, factorize
+from leangrid.formats.bit_stream import pack
 from leangrid.grids import AffineGrid, fit_affine, fit_nonuniform
-from leangrid.hessian import HessianSum
-from leangrid.linear import solve_linear
-from leangrid.packing import pack
 from leangrid.recipe import Recipe
-from leangrid.refine import refine
-from leangrid.solver import sweep
+from leangrid.solve.factor import Factor, factorize
+from leangrid.solve.hessian import HessianSum
+from leangrid.solve.layer import solve_linear
+from leangrid.solve.refine import refine
+from leangrid.solve.sweep import sweep
 
-BLOCK, PANEL, TILE = 128, 512, 32  # columns of a sweep block, of a float32 Hessian GEMM, of a square of bfloat16 matrix tiles
+BLOCK, PANEL, TILE = (
+    128,
+    512,
+    32,
+)  # columns of a sweep block, of a float32 Hessian GEMM, of a square of bfloat16 matrix tiles
 ENOUGH_SECONDS, MOST_CALLS = 0.1, 20  # a short call is repeated more often than asked, within these
 
 
@@ -63,7 +69,8 @@ SMALL = Point(rows=128, cols=512, tokens=1024)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage has to do: floating-point operations (None where comparisons and look-ups are the work) and bytes of main memory."""
+    """What a stage has to do: floating-point operations (None where comparisons and look-ups are the work) and bytes of
+    main memory."""
 
     flops: float | None
     bytes: float
@@ -144,7 +151,9 @@ def _refine_nonuniform(at: Point) -> Callable[[], object]:
 
 
 def _pack(at: Point) -> Callable[[], object]:
-    codes = torch.randint(0, 2**at.bits, (at.rows, at.cols), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    codes = torch.randint(
+        0, 2**at.bits, (at.rows, at.cols), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     return lambda: pack(codes, at.bits)
 
 
@@ -168,7 +177,9 @@ def factor_cost(at: Point) -> Cost:
 
 def _trailing(cols: int) -> int:
     """Pairs (column, later column of another block), which one GEMM a block updates."""
-    return sum((min(start + BLOCK, cols) - start) * (cols - min(start + BLOCK, cols)) for start in range(0, cols, BLOCK))
+    return sum(
+        (min(start + BLOCK, cols) - start) * (cols - min(start + BLOCK, cols)) for start in range(0, cols, BLOCK)
+    )
 
 
 def _inside(cols: int) -> int:
@@ -177,7 +188,9 @@ def _inside(cols: int) -> int:
 
 
 def sweep_cost(at: Point) -> Cost:
-    touched = sum(at.cols - start for start in range(0, at.cols, BLOCK))  # columns read and written, summed over the blocks
+    touched = sum(
+        at.cols - start for start in range(0, at.cols, BLOCK)
+    )  # columns read and written, summed over the blocks
     return Cost(2.0 * at.rows * (_trailing(at.cols) + _inside(at.cols)), 4.0 * (2 * at.rows * touched + at.cols**2 / 2))
 
 
@@ -185,18 +198,24 @@ def refine_affine_cost(at: Point, rounds: int = 1) -> Cost:
     groups, size = at.cols // at.group_size, at.group_size
     state = 2.0 * at.rows * at.cols**2  # the gradient E H, anew for each grid
     normal = sum(2.0 * at.rows * size * (at.cols - g * size) for g in range(groups))
-    return _refine_cost(at, rounds, state, normal + at.rows * (groups**3 / 3 + 2.0 * groups**2))  # solved, and the step judged
+    return _refine_cost(
+        at, rounds, state, normal + at.rows * (groups**3 / 3 + 2.0 * groups**2)
+    )  # solved, and the step judged
 
 
 def refine_nonuniform_cost(at: Point, rounds: int = 1) -> Cost:
     state = 2.0 * at.rows * at.cols**2
-    normal = at.rows * (at.cols**2 / 2 + 8.0**at.bits / 3 + 2.0 * 4**at.bits)  # P^T H P by additions; solved, and the step judged
+    normal = at.rows * (
+        at.cols**2 / 2 + 8.0**at.bits / 3 + 2.0 * 4**at.bits
+    )  # P^T H P by additions; solved, and the step judged
     return _refine_cost(at, rounds, state, normal)
 
 
 def _refine_cost(at: Point, rounds: int, state: float, refit: float) -> Cost:
     descent = 2.0 * at.rows * (at.cols**2 + _inside(at.cols))
-    passes = at.cols // BLOCK * rounds + 4 * (rounds + 1)  # over [rows, cols]: a GEMM a block, and the elementwise work of a refit
+    passes = at.cols // BLOCK * rounds + 4 * (
+        rounds + 1
+    )  # over [rows, cols]: a GEMM a block, and the elementwise work of a refit
     work = (rounds + 1) * (state + refit) + rounds * descent
     return Cost(work, 4.0 * (2 * at.rows * at.cols * passes + (3 * rounds + 2) * at.cols**2))
 
@@ -209,13 +228,18 @@ def elements_cost(read: float, written: float) -> Callable[[Point], Cost]:
 def linear_cost(at: Point) -> Cost:
     parts = (sweep_cost(at), sweep_cost(at), refine_affine_cost(at))  # the baseline's sweep and the learned grid's
     rounding = 2.0 * at.rows * at.cols**2  # its loss; the solver knows the others
-    return Cost(sum(part.flops or 0.0 for part in parts) + rounding, sum(part.bytes for part in parts) + 12.0 * at.rows * at.cols)
+    return Cost(
+        sum(part.flops or 0.0 for part in parts) + rounding,
+        sum(part.bytes for part in parts) + 12.0 * at.rows * at.cols,
+    )
 
 
 _SHAPE = ("rows", "cols", "bits")
 STAGES: dict[str, Stage] = {
     "hessian": Stage(("cols", "tokens"), _hessian, hessian_cost),
-    "hessian bf16": Stage(("cols", "tokens"), lambda at: _hessian(at, torch.bfloat16), lambda at: hessian_cost(at, TILE, 2)),
+    "hessian bf16": Stage(
+        ("cols", "tokens"), lambda at: _hessian(at, torch.bfloat16), lambda at: hessian_cost(at, TILE, 2)
+    ),
     "factor": Stage(("cols",), lambda at: functools.partial(factorize, hessian(at.cols)), factor_cost),
     "affine": Stage((*_SHAPE, "steps", "group_size"), _affine, elements_cost(4, 0)),
     "nonuniform": Stage(_SHAPE, _nonuniform, elements_cost(4, 0)),
@@ -249,7 +273,8 @@ def slope(values: list[float], results: list[float]) -> float:
 
 
 def limits(repeats: int) -> dict[str, float]:
-    """What this machine gives one thread at best: a float32 GEMM in GFLOP/s, a copy of memory in GB/s (read and written)."""
+    """What this machine gives one thread at best: a float32 GEMM in GFLOP/s, a copy of memory in GB/s (read and
+    written)."""
     a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
     source = torch.randn(1 << 26)
     target = torch.empty_like(source)
@@ -266,9 +291,15 @@ def measured(name: str, variable: str, base: Point, repeats: int) -> dict[str, A
     costs = [stage.cost(at) for at in points]
     x = [2.0**value if variable == "bits" else float(value) for value in values]
     flops = [cost.flops for cost in costs if cost.flops is not None]
-    line: dict[str, Any] = {"stage": name, "variable": variable, "base": {f.name: getattr(base, f.name) for f in fields(base)},
-                            "values": values, "seconds": [float(f"{second:.4g}") for second in seconds],
-                            "exponent": round(slope(x, seconds), 3), "exponent_end": round(slope(x[-2:], seconds[-2:]), 3)}  # fmt: skip
+    line: dict[str, Any] = {
+        "stage": name,
+        "variable": variable,
+        "base": {f.name: getattr(base, f.name) for f in fields(base)},
+        "values": values,
+        "seconds": [float(f"{second:.4g}") for second in seconds],
+        "exponent": round(slope(x, seconds), 3),
+        "exponent_end": round(slope(x[-2:], seconds[-2:]), 3),
+    }
     if flops:
         line |= {"exponent_flops": round(slope(x, flops), 3), "flops": flops}
         line["gflops"] = round(max(f / s for f, s in zip(flops, seconds, strict=True)) / 1e9, 1)
@@ -279,10 +310,16 @@ def measured(name: str, variable: str, base: Point, repeats: int) -> dict[str, A
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--variables", nargs="+", choices=VALUES, default=list(VALUES), metavar="VARIABLE", help=", ".join(VALUES))
     parser.add_argument(
-        "--small", action="store_true", help=f"around {SMALL.rows} x {SMALL.cols} instead of {Point().rows} x {Point().cols}"
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE", help=", ".join(STAGES)
+    )
+    parser.add_argument(
+        "--variables", nargs="+", choices=VALUES, default=list(VALUES), metavar="VARIABLE", help=", ".join(VALUES)
+    )
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help=f"around {SMALL.rows} x {SMALL.cols} instead of {Point().rows} x {Point().cols}",
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
@@ -299,9 +336,7 @@ def main() -> None:
                 found["share_of_gemm"] = round(found["gflops"] / best["gemm_gflops"], 3)
             line = {"benchmark": "scaling", "threads": 1, "kernels": kernels.backend(), **found, **best} | origin
             print(f"{name} over {variable}: exponent {line['exponent']:.2f}", file=sys.stderr, flush=True)
-            print(lines.text(line), flush=True)
-            if options.out:
-                lines.add(options.out, line)
+            lines.show(line, options.out)
 
 
 if __name__ == "__main__":

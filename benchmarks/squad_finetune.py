@@ -1,12 +1,12 @@
-"""No question: makes a BERT-shaped model that answers questions, for benchmarks/encoder.py. No such checkpoint is in a package registry.
+"""No question: makes a BERT-shaped model that answers questions, for benchmarks/encoder.py. No such checkpoint is in a
+package registry.
 
     python benchmarks/squad_finetune.py FILE.json OUT [--source .models/minilm] [--held-out 12] [--epochs 4]
 
-The sentence encoder MiniLM gets a span head and is trained on a SQuAD 1.1 file (XQuAD's English part has 1,190 questions on 48 articles).
-Articles are shuffled by --seed; the last --held-out of them are never trained on and end as OUT-data/heldout, the contexts of the
-others as OUT-data/train.txt (calibration). AdamW, linear warm-up and decay, the embeddings of words fixed. One thread: about half
-an hour.
-"""
+The sentence encoder MiniLM gets a span head and is trained on a SQuAD 1.1 file (XQuAD's English part has 1,190
+questions on 48 articles). Articles are shuffled by --seed; the last --held-out of them are never trained on and end as
+OUT-data/heldout, the contexts of the others as OUT-data/train.txt (calibration). AdamW, linear warm-up and decay, the
+embeddings of words fixed. One thread: about half an hour."""
 
 import argparse
 import json
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import provenance
 from torch import Tensor
 from transformers import BertForQuestionAnswering
 
-from leangrid.evaluate import squad
+from common.machine import provenance
+from leangrid.evaluation.tasks import squad
 from leangrid.models.tokenizer import load_tokenizer
 
 _RATE, _WARM = 1e-4, 0.1
@@ -40,14 +40,17 @@ def write_data(folder: Path, trained: list[dict[str, Any]], held: list[dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     for name, articles in (("train", trained), ("heldout", held)):
         (folder / name).mkdir(exist_ok=True)
-        (folder / name / "squad.json").write_text(json.dumps({"version": "1.1", "data": articles}, ensure_ascii=False), encoding="utf-8")
+        (folder / name / "squad.json").write_text(
+            json.dumps({"version": "1.1", "data": articles}, ensure_ascii=False), encoding="utf-8"
+        )
     pieces = [f"{qa['question']} {paragraph['context']}" for article in trained for paragraph in article["paragraphs"]
               for qa in paragraph["qas"][:1]]  # fmt: skip
     (folder / "train.txt").write_text("\n\n".join(pieces), encoding="utf-8")
 
 
 def labelled(tokenizer: Any, questions: list[squad.Question]) -> tuple[dict[str, Tensor], Tensor]:
-    """Windows as the model reads them, and the first and last token of each one's answer; [CLS] twice where it is not in the window."""
+    """Windows as the model reads them, and the first and last token of each one's answer; [CLS] twice where it is not
+    in the window."""
     windows = squad.windows_of(tokenizer, questions)
     owners, offsets = windows.pop("overflow_to_sample_mapping"), windows.pop("offset_mapping")
     spans = torch.zeros(len(owners), 2, dtype=torch.long)
@@ -75,20 +78,30 @@ def train(model: Any, inputs: dict[str, Tensor], spans: Tensor, epochs: int, siz
     plan = [rows for _ in range(epochs) for rows in batches(lengths, size, generator)]
     model.bert.embeddings.word_embeddings.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=_RATE, weight_decay=0.01)
-    share = [min((step + 1) / (_WARM * len(plan)), (len(plan) - step) / ((1 - _WARM) * len(plan))) for step in range(len(plan))]
+    share = [
+        min((step + 1) / (_WARM * len(plan)), (len(plan) - step) / ((1 - _WARM) * len(plan)))
+        for step in range(len(plan))
+    ]
     begin = time.perf_counter()
     for step, rows in enumerate(plan):
         optimizer.param_groups[0]["lr"] = _RATE * share[step]
         width = int(lengths[rows].max())
-        output = model(**{name: tensor[rows, :width] for name, tensor in inputs.items()}, start_positions=spans[rows, 0],
-                       end_positions=spans[rows, 1])  # fmt: skip
+        output = model(
+            **{name: tensor[rows, :width] for name, tensor in inputs.items()},
+            start_positions=spans[rows, 0],
+            end_positions=spans[rows, 1],
+        )
         optimizer.zero_grad()
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 10 == 0:
             spent = time.perf_counter() - begin
-            print(f"step {step + 1} of {len(plan)}, loss {float(output.loss):.3f}, {spent:.0f} s", file=sys.stderr, flush=True)
+            print(
+                f"step {step + 1} of {len(plan)}, loss {float(output.loss):.3f}, {spent:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -114,9 +127,17 @@ def main() -> None:
     model.eval().save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     found = squad.scores(squad.predict(model, tokenizer, held), held)
-    line = {"benchmark": "squad_finetune", "model": options.out.name, "text": options.file.name, "threads": options.threads,
-            "questions_trained": len(trained), "articles_held_out": options.held_out, "epochs": options.epochs,
-            "train_seconds": round(time.perf_counter() - begin, 1), **found}  # fmt: skip
+    line = {
+        "benchmark": "squad_finetune",
+        "model": options.out.name,
+        "text": options.file.name,
+        "threads": options.threads,
+        "questions_trained": len(trained),
+        "articles_held_out": options.held_out,
+        "epochs": options.epochs,
+        "train_seconds": round(time.perf_counter() - begin, 1),
+        **found,
+    }
     print(json.dumps(line | provenance()))
 
 

@@ -1,15 +1,17 @@
-"""llama2.c's stories260K as a Hugging Face checkpoint: a trained model of 260,000 real float32 weights, for claims about quality.
+"""llama2.c's stories260K as a Hugging Face checkpoint: a trained model of 260,000 real float32 weights, for claims
+about quality.
 
     python benchmarks/stories260k.py stories260K.bin tok512.bin OUT [--text stories.txt]
 
-The binary ("version 0", karpathy/llama2.c, export.py legacy_export): 7 int32 (dim, hidden_dim, layers, heads, kv_heads, vocabulary,
-negative where the classifier is its own, sequence length), then float32 tensors, each for all layers at once. Its RoPE turns neighbouring
-pairs (2i, 2i+1) of a head; transformers turns (i, i + half), so the rows of q and k are permuted. The tokenizer is sentencepiece BPE with
-byte fallback; ``encode`` below is llama2.c's own loop, and every story of a sample is compared with it before anything is believed.
+The binary ("version 0", karpathy/llama2.c, export.py legacy_export): 7 int32 (dim, hidden_dim, layers, heads, kv_heads,
+vocabulary, negative where the classifier is its own, sequence length), then float32 tensors, each for all layers at
+once. Its RoPE turns neighbouring pairs (2i, 2i+1) of a head; transformers turns (i, i + half), so the rows of q and k
+are permuted. The tokenizer is sentencepiece BPE with byte fallback; ``encode`` below is llama2.c's own loop, and every
+story of a sample is compared with it before anything is believed.
 
-``--text`` (stories with <|endoftext|> between them) also leaves OUT/calibration.txt and OUT/evaluation.txt, the first and second half
-of the stories, each opened by <s> as in training, and prints the model's perplexity on the second and a story of its own.
-"""
+``--text`` (stories with <|endoftext|> between them) also leaves OUT/calibration.txt and OUT/evaluation.txt, the first
+and second half of the stories, each opened by <s> as in training, and prints the model's perplexity on the second and a
+story of its own."""
 
 import argparse
 import json
@@ -49,7 +51,8 @@ class Vocabulary:
         return cls(pieces, scores)
 
     def encode(self, text: str) -> list[int]:
-        """llama2.c's encode() without BOS and EOS, line by line: characters, byte fallback, then the best pair until none is left."""
+        """llama2.c's encode() without BOS and EOS, line by line: characters, byte fallback, then the best pair until
+        none is left."""
         ids = {piece: index for index, piece in enumerate(self.pieces)}
         tokens = [ids[b" "]] if text else []
         for character in text:
@@ -66,12 +69,15 @@ class Vocabulary:
             tokens[where : where + 2] = [merged]
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The same tokenizer in ``tokenizers``' terms: merges are all splits of a piece into two others, in the order of the scores."""
+        """The same tokenizer in ``tokenizers``' terms: merges are all splits of a piece into two others, in the order
+        of the scores."""
         names = [piece.decode().replace(" ", "▁") for piece in self.pieces]
         names[0], names[BOS], names[EOS] = "<unk>", "<s>", "</s>"
         ids = {name: index for index, name in enumerate(names)}
         mergeable = range(FIRST_BYTE + 256, len(names))
-        splits = [(-self.scores[i], cut, names[i][:cut], names[i][cut:]) for i in mergeable for cut in range(1, len(names[i]))]
+        splits = [
+            (-self.scores[i], cut, names[i][:cut], names[i][cut:]) for i in mergeable for cut in range(1, len(names[i]))
+        ]
         merges = [(left, right) for _, _, left, right in sorted(splits) if left in ids and right in ids]
         bpe = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))  # noqa: S106
         bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -96,9 +102,17 @@ def read_model(path: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
     half, kv_dim = dim // heads // 2, dim // heads * kv_heads
     tied, vocabulary = vocabulary > 0, abs(vocabulary)
     state = {"model.embed_tokens.weight": take(vocabulary, dim)}
-    stacked = (("input_layernorm", (dim,)), ("self_attn.q_proj", (dim, dim)), ("self_attn.k_proj", (kv_dim, dim)),
-               ("self_attn.v_proj", (kv_dim, dim)), ("self_attn.o_proj", (dim, dim)), ("post_attention_layernorm", (dim,)),
-               ("mlp.gate_proj", (hidden, dim)), ("mlp.down_proj", (dim, hidden)), ("mlp.up_proj", (hidden, dim)))  # fmt: skip
+    stacked = (
+        ("input_layernorm", (dim,)),
+        ("self_attn.q_proj", (dim, dim)),
+        ("self_attn.k_proj", (kv_dim, dim)),
+        ("self_attn.v_proj", (kv_dim, dim)),
+        ("self_attn.o_proj", (dim, dim)),
+        ("post_attention_layernorm", (dim,)),
+        ("mlp.gate_proj", (hidden, dim)),
+        ("mlp.down_proj", (dim, hidden)),
+        ("mlp.up_proj", (hidden, dim)),
+    )
     for name, shape in stacked:
         for layer, weight in enumerate(take(layers, *shape)):
             if name.endswith(("q_proj", "k_proj")):
@@ -109,9 +123,21 @@ def read_model(path: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
     state["lm_head.weight"] = state["model.embed_tokens.weight"] if tied else take(vocabulary, dim)
     if at != len(values):
         raise SystemExit(f"{path.name}: {len(values)} numbers, the header describes {at}")
-    config = LlamaConfig(hidden_size=dim, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                         num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=positions, rms_norm_eps=1e-5,
-                         rope_theta=10000.0, tie_word_embeddings=tied, bos_token_id=BOS, eos_token_id=EOS, dtype=torch.float32)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=dim,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=positions,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=tied,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        dtype=torch.float32,
+    )
     return config, state
 
 
@@ -141,7 +167,9 @@ def perplexity(model: LlamaForCausalLM, ids: list[int], windows: int, length: in
     """On the first ``windows`` x ``length`` tokens, non-overlapping."""
     tokens = torch.tensor(ids[: windows * length]).view(-1, length)
     logits = model(input_ids=tokens).logits[:, :-1]
-    return math.exp(torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1)).item())
+    return math.exp(
+        torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1)).item()
+    )
 
 
 def main() -> None:
@@ -161,12 +189,18 @@ def main() -> None:
         sample = [*every[:: max(1, len(every) // 40)], "naïve café — 😀\n\n two  spaces\ttab", " leading", ""]
         wrong = different(Vocabulary.read(options.vocabulary), tokenizer, sample)
         if wrong:
-            raise SystemExit(f"{len(wrong)} of {len(sample)} texts get other ids than in llama2.c, first: {wrong[0][:80]!r}")
+            raise SystemExit(
+                f"{len(wrong)} of {len(sample)} texts get other ids than in llama2.c, first: {wrong[0][:80]!r}"
+            )
         ids = tokenizer.encode((options.out / "evaluation.txt").read_text(encoding="utf-8"))
         start = torch.tensor([tokenizer.encode("Once upon a time")])
         told = model.generate(start, max_new_tokens=100, do_sample=False, pad_token_id=EOS)[0]
-        shown |= {"texts_compared": len(sample), "evaluation_tokens": len(ids), "perplexity": round(perplexity(model, ids, 32, 512), 4),
-                  "story": tokenizer.decode(told, skip_special_tokens=True)}  # fmt: skip
+        shown |= {
+            "texts_compared": len(sample),
+            "evaluation_tokens": len(ids),
+            "perplexity": round(perplexity(model, ids, 32, 512), 4),
+            "story": tokenizer.decode(told, skip_special_tokens=True),
+        }
     print(json.dumps(shown, ensure_ascii=False))
 
 

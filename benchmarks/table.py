@@ -1,24 +1,27 @@
-"""Fill the generated tables of README.md, docs and experiments from the committed result lines: their numbers are never typed.
+"""Fill the generated tables of README.md, docs and experiments from the committed result lines: their numbers are never
+typed.
 
     python benchmarks/table.py            # rewrites the pages
     python benchmarks/table.py --check    # exit 1 where it is not up to date
 
-A table stands between two comments; the first says which file, which lines and which columns. A list has one row a line:
+A table stands between two comments; the first says which file, which lines and which columns. A list has one row a
+line:
 
     <!-- table: quality.jsonl model=SmolLM2-135M-Instruct | scheme, bits_per_weight:.2f, kl_mean:.3f -->
     <!-- end -->
 
-A pivot has one row for each scheme (or whatever its second part names) and one column for each variant; the last part is what a
-cell shows, several values with a slash between them. A head of its own is written NAME=HEAD:
+A pivot has one row for each scheme (or whatever its second part names) and one column for each variant; the last part
+is what a cell shows, several values with a slash between them. A head of its own is written NAME=HEAD:
 
-    <!-- pivot: quality.jsonl model=stories260K | scheme, bits_per_weight:.2f=bits | variant: default, paper | kl_mean:.3f -->
-    <!-- end -->
+    <!-- pivot: quality.jsonl model=stories260K | scheme, bits_per_weight:.2f=bits | variant: default, paper |
+    kl_mean:.3f --> <!-- end -->
 
-With a question mark (``table?:``, ``pivot?:``) the lines may be missing still: "Not run yet" stands there until they are measured.
+With a question mark (``table?:``, ``pivot?:``) the lines may be missing still: "Not run yet" stands there until they
+are measured.
 
-Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p, a value with spaces in
-double quotes: machine.cpu="AMD EPYC". A file lies in benchmarks/results, or where its path from the project's root says.
-"""
+Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p, a value
+with spaces in double quotes: machine.cpu="AMD EPYC". A file lies in benchmarks/results, or where its path from the
+project's root says."""
 
 import argparse
 import json
@@ -42,7 +45,8 @@ PAGES = (
 )
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(
-    r"(?P<open><!-- (?P<kind>table|pivot)(?P<planned>\??): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)", re.DOTALL
+    r"(?P<open><!-- (?P<kind>table|pivot)(?P<planned>\??): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)",
+    re.DOTALL,
 )
 Line = dict[str, Any]
 
@@ -81,7 +85,11 @@ def rows(file: str, where: str, results: Path = RESULTS, planned: bool = False) 
         return []
     text = path.read_text(encoding="utf-8")
     wanted = dict(part.split("=", 1) for part in shlex.split(where))
-    lines = json.loads(text)["rows"] if file.endswith(".json") else [json.loads(line) for line in text.splitlines() if line.strip()]
+    lines = (
+        json.loads(text)["rows"]
+        if file.endswith(".json")
+        else [json.loads(line) for line in text.splitlines() if line.strip()]
+    )
     chosen = [line for line in lines if all(str(field(line, name)) == value for name, value in wanted.items())]
     if not chosen and not planned:
         raise SystemExit(f"no line of {file} has {where.strip() or 'anything'}")
@@ -95,7 +103,8 @@ def listed(lines: Sequence[Line], columns: str) -> list[list[str]]:
 
 
 def pivoted(lines: Sequence[Line], row_columns: str, across: str, values: str) -> list[list[str]]:
-    """Head and one row for each value of the first row column; where two lines meet in one cell, the later one shows."""
+    """Head and one row for each value of the first row column; where two lines meet in one cell, the later one
+    shows."""
     left, shown = [Column(text) for text in row_columns.split(",")], [Column(text) for text in values.split(",")]
     name, _, names = across.strip().partition(":")
     tops = [Column(text) for text in names.split(",")]
@@ -122,7 +131,9 @@ def rendered(text: str, results: Path = RESULTS) -> str:
             return f"{found['open']}*Not run yet.*\n{found['close']}"
         table = listed(lines, *parts) if found["kind"] == "table" else pivoted(lines, *parts)
         numeric = (
-            [re.fullmatch(r"[-+0-9._,%/ einf]*", cell) is not None for cell in table[1]] if len(table) > 1 else [False] * len(table[0])
+            [re.fullmatch(r"[-+0-9._,%/ einf]*", cell) is not None for cell in table[1]]
+            if len(table) > 1
+            else [False] * len(table[0])
         )
         rule = ["---:" if number else "---" for number in numeric]
         body = "\n".join(f"| {' | '.join(cells)} |" for cells in (table[0], rule, *table[1:]))

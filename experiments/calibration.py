@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from whole import Bench, Task, with_calibration
+from measure.whole_model import Bench, Task, with_calibration
 
 SCHEME = "NU4"
 

@@ -1,10 +1,11 @@
-"""What quantizing costs at 4 bits: seconds by stage, CPU seconds, peak memory (the paper's Tables 3 and 5). On an idle machine only."""
+"""What quantizing costs at 4 bits: seconds by stage, CPU seconds, peak memory (the paper's Tables 3 and 5). On an idle
+machine only."""
 
 from collections.abc import Iterator
 from typing import Any
 
+from measure.whole_model import Bench, Measurement, Task, WholeModel
 from perplexity import METHODS
-from whole import Bench, Measurement, Task, WholeModel
 
 _SHOWN = ("layers", "seconds", "cpu_seconds", "peak_ram_bytes", "peak_gpu_bytes", "kernels", "bits_per_weight")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder import LENGTH, RUNS, SAMPLES, Encoder, recipe_of
-from whole import Bench, Measurement, Task
+from measure.whole_model import Bench, Measurement, Task
 
 
 def tasks(bench: Bench) -> Iterator[Task]:
@@ -17,7 +17,13 @@ def tasks(bench: Bench) -> Iterator[Task]:
         return
     for run in RUNS.split(","):
         scheme, _, kind = run.partition(":")
-        head = {"benchmark": "exact", "size": bench.size.name, "model": bench.size.squad.name, "scheme": scheme, "variant": kind or "paper"}
+        head = {
+            "benchmark": "exact",
+            "size": bench.size.name,
+            "model": bench.size.squad.name,
+            "scheme": scheme,
+            "variant": kind or "paper",
+        }
         yield Measurement(head, lambda run=run: measured(bench, bench.size.squad, run))
 
 

@@ -1,8 +1,9 @@
-"""Group sizes at 4 and 3 bits: what shorter groups buy, and what they cost in bits, beside min-max GPTQ in the same groups."""
+"""Group sizes at 4 and 3 bits: what shorter groups buy, and what they cost in bits, beside min-max GPTQ in the same
+groups."""
 
 from collections.abc import Iterator
 
-from whole import Bench, Task
+from measure.whole_model import Bench, Task
 
 
 def tasks(bench: Bench) -> Iterator[Task]:

@@ -1,12 +1,13 @@
-"""Sum of loss errors: tr(E H E^T)/2 over all layers, ours beside min-max GPTQ and rounding on the same Hessians (records.jsonl).
+"""Sum of loss errors: tr(E H E^T)/2 over all layers, ours beside min-max GPTQ and rounding on the same Hessians
+(records.jsonl).
 
 The paper's procedure, so that the grid is all that differs: whole rows, p = 4, no correction, no refit, no guard.
 """
 
 from collections.abc import Iterator
 
-from variants import KNOWN
-from whole import Bench, Task
+from common.variants import KNOWN
+from measure.whole_model import Bench, Task
 
 
 def tasks(bench: Bench) -> Iterator[Task]:

@@ -1,12 +1,13 @@
-"""The exponent p of g_j = U_jj^-p, with the guard and without it, on the whole model (the paper's ablation over p, and ours).
+"""The exponent p of g_j = U_jj^-p, with the guard and without it, on the whole model (the paper's ablation over p, and
+ours).
 
 "guard" and "no-guard" are the defaults otherwise; "paper" has no correction, no refit and no guard.
 """
 
 from collections.abc import Iterator
 
-from variants import KNOWN
-from whole import Bench, Task
+from common.variants import KNOWN
+from measure.whole_model import Bench, Task
 
 POWERS = (0, 2, 4, 6)
 PROCEDURES: dict[str, dict[str, str]] = {"guard": {}, "no-guard": {"guard": "false"}, "paper": KNOWN["paper"]}

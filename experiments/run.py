@@ -3,11 +3,10 @@
     python experiments/run.py --size small --c4 c4.jsonl --wikitext wiki.test.raw --sts STS                 # all
     python experiments/run.py power start --size small --stories .models/stories260k                        # two
 
-Each line goes to experiments/results/NAME.jsonl as soon as it is measured. A line that this kind of processor and this version of
-leangrid have made is kept, so the same command goes on where it was stopped (--again measures anew); lines of another processor stay
-beside it. Data by name (c4, wikitext2) are fetched; everything else is a path. experiments/README.md shows the lines: python
-benchmarks/table.py.
-"""
+Each line goes to experiments/results/NAME.jsonl as soon as it is measured. A line that this kind of processor and this
+version of leangrid have made is kept, so the same command goes on where it was stopped (--again measures anew); lines
+of another processor stay beside it. Data by name (c4, wikitext2) are fetched; everything else is a path.
+experiments/README.md shows the lines: python benchmarks/table.py."""
 
 import argparse
 import importlib
@@ -22,12 +21,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 
-EXPERIMENTS = ("perplexity", "zero_shot", "losses", "power", "steps", "start", "calibration", "groups", "cost", "search", "exact")
+EXPERIMENTS = (
+    "perplexity",
+    "zero_shot",
+    "losses",
+    "power",
+    "steps",
+    "start",
+    "calibration",
+    "groups",
+    "cost",
+    "search",
+    "exact",
+)
 SHOWN = ("benchmark", "model", "scheme", "bits", "variant", "steps")
 
 
 def arguments() -> argparse.Namespace:
-    from sizes import SIZES, Data
+    from measure.sizes import SIZES, Data
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}; all where none is given")
@@ -35,7 +46,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="only this one")
     for option, default in vars(Data()).items():
         parser.add_argument(
-            f"--{option.replace('_', '-')}", default=default, help=f"a path or a corpus; {default}" if default else "a folder"
+            f"--{option.replace('_', '-')}",
+            default=default,
+            help=f"a path or a corpus; {default}" if default else "a folder",
         )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--again", action="store_true", help="measure lines that are there")
@@ -46,9 +59,11 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def missing(path: Path, tasks: Iterable[Any], options: argparse.Namespace, ours: Callable[[dict[str, Any]], bool]) -> Iterator[Any]:
+def missing(
+    path: Path, tasks: Iterable[Any], options: argparse.Namespace, ours: Callable[[dict[str, Any]], bool]
+) -> Iterator[Any]:
     """The tasks without a line of ours that says all of their head; a line says more, found by measuring."""
-    import lines
+    from common import lines
 
     for task in tasks:
         head = json.loads(lines.text(task.head))
@@ -59,8 +74,8 @@ def missing(path: Path, tasks: Iterable[Any], options: argparse.Namespace, ours:
 
 def line_of(task: Any, again: bool, ours: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
     """The task's line, measured, or taken from another experiment that measured the same here."""
-    from machine import provenance
-    from whole import WholeModel
+    from common.machine import provenance
+    from measure.whole_model import WholeModel
 
     shared = task.elsewhere() if isinstance(task, WholeModel) and not again else None
     found = shared if shared and ours(shared) else {**task.measure(), **provenance()}
@@ -68,13 +83,13 @@ def line_of(task: Any, again: bool, ours: Callable[[dict[str, Any]], bool]) -> d
 
 
 def main() -> None:
-    import lines
     import torch
-    from machine import machine
-    from sizes import Data, size
-    from whole import RESULTS, Bench
 
     import leangrid
+    from common import lines
+    from common.machine import machine
+    from measure.sizes import Data, size
+    from measure.whole_model import RESULTS, Bench
 
     options = arguments()
     if options.threads:

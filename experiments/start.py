@@ -1,9 +1,9 @@
 """Where the k-means of a non-uniform grid begins: uniform, k-means++, ours, or no start to choose (the optimum).
 
-"uniform" and "k-means++" are scikit-learn's Lloyd iteration from that start, one run, a call a row, as the authors' code does it
-(it takes the first for up to 8 levels, the second for 16); "lloyd" is ours (``search = "lloyd"``), "optimal" the dynamic program. The
-paper's procedure around it: p = 4, no refit, no guard. Objectives are relative to the optimum's.
-"""
+"uniform" and "k-means++" are scikit-learn's Lloyd iteration from that start, one run, a call a row, as the authors'
+code does it (it takes the first for up to 8 levels, the second for 16); "lloyd" is ours (``search = "lloyd"``),
+"optimal" the dynamic program. The paper's procedure around it: p = 4, no refit, no guard. Objectives are relative to
+the optimum's."""
 
 from collections.abc import Iterator
 from time import process_time
@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from layers import Layer, each
 from sklearn.cluster import KMeans
 from torch import Tensor
-from whole import Bench, Task
 
 from leangrid.grids import NonuniformGrid, fit_nonuniform
-from leangrid.linear import row_losses
-from leangrid.solver import sweep
+from leangrid.solve.layer import row_losses
+from leangrid.solve.sweep import sweep
+from measure.layers import Layer, each
+from measure.whole_model import Bench, Task
 
 STARTS = ("uniform", "k-means++", "lloyd", "optimal")
 POWER = 4.0
@@ -50,6 +50,10 @@ def fitted(weight: Tensor, weights: Tensor, levels: int, start: str) -> Nonunifo
     share = weights.cpu().numpy()
     for number, row in enumerate(weight.cpu().double().numpy()):
         init: Any = start if start == "k-means++" else np.linspace(row.min(), row.max(), levels)[:, None]
-        centres = KMeans(levels, init=init, n_init=1, random_state=0).fit(row[:, None], sample_weight=share).cluster_centers_[:, 0]
+        centres = (
+            KMeans(levels, init=init, n_init=1, random_state=0)
+            .fit(row[:, None], sample_weight=share)
+            .cluster_centers_[:, 0]
+        )
         found[number] = torch.from_numpy(np.sort(centres)).float()
     return NonuniformGrid(found)

@@ -1,4 +1,5 @@
-"""T, the steps of the affine search: grid objective, layer loss after the sweep, CPU seconds of the grid, over the layers of some blocks.
+"""T, the steps of the affine search: grid objective, layer loss after the sweep, CPU seconds of the grid, over the
+layers of some blocks.
 
 The paper's procedure: whole rows, p = 4, no refit, no guard; objectives are relative to those of T = 2048.
 """
@@ -7,13 +8,12 @@ from collections.abc import Iterator
 from time import process_time
 from typing import Any
 
-from layers import Layer, each
-from variants import KNOWN
-from whole import Bench, Task
-
+from common.variants import KNOWN
 from leangrid.grids import fit_affine
-from leangrid.linear import solve_linear
 from leangrid.recipe import Recipe
+from leangrid.solve.layer import solve_linear
+from measure.layers import Layer, each
+from measure.whole_model import Bench, Task
 
 STEPS = (16, 64, 256, 1024, 2048, 4096)
 
@@ -34,5 +34,11 @@ def measured(layers: list[Layer], bits: int, steps: int) -> dict[str, Any]:
         best += layer.objective(fit_affine(layer.weight, weights, bits), weights)
         result = solve_linear(layer.weight, layer.factor, layer.matrix, recipe)
         loss, minmax = loss + result.loss, minmax + result.loss_minmax
-    return {"layers": len(layers), "objective": objective / best, "loss": loss, "loss_minmax": minmax, "of_minmax": loss / minmax,
-            "grid_cpu_seconds": round(spent, 4)}  # fmt: skip
+    return {
+        "layers": len(layers),
+        "objective": objective / best,
+        "loss": loss,
+        "loss_minmax": minmax,
+        "of_minmax": loss / minmax,
+        "grid_cpu_seconds": round(spent, 4),
+    }

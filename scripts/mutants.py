@@ -27,56 +27,143 @@ class Mutant:
 
 
 MUTANTS: dict[str, Mutant] = {
-    "fsync": Mutant("fsync before rename", "storage/files.py", "        os.fsync(descriptor)\n        step =", "        step =",
-                    "faults/test_power_loss.py"),
-    "dirsync": Mutant("fsync of the directory after rename", "storage/files.py",
-                      "    try:\n        os.fsync(descriptor)\n    except OSError as error:",
-                      "    try:\n        pass\n    except OSError as error:",
-                      "faults/test_power_loss.py"),
-    "wipe": Mutant("sync between removing blocks and removing whose they are", "storage/journal.py",
-                   "        files.sync_names(self.partial)", "        pass", "faults/test_power_loss.py"),
-    "order": Mutant("a block's bytes before its commit", "storage/journal.py",
-                    '        sha256 = safetensors.save(path, tensors)\n        failpoint("journal.before_commit")\n',
-                    '        files.write_json(path.with_suffix(".json"), {"sha256": "", "bytes": 0, **entry})\n'
-                    '        sha256 = safetensors.save(path, tensors)\n',
-                    "faults/test_storage.py::test_nothing_gets_its_name_before_it_is_durable"),
-    "hash": Mutant("the hash check at resume", "storage/journal.py", ' and files.hash_file(path) == entry["sha256"]', "",
-                   "faults/test_storage.py::test_a_damaged_journal_is_not_trusted"),
-    "verify": Mutant("the hash check of verify", "storage/writer.py",
-                     'return [] if files.hash_file(path) == entry.get("sha256") else', "return [] if True else",
-                     "faults/test_storage.py::test_verify_finds_any_damage_to_any_file"),
-    "lock": Mutant("the lock", "storage/files.py", "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
-                   "faults/test_storage.py::test_two_processes_and_a_killed_owner"),
-    "identity": Mutant("the comparison of a resumed run's identity", "storage/journal.py", "        if difference:", "        if False:",
-                       "faults/test_storage.py::test_another_version_or_calibration_is_another_run"),
-    "pickle": Mutant("the refusal of pickles", "storage/source.py", "        raise _no_weights(directory)",
-                     "        import pickle\n        [pickle.loads(p.read_bytes()) for p in directory.iterdir() if p.suffix in _PICKLES]\n"
-                     "        raise _no_weights(directory)", "faults/test_source.py"),
-    "paths": Mutant("plain names in an index", "storage/source.py",
-                    "not isinstance(name, str) or not _SHARD_NAME.fullmatch(name) or", "not isinstance(name, str) or",
-                    "faults/test_source.py"),
-    "overlap": Mutant("holes and overlaps in a header", "storage/safetensors.py", "        if info.start != at:", "        if False:",
-                      "faults/test_source.py"),
-    "changed": Mutant("the source is checked again while it is read", "storage/source.py",
-                      "        if now != self._stamps[path.name]:", "        if False:", "faults/test_source.py"),
-    "nan": Mutant("weights must be finite", "storage/source.py", "        if check and tensor.is_floating_point():", "        if False:",
-                  "faults/test_source.py"),
-    "tokens": Mutant("a layer without tokens is an error", "hessian.py", "        if seen == 0:", "        if seen < 0:",
-                     "unit/test_hessian.py"),
-    "badtokens": Mutant("non-finite tokens are left out", "hessian.py",
-                        "        if not all(kernels.squares_are_finite(s) for s in streams):", "        if False:", "unit/test_hessian.py"),
-    "probe": Mutant("a factor is checked on probes", "factor.py", "if upper is not None and error < TOLERANCE:", "if upper is not None:",
-                    "unit/test_factor.py"),
-    "rounding": Mutant("worse than rounding is not kept", "linear.py",
-                       'if not value <= loss_rounding and self.scheme.method != "rtn":', "if False:", "unit/test_linear.py"),
-    "gate": Mutant("the quality gate's limit", "gate.py",
-                   'return "error" not in quality and value is not None and allowed is not None and value <= allowed', "return True",
-                   "faults/test_quality_gate.py"),
-    "values": Mutant("values of a loaded result are checked", "hf_quantizer.py",
-                     "                self.format.check(dict(layer.named_buffers()), self.schemes[name], "
-                     "(layer.out_features, layer.in_features), name)\n", "",
-                     "interop/test_transformers.py"),
-}  # fmt: skip
+    "fsync": Mutant(
+        "fsync before rename",
+        "storage/files.py",
+        "        os.fsync(descriptor)\n        step =",
+        "        step =",
+        "faults/test_power_loss.py",
+    ),
+    "dirsync": Mutant(
+        "fsync of the directory after rename",
+        "storage/files.py",
+        "    try:\n        os.fsync(descriptor)\n    except OSError as error:",
+        "    try:\n        pass\n    except OSError as error:",
+        "faults/test_power_loss.py",
+    ),
+    "wipe": Mutant(
+        "sync between removing blocks and removing whose they are",
+        "storage/journal.py",
+        "        files.sync_names(self.partial)",
+        "        pass",
+        "faults/test_power_loss.py",
+    ),
+    "order": Mutant(
+        "a block's bytes before its commit",
+        "storage/journal.py",
+        '        sha256 = safetensors.save(path, tensors)\n        failpoint("journal.before_commit")\n',
+        '        files.write_json(path.with_suffix(".json"), {"sha256": "", "bytes": 0, **entry})\n'
+        "        sha256 = safetensors.save(path, tensors)\n",
+        "faults/test_storage.py::test_nothing_gets_its_name_before_it_is_durable",
+    ),
+    "hash": Mutant(
+        "the hash check at resume",
+        "storage/journal.py",
+        ' and files.hash_file(path) == entry["sha256"]',
+        "",
+        "faults/test_storage.py::test_a_damaged_journal_is_not_trusted",
+    ),
+    "verify": Mutant(
+        "the hash check of verify",
+        "storage/writer.py",
+        'return [] if files.hash_file(path) == entry.get("sha256") else',
+        "return [] if True else",
+        "faults/test_storage.py::test_verify_finds_any_damage_to_any_file",
+    ),
+    "lock": Mutant(
+        "the lock",
+        "storage/files.py",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "faults/test_storage.py::test_two_processes_and_a_killed_owner",
+    ),
+    "identity": Mutant(
+        "the comparison of a resumed run's identity",
+        "storage/journal.py",
+        "        if difference:",
+        "        if False:",
+        "faults/test_storage.py::test_another_version_or_calibration_is_another_run",
+    ),
+    "pickle": Mutant(
+        "the refusal of pickles",
+        "storage/source.py",
+        "        raise _no_weights(directory)",
+        "        import pickle\n        [pickle.loads(p.read_bytes()) for p in directory.iterdir() if p.suffix in _PICKLES]\n"
+        "        raise _no_weights(directory)",
+        "faults/test_source.py",
+    ),
+    "paths": Mutant(
+        "plain names in an index",
+        "storage/source.py",
+        "not isinstance(name, str) or not _SHARD_NAME.fullmatch(name) or",
+        "not isinstance(name, str) or",
+        "faults/test_source.py",
+    ),
+    "overlap": Mutant(
+        "holes and overlaps in a header",
+        "storage/safetensors.py",
+        "        if info.start != at:",
+        "        if False:",
+        "faults/test_source.py",
+    ),
+    "changed": Mutant(
+        "the source is checked again while it is read",
+        "storage/source.py",
+        "        if now != self._stamps[path.name]:",
+        "        if False:",
+        "faults/test_source.py",
+    ),
+    "nan": Mutant(
+        "weights must be finite",
+        "storage/source.py",
+        "        if check and tensor.is_floating_point():",
+        "        if False:",
+        "faults/test_source.py",
+    ),
+    "tokens": Mutant(
+        "a layer without tokens is an error",
+        "solve/hessian.py",
+        "        if seen == 0:",
+        "        if seen < 0:",
+        "unit/solve/test_hessian.py",
+    ),
+    "badtokens": Mutant(
+        "non-finite tokens are left out",
+        "solve/hessian.py",
+        "        if not all(kernels.squares_are_finite(s) for s in streams):",
+        "        if False:",
+        "unit/solve/test_hessian.py",
+    ),
+    "probe": Mutant(
+        "a factor is checked on probes",
+        "solve/factor.py",
+        "if upper is not None and error < TOLERANCE:",
+        "if upper is not None:",
+        "unit/solve/test_factor.py",
+    ),
+    "rounding": Mutant(
+        "worse than rounding is not kept",
+        "solve/layer.py",
+        'if not value <= loss_rounding and self.scheme.method != "rtn":',
+        "if False:",
+        "unit/solve/test_layer.py",
+    ),
+    "gate": Mutant(
+        "the quality gate's limit",
+        "run/quality_gate.py",
+        'return "error" not in quality and value is not None and allowed is not None and value <= allowed',
+        "return True",
+        "faults/test_quality_gate.py",
+    ),
+    "values": Mutant(
+        "values of a loaded result are checked",
+        "inference/transformers_quantizer.py",
+        "                self.format.check(dict(layer.named_buffers()), self.schemes[name], "
+        "(layer.out_features, layer.in_features), name)\n",
+        "",
+        "interop/test_transformers.py",
+    ),
+}
 
 
 def noticed(mutant: Mutant, folder: Path) -> str | None:
@@ -90,7 +177,18 @@ def noticed(mutant: Mutant, folder: Path) -> str | None:
     if text.count(mutant.old) != 1:
         raise SystemExit(f"{mutant.file} holds this {text.count(mutant.old)} times, not once: {mutant.old!r}")
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", f"tests/{mutant.tests}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-m",
+        "not slow",
+        "-p",
+        "no:cacheprovider",
+        f"tests/{mutant.tests}",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     return found[1].partition("[")[0] if found and done.returncode else None

@@ -1,8 +1,8 @@
-"""``python scripts/reliability.py``: rewrite the table of docs/reliability.md, fault by fault with its tests, from the tests' markers.
+"""``python scripts/reliability.py``: rewrite the table of docs/reliability.md, fault by fault with its tests, from the
+tests' markers.
 
-A test says which row it covers by ``@pytest.mark.fault("C1")`` (or ``pytestmark`` for its whole file). tests/test_reliability.py holds
-the table against the markers.
-"""
+A test says which row it covers by ``@pytest.mark.fault("C1")`` (or ``pytestmark`` for its whole file).
+tests/test_reliability.py holds the table against the markers."""
 
 import ast
 import re
@@ -87,10 +87,17 @@ def marked() -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        everywhere = [i for node in tree.body if isinstance(node, ast.Assign) and _named(node, "pytestmark") for i in _ids(node.value)]
+        everywhere = [
+            i
+            for node in tree.body
+            if isinstance(node, ast.Assign) and _named(node, "pytestmark")
+            for i in _ids(node.value)
+        ]
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                for fault in dict.fromkeys([*(i for decorator in node.decorator_list for i in _ids(decorator)), *everywhere]):
+                for fault in dict.fromkeys(
+                    [*(i for decorator in node.decorator_list for i in _ids(decorator)), *everywhere]
+                ):
                     found.setdefault(fault, []).append((path.relative_to(ROOT / "tests").as_posix(), node.name))
     return found
 
@@ -100,7 +107,11 @@ def _named(node: ast.Assign, name: str) -> bool:
 
 
 def _ids(node: ast.AST) -> list[str]:
-    calls = (n for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "fault")
+    calls = (
+        n
+        for n in ast.walk(node)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "fault"
+    )
     return [argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)]
 
 

@@ -1,4 +1,5 @@
-"""``python scripts/screenshots.py RESULT``: docs/figures/report-1280.png and report-390.png, the report of a result in Chromium.
+"""``python scripts/screenshots.py RESULT``: docs/figures/report-1280.png and report-390.png, the report of a result in
+Chromium.
 
 The first HEIGHT pixels of each, in 256 colours: a page of flat colours loses little, and the files stay small.
 """
@@ -10,9 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "src")]
 
 from browser import browser, find  # noqa: E402
+
 from leangrid.report.views import rewrite  # noqa: E402
 
 HEIGHT = {1280: 2560, 390: 2560}

@@ -1,9 +1,8 @@
 """mkdocs hooks: pages that lie outside docs/, and links that leave it.
 
-README.md and its kin are pages of the site too, under the names of PAGES. A link between two pages of the repository becomes a link
-between two pages of the site; a link to any other file of it (a test, a result) becomes its name, since a site has no such file. What
-does not exist ends the build.
-"""
+README.md and its kin are pages of the site too, under the names of PAGES. A link between two pages of the repository
+becomes a link between two pages of the site; a link to any other file of it (a test, a result) becomes its name, since
+a site has no such file. What does not exist ends the build."""
 
 import os
 import posixpath
@@ -44,7 +43,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def rewritten(markdown: str, source: str) -> str:
-    """``markdown`` of the repository's file ``source``, its links between pages and files turned into the site's; not inside code."""
+    """``markdown`` of the repository's file ``source``, its links between pages and files turned into the site's; not
+    inside code."""
 
     def address(target: str) -> str | None:
         """Where the site has it; None: it is a file that a site has not."""

@@ -15,13 +15,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("leangrid", "beartype.beartype")  # before the first import of leangrid: checks every annotated shape and type
+install_import_hook(
+    "leangrid", "beartype.beartype"
+)  # before the first import of leangrid: checks every annotated shape and type
 
 import hypothesis
 import pytest
-import torch
-
 import tiny_models
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,7 +67,8 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny("llama3", dtype=..., sharded=...)`` -> a checkpoint directory, made once a session: read it, never write into it."""
+    """``tiny("llama3", dtype=..., sharded=...)`` -> a checkpoint directory, made once a session: read it, never write
+    into it."""
     made: dict[tuple, Path] = {}
 
     def checkpoint(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, sharded: bool = False) -> Path:
@@ -110,7 +112,8 @@ def minilm() -> Path:
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Sends CPU tensors to one instruction set; skips what this processor (or an installation without a compiler) lacks."""
+    """Sends CPU tensors to one instruction set; skips what this processor (or an installation without a compiler)
+    lacks."""
     from leangrid.errors import RecipeError
     from leangrid.kernels import native
 
@@ -127,7 +130,8 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """``bench("machine")`` -> benchmarks/machine.py, imported as the scripts import it; ``bench("peers/seen")`` likewise."""
+    """``bench("machine")`` -> benchmarks/machine.py, imported as the scripts import it; ``bench("peers/seen")``
+    likewise."""
     folder = ROOT / "benchmarks"
     before = set(sys.modules)
 

@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "leangrid"
-TREES = {path.relative_to(SRC).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SRC.rglob("*.py"))}
+TREES = {
+    path.relative_to(SRC).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SRC.rglob("*.py"))
+}
 FILES = list(TREES)
 
 # Longer than the rule, each with its reason.
@@ -33,11 +35,33 @@ ONLY_IN = {
     "dill": (),
     "joblib": (),
 }
-MATH_IMPORTS = {"torch", "jaxtyping", "numpy", "math", "abc", "collections", "contextlib", "dataclasses", "enum", "functools", "itertools"}
+MATH_IMPORTS = {
+    "torch",
+    "jaxtyping",
+    "numpy",
+    "math",
+    "abc",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "enum",
+    "functools",
+    "itertools",
+}
 MATH_IMPORTS |= {"time", "types", "typing"}
 KERNEL_IMPORTS = MATH_IMPORTS | {"os", "warnings", "importlib"}  # which build runs is chosen by the environment
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "os.system", "os.popen"}
-WRITING_CALLS = {"os.replace", "os.rename", "os.open", "os.write", "os.remove", "os.unlink", "os.truncate", "torch.save", "save_file"}
+WRITING_CALLS = {
+    "os.replace",
+    "os.rename",
+    "os.open",
+    "os.write",
+    "os.remove",
+    "os.unlink",
+    "os.truncate",
+    "torch.save",
+    "save_file",
+}
 WRITING_METHODS = {"write_text", "write_bytes", "touch", "unlink", "rmdir", "mkdir", "symlink_to", "hardlink_to"}
 
 
@@ -93,7 +117,10 @@ def test_arrows_point_down(file: str) -> None:
 
 def test_no_circles() -> None:
     # A package's __init__ may gather its own files, which may name it; a circle between folders or modules is a fault.
-    graph = {file: {o for o in ours(file) if not (o.endswith("__init__.py") and Path(o).parent == Path(file).parent)} for file in FILES}
+    graph = {
+        file: {o for o in ours(file) if not (o.endswith("__init__.py") and Path(o).parent == Path(file).parent)}
+        for file in FILES
+    }
     TopologicalSorter(graph).prepare()
 
 
@@ -103,7 +130,9 @@ def test_imports_stay_behind_their_fences(file: str) -> None:
     for module, homes in ONLY_IN.items():
         assert module not in tops or file.startswith(homes), f"{module} belongs in {homes or 'no file'}"
     if FLOORS.get(file) in (1, 2):
-        assert tops - {"triton"} <= (KERNEL_IMPORTS if FLOORS[file] == 1 else MATH_IMPORTS), "mathematics: tensors in, tensors out"
+        assert tops - {"triton"} <= (KERNEL_IMPORTS if FLOORS[file] == 1 else MATH_IMPORTS), (
+            "mathematics: tensors in, tensors out"
+        )
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -120,14 +149,20 @@ def test_calls_stay_behind_their_fences(file: str) -> None:
                 assert not unsafe, f"{where}: {keyword.arg}"
             if file != "storage/files.py":
                 method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-                assert not name.startswith("shutil.") or method in ("disk_usage", "get_terminal_size", "which"), f"{where}: {name}"
-                assert name not in WRITING_CALLS and method not in WRITING_METHODS, f"{where}: only storage/files.py writes"
+                assert not name.startswith("shutil.") or method in ("disk_usage", "get_terminal_size", "which"), (
+                    f"{where}: {name}"
+                )
+                assert name not in WRITING_CALLS and method not in WRITING_METHODS, (
+                    f"{where}: only storage/files.py writes"
+                )
                 assert not opens_for_writing(node), f"{where}: only storage/files.py writes"
         elif isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{where}: a bare except"
             signal = dotted(node.type).startswith("_")  # a module's own private signal, raised and caught in one file
             silent = all(isinstance(step, ast.Pass | ast.Continue) for step in node.body) and not signal
-            assert not silent, f"{where}: an except that only passes hides a failure; contextlib.suppress says so openly"
+            assert not silent, (
+                f"{where}: an except that only passes hides a failure; contextlib.suppress says so openly"
+            )
         else:
             assert not isinstance(node, ast.Assert), f"{where}: python -O removes asserts; raise an error"
 
@@ -139,7 +174,10 @@ def opens_for_writing(node: ast.Call) -> bool:
         return False
     given = node.args[0 if method else 1 :][:1] + [k.value for k in node.keywords if k.arg == "mode"]
     modes = [mode.value if isinstance(mode, ast.Constant) else None for mode in given]
-    writes = [bool(re.fullmatch("[rwaxbt+]*[wax+][rwaxbt+]*", mode)) if isinstance(mode, str) else not method for mode in modes]
+    writes = [
+        bool(re.fullmatch("[rwaxbt+]*[wax+][rwaxbt+]*", mode)) if isinstance(mode, str) else not method
+        for mode in modes
+    ]
     return any(writes)
 
 
@@ -155,8 +193,12 @@ def test_files_and_functions_are_short() -> None:
 
 def test_import_leangrid_stays_light() -> None:
     heavy = {"triton", "transformers", "matplotlib", "datasets"}
-    program = f"import sys; before = set(sys.modules); import leangrid; print(*sorted((set(sys.modules) - before) & {heavy}))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment())
+    program = (
+        f"import sys; before = set(sys.modules); import leangrid; print(*sorted((set(sys.modules) - before) & {heavy}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment()
+    )
     assert done.stdout.split() == []
 
 

@@ -1,4 +1,5 @@
-"""The site of docs/: its navigation names every page, its links lead somewhere, and what its Python page names exists."""
+"""The site of docs/: its navigation names every page, its links lead somewhere, and what its Python page names
+exists."""
 
 import importlib
 import importlib.util
@@ -25,7 +26,10 @@ def _hooks() -> ModuleType:
 
 site = _hooks()
 # name on the site -> file of the repository
-SOURCES = {path.relative_to(ROOT / "docs").as_posix(): path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+SOURCES = {
+    path.relative_to(ROOT / "docs").as_posix(): path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "docs").rglob("*.md")
+}
 SOURCES |= {name: source for source, name in site.PAGES.items()}
 
 
@@ -71,7 +75,11 @@ def test_links_lead_to_pages_and_headings(name: str) -> None:
         ("benchmarks/README.md", "[p](../docs/performance.md)", "[p](performance.md)"),
         ("docs/performance.md", "![f](figures/scaling-rows.svg)", "![f](figures/scaling-rows.svg)"),
         ("docs/faq.md", "[x](https://example.org/a) [y](#before)", "[x](https://example.org/a) [y](#before)"),
-        ("README.md", '<img src="docs/figures/scaling-rows.svg" alt="a">', '<img src="figures/scaling-rows.svg" alt="a">'),
+        (
+            "README.md",
+            '<img src="docs/figures/scaling-rows.svg" alt="a">',
+            '<img src="figures/scaling-rows.svg" alt="a">',
+        ),
         ("docs/faq.md", "`[a](nothing.md)`", "`[a](nothing.md)`"),
     ],
 )

@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "ARCHITECTURE.md", "benchmarks/README.md", "experiments/README.md", "docs/index.md", "docs/performance.md",
-         "docs/serving.md", "docs/tasks.md")  # fmt: skip
+PAGES = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "benchmarks/README.md",
+    "experiments/README.md",
+    "docs/index.md",
+    "docs/performance.md",
+    "docs/serving.md",
+    "docs/tasks.md",
+)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -34,7 +42,7 @@ def test_make_targets_exist() -> None:
 
 def test_leangrid_commands_and_options_exist() -> None:
     typer = importlib.import_module("typer")
-    known = typer.main.get_command(importlib.import_module("leangrid.cli").app).commands
+    known = typer.main.get_command(importlib.import_module("leangrid.cli.app").app).commands
     used = commands("leangrid")
     assert used
     for words in used:

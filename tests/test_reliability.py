@@ -1,4 +1,5 @@
-"""docs/reliability.md is what the markers of the tests say, and no row of the fault table is without a test or a reason."""
+"""docs/reliability.md is what the markers of the tests say, and no row of the fault table is without a test or a
+reason."""
 
 import importlib.util
 from pathlib import Path

@@ -32,7 +32,9 @@ def main() -> None:
 
     @torch.no_grad()
     def logits() -> torch.Tensor:
-        again = GPTQModel.load(read["out"], backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.bfloat16)  # its kernel has no float32
+        again = GPTQModel.load(
+            read["out"], backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.bfloat16
+        )  # its kernel has no float32
         return again.model(input_ids=windows[:1], use_cache=False).logits[0]
 
     finish(read, watch, seen, "gptqmodel", logits)

@@ -1,8 +1,8 @@
-"""What a peer's runner measures besides its answer: the token ids that really went in, CPU seconds, peak memory. Needs torch alone.
+"""What a peer's runner measures besides its answer: the token ids that really went in, CPU seconds, peak memory. Needs
+torch alone.
 
-The runners are started by race.py with the Python of the peer's own environment, one process a quantization: a JSON job on stdin,
-the result as JSON in the file that the job names (peers print on stdout).
-"""
+The runners are started by race.py with the Python of the peer's own environment, one process a quantization: a JSON job
+on stdin, the result as JSON in the file that the job names (peers print on stdout)."""
 
 import json
 import resource
@@ -20,7 +20,8 @@ from torch import Tensor
 
 
 class Tokens:
-    """Every batch of ids that any embedding of the process looked up, by way of torch's own class: peers copy and rebuild models."""
+    """Every batch of ids that any embedding of the process looked up, by way of torch's own class: peers copy and
+    rebuild models."""
 
     def __init__(self) -> None:
         self.batches: list[Tensor] = []
@@ -33,19 +34,24 @@ class Tokens:
         torch.nn.Embedding.forward = recorded  # type: ignore[method-assign]
 
     def check(self, windows: Tensor) -> int:
-        """Tokens in all passes; RuntimeError unless every pass saw exactly ``windows``: nothing padded, cut, dropped or tokenized anew.
+        """Tokens in all passes; RuntimeError unless every pass saw exactly ``windows``: nothing padded, cut, dropped or
+        tokenized anew.
 
         The order is free: sums over tokens do not know it.
         """
         if not self.batches:
             raise RuntimeError("the model was never run on the calibration windows")
         if any(batch.shape[-1] != windows.shape[1] for batch in self.batches):
-            raise RuntimeError(f"windows of {sorted({batch.shape[-1] for batch in self.batches})} tokens, not {windows.shape[1]}")
+            raise RuntimeError(
+                f"windows of {sorted({batch.shape[-1] for batch in self.batches})} tokens, not {windows.shape[1]}"
+            )
         found = torch.cat([batch.reshape(-1, windows.shape[1]) for batch in self.batches])
         unique, counts = torch.unique(found, dim=0, return_counts=True)
         wanted, once = torch.unique(windows, dim=0, return_counts=True)
         if not torch.equal(unique, wanted) or not bool((counts * once[0] == counts[0] * once).all()):
-            raise RuntimeError(f"{len(unique)} different windows in {len(found)} were seen, not the {len(wanted)} of the job")
+            raise RuntimeError(
+                f"{len(unique)} different windows in {len(found)} were seen, not the {len(wanted)} of the job"
+            )
         return found.numel()
 
 
@@ -84,10 +90,16 @@ def job() -> tuple[dict[str, Any], Tensor]:
 
 
 def finish(read: dict[str, Any], watch: Stopwatch, tokens: int, package: str, logits: Any) -> None:
-    """Write the result; then ``logits()``, the peer's own answer to the first window, to check how others read its file."""
-    result = {"seconds": watch.seconds, "cpu_seconds": watch.cpu_seconds, "process_cpu_seconds": round(cpu_seconds(), 3),
-              "peak_ram_bytes": peak_bytes(), "tokens_seen": tokens,
-              "peer_versions": {name: version(name) for name in (package, "torch", "transformers", "numpy")}}  # fmt: skip
+    """Write the result; then ``logits()``, the peer's own answer to the first window, to check how others read its
+    file."""
+    result = {
+        "seconds": watch.seconds,
+        "cpu_seconds": watch.cpu_seconds,
+        "process_cpu_seconds": round(cpu_seconds(), 3),
+        "peak_ram_bytes": peak_bytes(),
+        "tokens_seen": tokens,
+        "peer_versions": {name: version(name) for name in (package, "torch", "transformers", "numpy")},
+    }
     if read["check"]:
         save_file({"logits": logits().float().contiguous()}, read["check"])
     Path(read["result"]).write_text(json.dumps(result), encoding="utf-8")

@@ -1,40 +1,65 @@
-"""leangrid: LLM weights on learned grids. Public names only; each is imported when it is first asked for."""
+"""leangrid: language models in 4, 3 or 2 bits, on grids learned from the inverse Hessian (LeanQuant, arXiv 2407.10032).
 
-import sys
+The public names are imported when they are first used, so that ``import leangrid`` loads neither torch's extras nor
+transformers."""
+
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from leangrid import transformers_hook
 from leangrid._version import __version__
+from leangrid.inference import transformers_hook
 
 if TYPE_CHECKING:
     from leangrid import grids as grids
-    from leangrid.evaluate import evaluate as evaluate
-    from leangrid.export import export as export
-    from leangrid.linear import quantize_linear as quantize_linear
-    from leangrid.load import load as load
-    from leangrid.pipeline import quantize as quantize
-    from leangrid.plan import plan as plan
+    from leangrid.evaluation import evaluate as evaluate
+    from leangrid.evaluation.compare import compare as compare
+    from leangrid.exporters.export import export as export
+    from leangrid.inference.load import load as load
+    from leangrid.planning.plan import plan as plan
     from leangrid.recipe import Recipe as Recipe
     from leangrid.recipe import Scheme as Scheme
+    from leangrid.run.quantize import quantize as quantize
+    from leangrid.solve.layer import quantize_linear as quantize_linear
     from leangrid.storage.verified import verify as verify
 
-_HOME = {"quantize": "pipeline", "load": "load", "quantize_linear": "linear", "Recipe": "recipe", "Scheme": "recipe",
-         "evaluate": "evaluate", "verify": "storage.verified", "plan": "plan", "export": "export"}  # fmt: skip
-__all__ = ["Recipe", "Scheme", "__version__", "evaluate", "export", "grids", "load", "plan", "quantize", "quantize_linear", "verify"]
+_MODULES = {
+    "Recipe": "recipe",
+    "Scheme": "recipe",
+    "compare": "evaluation.compare",
+    "evaluate": "evaluation",
+    "export": "exporters.export",
+    "load": "inference.load",
+    "plan": "planning.plan",
+    "quantize": "run.quantize",
+    "quantize_linear": "solve.layer",
+    "verify": "storage.verified",
+}
+__all__ = [
+    "Recipe",
+    "Scheme",
+    "__version__",
+    "compare",
+    "evaluate",
+    "export",
+    "grids",
+    "load",
+    "plan",
+    "quantize",
+    "quantize_linear",
+    "verify",
+]
 
 
-class _Package(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module 'leangrid' has no attribute '{name}'")
-        return import_module("leangrid.grids") if name == "grids" else getattr(import_module(f"leangrid.{_HOME[name]}"), name)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        """Importing leangrid/load.py would bind ``leangrid.load`` to the file; it stays the function of that name."""
-        super().__setattr__(name, getattr(value, name) if name in _HOME and isinstance(value, ModuleType) else value)
+def __getattr__(name: str) -> Any:
+    if name == "grids":
+        return import_module("leangrid.grids")
+    if name in _MODULES:
+        return getattr(import_module(f"leangrid.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'leangrid' has no attribute '{name}'")
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 transformers_hook.install()

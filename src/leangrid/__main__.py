@@ -1,5 +1,5 @@
 """``python -m leangrid`` is ``leangrid``."""
 
-from leangrid.cli import main
+from leangrid.cli.app import main
 
 main()

@@ -1,14 +1,15 @@
 """llama.cpp's block types: what each holds, and which one a narrow layer takes instead.
 
-A block holds ``cols`` codes q of one row and, for each group of ``group`` of them, what its reader multiplies out in float32:
+A block holds ``cols`` codes q of one row and, for each group of ``group`` of them, what its reader multiplies out in
+float32:
 
     Q4_0 Q5_0 Q8_0    w = d (q - 2^(bits-1))             d float16
     Q4_1 Q5_1         w = d q + dmin                     d, dmin float16
     Q3_K Q6_K         w = (d sc) (q - 2^(bits-1))        sc a signed integer of 6 or 8 bits
     Q2_K Q4_K Q5_K    w = (d sc) q - (dmin m)            sc, m unsigned integers of 4 or 6 bits
 
-Source: ggml-common.h (the structs) and ggml-quants.c (``dequantize_row_*``) of llama.cpp; gguf-py's quants.py says the same in numpy.
-"""
+Source: ggml-common.h (the structs) and ggml-quants.c (``dequantize_row_*``) of llama.cpp; gguf-py's quants.py says the
+same in numpy."""
 
 from dataclasses import dataclass
 
@@ -17,12 +18,12 @@ from leangrid.errors import ShapeError
 
 @dataclass(frozen=True)
 class BlockType:
-    """One of ggml's types: its number in the file, ``cols`` codes of ``bits`` in ``nbytes`` bytes, one sub-scale each ``group`` columns.
+    """One of ggml's types: its number in the file, ``cols`` codes of ``bits`` in ``nbytes`` bytes, one sub-scale each
+    ``group`` columns.
 
-    ``sc``, ``m``: smallest and largest integer of the sub-scales and sub-minima, None where the type has none; ``minimum``: whether it
-    holds ``dmin``; ``narrow``: the type of 32 columns a block, with at least as many bits, that a layer takes whose columns 256 does
-    not divide.
-    """
+    ``sc``, ``m``: smallest and largest integer of the sub-scales and sub-minima, None where the type has none;
+    ``minimum``: whether it holds ``dmin``; ``narrow``: the type of 32 columns a block, with at least as many bits, that
+    a layer takes whose columns 256 does not divide."""
 
     name: str
     number: int

@@ -73,8 +73,8 @@ class Interrupted(LeangridError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line of at most 200 characters: its first, and those that a colon announces; its type
-    where it says nothing."""
+    """What another library's error says, in one line of at most 200 characters: its first, and those that a colon
+    announces; its type where it says nothing."""
     if isinstance(error, KeyError) and len(error.args) == 1 and isinstance(error.args[0], str):
         return f"it does not know {error.args[0]!r}"[:200]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,4 +1,5 @@
-"""What a long run says about itself while it works. The pipeline makes events; whoever called it decides what to show."""
+"""What a long run says about itself while it works. The pipeline makes events; whoever called it decides what to
+show."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ class Event:
 
     Attributes:
         stage: "notice" (``message`` is a sentence for the user), "load", "calibrate", "layer" (one linear is done),
-            "block" (a whole block is done and committed), "save", "done"; "export" (one linear of ``blocks`` is written);
-            "window" and "task" of an evaluation.
+            "block" (a whole block is done and committed), "save", "done"; "export" (one linear of ``blocks`` is
+            written); "window" and "task" of an evaluation.
         block: index of the block at work, from 0.
         blocks: how many blocks there are; 0 while unknown.
         layer: name of the linear layer at work, or "".

@@ -23,7 +23,9 @@ GridKind = Literal["affine", "offset", "superblock", "nonuniform"]
 Method = Literal["leanquant", "gptq", "rtn"]
 
 AFFINE_BITS, NONUNIFORM_BITS = (2, 3, 4, 5, 6, 8), (2, 3, 4)
-OFFSET_FORMATS = frozenset({"mlx"})  # containers whose readers compute S q + B: B is a stored number, Z need not be an integer
+OFFSET_FORMATS = frozenset(
+    {"mlx"}
+)  # containers whose readers compute S q + B: B is a stored number, Z need not be an integer
 
 _SCHEME = re.compile(r"^(?:W(?P<w>\d+)A16|NU(?P<nu>\d+)|GPTQ(?P<gptq>\d+)|RTN(?P<rtn>\d+))"
                      r"(?:_G(?P<group>\d+))?(?P<sym>_SYM)?(?P<exact>_EXACT)?$")  # fmt: skip
@@ -59,8 +61,13 @@ def _refusal(error: ValidationError, model: type[BaseModel]) -> RecipeError:
     if first["type"] == "extra_forbidden":
         nearest = get_close_matches(name, model.model_fields, 1)
         hint = f"Did you mean {nearest[0]}? " if nearest else ""
-        return RecipeError(f"'{name[:80]}' is no field of a {where}", where, f"{hint}Fields: {', '.join(model.model_fields)}")
-    given, field = " ".join(repr(first.get("input")).split()), model.model_fields.get(str(first["loc"][0]) if first["loc"] else "")
+        return RecipeError(
+            f"'{name[:80]}' is no field of a {where}", where, f"{hint}Fields: {', '.join(model.model_fields)}"
+        )
+    given, field = (
+        " ".join(repr(first.get("input")).split()),
+        model.model_fields.get(str(first["loc"][0]) if first["loc"] else ""),
+    )
     told = first["msg"].replace("Input should be", "must be").replace("Value error, ", "")
     told = f"{name or f'a {where}'}{'' if told.startswith('must be') else ':'} {told}"
     way_out = f"Fields: {', '.join(model.model_fields)}"
@@ -90,7 +97,9 @@ class Scheme(_Checked):
             return cls.of_block(BLOCK_TYPES[block["kind"]], _METHODS[(block["method"] or "w").lower()])
         match = _SCHEME.match(text.upper())
         if match is None:
-            raise RecipeError(f"'{text}' is not a scheme", "--scheme", "Examples: W4A16_G64, W3A16, NU4, NU3, GPTQ4_G64, RTN4, Q4_K")
+            raise RecipeError(
+                f"'{text}' is not a scheme", "--scheme", "Examples: W4A16_G64, W3A16, NU4, NU3, GPTQ4_G64, RTN4, Q4_K"
+            )
         kind = next(k for k in ("w", "nu", "gptq", "rtn") if match[k])
         scheme = cls(
             grid="nonuniform" if kind == "nu" else "affine",
@@ -107,10 +116,13 @@ class Scheme(_Checked):
     def of_block(cls, kind: BlockType, method: Method = "leanquant") -> "Scheme":
         """The grid of one of llama.cpp's block types."""
         grid = "superblock" if kind.sc else "offset" if kind.minimum else "affine"
-        return cls(grid=grid, method=method, bits=kind.bits, group_size=kind.group, symmetric=not kind.minimum, block=kind.name)
+        return cls(
+            grid=grid, method=method, bits=kind.bits, group_size=kind.group, symmetric=not kind.minimum, block=kind.name
+        )
 
     def fitting(self, cols: int) -> "Scheme":
-        """What a layer of ``cols`` columns gets: this scheme, or the narrow type where superblocks do not divide the row."""
+        """What a layer of ``cols`` columns gets: this scheme, or the narrow type where superblocks do not divide the
+        row."""
         if self.block is None:
             return self
         return Scheme.of_block(BLOCK_TYPES[self.block].fitting(cols), self.method)
@@ -120,10 +132,15 @@ class Scheme(_Checked):
         if self.bits not in allowed:
             raise RecipeError(f"{self.bits} bits are not available in '{text}'", "--scheme", f"Choose one of {allowed}")
         if self.grid == "nonuniform" and (self.group_size or self.symmetric):
-            raise RecipeError(f"non-uniform grids hold whole rows and have no zero point, but '{text}' asks for more", "--scheme",
-                              f"Use NU{self.bits}, or an affine scheme such as W{self.bits}A16_G64")  # fmt: skip
+            raise RecipeError(
+                f"non-uniform grids hold whole rows and have no zero point, but '{text}' asks for more",
+                "--scheme",
+                f"Use NU{self.bits}, or an affine scheme such as W{self.bits}A16_G64",
+            )
         if self.group_size == 0:
-            raise RecipeError(f"a group of 0 columns in '{text}'", "--scheme", "Use a group such as 64, or no _G for whole rows")
+            raise RecipeError(
+                f"a group of 0 columns in '{text}'", "--scheme", "Use a group such as 64, or no _G for whole rows"
+            )
         if self.exact and self.method != "leanquant":
             raise RecipeError(f"'{text}' mixes a baseline with _EXACT", "--scheme", "Use W4A16_EXACT or NU4_EXACT")
 
@@ -139,30 +156,47 @@ def _container(scheme: Scheme) -> str:
 
 
 class Recipe(_Checked):
-    """Everything that decides the bytes of the result. ``None`` means: the default for this scheme (see ``resolved``)."""
+    """Everything that decides the bytes of the result. ``None`` means: the default for this scheme (see
+    ``resolved``)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    scheme: str = Field(default="auto", description="scheme string, or auto: W4A16_G128 where the shapes allow, else W4A16")
+    scheme: str = Field(
+        default="auto", description="scheme string, or auto: W4A16_G128 where the shapes allow, else W4A16"
+    )
     format: str = Field(default="auto", description="container: auto, compressed-tensors, lut, gptq, awq, mlx, gguf")
     calibration: str = Field(
-        default="c4", description="c4, wikitext2, self, embedded, a .txt/.jsonl/.csv/.parquet file, or hf:org/name:split:column"
+        default="c4",
+        description="c4, wikitext2, self, embedded, a .txt/.jsonl/.csv/.parquet file, or hf:org/name:split:column",
     )
-    text_field: str | None = Field(default=None, description="the column of the calibration's rows; None: text, or conversations")
+    text_field: str | None = Field(
+        default=None, description="the column of the calibration's rows; None: text, or conversations"
+    )
     samples: int = Field(default=128, ge=1, le=1_000_000, description="calibration windows")
     length: int = Field(default=2048, ge=8, le=1_000_000, description="tokens a window")
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
-    p: float | None = Field(default=None, ge=0, le=16, description="exponent of the loss-error weights U_jj^-p; 4 non-uniform, 2 affine")
+    p: float | None = Field(
+        default=None, ge=0, le=16, description="exponent of the loss-error weights U_jj^-p; 4 non-uniform, 2 affine"
+    )
     steps: int = Field(default=2048, ge=1, le=65536, description="T of the affine enumeration")
-    search: Literal["optimal", "lloyd"] = Field(default="optimal", description="non-uniform grid: global optimum, or Lloyd")
-    correct: float | None = Field(default=None, ge=0, le=1, description="share of the inputs' own error that is corrected; 0 is the paper")
-    refine: int | None = Field(default=None, ge=0, le=20, description="rounds of refit and descent after the sweep; 0 is the paper")
+    search: Literal["optimal", "lloyd"] = Field(
+        default="optimal", description="non-uniform grid: global optimum, or Lloyd"
+    )
+    correct: float | None = Field(
+        default=None, ge=0, le=1, description="share of the inputs' own error that is corrected; 0 is the paper"
+    )
+    refine: int | None = Field(
+        default=None, ge=0, le=20, description="rounds of refit and descent after the sweep; 0 is the paper"
+    )
     guard: bool = Field(default=True, description="rows worse than min-max GPTQ try lower p")
     damping: float = Field(default=0.01, gt=0, le=10, description="lambda, in units of mean(diag H)")
     act_order: bool = Field(default=True, description="eliminate columns by descending diag H")
-    layers: dict[str, str] = Field(default={}, description="other schemes for some layers: the end of a name, or re:pattern -> scheme")
+    layers: dict[str, str] = Field(
+        default={}, description="other schemes for some layers: the end of a name, or re:pattern -> scheme"
+    )
     products: Literal["auto", "float32", "bfloat16", "tfloat32"] = Field(
-        default="auto", description="operands of forward and Hessian products; auto: bfloat16 where model and processor have it"
+        default="auto",
+        description="operands of forward and Hessian products; auto: bfloat16 where model and processor have it",
     )
 
     @field_validator("samples", "length", "seed", "p", "steps", "correct", "refine", "damping", mode="before")
@@ -194,7 +228,8 @@ class Recipe(_Checked):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, inner: Any) -> dict[str, Any]:
-        """As JSON; ``text_field`` only where it is given, so that recipes written before there was one keep their fingerprint."""
+        """As JSON; ``text_field`` only where it is given, so that recipes written before there was one keep their
+        fingerprint."""
         return {name: value for name, value in inner(self).items() if name != "text_field" or value is not None}
 
     @property
@@ -210,9 +245,12 @@ class Recipe(_Checked):
         return [self.parsed, *(Scheme.parse(scheme) for scheme in self.layers.values())]
 
     def key_of(self, layer: str) -> str | None:
-        """The first entry of ``layers`` that names this layer: the end of its name, at a dot, or a pattern that matches all of it."""
+        """The first entry of ``layers`` that names this layer: the end of its name, at a dot, or a pattern that matches
+        all of it."""
         for key in self.layers:
-            found = re.fullmatch(key[3:], layer) is not None if key.startswith("re:") else f".{layer}".endswith(f".{key}")
+            found = (
+                re.fullmatch(key[3:], layer) is not None if key.startswith("re:") else f".{layer}".endswith(f".{key}")
+            )
             if found:
                 return key
         return None
@@ -220,7 +258,11 @@ class Recipe(_Checked):
     def for_layer(self, layer: str) -> "Recipe":
         """This recipe for one layer alone: with the scheme that ``layers`` has for it, else its own."""
         key = self.key_of(layer)
-        return self if not self.layers else self.model_copy(update={"scheme": self.layers[key] if key else self.scheme, "layers": {}})
+        return (
+            self
+            if not self.layers
+            else self.model_copy(update={"scheme": self.layers[key] if key else self.scheme, "layers": {}})
+        )
 
     def scheme_for(self, cols: int) -> Scheme:
         """The scheme of a layer with ``cols`` columns."""
@@ -237,7 +279,11 @@ class Recipe(_Checked):
         parsed = Scheme.parse(name)
         learned = parsed.method == "leanquant"
         for key, other in ((key, Scheme.parse(value)) for key, value in self.layers.items()):
-            if parsed.grid != "affine" or (other.grid, other.method, other.exact) != (parsed.grid, parsed.method, parsed.exact):
+            if parsed.grid != "affine" or (other.grid, other.method, other.exact) != (
+                parsed.grid,
+                parsed.method,
+                parsed.exact,
+            ):
                 what = f"layers mix schemes of one kind only, but '{key}' asks for {self.layers[key]} beside {name}"
                 raise RecipeError(what, "layers", "Use affine schemes of one method, such as W4A16_G64 with W8A16")
         return self.model_copy(update={
@@ -255,7 +301,8 @@ class Recipe(_Checked):
 
     @classmethod
     def build(cls, **fields: Any) -> "Recipe":
-        """The recipe of these fields, as ``Recipe(**fields)``: RecipeError with the first field that is wrong, in one sentence."""
+        """The recipe of these fields, as ``Recipe(**fields)``: RecipeError with the first field that is wrong, in one
+        sentence."""
         return cls(**fields)
 
     @classmethod
@@ -266,5 +313,7 @@ class Recipe(_Checked):
         except FileNotFoundError:
             raise RecipeError("no such recipe file", path, "Give the path of a .toml file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise RecipeError(f"the recipe cannot be read: {error}", path, 'A recipe is TOML such as: scheme = "NU4"') from None
+            raise RecipeError(
+                f"the recipe cannot be read: {error}", path, 'A recipe is TOML such as: scheme = "NU4"'
+            ) from None
         return cls.build(**{**fields, **overrides})

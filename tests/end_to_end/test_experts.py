@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import leangrid
-import tiny_models
 from leangrid.errors import CheckpointError
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import BlockWalk, Streams, embed
-from leangrid.pipeline import quantize
 from leangrid.recipe import Recipe
 from leangrid.report.records import read_records
-from leangrid.report.summary import quantize_summary
+from leangrid.report.text import quantize_summary
+from leangrid.run.quantize import quantize
 from leangrid.storage.safetensors import read_header
 from leangrid.storage.source import open_source
 from leangrid.storage.writer import verify
@@ -31,7 +31,8 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "scheme"), [*((n, "NU4") for n in tiny_models.MIXTURES), ("qwen3_moe", "W4A16_G32"), ("mixtral", "W4A16_G32")]
+    ("name", "scheme"),
+    [*((n, "NU4") for n in tiny_models.MIXTURES), ("qwen3_moe", "W4A16_G32"), ("mixtral", "W4A16_G32")],
 )
 def test_every_expert_is_quantized_under_the_names_of_its_checkpoint(name: str, scheme: str, tmp_path: Path) -> None:
     source = tiny_models.save(name, tmp_path / "source")
@@ -47,7 +48,9 @@ def test_every_expert_is_quantized_under_the_names_of_its_checkpoint(name: str, 
     same = {n for n, info in before.items() if n in after and after[n].dtype == info.dtype}
     assert not [n for n in same if ".experts." in n], "an expert stayed as it was"
     assert {n for n in before if ".gate." in n or "expert_gate" in n} <= same, "a router was quantized"
-    if scheme == "W4A16_G32":  # engines take every linear that is not named here to be quantized, and a router is one to them
+    if (
+        scheme == "W4A16_G32"
+    ):  # engines take every linear that is not named here to be quantized, and a router is one to them
         ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
         assert {n.removesuffix(".weight") for n in before if n.endswith(".gate.weight")} <= set(ignored)
     packed, _ = leangrid.load(tmp_path / "out")
@@ -56,7 +59,9 @@ def test_every_expert_is_quantized_under_the_names_of_its_checkpoint(name: str, 
     ids = WINDOWS[:2]
     torch.testing.assert_close(_logits(packed, ids), _logits(dense, ids), rtol=1e-4, atol=1e-4)
     if scheme == "NU4":  # transformers reads our own format through leangrid; compressed-tensors with its own code
-        torch.testing.assert_close(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids), _logits(packed, ids))
+        torch.testing.assert_close(
+            _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids), _logits(packed, ids)
+        )
     assert (_logits(packed, ids) - _logits(tiny_models.build(name), ids)).abs().max() > 1e-3
 
 
@@ -71,7 +76,9 @@ def _put(model: torch.nn.Module, weights: dict[str, Any]) -> None:
         fused: Any = model.get_submodule(owner)
         half = fused.gate_up_proj.shape[1] // 2
         target = fused.down_proj if leaf in ("down_proj", "w2") else fused.gate_up_proj
-        rows = {"gate_proj": slice(half), "w1": slice(half), "up_proj": slice(half, None), "w3": slice(half, None)}.get(leaf, slice(None))
+        rows = {"gate_proj": slice(half), "w1": slice(half), "up_proj": slice(half, None), "w3": slice(half, None)}.get(
+            leaf, slice(None)
+        )
         target.data[int(expert), rows] = weight
 
 
@@ -93,12 +100,20 @@ def test_experts_that_the_router_never_or_hardly_chooses(tmp_path: Path) -> None
         ">Tokens per expert</h2>" in page
         and '<th class="name" scope="row">model.layers.1</th><td class="n">4</td><td class="n">0</td>' in page
     )
-    found = {r.name.partition("experts.")[2]: r for r in read_records(tmp_path / "out" / "records.jsonl") if ".experts." in r.name}
-    kinds = {name: [rescue.kind for rescue in record.rescues if "expert" in rescue.kind] for name, record in found.items()}
+    found = {
+        r.name.partition("experts.")[2]: r
+        for r in read_records(tmp_path / "out" / "records.jsonl")
+        if ".experts." in r.name
+    }
+    kinds = {
+        name: [rescue.kind for rescue in record.rescues if "expert" in rescue.kind] for name, record in found.items()
+    }
     for part in ("gate_proj", "up_proj", "down_proj"):
         assert kinds[f"3.{part}"] == kinds[f"2.{part}"] == ["unseen_expert"]
         assert found[f"3.{part}"].tokens == 0 and 0 < found[f"3.{part}"].loss < found[f"3.{part}"].loss_rounding
-        assert found[f"0.{part}"].tokens == 48  # both experts of the other group see every token: 48 for 64 columns, 32 of down
+        assert (
+            found[f"0.{part}"].tokens == 48
+        )  # both experts of the other group see every token: 48 for 64 columns, 32 of down
         assert kinds[f"0.{part}"] == (["starved_expert"] if part != "down_proj" else [])
     model, _ = leangrid.load(tmp_path / "out")
     for part in ("gate_proj", "up_proj", "down_proj"):
@@ -142,7 +157,9 @@ def test_walks_that_pause_and_replay_give_the_model_and_the_same_bits(name: str,
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
 @pytest.mark.parametrize("suffix", ["", "_SYM"])
-def test_plain_transformers_reads_quantized_experts_rightly_or_fails_loudly(name: str, suffix: str, tmp_path: Path) -> None:
+def test_plain_transformers_reads_quantized_experts_rightly_or_fails_loudly(
+    name: str, suffix: str, tmp_path: Path
+) -> None:
     source = tiny_models.save(name, tmp_path / "source")
     quantize(source, tmp_path / "out", Recipe(scheme=f"W4A16_G32{suffix}"), windows=WINDOWS)
     ours, _ = leangrid.load(tmp_path / "out")
@@ -194,7 +211,10 @@ def test_fused_experts_that_do_not_fit_are_named(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.experts.gate_up_proj"
     for wrong, expected in (
         (tensors[name][:3].contiguous(), r"experts\.3\.gate_proj\.weight is missing"),
-        (tensors[name][:, :62].contiguous(), r"experts\.0\.gate_proj\.weight has shape \[31, 64\], the config asks for \[32, 64\]"),
+        (
+            tensors[name][:, :62].contiguous(),
+            r"experts\.0\.gate_proj\.weight has shape \[31, 64\], the config asks for \[32, 64\]",
+        ),
         (tensors[name][:, :63].contiguous(), r"experts\.0\.gate_proj\.weight is missing"),
         (torch.zeros(1 << 40, 0, 4), r"experts\.0\.gate_proj\.weight is missing"),
     ):
@@ -203,7 +223,9 @@ def test_fused_experts_that_do_not_fit_are_named(tmp_path: Path) -> None:
             quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
     alone = {"model.layers.1.mlp.experts.3.up_proj.weight": torch.zeros(32, 64)}
     save_file(tensors | alone, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"'model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight' is stored twice, .* in '{name}'"):
+    with pytest.raises(
+        CheckpointError, match=rf"'model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight' is stored twice, .* in '{name}'"
+    ):
         quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
     assert not (tmp_path / "out.partial").exists()
 
@@ -215,7 +237,9 @@ def test_an_index_that_names_experts_that_are_missing(tmp_path: Path) -> None:
     shard = source / index["weight_map"][name]
     kept = {n: tensor for n, tensor in load_file(shard).items() if n != name}
     save_file(kept, shard, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"index\.json lists tensors that their shards do not hold: {name} \(1 in all\)"):
+    with pytest.raises(
+        CheckpointError, match=rf"index\.json lists tensors that their shards do not hold: {name} \(1 in all\)"
+    ):
         quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
     shard.unlink()
     with pytest.raises(CheckpointError, match=rf"index\.json names shards that are missing: {shard.name}"):
@@ -229,6 +253,8 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
     for part in ("gate_proj", "up_proj", "down_proj"):
         del tensors[f"model.layers.1.mlp.experts.3.{part}.weight"]
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"disagree: model\.layers\.1\.mlp\.experts\.3\.gate_proj\.weight is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"disagree: model\.layers\.1\.mlp\.experts\.3\.gate_proj\.weight is missing"
+    ):
         quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
     assert not (tmp_path / "out.partial").exists()

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import tiny_models
+
 from leangrid.models.gguf import dequantize
 
 _RUN = """
 import json, sys
-from leangrid.pipeline import quantize
+from leangrid.run.quantize import quantize
 from leangrid.recipe import Recipe
 import torch
 windows = torch.randint(4, 512, (4, 64), generator=torch.Generator().manual_seed(0))
@@ -27,8 +27,8 @@ print(json.dumps({"peak": result.peak_ram_bytes, "after_block": seen}))
 def _run(directory: Path, blocks: int) -> dict:
     source = tiny_models.synthetic(directory / f"source{blocks}", blocks=blocks, hidden=384)
     command = [sys.executable, "-c", _RUN, str(source), str(directory / f"out{blocks}")]
-    # glibc keeps holes between live allocations, a few blocks' worth that come and go from run to run. With every large tensor
-    # mapped by itself, the figures are what the program holds.
+    # glibc keeps holes between live allocations, a few blocks' worth that come and go from run to run. With every large
+    # tensor mapped by itself, the figures are what the program holds.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -44,7 +44,9 @@ def test_peak_is_flat_in_the_number_of_blocks(tmp_path: Path) -> None:
 
 
 def _said(*arguments: object) -> dict:
-    done = subprocess.run([sys.executable, "-m", "leangrid", *map(str, arguments), "--json"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "leangrid", *map(str, arguments), "--json"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,19 +1,20 @@
-"""The main job on tiny models of every architecture: a checkpoint in, a finished directory out, opened by transformers."""
+"""The main job on tiny models of every architecture: a checkpoint in, a finished directory out, opened by
+transformers."""
 
 import json
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import transformers
 
 import leangrid
-import tiny_models
 from leangrid.errors import FormatError, OutputError, ResumeError, ShapeError
 from leangrid.models.skeleton import Skeleton
-from leangrid.pipeline import quantize
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
+from leangrid.run.quantize import quantize
 from leangrid.storage.source import open_source
 from leangrid.storage.writer import verify
 
@@ -74,7 +75,9 @@ def test_the_learned_result_is_closer_than_gptq_and_rounding(tmp_path: Path) -> 
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
-    quantize(tiny_models.save("llama3_tied", tmp_path / "source"), tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
+    quantize(
+        tiny_models.save("llama3_tied", tmp_path / "source"), tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS
+    )
     model, _ = leangrid.load(tmp_path / "out")
     assert model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()  # pyright: ignore
     assert "lm_head.weight" not in open_source(tmp_path / "out", allow_quantized=True).tensors
@@ -131,7 +134,9 @@ def test_an_output_that_exists_is_refused_and_overwrite_replaces_only_ours(tmp_p
 @pytest.mark.fault("S14")
 def test_what_cannot_be_done_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = tiny_models.save("llama2", tmp_path / "source")
-    with pytest.raises(ShapeError, match=r"groups of 48 do not divide 64 columns \(model\.layers\.0\.self_attn\.q_proj\).*W4A16_G64"):
+    with pytest.raises(
+        ShapeError, match=r"groups of 48 do not divide 64 columns \(model\.layers\.0\.self_attn\.q_proj\).*W4A16_G64"
+    ):
         quantize(source, tmp_path / "out", Recipe(scheme="W4A16_G48"), windows=WINDOWS)
     with pytest.raises(FormatError, match="affine grids only"):
         quantize(source, tmp_path / "out", Recipe(scheme="NU4", format="compressed-tensors"), windows=WINDOWS)
@@ -151,9 +156,14 @@ def test_the_default_scheme_takes_groups_where_they_fit(tmp_path: Path) -> None:
 
 
 def test_records_hold_every_layer_and_its_three_losses(tmp_path: Path) -> None:
-    result = quantize(tiny_models.save("phi3", tmp_path / "source"), tmp_path / "out", Recipe(scheme="W3A16_G32"), windows=WINDOWS)
+    result = quantize(
+        tiny_models.save("phi3", tmp_path / "source"), tmp_path / "out", Recipe(scheme="W3A16_G32"), windows=WINDOWS
+    )
     lines = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
-    assert [line["name"].rpartition("layers.")[2] for line in lines][:2] == ["0.self_attn.qkv_proj", "0.self_attn.o_proj"]
+    assert [line["name"].rpartition("layers.")[2] for line in lines][:2] == [
+        "0.self_attn.qkv_proj",
+        "0.self_attn.o_proj",
+    ]
     assert len(lines) == result.layers == 8
     for line in lines:
         assert 0 < line["loss"] < line["loss_rounding"] and line["tokens"] == WINDOWS.numel()

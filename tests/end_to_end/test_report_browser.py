@@ -1,4 +1,5 @@
-"""The pages in a real browser: nothing overflows, nothing is asked for, nothing complains, and both colour schemes are ones."""
+"""The pages in a real browser: nothing overflows, nothing is asked for, nothing complains, and both colour schemes are
+ones."""
 
 import shutil
 from collections.abc import Iterator
@@ -6,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from browser import NAMES, Browser, browser, find
-from leangrid.compare import compare
-from leangrid.report.page import page
-from leangrid.rescue import Rescue
 from report_facts import EVALUATION, RECORD, RUN_LOG, SAMPLE, directory, facts
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(find() is None, reason=f"no browser here: none of {', '.join(NAMES)}, no $CHROMIUM")]
+from leangrid.evaluation.compare import compare
+from leangrid.report.page import page
+from leangrid.solve.rescue import Rescue
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find() is None, reason=f"no browser here: none of {', '.join(NAMES)}, no $CHROMIUM"),
+]
 WIDTHS = (1280, 390)
 
 
@@ -31,7 +35,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                for name in ("gate", "up", "down")]  # fmt: skip
     long = "a_very_long_name_without_any_place_to_break_" * 8
     hostile = [replace(RECORD, name=f"model.layers.0.{long}", loss=1e30, rescues=(Rescue("damping", long),))]
-    evaluation = {**EVALUATION, "text": long, "kl_p99": 1.25, "tasks": {long: {"acc": 0.5, "stderr": 0.01, "n": 123456}}}
+    evaluation = {
+        **EVALUATION,
+        "text": long,
+        "kl_p99": 1.25,
+        "tasks": {long: {"acc": 0.5, "stderr": 0.01, "n": 123456}},
+    }
     run = {**RUN_LOG, "sample": {**SAMPLE, "name": long}}
     made = {
         "full": page(facts(records=records, evaluations=[EVALUATION])),
@@ -58,7 +67,9 @@ def test_a_page_in_a_browser(name: str, width: int, dark: bool, chromium: Browse
     assert chromium.value(wide) == []
     paper, ink = (chromium.value(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
     assert (brightness(paper) < brightness(ink)) == dark and abs(brightness(paper) - brightness(ink)) > 150
-    narrow = "[...document.querySelectorAll('td, th')].filter(e => e.textContent.length > 20 && e.clientWidth < 60).length"
+    narrow = (
+        "[...document.querySelectorAll('td, th')].filter(e => e.textContent.length > 20 && e.clientWidth < 60).length"
+    )
     assert chromium.value(narrow) == 0, "a cell is a column of letters"
 
 
@@ -69,7 +80,9 @@ def test_text_keeps_its_size_on_a_phone_and_stands_out(chromium: Browser, pages:
     assert chromium.value(smallest) >= 12
     for dark in (False, True):
         chromium.open(pages["full"].as_uri(), 390, dark)
-        colours = "['.soft', 'figcaption', 'th', 'summary', 'td'].map(s => getComputedStyle(document.querySelector(s)).color)"
+        colours = (
+            "['.soft', 'figcaption', 'th', 'summary', 'td'].map(s => getComputedStyle(document.querySelector(s)).color)"
+        )
         paper = chromium.value("getComputedStyle(document.body).backgroundColor")
         assert all(contrast(colour, paper) >= 4.5 for colour in chromium.value(colours)), "WCAG AA"
 

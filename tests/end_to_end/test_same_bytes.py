@@ -1,8 +1,8 @@
 """The same recipe gives the bytes that it gave before: tiny runs of every format against hashes that are committed.
 
-The hashes hold for one torch (same_bytes.json says which) on any x86-64 processor. Where a change of bytes is meant, write them again with
-``python tests/end_to_end/test_same_bytes.py`` and say in CHANGELOG.md what changed for whoever has a recipe.
-"""
+The hashes hold for one torch (same_bytes.json says which) on any x86-64 processor. Where a change of bytes is meant,
+write them again with ``python tests/end_to_end/test_same_bytes.py`` and say in CHANGELOG.md what changed for whoever
+has a recipe."""
 
 import json
 import os
@@ -24,7 +24,11 @@ def current(work: Path) -> dict[str, dict[str, str]]:
     """The hashes of this working tree."""
     paths = os.pathsep.join(str(HERE.parent.parent / folder) for folder in ("src", "tests", "tests/support"))
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(work)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=False
+        [sys.executable, str(SCRIPT), str(work)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": paths},
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,5 @@
-"""Row O7 of the fault table: no compiler, no Triton, an old processor, no network. The whole run works, and says once what it lacks."""
+"""Row O7 of the fault table: no compiler, no Triton, an old processor, no network. The whole run works, and says once
+what it lacks."""
 
 import json
 import os
@@ -50,10 +51,22 @@ def test_a_run_without_compiler_triton_or_path(
 
     if path != "torch" and native._extension() is None:
         pytest.skip("the extension is not built")
-    environment = {"PATH": "", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                   "HOME": str(tmp_path), "LEANGRID_KERNELS": kernels}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tiny("llama2")), str(tmp_path / "out"), hidden], env=environment,
-                          capture_output=True, text=True, timeout=300, check=False)  # fmt: skip
+    environment = {
+        "PATH": "",
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests' / 'support'}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HOME": str(tmp_path),
+        "LEANGRID_KERNELS": kernels,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tiny("llama2")), str(tmp_path / "out"), hidden],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert (said["kernels"], said["exit"], said["finite"]) == (path, 0, True)

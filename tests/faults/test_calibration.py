@@ -13,16 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 
-import tiny_models
+from leangrid.cli.progress_bar import Terminal
 from leangrid.data.calibration import windows, windows_hash
 from leangrid.errors import CalibrationError, ResumeError
-from leangrid.evaluate import evaluate
-from leangrid.pipeline import quantize
+from leangrid.evaluation import evaluate
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
-from leangrid.report.terminal import Terminal
+from leangrid.run.quantize import quantize
 from leangrid.storage.writer import verify
 
 Tiny = Callable[..., Path]
@@ -47,7 +47,9 @@ def test_too_little_text_is_an_error_with_have_and_need(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=rf"{have} tokens, 128 needed \(4 x 32\)"):
         windows(recipe(written(tmp_path, "too short")), tokenizer)
     rows = written(tmp_path, '{"text": "too short"}\n' + '{"text": ""}\n' * 9, "rows.jsonl")
-    with pytest.raises(CalibrationError, match=rf"{have} tokens, 128 needed \(4 x 32\); 9 of 10 rows left out \(hold no text\)"):
+    with pytest.raises(
+        CalibrationError, match=rf"{have} tokens, 128 needed \(4 x 32\); 9 of 10 rows left out \(hold no text\)"
+    ):
         windows(recipe(rows), tokenizer)
 
 
@@ -78,14 +80,19 @@ def test_a_text_that_is_not_utf8_is_refused_by_place(name: str, tmp_path: Path) 
 
 
 @pytest.mark.fault("N13")
-def test_no_padding_token_is_ever_used_and_the_seed_fixes_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_padding_token_is_ever_used_and_the_seed_fixes_the_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     documents = [f"document {index} " * (index % 7) for index in range(200)]  # some are empty, none as long as a window
     file = written(tmp_path, "".join(json.dumps({"text": each}) + "\n" for each in documents), "text.jsonl")
     tokenizer = tiny_models.tokenizer()
     found = windows(recipe(file, 16, 64), tokenizer)
     assert not (found == tokenizer.pad_token_id).any() and found.shape == (16, 64)
     monkeypatch.setattr("leangrid.data.corpora._embedded", lambda: tuple(documents))
-    hashes = [windows_hash(windows(Recipe(calibration="embedded", samples=16, length=64, seed=seed), tokenizer)) for seed in (0, 0, 1)]
+    hashes = [
+        windows_hash(windows(Recipe(calibration="embedded", samples=16, length=64, seed=seed), tokenizer))
+        for seed in (0, 0, 1)
+    ]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -178,7 +185,9 @@ def chat_source(tiny: Tiny, folder: Path) -> Path:
 
 def conversations(folder: Path) -> Path:
     said = [("user", "What are the words?"), ("assistant", "They are many, and these are some of them.")]
-    rows = [{"id": "an-id", "messages": [{"role": role, "content": content} for role, content in said]} for _ in range(40)]
+    rows = [
+        {"id": "an-id", "messages": [{"role": role, "content": content} for role, content in said]} for _ in range(40)
+    ]
     return written(folder, "\n".join(map(json.dumps, [*rows, {"messages": None}])), "rows.jsonl")
 
 
@@ -187,10 +196,17 @@ def test_conversations_go_through_the_model_s_template_and_the_manifest_says_so(
     source, file, events = chat_source(tiny, tmp_path), conversations(tmp_path), []
     quantize(source, tmp_path / "out", recipe(file), progress=events.append)
     told = json.loads((tmp_path / "out" / "manifest.json").read_text())["calibration"]
-    assert told["source"] == str(file) and told["fields"] == ["messages"] and told["template"] == "the chat template of the model"
+    assert (
+        told["source"] == str(file)
+        and told["fields"] == ["messages"]
+        and told["template"] == "the chat template of the model"
+    )
     assert len(told["template_sha256"]) == 64
     assert told["first"].startswith("[user] What are the words? [assistant] They are many")
-    assert any(event.message.startswith("calibration: 4 x 32 tokens of column 'messages' in the chat template") for event in events)
+    assert any(
+        event.message.startswith("calibration: 4 x 32 tokens of column 'messages' in the chat template")
+        for event in events
+    )
     assert "an-id" not in told["first"] and verify(tmp_path / "out") == []
 
 
@@ -210,23 +226,29 @@ def test_a_resumed_run_says_the_same_of_its_text_and_another_column_is_another_r
     quantize(source, tmp_path / "out", chosen)
     quantize(source, tmp_path / "whole", chosen)
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("out", "whole")]
-    assert manifests[0]["calibration"] == manifests[1]["calibration"] and manifests[0]["calibration"]["fields"] == ["messages"]
+    assert manifests[0]["calibration"] == manifests[1]["calibration"] and manifests[0]["calibration"]["fields"] == [
+        "messages"
+    ]
     assert manifests[0]["files"]["model.safetensors"] == manifests[1]["files"]["model.safetensors"]
 
 
 @pytest.mark.fault("N13")
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.txt", "folder"])
-def test_a_text_that_is_refused_leaves_nothing(name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_that_is_refused_leaves_nothing(
+    name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     contents = {"rows.jsonl": '{"title": "a"}\n', "rows.csv": "id,title\n1,a\n", "rows.txt": "\n \n"}
     if name in contents:
         written(tmp_path, contents[name], name)
     else:
         (tmp_path / name).mkdir()
     # Before the model is even opened, for that may take long.
-    monkeypatch.setattr("leangrid.prepare.open_model", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr("leangrid.run.open_run.open_model", lambda *_: pytest.fail("the model was opened"))
     with pytest.raises(CalibrationError):
         quantize(tiny("llama3"), tmp_path / "out", recipe(tmp_path / name))
-    monkeypatch.setattr(sys.modules["leangrid.evaluate.measure"], "open_model", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr(
+        sys.modules["leangrid.evaluation.measure"], "open_model", lambda *_: pytest.fail("the model was opened")
+    )
     with pytest.raises(CalibrationError):
         evaluate(tiny("llama3"), None, str(tmp_path / name))
     assert [each.name for each in tmp_path.iterdir()] == [name]
@@ -253,7 +275,10 @@ def test_the_column_is_part_of_the_recipe_only_where_it_is_given(tmp_path: Path)
     assert plain.fingerprint() != named.fingerprint() and Recipe.build(**named.model_dump()) == named
     # Recipes that were written before there was such a field keep their fingerprint.
     fields = {name: value for name, value in vars(plain).items() if name != "text_field"}
-    assert plain.fingerprint() == hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert (
+        plain.fingerprint()
+        == hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    )
     with pytest.raises(CalibrationError, match="--text-field"):
         windows(Recipe.build(calibration="self", text_field="body"), None)
 
@@ -269,7 +294,9 @@ def command(tiny: Tiny, folder: Path, **environment: str) -> tuple[list[str], di
 
 @pytest.mark.fault("C14")
 def test_a_locale_without_the_characters_does_not_stop_the_run(tiny: Tiny, tmp_path: Path) -> None:
-    arguments, environment = command(tiny, tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict")
+    arguments, environment = command(
+        tiny, tmp_path, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii:strict"
+    )
     done = subprocess.run(arguments, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"block 3/3" in done.stderr and b"O\\xf9 sont" in done.stderr
@@ -294,7 +321,9 @@ def test_a_clock_that_jumps_does_not_stop_the_run(tiny: Tiny, tmp_path: Path, mo
     for name in ("time", "monotonic"):
         monkeypatch.setattr(time, name, lambda: next(jumps))
     with open(tmp_path / "progress", "w") as stream, Terminal(stream, interactive=True) as terminal:
-        quantize(tiny("llama3"), tmp_path / "out", Recipe(scheme="NU4"), windows=tiny_models.tokens(2, 16), progress=terminal)
+        quantize(
+            tiny("llama3"), tmp_path / "out", Recipe(scheme="NU4"), windows=tiny_models.tokens(2, 16), progress=terminal
+        )
         assert terminal.alive
     assert verify(tmp_path / "out") == []
 
@@ -313,7 +342,11 @@ def test_a_signal_stops_resumable_and_prints_the_command(number: signal.Signals,
             break
     _, rest = process.communicate(timeout=120)
     assert process.returncode == 3, seen + rest
-    assert f"stopped by {number.name}" in rest and f"leangrid quantize {tmp_path / 'source'}" in rest and "Traceback" not in rest
+    assert (
+        f"stopped by {number.name}" in rest
+        and f"leangrid quantize {tmp_path / 'source'}" in rest
+        and "Traceback" not in rest
+    )
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
     again = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr

@@ -1,18 +1,19 @@
-"""The same recipe gives the same bytes, with any number of threads, and the manifest says what has to be the same for that."""
+"""The same recipe gives the same bytes, with any number of threads, and the manifest says what has to be the same for
+that."""
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
 import tiny_models
-from leangrid.pipeline import quantize
+import torch
+from tiny_run import digest
+
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.report.views import TIMED
-from tiny_run import digest
+from leangrid.run.quantize import quantize
 
 Tiny = Callable[..., Path]
 WINDOWS = tiny_models.tokens(4, 64)

@@ -1,4 +1,5 @@
-"""What people give instead of a checkpoint: each is refused by one sentence that names it, before work, with nothing written."""
+"""What people give instead of a checkpoint: each is refused by one sentence that names it, before work, with nothing
+written."""
 
 import json
 import shutil
@@ -10,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import leangrid
-import tiny_models
 from leangrid.errors import ArchitectureError, CheckpointError, LeangridError
-from leangrid.evaluate.opened import open_model
-from leangrid.load import load
+from leangrid.evaluation.opened import open_model
+from leangrid.inference.load import load
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.storage.source import open_source
@@ -41,7 +42,12 @@ def refused(source: Path, *words: str) -> str:
         leangrid.quantize(source, out, leangrid.Recipe(scheme="W8A16", calibration="embedded", samples=2, length=32))
     assert time.process_time() - began < 5, "a refusal waits for nothing"
     message = str(caught.value)
-    assert not out.exists() and not out.with_name("out.partial").exists() and "\n" not in message and caught.value.exit_code == 2
+    assert (
+        not out.exists()
+        and not out.with_name("out.partial").exists()
+        and "\n" not in message
+        and caught.value.exit_code == 2
+    )
     for word in words:
         assert word.lower() in message.lower(), message
     with pytest.raises((CheckpointError, ArchitectureError)):
@@ -58,7 +64,15 @@ def change(source: Path, edit: Callable[[Tensors], None], **config: object) -> N
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    ],
 )
 def test_a_git_lfs_pointer_in_place_of_a_file(source: Path, name: str) -> None:
     (source / name).write_text(POINTER)
@@ -82,7 +96,10 @@ def test_the_tokenizer_is_asked_for_pointers_wherever_it_is_opened(source: Path)
 @pytest.mark.parametrize("with_config", [True, False])
 def test_a_lora_directory(source: Path, with_config: bool) -> None:
     (source / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 64)}, source / "adapter_model.safetensors")
+    save_file(
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 64)},
+        source / "adapter_model.safetensors",
+    )
     (source / "model.safetensors").unlink()
     if not with_config:
         (source / "config.json").unlink()
@@ -102,14 +119,19 @@ def _gptq(tensors: Tensors) -> None:
     for name in [name for name in tensors if "proj" in name]:
         rows, cols = tensors.pop(name).shape
         owner = name.removesuffix(".weight")
-        tensors |= {f"{owner}.qweight": torch.zeros(cols // 8, rows, dtype=torch.int32), f"{owner}.scales": torch.ones(1, rows).half()}
+        tensors |= {
+            f"{owner}.qweight": torch.zeros(cols // 8, rows, dtype=torch.int32),
+            f"{owner}.scales": torch.ones(1, rows).half(),
+        }
 
 
 def _mlx(tensors: Tensors) -> None:
     for name in [name for name in tensors if "proj" in name]:
         rows, cols = tensors[name].shape
         tensors[name] = torch.zeros(rows, cols // 8, dtype=torch.uint32)
-        tensors |= {f"{name.removesuffix('.weight')}.{end}": torch.ones(rows, cols // 64) for end in ("scales", "biases")}
+        tensors |= {
+            f"{name.removesuffix('.weight')}.{end}": torch.ones(rows, cols // 64) for end in ("scales", "biases")
+        }
 
 
 def _bitsandbytes(tensors: Tensors) -> None:
@@ -119,7 +141,11 @@ def _bitsandbytes(tensors: Tensors) -> None:
 
 
 def _fp8(tensors: Tensors) -> None:
-    tensors |= {name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items() if "layers.1" in name and "proj" in name}
+    tensors |= {
+        name: tensor.to(torch.float8_e4m3fn)
+        for name, tensor in tensors.items()
+        if "layers.1" in name and "proj" in name
+    }
 
 
 def _scaled_fp8(tensors: Tensors) -> None:
@@ -128,19 +154,32 @@ def _scaled_fp8(tensors: Tensors) -> None:
 
 
 def _int8(tensors: Tensors) -> None:
-    tensors |= {name: (tensor * 99).to(torch.int8) for name, tensor in tensors.items() if "layers.1" in name and "proj" in name}
+    tensors |= {
+        name: (tensor * 99).to(torch.int8) for name, tensor in tensors.items() if "layers.1" in name and "proj" in name
+    }
 
 
 @pytest.mark.parametrize(
     ("edit", "told"),
-    [(_gptq, "GPTQ"), (_mlx, "MLX"), (_bitsandbytes, "bitsandbytes"), (_fp8, "fp8"), (_scaled_fp8, "fp8"), (_int8, "I8")],
+    [
+        (_gptq, "GPTQ"),
+        (_mlx, "MLX"),
+        (_bitsandbytes, "bitsandbytes"),
+        (_fp8, "fp8"),
+        (_scaled_fp8, "fp8"),
+        (_int8, "I8"),
+    ],
 )
-def test_quantized_weights_whose_config_does_not_say_so(source: Path, edit: Callable[[Tensors], None], told: str) -> None:
+def test_quantized_weights_whose_config_does_not_say_so(
+    source: Path, edit: Callable[[Tensors], None], told: str
+) -> None:
     change(source, edit)
     refused(source, "quantized", told)
 
 
-@pytest.mark.parametrize(("end", "dtype"), [("weight", torch.uint8), ("int_weight", torch.int8), ("codes", torch.int32)])
+@pytest.mark.parametrize(
+    ("end", "dtype"), [("weight", torch.uint8), ("int_weight", torch.int8), ("codes", torch.int32)]
+)
 def test_integer_matrices_of_a_quantizer_that_nobody_knows(source: Path, end: str, dtype: torch.dtype) -> None:
     def edit(tensors: Tensors) -> None:
         for name in [name for name in tensors if "up_proj" in name]:
@@ -154,7 +193,9 @@ def test_integer_matrices_of_a_quantizer_that_nobody_knows(source: Path, end: st
 def test_json_beside_the_weights_that_is_no_object(source: Path, name: str) -> None:
     (source / name).write_text("[]")
     with pytest.raises(CheckpointError, match=f"'{name}' is no JSON object"):
-        leangrid.quantize(source, source.parent / "out", leangrid.Recipe(scheme="W8A16", calibration="embedded", samples=2, length=32))
+        leangrid.quantize(
+            source, source.parent / "out", leangrid.Recipe(scheme="W8A16", calibration="embedded", samples=2, length=32)
+        )
     assert not (source.parent / "out.partial").exists()
 
 
@@ -172,7 +213,10 @@ def test_a_fine_tune_saved_without_merging(source: Path) -> None:
     def edit(tensors: Tensors) -> None:
         name = "model.layers.0.self_attn.q_proj"
         tensors[f"{name}.base_layer.weight"] = tensors.pop(f"{name}.weight")
-        tensors |= {f"{name}.lora_A.default.weight": torch.ones(4, 64), f"{name}.lora_B.default.weight": torch.ones(64, 4)}
+        tensors |= {
+            f"{name}.lora_A.default.weight": torch.ones(4, 64),
+            f"{name}.lora_B.default.weight": torch.ones(64, 4),
+        }
 
     change(source, edit)
     refused(source, "LoRA", "Merge")
@@ -185,7 +229,11 @@ def test_a_few_of_the_missing_and_of_the_unexpected_names_are_shown(source: Path
 
     change(source, edit)
     message = refused(
-        source, "q_proj.weight is missing", "_linear.weight is not part of the model", "and 10 more missing", "and 10 more not part"
+        source,
+        "q_proj.weight is missing",
+        "_linear.weight is not part of the model",
+        "and 10 more missing",
+        "and 10 more not part",
     )
     assert len(message) < 900
 
@@ -256,7 +304,9 @@ def test_a_gguf_file_and_a_hub_id_load_too(source: Path, monkeypatch: pytest.Mon
     assert isinstance(model, hf.LlamaForCausalLM) and tokenizer is not None
 
 
-@pytest.mark.parametrize(("kind", "told"), [("LORA", "LoRA adapter"), ("IA3", "IA3 adapter"), ("PROMPT_TUNING", "cannot be merged")])
+@pytest.mark.parametrize(
+    ("kind", "told"), [("LORA", "LoRA adapter"), ("IA3", "IA3 adapter"), ("PROMPT_TUNING", "cannot be merged")]
+)
 def test_the_kind_of_an_adapter_is_named(source: Path, kind: str, told: str) -> None:
     (source / "model.safetensors").unlink()
     (source / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
@@ -277,11 +327,16 @@ def test_an_empty_quantization_config(source: Path) -> None:
     assert load(source)[0] is not None
 
 
-@pytest.mark.parametrize(("fields", "told"), [
-    ({"torch_dtype": "auto", "dtype": "auto"}, "'auto'"), ({"hidden_act": "swish_foo"}, "swish_foo"), ({"num_attention_heads": 3}, "heads"),
-    ({"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "rope_parameters.factor = 4"),
-    ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "rope_parameters.factor = 0.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"torch_dtype": "auto", "dtype": "auto"}, "'auto'"),
+        ({"hidden_act": "swish_foo"}, "swish_foo"),
+        ({"num_attention_heads": 3}, "heads"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "rope_parameters.factor = 4"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "rope_parameters.factor = 0.0"),
+    ],
+)
 def test_what_a_config_says_wrongly_is_named(source: Path, fields: dict[str, object], told: str) -> None:
     change(source, lambda tensors: None, **fields)
     refused(source, told)
@@ -302,7 +357,11 @@ def test_a_model_of_nan_neither_answers_nor_measures(source: Path) -> None:
     ("name", "content", "told"),
     [
         ("special_tokens_map.json", "{not json", "'special_tokens_map.json' is no JSON"),
-        ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["ev.Tk", null]}, "tokenizer_class": "Tk"}', "code of its own"),
+        (
+            "tokenizer_config.json",
+            '{"auto_map": {"AutoTokenizer": ["ev.Tk", null]}, "tokenizer_class": "Tk"}',
+            "code of its own",
+        ),
         ("tokenizer_config.json", '{"auto_map": "ev.Tk", "tokenizer_class": "Tk"}', "code of its own"),
     ],
 )
@@ -374,7 +433,11 @@ def test_a_damaged_sentencepiece_model_is_named(source: Path) -> None:
 
 def test_masks_of_old_checkpoints_are_no_quantized_weights(tmp_path: Path) -> None:
     source = tiny_models.save("gpt2", tmp_path / "source")
-    change(source, lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8)}), n_embd=32)
+    change(
+        source,
+        lambda tensors: tensors.update({"transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8)}),
+        n_embd=32,
+    )
     assert "quantized" not in refused(source, "has shape")
 
 

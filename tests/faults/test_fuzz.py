@@ -1,4 +1,5 @@
-"""Structure-aware damage to every file that is read: only our own errors, in under a second and half a gigabyte each."""
+"""Structure-aware damage to every file that is read: only our own errors, in under a second and half a gigabyte
+each."""
 
 import copy
 import json
@@ -13,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_run import tensors, write_source
 
 import leangrid
-import tiny_models
 from leangrid.errors import LeangridError
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
 from leangrid.storage.source import open_source
 from leangrid.storage.writer import verify
-from tiny_run import tensors, write_source
 
 Tiny = Callable[..., Path]
 SECONDS, BYTES = 1.0, 512 << 20
@@ -34,11 +35,17 @@ ODD: st.SearchStrategy[Any] = st.one_of(
     st.booleans(),
     st.sampled_from([0, 1, -1, 2, 7, 65, 2**16, 2**31 - 1, 2**31, 2**40, 2**63, 2**70, 10**30, 0.5, 1e308, -1e-308]),
     st.sampled_from([float("nan"), float("inf"), -float("inf")]),
-    st.sampled_from(["", "0", "F8_E4M3", "../x", "/etc/passwd", "llama", "float16", "eager", "\x00", "é" * 300, "silu", "re:(a+)+$"]),
+    st.sampled_from(
+        ["", "0", "F8_E4M3", "../x", "/etc/passwd", "llama", "float16", "eager", "\x00", "é" * 300, "silu", "re:(a+)+$"]
+    ),
     st.just([]),
     st.just({}),
     st.lists(st.integers(-3, 2**33), max_size=4),
-    st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "x"]), st.sampled_from(["linear", "yarn", -1, None, 1e30]), max_size=3),
+    st.dictionaries(
+        st.sampled_from(["rope_type", "type", "factor", "x"]),
+        st.sampled_from(["linear", "yarn", -1, None, 1e30]),
+        max_size=3,
+    ),
 )
 
 
@@ -66,7 +73,9 @@ def damaged(draw: st.DrawFn, value: Any) -> Any:
         if action == "remove":
             del owner[key]
         elif action == "swap":
-            owner[key] = copy.deepcopy(draw(st.sampled_from([owner[k] for k in (owner if isinstance(owner, dict) else range(len(owner)))])))
+            owner[key] = copy.deepcopy(
+                draw(st.sampled_from([owner[k] for k in (owner if isinstance(owner, dict) else range(len(owner)))]))
+            )
         elif action == "add" and isinstance(owner, dict):
             owner[draw(st.text(max_size=5))] = draw(ODD)
         else:
@@ -151,7 +160,8 @@ def test_indexes(folder: Path, data: st.DataObject) -> None:
 @pytest.mark.fault("S7")
 @pytest.mark.fault("S8")
 @pytest.mark.parametrize(
-    "name", ["llama3_tied", "gpt2", "bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3", "opt", "phi3"))]
+    "name",
+    ["llama3_tied", "gpt2", "bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3", "opt", "phi3"))],
 )
 @heavy
 @given(data=st.data())
@@ -168,15 +178,22 @@ def test_configs(name: str, tiny: Tiny, folder: Path, data: st.DataObject) -> No
 @pytest.mark.fault("S7")
 @pytest.mark.fault("S8")
 @pytest.mark.parametrize(
-    ("name", "field"), [("gpt2", "n_positions"), ("bert", "max_position_embeddings"), ("opt", "max_position_embeddings")]
+    ("name", "field"),
+    [("gpt2", "n_positions"), ("bert", "max_position_embeddings"), ("opt", "max_position_embeddings")],
 )
 @pytest.mark.parametrize("value", [10**6, 2**31])
-def test_tables_that_a_config_only_claims_are_not_made(name: str, field: str, value: int, tiny: Tiny, tmp_path: Path) -> None:
+def test_tables_that_a_config_only_claims_are_not_made(
+    name: str, field: str, value: int, tiny: Tiny, tmp_path: Path
+) -> None:
     """GPT-2 keeps a mask of n_positions^2 bytes, BERT a list of positions: the tensors are asked first."""
     source = shutil.copytree(tiny(name), tmp_path / name)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, field: value}))
-    with open_source(source) as checkpoint, pytest.raises(LeangridError, match=f"asks for .{str(value)[:5]}"), bounded():
+    with (
+        open_source(source) as checkpoint,
+        pytest.raises(LeangridError, match=f"asks for .{str(value)[:5]}"),
+        bounded(),
+    ):
         Skeleton(checkpoint)
 
 
@@ -185,7 +202,8 @@ def test_tables_that_a_config_only_claims_are_not_made(name: str, field: str, va
 @heavy
 @given(data=st.data())
 def test_results(part: str, finished: Path, folder: Path, data: st.DataObject) -> None:
-    """A damaged result of ours (look-up tables) is refused, or is whole: no other exception, nothing that runs on bad codes."""
+    """A damaged result of ours (look-up tables) is refused, or is whole: no other exception, nothing that runs on bad
+    codes."""
     copied = folder / part
     if not copied.exists():
         shutil.copytree(finished, copied)

@@ -1,4 +1,5 @@
-"""An OUT that is there already and empty: a directory, a mount point, a directory in a place that cannot be written to."""
+"""An OUT that is there already and empty: a directory, a mount point, a directory in a place that cannot be written
+to."""
 
 import os
 import shutil
@@ -6,17 +7,20 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import pytest
-
 import forked
+import pytest
+from tiny_run import digest, run, write_source
+
 from leangrid.errors import OutputError
 from leangrid.storage import files
 from leangrid.storage.journal import Journal, out_of, partial_of
 from leangrid.storage.writer import amend, check_output, publish_staged, stage, verify
-from tiny_run import digest, run, write_source
 
 # Before each of the moves, after the last, and as the journal goes.
-KILLS = [f"publish.before_rename:{count}" for count in (1, 2, 3, 6, 7, 8, 9, 10, 12)] + ["publish.after_sync:7", "remove.before_rmdir:1"]
+KILLS = [f"publish.before_rename:{count}" for count in (1, 2, 3, 6, 7, 8, 9, 10, 12)] + [
+    "publish.after_sync:7",
+    "remove.before_rmdir:1",
+]
 
 
 @pytest.fixture
@@ -79,7 +83,9 @@ def test_a_mount_point_is_filled(source: Path, tmp_path: Path, volume: Path) -> 
     run(source, tmp_path / "expected")
     run(source, volume)
     assert verify(volume) == [] and digest(volume) == digest(tmp_path / "expected")
-    assert {path.name for path in volume.iterdir()} == {path.name for path in (tmp_path / "expected").iterdir()} | {"lost+found"}
+    assert {path.name for path in volume.iterdir()} == {path.name for path in (tmp_path / "expected").iterdir()} | {
+        "lost+found"
+    }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["expected", "source", "volume"]
     with pytest.raises(OutputError, match="--overwrite"):
         check_output(volume, source)
@@ -107,7 +113,9 @@ def test_a_kill_while_a_mount_point_is_filled_is_finished_by_the_same_command(
 
 
 @pytest.mark.fault("C10")
-def test_a_failure_that_is_taken_back_brings_the_older_result_back(volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_that_is_taken_back_brings_the_older_result_back(
+    volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As an export does, which keeps no journal. Whatever step fails, OUT is the older result or the newer one."""
     _publish(volume, "older")
     move, outcomes = files.move_entry, []
@@ -143,7 +151,10 @@ def _publish(out: Path, text: str, journal: Journal | None = None) -> None:
 def test_the_journal_of_a_mount_point_keeps_its_names(tmp_path: Path, volume: Path) -> None:
     assert partial_of(volume) == volume / ".partial" and out_of(volume / ".partial") == volume
     assert Journal.beside(volume, tmp_path).states == tmp_path / "volume.partial.state"
-    assert partial_of(tmp_path / "out") == tmp_path / "out.partial" and out_of(tmp_path / "out.partial") == tmp_path / "out"
+    assert (
+        partial_of(tmp_path / "out") == tmp_path / "out.partial"
+        and out_of(tmp_path / "out.partial") == tmp_path / "out"
+    )
 
 
 def test_a_mount_is_recognised() -> None:

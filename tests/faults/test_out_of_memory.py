@@ -1,4 +1,5 @@
-"""Out of memory in the middle of a block: one thing gives way after another, each is recorded, and the result is the same."""
+"""Out of memory in the middle of a block: one thing gives way after another, each is recorded, and the result is the
+same."""
 
 import json
 from collections.abc import Callable
@@ -6,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
+from live_bytes import LiveBytes
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import leangrid.pipeline as pipeline
-import tiny_models
-from leangrid import wide
+import leangrid.run.quantize as pipeline
 from leangrid.errors import Interrupted
 from leangrid.models.walk import BlockWalk
-from leangrid.pipeline import quantize
-from leangrid.placement import Placement
+from leangrid.planning.placement import Placement
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
-from leangrid.result import QuantizeResult
-from live_bytes import LiveBytes
+from leangrid.run.quantize import quantize
+from leangrid.run.result import QuantizeResult
+from leangrid.solve import in_place
 
 WINDOWS, RECIPE = tiny_models.tokens(6, 32), Recipe(scheme="NU4")
 Exhaust = Callable[[Any, str, Callable[..., bool]], list[int]]
@@ -33,7 +34,8 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def exhaust(monkeypatch: pytest.MonkeyPatch) -> Exhaust:
-    """``exhaust(owner, name, when)``: calls of owner.name for which ``when`` of its arguments holds run out of memory; counts them."""
+    """``exhaust(owner, name, when)``: calls of owner.name for which ``when`` of its arguments holds run out of memory;
+    counts them."""
 
     def patch(owner: Any, name: str, when: Callable[..., bool]) -> list[int]:
         real, failures = getattr(owner, name), [0]
@@ -53,7 +55,7 @@ def exhaust(monkeypatch: pytest.MonkeyPatch) -> Exhaust:
 @pytest.fixture
 def two_memories(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the device were another place than the CPU: the ladder's last steps, and weights read ahead, are used."""
-    monkeypatch.setattr("leangrid.run.accelerated", lambda _: True)
+    monkeypatch.setattr("leangrid.run.run.accelerated", lambda _: True)
 
 
 def _run(source: Path, out: Path, placement: Placement | None = None) -> tuple[QuantizeResult, list[str]]:
@@ -67,7 +69,9 @@ def _run(source: Path, out: Path, placement: Placement | None = None) -> tuple[Q
 
 
 def _codes(out: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in load_file(out / "model.safetensors").items() if tensor.dtype == torch.int32}
+    return {
+        name: tensor for name, tensor in load_file(out / "model.safetensors").items() if tensor.dtype == torch.int32
+    }
 
 
 def _same(out: Path, other: Path) -> None:
@@ -87,12 +91,20 @@ def test_smaller_batches_give_way_first(source: Path, tmp_path: Path, exhaust: E
     failures = exhaust(LlamaMLP, "forward", lambda _self, x: x.shape[0] > 1)
     result, notices = _run(source, tmp_path / "out", Placement(4))
     assert failures == [2], "4 windows, 2, 1; not tried again in the second block"
-    assert ["2 instead of 4 windows" in notices[0], "1 instead of 2 windows" in notices[1], len(notices)] == [True, True, 2]
-    assert result.notes["memory"] == 14 and result.exit_code == 0  # both steps stand in each of the first block's 7 records
+    assert ["2 instead of 4 windows" in notices[0], "1 instead of 2 windows" in notices[1], len(notices)] == [
+        True,
+        True,
+        2,
+    ]
+    assert (
+        result.notes["memory"] == 14 and result.exit_code == 0
+    )  # both steps stand in each of the first block's 7 records
     kinds = [[r["kind"] for r in record["rescues"]].count("memory") for record in _records(tmp_path / "out")]
     assert kinds == [2] * 7 + [0] * 7
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert len(manifest["memory"]) == 2 and all(step.startswith("model.layers.0: out of memory: ") for step in manifest["memory"])
+    assert len(manifest["memory"]) == 2 and all(
+        step.startswith("model.layers.0: out of memory: ") for step in manifest["memory"]
+    )
     _same(tmp_path / "out", tmp_path / "expected")
 
 
@@ -112,7 +124,7 @@ def test_a_failed_attempt_leaves_nothing_behind(
 ) -> None:
     after: list[int] = []
     with LiveBytes() as alive:
-        monkeypatch.setattr("leangrid.run.release_cached", lambda _: after.append(alive.now))
+        monkeypatch.setattr("leangrid.run.run.release_cached", lambda _: after.append(alive.now))
         exhaust(BlockWalk, "_resume", lambda _self, one, group: group == 3 and len(after) < 1)
         quantize(source, tmp_path / "out", RECIPE, windows=WINDOWS, placement=Placement(3, replay=replay))
     states = WINDOWS.numel() * tiny_models.HIDDEN * 4  # of one stream: both are the same before the first block
@@ -131,11 +143,13 @@ def test_the_lean_algebra_gives_way_before_the_device(source: Path, tmp_path: Pa
 
 @pytest.mark.fault("R1")
 @pytest.mark.usefixtures("two_memories")
-def test_one_group_moves_to_the_cpu_then_the_block(source: Path, tmp_path: Path, exhaust: Exhaust, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_group_moves_to_the_cpu_then_the_block(
+    source: Path, tmp_path: Path, exhaust: Exhaust, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lean = Placement(6, replay=True, host_streams=True, lean=True)
     _run(source, tmp_path / "expected", lean)
     calls: list[int] = []
-    real = wide.factorize_in_place
+    real = in_place.factorize_in_place
 
     def wide_only_once_on_the_device(matrix: torch.Tensor, *rest: Any) -> Any:
         calls.append(len(matrix))
@@ -143,23 +157,28 @@ def test_one_group_moves_to_the_cpu_then_the_block(source: Path, tmp_path: Path,
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(matrix, *rest)
 
-    monkeypatch.setattr(wide, "factorize_in_place", wide_only_once_on_the_device)
+    monkeypatch.setattr(in_place, "factorize_in_place", wide_only_once_on_the_device)
     _, notices = _run(source, tmp_path / "group", lean)
     assert len(notices) == 1 and "Hessian and factor of group 3 on the CPU" in notices[0]
     _same(tmp_path / "group", tmp_path / "expected")
     monkeypatch.undo()
-    monkeypatch.setattr("leangrid.run.accelerated", lambda _: True)
+    monkeypatch.setattr("leangrid.run.run.accelerated", lambda _: True)
     alone = Placement(1, replay=True, host_streams=True, lean=True)
     _run(source, tmp_path / "one by one", alone)
     left = [False] * 40 + [True] * 2  # in the middle of the second block, and at once when it begins again
     failures = exhaust(LlamaMLP, "forward", lambda *_: bool(left) and left.pop(0))
     _, notices = _run(source, tmp_path / "block", alone)
-    assert failures == [2] and ["all groups on the CPU" in notices[0], "the whole block on the CPU" in notices[1]] == [True, True]
+    assert failures == [2] and ["all groups on the CPU" in notices[0], "the whole block on the CPU" in notices[1]] == [
+        True,
+        True,
+    ]
     _same(tmp_path / "block", tmp_path / "one by one")
 
 
 @pytest.mark.fault("R1")
-@pytest.mark.parametrize("message", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "DefaultCPUAllocator: can't allocate memory"])
+@pytest.mark.parametrize(
+    "message", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "DefaultCPUAllocator: can't allocate memory"]
+)
 def test_the_end_of_the_ladder_is_one_sentence_and_the_run_goes_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
@@ -173,8 +192,16 @@ def test_the_end_of_the_ladder_is_one_sentence_and_the_run_goes_on(
         return real(self, x)
 
     monkeypatch.setattr(LlamaMLP, "forward", full)
-    with pytest.raises(Interrupted, match=r"nothing is left to give way: a block needs about .* GiB \(model\.layers\.1\)") as stop:
-        quantize(source, tmp_path / "out", RECIPE, windows=WINDOWS, progress=lambda e: second.append(1) if e.stage == "block" else None)
+    with pytest.raises(
+        Interrupted, match=r"nothing is left to give way: a block needs about .* GiB \(model\.layers\.1\)"
+    ) as stop:
+        quantize(
+            source,
+            tmp_path / "out",
+            RECIPE,
+            windows=WINDOWS,
+            progress=lambda e: second.append(1) if e.stage == "block" else None,
+        )
     assert stop.value.exit_code == 3
     second.clear()
     result, _ = _run(source, tmp_path / "out")
@@ -196,7 +223,9 @@ def test_a_resumed_run_keeps_what_gave_way(source: Path, tmp_path: Path, exhaust
     assert notices == [] and result.notes["memory"] == 7
 
 
-def test_other_errors_are_not_taken_for_missing_memory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_taken_for_missing_memory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 

@@ -1,4 +1,5 @@
-"""Row O11 of the fault table: what our own reader does wrong, on both sides of the gate, is seen by it (gate_original.py)."""
+"""Row O11 of the fault table: what our own reader does wrong, on both sides of the gate, is seen by it
+(gate_original.py)."""
 
 import json
 import warnings
@@ -6,20 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf_models
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import gguf_models
-import tiny_models
-from leangrid import gate_original, gate_walk, memory, prepare, publish
+from leangrid.machine import memory
 from leangrid.models import skeleton as skeletons
 from leangrid.models.original import open_original, tensors_of
 from leangrid.models.skeleton import Skeleton
-from leangrid.pipeline import quantize
 from leangrid.recipe import Recipe
-from leangrid.result import QuantizeResult
+from leangrid.run import gate_original, gate_walk, open_run, publish
+from leangrid.run.quantize import quantize
+from leangrid.run.result import QuantizeResult
 from leangrid.storage.remote import Remote
 from leangrid.storage.source import Checkpoint, open_source
 
@@ -31,7 +33,9 @@ pytestmark = [pytest.mark.fault("O11"), pytest.mark.filterwarnings("ignore:leang
 
 def quantized(source: Path, tmp_path: Path, scheme: str = "NU4") -> QuantizeResult:
     result = quantize(source, tmp_path / "out", Recipe(scheme=scheme, steps=1), windows=WINDOWS)
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["quality"].get("error") == result.quality.get("error")
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["quality"].get("error") == result.quality.get(
+        "error"
+    )
     return result
 
 
@@ -49,10 +53,14 @@ def tied_with_another_head(source: Path, directory: Path) -> Path:
     return directory
 
 
-def test_a_stored_head_that_is_thrown_away_ends_with_4(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stored_head_that_is_thrown_away_ends_with_4(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tied_with_another_head(tiny("llama3_tied"), tmp_path / "source")
     assert quantized(source, tmp_path).exit_code == 0
-    monkeypatch.setattr(Checkpoint, "equal", lambda *_: True)  # the fault of issue 16: the config's word is taken for it
+    monkeypatch.setattr(
+        Checkpoint, "equal", lambda *_: True
+    )  # the fault of issue 16: the config's word is taken for it
     result = quantize(source, tmp_path / "out", Recipe(scheme="NU4", steps=1), windows=WINDOWS, overwrite=True)
     assert result.exit_code == 4 and "otherwise than transformers: lm_head.weight is another" in result.quality["error"]
 
@@ -73,18 +81,22 @@ def _without_biases(directory: Path) -> None:
         save_file(kept, shard, metadata={"format": "pt"})
     for index in directory.glob("*.index.json"):
         listed = json.loads(index.read_text())
-        listed["weight_map"] = {name: shard for name, shard in listed["weight_map"].items() if not name.endswith(".bias")}
+        listed["weight_map"] = {
+            name: shard for name, shard in listed["weight_map"].items() if not name.endswith(".bias")
+        }
         index.write_text(json.dumps(listed))
 
 
 @pytest.mark.parametrize(("lost", "said"), [(None, ""), (_without_rope, "rotary"), (_without_biases, "bias")])
-def test_what_the_gguf_importer_drops_ends_with_4(lost: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_gguf_importer_drops_ends_with_4(
+    lost: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     given = {**tiny_models.CONFIGS["llama2"]().to_dict(), "rope_parameters": rope, "attention_bias": True}
     config = type(tiny_models.CONFIGS["llama2"]()).from_dict(given)
     fields = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     gguf_models.write(tmp_path / "m.gguf", gguf_models.build(config), fields=fields)
-    real = prepare.dequantize
+    real = open_run.dequantize
 
     def dequantize(path: Path, directory: Path) -> Any:
         dtype = real(path, directory)
@@ -92,7 +104,7 @@ def test_what_the_gguf_importer_drops_ends_with_4(lost: Any, said: str, tmp_path
         return dtype
 
     if lost is not None:
-        monkeypatch.setattr(prepare, "dequantize", dequantize)
+        monkeypatch.setattr(open_run, "dequantize", dequantize)
     result = quantized(tmp_path / "m.gguf", tmp_path)
     if lost is None:
         assert result.exit_code == 0, result.quality
@@ -129,14 +141,19 @@ def _other_pass(monkeypatch: pytest.MonkeyPatch, _source: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("fault", "name"), [(_other_values, "llama3"), (_other_config, "llama3"), (_other_pass, "llama3"), (_other_values, "mixtral")]
+    ("fault", "name"),
+    [(_other_values, "llama3"), (_other_config, "llama3"), (_other_pass, "llama3"), (_other_values, "mixtral")],
 )
 def test_a_fault_that_both_walks_share_ends_with_4(
     fault: Any, name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = fault(monkeypatch, tiny(name))
     result = quantized(tiny(name), tmp_path)
-    assert result.exit_code == 4 and said in result.quality["error"] and "otherwise than transformers" in result.quality["error"]
+    assert (
+        result.exit_code == 4
+        and said in result.quality["error"]
+        and "otherwise than transformers" in result.quality["error"]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -147,14 +164,14 @@ def test_of_a_sound_model_nothing_differs(name: str, dtype: torch.dtype, tiny: T
     walked = gate_walk.walk(ours, opened(tiny(name, dtype), dtype), [WINDOWS[:2]], None, "cpu")
     assert hidden and not any(walked.errors.values())
     with torch.no_grad(), gate_original.held_against(ours, "cpu") as reference:
-        expected = reference.outputs(WINDOWS[:2], gate_walk.causal(ours), "cpu")
+        expected = reference.outputs(WINDOWS[:2], ours.causal, "cpu")
         reference.compare(expected, gate_walk.outputs(ours, WINDOWS[:2], walked.original[0], "cpu"))
     assert reference.kind == "transformers" and reference.problems == []
     if dtype == torch.float32:
         with torch.no_grad():
             model = tiny_models.build(name)
             theirs: Any = model(WINDOWS[:2])
-        wanted = theirs.logits if gate_walk.causal(ours) else theirs.last_hidden_state
+        wanted = theirs.logits if ours.causal else theirs.last_hidden_state
         assert torch.allclose(torch.stack(expected), wanted, atol=1e-5)
 
 
@@ -162,13 +179,17 @@ def test_of_a_sound_model_nothing_differs(name: str, dtype: torch.dtype, tiny: T
 def test_where_memory_is_short_tensors_are_compared(name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate_original, "_spare", lambda: 0)
     sparse = name in tiny_models.MIXTURES
-    ours = opened(tiny(name, torch.bfloat16))  # computes in float32: transformers would look at every weight to convert it
+    ours = opened(
+        tiny(name, torch.bfloat16)
+    )  # computes in float32: transformers would look at every weight to convert it
     with gate_original.held_against(ours, "cpu") as reference:
         assert reference.model is None and reference.problems == []
     assert reference.kind == ("tensors of 2 blocks" if sparse else "transformers' tensors")
     victim = f"{ours.linear_names(len(ours.blocks) - 1)[-1]}.weight"
     real = Skeleton.stored
-    monkeypatch.setattr(Skeleton, "stored", lambda self, name: real(self, name).flip(0) if name == victim else real(self, name))
+    monkeypatch.setattr(
+        Skeleton, "stored", lambda self, name: real(self, name).flip(0) if name == victim else real(self, name)
+    )
     with gate_original.held_against(ours, "cpu") as reference:
         assert reference.problems == [f"{victim} is another"]
 
@@ -199,9 +220,13 @@ def test_transformers_finds_what_our_reader_accepts(kind: str, tiny: Tiny, tmp_p
         index = directory / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
     elif kind == "adapter beside":
-        (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "nobody/nothing", "peft_type": "LORA"}')
+        (directory / "adapter_config.json").write_text(
+            '{"base_model_name_or_path": "nobody/nothing", "peft_type": "LORA"}'
+        )
     else:
-        (directory / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "stranger.Model"}}))
+        (directory / "config.json").write_text(
+            json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "stranger.Model"}})
+        )
         (directory / "stranger.py").write_text(f"open({str(tmp_path / 'CANARY')!r}, 'w')")
     source = open_source(directory)
     with warnings.catch_warnings():
@@ -213,16 +238,18 @@ def test_transformers_finds_what_our_reader_accepts(kind: str, tiny: Tiny, tmp_p
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-def test_a_source_that_transformers_cannot_open_ends_with_4(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_transformers_cannot_open_ends_with_4(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(*_: Any, **__: Any) -> Any:
         raise ValueError("what only transformers knows")
 
-    real = publish.gate.judge
+    real = publish.quality_gate.judge
 
     def judge(original: Skeleton, *rest: Any) -> Any:
         monkeypatch.setattr(type(original.model), "from_pretrained", refused)
         return real(original, *rest)
 
-    monkeypatch.setattr(publish.gate, "judge", judge)
+    monkeypatch.setattr(publish.quality_gate, "judge", judge)
     result = quantized(tiny("llama2"), tmp_path)
     assert result.exit_code == 4 and "what only transformers knows" in result.quality["error"]

@@ -1,4 +1,5 @@
-"""Power cuts: from every state that one may leave on the disk, the same command ends with the same bytes (tests/power_loss.py)."""
+"""Power cuts: from every state that one may leave on the disk, the same command ends with the same bytes
+(tests/support/power_loss.py)."""
 
 import random
 import shutil
@@ -6,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from power_loss import Recorder, Tree, materialise
+from tiny_run import digest, run, write_source
 
 from leangrid.errors import LeangridError
 from leangrid.storage import files
 from leangrid.storage.journal import partial_of
 from leangrid.storage.writer import amend, verify
-from power_loss import Recorder, Tree, materialise
-from tiny_run import digest, run, write_source
 
 SOME = 120  # states of the fast suite, drawn with a seed; `make test-slow` takes all
 
@@ -35,7 +36,8 @@ def resumed(source: Path, root: Path, tree: Tree, expected: list[dict[str, str]]
         if out.exists() and digest(out) not in expected:
             return f"OUT is neither absent nor complete: {verify(out)}"
         if out.exists() and not (partial_of(out) / "sealed.json").exists() and not options:
-            return None  # nothing is left to say who made OUT, which is complete: the same command would refuse to touch it
+            # nothing is left to say who made OUT, which is complete: the same command would refuse to touch it
+            return None
         run(source, out, **options)
         if digest(out) != expected[0]:
             return "other bytes"
@@ -48,9 +50,12 @@ def resumed(source: Path, root: Path, tree: Tree, expected: list[dict[str, str]]
 
 @pytest.mark.fault("C3")
 @pytest.mark.parametrize(
-    ("overwrite", "share"), [(True, "some"), *(pytest.param(overwrite, "all", marks=pytest.mark.slow) for overwrite in (False, True))]
+    ("overwrite", "share"),
+    [(True, "some"), *(pytest.param(overwrite, "all", marks=pytest.mark.slow) for overwrite in (False, True))],
 )
-def test_the_power_may_fail_after_any_operation(in_memory: Path, share: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_power_may_fail_after_any_operation(
+    in_memory: Path, share: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write_source(in_memory / "source")
     run(source, in_memory / "expected")
     expected = [digest(in_memory / "expected")]

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from typer.testing import CliRunner
 
 import leangrid
-import tiny_models
-from leangrid import formats, gate
-from leangrid.cli import app
-from leangrid.evaluate.divergence import divergence
-from leangrid.pipeline import quantize
+from leangrid import formats
+from leangrid.cli.app import app
+from leangrid.metrics.divergence import divergence
 from leangrid.recipe import Recipe
+from leangrid.run import quality_gate
+from leangrid.run.quantize import quantize
 from leangrid.storage import failpoints, writer
 from leangrid.storage.writer import verify
 
@@ -26,13 +27,16 @@ pytestmark = [pytest.mark.fault("O8"), pytest.mark.filterwarnings("ignore:leangr
 
 
 def shifted(monkeypatch: pytest.MonkeyPatch, victim: int) -> None:
-    """The zero points of the ``victim``-th layer are written one too high, as a reader of another convention would take them."""
+    """The zero points of the ``victim``-th layer are written one too high, as a reader of another convention would take
+    them."""
     container = formats.FORMATS["compressed-tensors"]
     real, calls = container.pack, iter(range(10_000))
 
     def pack(codes: Any, grid: Any, *rest: Any) -> Any:
         if next(calls) == victim:
-            grid = replace(grid, zero_point=(grid.zero_point + 1).clamp(max=grid.levels.shape[-1] - 1).to(grid.zero_point.dtype))
+            grid = replace(
+                grid, zero_point=(grid.zero_point + 1).clamp(max=grid.levels.shape[-1] - 1).to(grid.zero_point.dtype)
+            )
         return real(codes, grid, *rest)
 
     monkeypatch.setattr(container, "pack", pack)
@@ -45,13 +49,19 @@ def test_the_gate_measures_what_transformers_would(name: str, tiny: Tiny, tmp_pa
     original = tiny_models.build(name)
     with torch.no_grad():
         compared = [
-            divergence(torch.log_softmax(original(ids[None]).logits[0, :-1], -1), model(ids[None]).logits[0]) for ids in WINDOWS[:2]
+            divergence(torch.log_softmax(original(ids[None]).logits[0, :-1], -1), model(ids[None]).logits[0])
+            for ids in WINDOWS[:2]
         ]
     assert result.quality["value"] == pytest.approx(float(torch.cat([c.kl for c in compared]).mean()), rel=1e-3)
-    assert result.quality["top1_agreement"] == pytest.approx(float(torch.cat([c.agrees for c in compared]).double().mean()), abs=1e-3)
+    assert result.quality["top1_agreement"] == pytest.approx(
+        float(torch.cat([c.agrees for c in compared]).double().mean()), abs=1e-3
+    )
     assert result.quality["passed"] and result.exit_code == 0 and result.seconds["check"] > 0
     kept = json.loads((tmp_path / "out" / "manifest.json").read_text())["quality"]
-    assert kept == {key: value for key, value in result.quality.items() if key != "passed"} and kept["limit"] == gate.KL_LIMITS[3]
+    assert (
+        kept == {key: value for key, value in result.quality.items() if key != "passed"}
+        and kept["limit"] == quality_gate.KL_LIMITS[3]
+    )
 
 
 def test_an_encoder_is_measured_by_its_states(tiny: Tiny, tmp_path: Path) -> None:
@@ -75,24 +85,43 @@ def test_one_layer_with_shifted_zero_points_is_found_and_named(
     result = quantize(tiny("llama2"), tmp_path / "out", recipe, windows=WINDOWS, max_kl=limit)
     assert result.exit_code == 4 and not result.too_many_rescues
     assert result.quality["worst_layers"][0]["name"].endswith(layer)
-    assert layer in gate.verdict(result.quality)
+    assert layer in quality_gate.verdict(result.quality)
     assert verify(tmp_path / "out") == []
 
 
 def test_the_command_says_why_it_ends_with_4(tiny: Tiny, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("A sentence of a text that is long enough. " * 100)
-    arguments = ["quantize", str(tiny("llama3")), str(tmp_path / "out"), "--scheme", "NU2", "--calibration", str(text), "--samples", "4",
-                 "--length", "32", "--quiet", "--max-kl", "1e-9", "--json"]  # fmt: skip
+    arguments = [
+        "quantize",
+        str(tiny("llama3")),
+        str(tmp_path / "out"),
+        "--scheme",
+        "NU2",
+        "--calibration",
+        str(text),
+        "--samples",
+        "4",
+        "--length",
+        "32",
+        "--quiet",
+        "--max-kl",
+        "1e-9",
+        "--json",
+    ]
     done = CliRunner().invoke(app, arguments, prog_name="leangrid")
     assert done.exit_code == 4, done.output
-    assert "the mean KL from the original is" in done.stderr and "worst layers" in done.stderr and "_proj (" in done.stderr
+    assert (
+        "the mean KL from the original is" in done.stderr and "worst layers" in done.stderr and "_proj (" in done.stderr
+    )
     said = json.loads(done.stdout)["quality"]
     assert said["limit"] == 1e-9 and not said["passed"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "nan", "config"])
-def test_what_cannot_be_opened_again_is_said(damage: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_opened_again_is_said(
+    damage: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = writer._add
 
     def add(staged: Path, listed: Any, name: str, chunks: Any) -> None:
@@ -109,11 +138,13 @@ def test_what_cannot_be_opened_again_is_said(damage: str, tiny: Tiny, tmp_path: 
     monkeypatch.setattr(writer, "_add", add)
     result = quantize(tiny("llama2"), tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
     assert result.exit_code == 4 and "cannot be opened again" in result.quality["error"]
-    assert "cannot be opened again" in gate.verdict(result.quality)
+    assert "cannot be opened again" in quality_gate.verdict(result.quality)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["quality"] == {"error": result.quality["error"]}
 
 
-def test_a_run_killed_after_its_end_keeps_the_verdict(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_after_its_end_keeps_the_verdict(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         failpoints.reset()
         patch.setenv("LEANGRID_FAILPOINT", "publish.after_sync:1:raise:SIGINT")
@@ -125,12 +156,16 @@ def test_a_run_killed_after_its_end_keeps_the_verdict(tiny: Tiny, tmp_path: Path
 
 
 def test_predictions_that_are_not_finite_do_not_pass() -> None:
-    assert not gate.passed({"measure": "kl", "value": None, "limit": 1.0, "error": "the result's predictions are not finite"})
-    assert not gate.passed({}) and not gate.passed({"value": float("nan"), "limit": 1.0})
-    assert gate.passed({"value": 0.5, "limit": 1.0}) and not gate.passed({"value": 0.5, "limit": 1.0}, limit=0.4)
+    assert not quality_gate.passed(
+        {"measure": "kl", "value": None, "limit": 1.0, "error": "the result's predictions are not finite"}
+    )
+    assert not quality_gate.passed({}) and not quality_gate.passed({"value": float("nan"), "limit": 1.0})
+    assert quality_gate.passed({"value": 0.5, "limit": 1.0}) and not quality_gate.passed(
+        {"value": 0.5, "limit": 1.0}, limit=0.4
+    )
 
 
 def test_more_bits_are_allowed_less() -> None:
     for measure in ("kl", "cosine"):
-        limits = [gate.default_limit(bits, measure) for bits in (2, 3, 4, 5, 6, 8)]
+        limits = [quality_gate.default_limit(bits, measure) for bits in (2, 3, 4, 5, 6, 8)]
         assert limits == sorted(limits, reverse=True) and limits[-1] < 0.2

@@ -1,4 +1,5 @@
-"""Several ranks as real processes over loopback: the same bytes twice, what is refused, and what stops them in the middle."""
+"""Several ranks as real processes over loopback: the same bytes twice, what is refused, and what stops them in the
+middle."""
 
 import json
 import os
@@ -12,22 +13,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
-
 import forked_ranks
+import pytest
 import tiny_models
+import torch
 from forked_ranks import Ended, as_command, command
-from leangrid import ranks as ranks_module
-from leangrid import wide
+from safetensors.torch import load_file, save_file
+from tiny_run import digest
+
 from leangrid.errors import LeangridError
-from leangrid.pipeline import quantize
-from leangrid.placement import Placement
+from leangrid.planning.placement import Placement
 from leangrid.recipe import Recipe
 from leangrid.report.views import TIMED
+from leangrid.run import ranks as ranks_module
+from leangrid.run.quantize import quantize
+from leangrid.solve import in_place
 from leangrid.storage.writer import verify
-from tiny_run import digest
 
 TOLERANCE = 0.1  # of a layer's loss, one rank beside several: docs/distributed.md
 KILLED = -9
@@ -82,14 +83,20 @@ DEATHS = {
 
 
 @pytest.mark.fault("R4")
-@pytest.mark.parametrize("death", [name if name == next(iter(DEATHS)) else pytest.param(name, marks=pytest.mark.slow) for name in DEATHS])
-def test_a_rank_that_dies_ends_the_others_and_the_same_command_goes_on(source: Path, expected: Path, tmp_path: Path, death: str) -> None:
+@pytest.mark.parametrize(
+    "death", [name if name == next(iter(DEATHS)) else pytest.param(name, marks=pytest.mark.slow) for name in DEATHS]
+)
+def test_a_rank_that_dies_ends_the_others_and_the_same_command_goes_on(
+    source: Path, expected: Path, tmp_path: Path, death: str
+) -> None:
     out, (lost, failpoint) = tmp_path / expected.name, DEATHS[death]
     ended = together(source, out, 2, failing={lost: failpoint})
     other = ended[1 - lost]
     assert ended[lost].status == KILLED and other.status == 3, ended
     assert len(sentences(other.said)) == 1 and f"error: rank {lost} is lost" in other.said, other.said
-    assert "to go on, run the same command" in other.said and "Traceback" not in other.said and "frame #" not in other.said
+    assert (
+        "to go on, run the same command" in other.said and "Traceback" not in other.said and "frame #" not in other.said
+    )
     if out.exists():
         assert "in its place" in death and not verify(out)
     assert [one.status for one in together(source, out, 2)] == [0, 0]
@@ -102,13 +109,17 @@ def test_a_rank_that_dies_ends_the_others_and_the_same_command_goes_on(source: P
 def test_of_four_ranks_the_one_that_died_is_named_by_all(source: Path, tmp_path: Path) -> None:
     ended = together(source, tmp_path / "out", 4, failing={2: "ranks.sum:6"})
     assert [one.status for one in ended] == [3, 3, KILLED, 3], ended
-    assert all("rank 2 is lost" in ended[rank].said and len(sentences(ended[rank].said)) == 1 for rank in (0, 1, 3)), ended
+    assert all("rank 2 is lost" in ended[rank].said and len(sentences(ended[rank].said)) == 1 for rank in (0, 1, 3)), (
+        ended
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.fault("R4")
 @pytest.mark.parametrize("hangs", [0, 1])
-def test_a_rank_that_hangs_is_not_waited_for_forever(source: Path, tmp_path: Path, hangs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_hangs_is_not_waited_for_forever(
+    source: Path, tmp_path: Path, hangs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("_FOR_OTHERS", "_FOR_FIRST"):
         monkeypatch.setattr(ranks_module, name, timedelta(seconds=4))
     ended = together(source, tmp_path / "out", 2, failing={hangs: "ranks.sum:6:sleep:12"})
@@ -123,7 +134,9 @@ def test_a_rank_that_hangs_is_not_waited_for_forever(source: Path, tmp_path: Pat
     pytest.param("raise:SIGINT", 3, "stopped", marks=pytest.mark.slow),
     pytest.param("raise:OOM", 3, "out of memory, and 2 ranks do not give way (model.layers.1)", marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_what_ends_one_rank_is_said_by_the_other(source: Path, tmp_path: Path, what: str, status: int, sentence: str) -> None:
+def test_what_ends_one_rank_is_said_by_the_other(
+    source: Path, tmp_path: Path, what: str, status: int, sentence: str
+) -> None:
     ended = together(source, tmp_path / "out", 2, failing={1: f"ranks.sum:6:{what}"})
     assert [one.status for one in ended] == [status, status], ended
     assert f"error: rank 1: {sentence}" in ended[0].said and len(sentences(ended[0].said)) == 1, ended[0].said
@@ -155,7 +168,9 @@ def losses(out: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_any_number_of_ranks_gives_the_same_losses_within_the_tolerance(source: Path, expected: Path, tmp_path: Path, count: int) -> None:
+def test_any_number_of_ranks_gives_the_same_losses_within_the_tolerance(
+    source: Path, expected: Path, tmp_path: Path, count: int
+) -> None:
     out = expected if count == 2 else tmp_path / "several"
     for directory, ranks in ((tmp_path / "one", 1), (out, count)):
         if not directory.exists():
@@ -211,7 +226,9 @@ def torch_differs(folder: Path) -> None:
     pytest.param(leangrid_differs, "leangrid", marks=pytest.mark.slow),
     pytest.param(torch_differs, "torch", marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_ranks_that_disagree_on_a_file_or_a_version_refuse(tmp_path: Path, change: Callable[[Path], None], name: str) -> None:
+def test_ranks_that_disagree_on_a_file_or_a_version_refuse(
+    tmp_path: Path, change: Callable[[Path], None], name: str
+) -> None:
     """Every rank types the same names, which mean other things on its machine."""
 
     def job(rank: int) -> object:
@@ -219,7 +236,9 @@ def test_ranks_that_disagree_on_a_file_or_a_version_refuse(tmp_path: Path, chang
         os.chdir(folder)
         if rank == 2:
             change(folder)
-        return command("quantize", "model", tmp_path / "out", "--calibration", "text.txt", "--samples", "4", "--length", "32")(rank)
+        return command(
+            "quantize", "model", tmp_path / "out", "--calibration", "text.txt", "--samples", "4", "--length", "32"
+        )(rank)
 
     for rank in range(3):
         tiny_models.save("llama1", tmp_path / f"machine{rank}" / "model")
@@ -232,7 +251,9 @@ def test_ranks_that_disagree_on_a_file_or_a_version_refuse(tmp_path: Path, chang
 def python(source: Path, out: Path, **arguments: Any) -> Callable[[int], object]:
     """The same from Python; of each argument the rank's own value."""
     recipe = Recipe(scheme="W4A16_G32")
-    return as_command(lambda rank: quantize(source, out, recipe, **{name: value[rank] for name, value in arguments.items()}))
+    return as_command(
+        lambda rank: quantize(source, out, recipe, **{name: value[rank] for name, value in arguments.items()})
+    )
 
 
 @pytest.mark.fault("R5")
@@ -261,9 +282,11 @@ def test_mixtures_of_experts_are_refused(tmp_path: Path, name: str) -> None:
     refused(together(source, tmp_path / "out", 2), sentence, tmp_path)
 
 
-def test_the_thrifty_algebra_shares_the_rows_of_each_linear(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_thrifty_algebra_shares_the_rows_of_each_linear(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lean = Placement(2, replay=True, host_streams=True, lean=True)
-    monkeypatch.setattr(wide, "TILE_BYTES", 4 * 64 * 48)  # several tiles a rank, the last one short
+    monkeypatch.setattr(in_place, "TILE_BYTES", 4 * 64 * 48)  # several tiles a rank, the last one short
     for out, ranks in (("one", 1), ("two", 2), ("again", 2)):
         job = python(source, tmp_path / out, windows=[tiny_models.tokens(4, 32)] * ranks, placement=[lean] * ranks)
         ended = forked_ranks.run(ranks, job)
@@ -283,7 +306,9 @@ def test_a_model_that_stays_on_the_hub_is_refused(tmp_path: Path) -> None:
 def test_a_rank_without_its_device_is_named(source: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("every rank has one here")
-    ended = forked_ranks.run(2, lambda rank: command(*words(source, tmp_path / "out", *(("--device", "cuda") if rank else ())))(rank))
+    ended = forked_ranks.run(
+        2, lambda rank: command(*words(source, tmp_path / "out", *(("--device", "cuda") if rank else ())))(rank)
+    )
     assert "error: rank 1: 'cuda:0': torch" in ended[0].said and "error: 'cuda:0': torch" in ended[1].said, ended
     assert [one.status for one in ended] == [2, 2] and not list(tmp_path.glob("out*"))
 

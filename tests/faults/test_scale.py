@@ -1,4 +1,5 @@
-"""Hidden states on disk and weights read ahead: the same bytes as in memory, through a kill and through a directory that fills."""
+"""Hidden states on disk and weights read ahead: the same bytes as in memory, through a kill and through a directory
+that fills."""
 
 import errno
 import json
@@ -9,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-
 import tiny_models
+import torch
 from forked import status_of
-from leangrid import footprint
+from tiny_run import digest
+
 from leangrid.errors import OutputError
-from leangrid.pipeline import quantize
-from leangrid.placement import Placement
-from leangrid.prepare import open_model
+from leangrid.planning import footprint
+from leangrid.planning.placement import Placement
+from leangrid.planning.settle import open_model
+from leangrid.planning.sizes import disk_bytes, state_bytes
 from leangrid.recipe import Recipe
 from leangrid.report.views import TIMED
-from leangrid.run import Run
-from leangrid.sizes import disk_bytes, state_bytes
+from leangrid.run.quantize import quantize
+from leangrid.run.run import Run
 from leangrid.storage import files
 from leangrid.storage.source import Checkpoint
-from tiny_run import digest
 
 WINDOWS, RECIPE = tiny_models.tokens(6, 32), Recipe(scheme="NU4")
 IN_MEMORY = Placement(2, replay=True, host_streams=True)
@@ -127,11 +128,18 @@ def _asked(needed: int) -> int:
 def test_states_in_files_are_counted_before_work(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, skeleton, settled = open_model(source, RECIPE)
     held, mapped = (disk_bytes(skeleton, settled, WINDOWS.numel(), mapped) for mapped in (False, True))
-    assert mapped.states - held.states == 2 * state_bytes(skeleton, settled, WINDOWS.numel()) > 0 and mapped.result == held.result
+    assert (
+        mapped.states - held.states == 2 * state_bytes(skeleton, settled, WINDOWS.numel()) > 0
+        and mapped.result == held.result
+    )
     out, states = tmp_path / "out", tmp_path / "states"
     _disk(monkeypatch, {tmp_path: _asked(sum(held))})
-    monkeypatch.setattr(footprint, "available_bytes", lambda _device: 0)  # the thriftiest placement: states in mapped files
-    with pytest.raises(OutputError, match=rf"about {_asked(sum(mapped))} bytes needed, {_asked(sum(held))} bytes free") as caught:
+    monkeypatch.setattr(
+        footprint, "available_bytes", lambda _device: 0
+    )  # the thriftiest placement: states in mapped files
+    with pytest.raises(
+        OutputError, match=rf"about {_asked(sum(mapped))} bytes needed, {_asked(sum(held))} bytes free"
+    ) as caught:
         _run(source, out, states=states)
     assert caught.value.exit_code == 2 and not list(tmp_path.glob("out*")) and not list(states.iterdir())
     monkeypatch.setattr(footprint, "available_bytes", lambda _device: 1 << 40)
@@ -139,7 +147,9 @@ def test_states_in_files_are_counted_before_work(source: Path, tmp_path: Path, m
 
 
 @pytest.mark.fault("C6")
-def test_the_disk_of_the_states_is_looked_at_itself(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_of_the_states_is_looked_at_itself(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, skeleton, settled = open_model(source, RECIPE)
     needed, states = disk_bytes(skeleton, settled, WINDOWS.numel()), tmp_path / "states"
     monkeypatch.setattr(files, "same_disk", lambda _one, _other: False)
@@ -150,14 +160,18 @@ def test_the_disk_of_the_states_is_looked_at_itself(source: Path, tmp_path: Path
 
 
 @pytest.mark.fault("C6")
-def test_a_resumed_run_is_not_asked_for_space_that_it_has_taken(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_is_not_asked_for_space_that_it_has_taken(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     assert status_of(partial(_run, source, out, IN_MEMORY), "journal.after_state:2") == -9
     _, skeleton, settled = open_model(source, RECIPE)
     needed = sum(disk_bytes(skeleton, settled, WINDOWS.numel()))
     taken = sum(files.bytes_in(tmp_path / "out.partial" / name) for name in ("blocks", "state"))
     assert 0 < taken < needed
-    _disk(monkeypatch, {tmp_path: _asked(needed - taken // 2)})  # half of it: a kill leaves more than the resumed run keeps
+    _disk(
+        monkeypatch, {tmp_path: _asked(needed - taken // 2)}
+    )  # half of it: a kill leaves more than the resumed run keeps
     with pytest.raises(OutputError, match="not enough disk space"):
         _run(source, tmp_path / "another", IN_MEMORY)
     _run(source, out, IN_MEMORY)
@@ -175,7 +189,9 @@ def test_the_next_block_alone_is_read_ahead(source: Path, tmp_path: Path, monkey
     monkeypatch.setattr(Checkpoint, "expect", expect)
     monkeypatch.setattr(os, "posix_fadvise", lambda _fd, _start, size, _advice: advised.append(size))
     _run(source, tmp_path / "out", Placement(2))
-    assert [{int(name.split(".")[2]) for name in names} for names in asked] == [{1}, {2}], "one block, and none after the last"
+    assert [{int(name.split(".")[2]) for name in names} for names in asked] == [{1}, {2}], (
+        "one block, and none after the last"
+    )
     assert all(len(names) == 9 for names in asked) and len(advised) == 18
     hidden = tiny_models.HIDDEN
     assert sum(advised[:9]) == 4 * (3 * hidden**2 + 9 * hidden**2 + 2 * hidden)

@@ -4,30 +4,34 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
+from math_problems import layer
 from torch import Tensor
 
 import leangrid
-import tiny_models
 from leangrid.errors import ShapeError
 from leangrid.formats import FORMATS
-from leangrid.hessian import HessianSum
-from leangrid.layers import AffineLinear, LutLinear, PackedLinear
-from leangrid.linear import quantize_linear
-from leangrid.pipeline import quantize
+from leangrid.inference.layers import AffineLinear, LutLinear, PackedLinear
 from leangrid.recipe import Recipe, Scheme
+from leangrid.run.quantize import quantize
+from leangrid.solve.hessian import HessianSum
+from leangrid.solve.layer import quantize_linear
 from leangrid.storage.source import open_source
-from math_problems import layer
 
 WINDOWS = tiny_models.tokens(4, 32)
 pytestmark = pytest.mark.filterwarnings("ignore:leangrid runs without its C")
 
 
 @pytest.mark.fault("S14")
-@given(rows=st.integers(1, 33), cols=st.integers(1, 33), scheme=st.sampled_from(["NU2", "NU3", "NU4", "W2A16", "W3A16", "W4A16", "W8A16"]))
+@given(
+    rows=st.integers(1, 33),
+    cols=st.integers(1, 33),
+    scheme=st.sampled_from(["NU2", "NU3", "NU4", "W2A16", "W3A16", "W4A16", "W8A16"]),
+)
 def test_any_small_shape_is_quantized_whole(rows: int, cols: int, scheme: str) -> None:
     """No tail is dropped: what a reader multiplies by is the grid's nearest idea of every single weight."""
     weight, hessian, _ = layer(rows, cols, seed=rows)
@@ -44,9 +48,18 @@ def test_any_small_shape_is_quantized_whole(rows: int, cols: int, scheme: str) -
 @pytest.fixture
 def odd(tmp_path: Path) -> Path:
     """A Llama of 36 features, 2 heads, 33 in the MLP, with biases: nothing divides by 32."""
-    config = hf.LlamaConfig(vocab_size=512, hidden_size=36, intermediate_size=33, num_hidden_layers=2, num_attention_heads=2,
-                            num_key_value_heads=1, max_position_embeddings=64, attention_bias=True, mlp_bias=True,
-                            tie_word_embeddings=True)  # fmt: skip
+    config = hf.LlamaConfig(
+        vocab_size=512,
+        hidden_size=36,
+        intermediate_size=33,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(config).eval()
     for parameter in model.parameters():
@@ -72,7 +85,9 @@ def test_a_model_of_odd_widths_with_biases(odd: Path, scheme: str, tmp_path: Pat
 
 @pytest.mark.fault("S14")
 def test_groups_that_do_not_divide_are_refused_by_layer(odd: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShapeError, match=r"groups of 32 do not divide 36 columns \(model\.layers\.0\.self_attn\.q_proj\).*W4A16"):
+    with pytest.raises(
+        ShapeError, match=r"groups of 32 do not divide 36 columns \(model\.layers\.0\.self_attn\.q_proj\).*W4A16"
+    ):
         quantize(odd, tmp_path / "out", Recipe(scheme="W4A16_G32"), windows=WINDOWS)
     assert not (tmp_path / "out.partial").exists()
 
@@ -100,7 +115,9 @@ def test_activations_beyond_float16_are_computed(tmp_path: Path) -> None:
     model.save_pretrained(source)
     seen: list[float] = []
     half = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16).eval()
-    half.model.layers[-1].mlp.down_proj.register_forward_pre_hook(lambda _m, args: seen.append(float(args[0].abs().max())))
+    half.model.layers[-1].mlp.down_proj.register_forward_pre_hook(
+        lambda _m, args: seen.append(float(args[0].abs().max()))
+    )
     with torch.no_grad():
         half(WINDOWS)
     assert not seen[0] < float("inf")
@@ -131,7 +148,9 @@ def test_products_at_the_edges_of_every_tile(isa: str, scheme: str, rows: int, c
     generator = torch.Generator().manual_seed(rows * cols)
     parsed, weight = Scheme.parse(scheme), torch.randn(rows, cols, generator=generator)
     codes, grid, _ = quantize_linear(weight, torch.eye(cols), scheme)
-    made: PackedLinear = (LutLinear if parsed.grid == "nonuniform" else AffineLinear)(cols, rows, parsed.bits, False, torch.float32)
+    made: PackedLinear = (LutLinear if parsed.grid == "nonuniform" else AffineLinear)(
+        cols, rows, parsed.bits, False, torch.float32
+    )
     container = FORMATS["lut" if parsed.grid == "nonuniform" else "compressed-tensors"]
     made.load_state_dict(container.pack(codes, grid, torch.float32, parsed))
     x = torch.randn(tokens, cols, generator=generator)

@@ -6,19 +6,43 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import save_file
+from tiny_run import digest, run, write_source
 
 from leangrid.errors import CheckpointError
 from leangrid.storage.hub import locate_source
 from leangrid.storage.side_files import module_downloads, side_files
 from leangrid.storage.writer import verify
-from tiny_run import digest, run, write_source
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-READ = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-        "tokenizer.model", "sentencepiece.bpe.model", "source.spm", "target_vocab.json", "qwen.tiktoken", "tekken.json", "bpe.codes",
-        "normalizer.json", "tokenizer.4.0.0.json", "chat_template.jinja", "chat_template.json", "chat_templates/rag.jinja",
-        "additional_chat_templates/tool_use.jinja", "generation_config.json", "processor_config.json", "preprocessor_config.json",
-        "video_preprocessor_config.json", "sentence_bert_config.json", "config_sentence_transformers.json", "LICENSE.txt")  # fmt: skip
+READ = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target_vocab.json",
+    "qwen.tiktoken",
+    "tekken.json",
+    "bpe.codes",
+    "normalizer.json",
+    "tokenizer.4.0.0.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "chat_templates/rag.jinja",
+    "additional_chat_templates/tool_use.jinja",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "LICENSE.txt",
+)
 
 
 @pytest.fixture
@@ -30,13 +54,22 @@ def sentence(source: Path, *kinds: str) -> Path:
     """A model of sentence-transformers with these modules after the transformer; those with weights have them."""
     listed = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
     for index, kind in enumerate(kinds, 1):
-        listed.append({"idx": index, "name": str(index), "path": f"{index}_{kind}", "type": f"sentence_transformers.models.{kind}"})
+        listed.append(
+            {
+                "idx": index,
+                "name": str(index),
+                "path": f"{index}_{kind}",
+                "type": f"sentence_transformers.models.{kind}",
+            }
+        )
         if kind != "Normalize":
             write(source / f"{index}_{kind}" / "config.json", '{"a": 1}')
         if kind == "Dense":
             import numpy
 
-            save_file({"linear.weight": numpy.ones((8, 8), "float32")}, source / f"{index}_{kind}" / "model.safetensors")
+            save_file(
+                {"linear.weight": numpy.ones((8, 8), "float32")}, source / f"{index}_{kind}" / "model.safetensors"
+            )
     (source / "modules.json").write_text(json.dumps(listed))
     return source
 
@@ -51,17 +84,29 @@ def write(path: Path, text: str) -> Path:
 def test_everything_that_a_loader_reads_is_in_the_result_byte_for_byte(source: Path, tmp_path: Path) -> None:
     for name in READ:
         write(source / name, f'{{ "of":   "{name}" }}')
-    for name in ("modeling_x.py", "pytorch_model.bin", "README.md", "training_args.bin", "chat_templates/x.py", ".cache.json"):
+    for name in (
+        "modeling_x.py",
+        "pytorch_model.bin",
+        "README.md",
+        "training_args.bin",
+        "chat_templates/x.py",
+        ".cache.json",
+    ):
         write(source / name, "not read")
     run(source, tmp_path / "out")
     held = digest(tmp_path / "out")
     assert {name: held.get(name) for name in READ} == {name: digest(source)[name] for name in READ}
-    assert not {"modeling_x.py", "pytorch_model.bin", "training_args.bin", "chat_templates/x.py", ".cache.json"} & set(held)
+    assert not {"modeling_x.py", "pytorch_model.bin", "training_args.bin", "chat_templates/x.py", ".cache.json"} & set(
+        held
+    )
 
 
 @pytest.mark.fault("O9")
 def test_no_config_asks_for_code_that_is_not_there(source: Path, tmp_path: Path) -> None:
-    config = {"image_processor": {"auto_map": {"AutoImageProcessor": "evil.Evil"}, "size": 3}, "auto_map": {"AutoProcessor": "evil.Evil"}}
+    config = {
+        "image_processor": {"auto_map": {"AutoImageProcessor": "evil.Evil"}, "size": 3},
+        "auto_map": {"AutoProcessor": "evil.Evil"},
+    }
     write(source / "processor_config.json", json.dumps(config))
     write(source / "vocab.json", '{"auto_map": 3}')
     run(source, tmp_path / "out")
@@ -80,7 +125,9 @@ def test_no_config_asks_for_code_that_is_not_there(source: Path, tmp_path: Path)
         ("tokenizer.json", "data/llama-tokenizer.json", '{"version": "1.0"}'),
     ],
 )
-def test_a_link_to_the_models_own_file_is_followed(source: Path, tmp_path: Path, name: str, target: str, text: str) -> None:
+def test_a_link_to_the_models_own_file_is_followed(
+    source: Path, tmp_path: Path, name: str, target: str, text: str
+) -> None:
     (source / name).unlink(missing_ok=True)
     (source / name).symlink_to(write(tmp_path / target, text))
     run(source, tmp_path / "out")
@@ -111,7 +158,8 @@ def test_a_link_that_leads_elsewhere_is_refused_by_name(
 
 @pytest.mark.fault("O9")
 @pytest.mark.parametrize(
-    "name", ["tokenizer.json", "chat_template.jinja", "vocab.txt", "modules.json", "2_Dense/model.safetensors", "merges.txt"]
+    "name",
+    ["tokenizer.json", "chat_template.jinja", "vocab.txt", "modules.json", "2_Dense/model.safetensors", "merges.txt"],
 )
 def test_a_pointer_of_git_lfs_is_named(source: Path, name: str) -> None:
     write(sentence(source, "Pooling", "Dense") / name, LFS)
@@ -136,13 +184,26 @@ def test_what_is_no_readable_file_is_refused(source: Path, monkeypatch: pytest.M
 @pytest.mark.fault("O9")
 def test_the_modules_of_sentence_transformers_are_copied_whole(source: Path, tmp_path: Path) -> None:
     sentence(source, "Pooling", "Dense", "Normalize", "Router")
-    for name in ("query_0_StaticEmbedding/tokenizer.json", "query_0_StaticEmbedding/config.json", "x.py", "pytorch_model.bin"):
+    for name in (
+        "query_0_StaticEmbedding/tokenizer.json",
+        "query_0_StaticEmbedding/config.json",
+        "x.py",
+        "pytorch_model.bin",
+    ):
         write(source / "4_Router" / name, "{}")
     write(source / "4_Router" / "model.safetensors", "w")
     found, notices = side_files(source)
-    expected = {"tokenizer.json", "modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
-                "4_Router/config.json", "4_Router/model.safetensors", "4_Router/query_0_StaticEmbedding/tokenizer.json",
-                "4_Router/query_0_StaticEmbedding/config.json"}  # fmt: skip
+    expected = {
+        "tokenizer.json",
+        "modules.json",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "4_Router/config.json",
+        "4_Router/model.safetensors",
+        "4_Router/query_0_StaticEmbedding/tokenizer.json",
+        "4_Router/query_0_StaticEmbedding/config.json",
+    }
     assert set(found) == expected and any("x.py" in notice for notice in notices)
     run(source, tmp_path / "out")
     assert expected <= set(digest(tmp_path / "out")) and verify(tmp_path / "out") == []
@@ -153,7 +214,9 @@ def test_the_modules_of_sentence_transformers_are_copied_whole(source: Path, tmp
 def test_a_module_that_cannot_be_copied_is_refused_by_name(source: Path, tmp_path: Path) -> None:
     sentence(source, "Pooling", "Dense")
     (source / "2_Dense" / "model.safetensors").rename(source / "2_Dense" / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"'2_Dense' has pickled weights only \(pytorch_model\.bin\).*as safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"'2_Dense' has pickled weights only \(pytorch_model\.bin\).*as safetensors"
+    ):
         side_files(source)
     (source / "2_Dense" / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="'2_Dense' has no weights"):
@@ -185,7 +248,9 @@ def test_a_damaged_list_of_modules_is_refused(source: Path, text: str) -> None:
 
 
 @pytest.mark.fault("O4")
-def test_verify_misses_a_module_that_no_manifest_ever_held(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_misses_a_module_that_no_manifest_ever_held(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sentence(source, "Pooling", "Dense", "Normalize")
     monkeypatch.setattr("leangrid.storage.side_files._add_module", lambda *_: None)  # as results were made before
     run(source, tmp_path / "out")

@@ -1,4 +1,5 @@
-"""Sources that are damaged or hostile: each row of the fault table is refused at the door, by a sentence that names what and where."""
+"""Sources that are damaged or hostile: each row of the fault table is refused at the door, by a sentence that names
+what and where."""
 
 import json
 import os
@@ -16,10 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny_run import CONFIG, tensors, write_source
 
 from leangrid.errors import CheckpointError, Interrupted
 from leangrid.storage.source import Checkpoint, open_source
-from tiny_run import CONFIG, tensors, write_source
 
 SHARD = "model.safetensors"
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -54,7 +55,8 @@ def test_a_sound_source_is_read_exactly(source: Path) -> None:
             assert got.dtype == expected.dtype and torch.equal(got, expected)
 
 
-# S1, S2: the container ----------------------------------------------------------------------------------------------------------------
+# S1, S2: the container
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("S1")
@@ -105,8 +107,11 @@ def test_headers_that_lie(source: Path, header: Any, data: bytes, words: list[st
 
 @pytest.mark.fault("S1")
 @given(position=st.integers(0, 400), value=st.integers(0, 255), insert=st.booleans())
-def test_any_changed_header_byte_is_harmless(tmp_path_factory: pytest.TempPathFactory, position: int, value: int, insert: bool) -> None:
-    """Our own refusal, or tensors that lie wholly inside of the file: never another exception, never a byte from elsewhere."""
+def test_any_changed_header_byte_is_harmless(
+    tmp_path_factory: pytest.TempPathFactory, position: int, value: int, insert: bool
+) -> None:
+    """Our own refusal, or tensors that lie wholly inside of the file: never another exception, never a byte from
+    elsewhere."""
     directory = write_source(tmp_path_factory.mktemp("mutated"))
     data = bytearray((directory / SHARD).read_bytes())
     at = position % (8 + struct.unpack("<Q", data[:8])[0])
@@ -147,7 +152,8 @@ def test_hostile_headers(source: Path, content: bytes, words: list[str]) -> None
 
 @pytest.mark.fault("S2")
 def test_hostile_headers_take_little_memory(source: Path) -> None:
-    """99 MB of brackets, or a header of 2^40 bytes in a sparse file: refused with less than 512 MB more than at the start."""
+    """99 MB of brackets, or a header of 2^40 bytes in a sparse file: refused with less than 512 MB more than at the
+    start."""
     program = """
 import json, os, resource, struct, sys
 from pathlib import Path
@@ -167,7 +173,11 @@ for content, size in ((struct.pack("<Q", 99_000_000) + b"[" + b"[]," * 32_999_99
         print(error.what)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, str(source / SHARD)], capture_output=True, text=True, env=environment(), timeout=60
+        [sys.executable, "-c", program, str(source / SHARD)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert "entries" in done.stdout and "announces a header of 1099511627776" in done.stdout
@@ -180,7 +190,8 @@ def test_a_fifo_does_not_hang(source: Path) -> None:
     refused(source, SHARD, "not a regular file")
 
 
-# S3, S4: the index --------------------------------------------------------------------------------------------------------------------
+# S3, S4: the index
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def sharded(directory: Path, weight_map: dict[str, Any] | None = None) -> Path:
@@ -200,9 +211,24 @@ def sharded(directory: Path, weight_map: dict[str, Any] | None = None) -> Path:
 @pytest.mark.fault("S3")
 @pytest.mark.parametrize(
     "name",
-    ["../x.safetensors", "/etc/passwd", "C:\\x.safetensors", "a/../../b.safetensors", "a\0.safetensors", "pytorch_model.bin", "",
-     ".safetensors", ".hidden.safetensors", "sub/x.safetensors", "x.safetensors\n", 7, None, "~/x.safetensors", "a..safetensors"],
-)  # fmt: skip
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "C:\\x.safetensors",
+        "a/../../b.safetensors",
+        "a\0.safetensors",
+        "pytorch_model.bin",
+        "",
+        ".safetensors",
+        ".hidden.safetensors",
+        "sub/x.safetensors",
+        "x.safetensors\n",
+        7,
+        None,
+        "~/x.safetensors",
+        "a..safetensors",
+    ],
+)
 def test_index_that_leads_elsewhere(tmp_path: Path, name: Any) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")  # what ../x.safetensors would find
     directory = sharded(tmp_path / "source", {"blocks.0.weight": name})
@@ -211,7 +237,8 @@ def test_index_that_leads_elsewhere(tmp_path: Path, name: Any) -> None:
 
 @pytest.mark.fault("S3")
 @pytest.mark.parametrize(
-    "index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "nonsense", '{"weight_map": {"a": "x", "a": "y"}}']
+    "index",
+    ["[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "nonsense", '{"weight_map": {"a": "x", "a": "y"}}'],
 )
 def test_index_that_is_none(tmp_path: Path, index: str) -> None:
     directory = sharded(tmp_path)
@@ -253,7 +280,10 @@ def test_shards_and_index_disagree(tmp_path: Path) -> None:
     refused(swapped, "embed.weight")
 
     double = sharded(tmp_path / "double")
-    save_file({"embed.weight": torch.ones(1), "blocks.0.weight": torch.ones(1), "blocks.1.weight": torch.ones(1)}, double / second)
+    save_file(
+        {"embed.weight": torch.ones(1), "blocks.0.weight": torch.ones(1), "blocks.1.weight": torch.ones(1)},
+        double / second,
+    )
     refused(double, "'embed.weight'", "two shards", first, second)
 
 
@@ -279,7 +309,8 @@ def test_several_files_without_an_index(source: Path) -> None:
     refused(source, "2 safetensors files", "index")
 
 
-# S5, S6: nothing is executed ----------------------------------------------------------------------------------------------------------
+# S5, S6: nothing is executed
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Payload:
@@ -311,7 +342,9 @@ def test_no_weights_at_all(source: Path) -> None:
 
 @pytest.mark.fault("S6")
 def test_custom_code_is_reported_never_run_never_copied(source: Path, tmp_path: Path) -> None:
-    (source / "config.json").write_text(json.dumps({**CONFIG, "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}))
+    (source / "config.json").write_text(
+        json.dumps({**CONFIG, "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}})
+    )
     (source / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()")
     with open_source(source) as checkpoint:
         assert checkpoint.custom_code == ("AutoConfig", "AutoModel")
@@ -320,7 +353,8 @@ def test_custom_code_is_reported_never_run_never_copied(source: Path, tmp_path: 
     assert not (tmp_path / "canary").exists()
 
 
-# S7, S8, S11: the config --------------------------------------------------------------------------------------------------------------
+# S7, S8, S11: the config
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("S7")
@@ -409,7 +443,11 @@ def test_no_config(source: Path) -> None:
     ],
 )
 def test_quantized_sources_are_refused(source: Path, method: str, name: str, dtype: torch.dtype) -> None:
-    write_source(source, {**CONFIG, "quantization_config": {"quant_method": method}}, tensors() | {name: torch.zeros(8, 8).to(dtype)})
+    write_source(
+        source,
+        {**CONFIG, "quantization_config": {"quant_method": method}},
+        tensors() | {name: torch.zeros(8, 8).to(dtype)},
+    )
     refused(source, "already quantized", method)
     assert open_source(source, allow_quantized=True).tensors
 
@@ -421,7 +459,8 @@ def test_a_config_that_calls_plain_weights_quantized_is_refused_with_what_to_rem
     refused(source, "plain BF16 and F32", f"remove {key}", "bitsandbytes")
 
 
-# S10: the values ----------------------------------------------------------------------------------------------------------------------
+# S10: the values
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("S10")
@@ -432,7 +471,9 @@ def test_nan_and_infinite_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     source = write_source(tmp_path / "source", weights={**tensors(), "blocks.0.weight": weight})
     with open_source(source) as checkpoint:
         checkpoint.read("blocks.1.weight")
-        assert torch.equal(checkpoint.read("blocks.0.weight", check=False), weight) is False  # NaN is not equal to itself
+        assert (
+            torch.equal(checkpoint.read("blocks.0.weight", check=False), weight) is False
+        )  # NaN is not equal to itself
         with pytest.raises(CheckpointError, match=r"'blocks.0.weight' holds 3 NaN and 1 infinite of 64"):
             checkpoint.read("blocks.0.weight")
 
@@ -441,13 +482,16 @@ def test_nan_and_infinite_weights(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_denormals_zeros_and_outliers_are_read_as_they_are(tmp_path: Path) -> None:
     weight = torch.zeros(8, 8)
     weight[1], weight[2, 0], weight[3] = 1e-42, 3e38, 0.5
-    source = write_source(tmp_path / "source", weights={**tensors(), "blocks.0.weight": weight, "counts": torch.arange(4)})
+    source = write_source(
+        tmp_path / "source", weights={**tensors(), "blocks.0.weight": weight, "counts": torch.arange(4)}
+    )
     with open_source(source) as checkpoint:
         assert torch.equal(checkpoint.read("blocks.0.weight"), weight)
         assert torch.equal(checkpoint.read("counts"), torch.arange(4))
 
 
-# S13: it changes under us -------------------------------------------------------------------------------------------------------------
+# S13: it changes under us
+# -------------------------------------------------------------------------------------------------------------
 
 
 def rewrite_in_place(path: Path) -> None:
@@ -471,9 +515,13 @@ def disguise(path: Path) -> None:
 
 
 @pytest.mark.fault("S13")
-@pytest.mark.parametrize("change", [rewrite_in_place, replace_with_another, disguise, Path.unlink, lambda path: os.truncate(path, 300)])
+@pytest.mark.parametrize(
+    "change", [rewrite_in_place, replace_with_another, disguise, Path.unlink, lambda path: os.truncate(path, 300)]
+)
 @pytest.mark.parametrize("held_open", [False, True])
-def test_a_shard_that_changes_during_the_run_stops_it(source: Path, change: Callable[[Path], None], held_open: bool) -> None:
+def test_a_shard_that_changes_during_the_run_stops_it(
+    source: Path, change: Callable[[Path], None], held_open: bool
+) -> None:
     with open_source(source) as checkpoint:
         if held_open:
             checkpoint.read("blocks.0.weight")
@@ -513,4 +561,8 @@ def test_unreadable_disk(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def environment() -> dict[str, str]:
     root = Path(__file__).resolve().parents[2]
-    return {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root / 'tests' / 'support'}",
+        "OMP_NUM_THREADS": "1",
+    }

@@ -1,4 +1,5 @@
-"""Crashes, full disks, broken disks and other people's directories: what was finished stays, and OUT is absent or complete."""
+"""Crashes, full disks, broken disks and other people's directories: what was finished stays, and OUT is absent or
+complete."""
 
 import errno
 import json
@@ -14,19 +15,22 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_run import BLOCKS, CONFIG, digest, identity, run, write_source
 
 from leangrid.errors import Interrupted, OutputError, ResumeError, VerifyError
-from leangrid.pipeline import quantize
 from leangrid.recipe import Recipe
+from leangrid.run.quantize import quantize
 from leangrid.storage import failpoints, files, writer
 from leangrid.storage.journal import Journal, partial_of
 from leangrid.storage.source import open_source
 from leangrid.storage.writer import amend, check_output, verify
-from tiny_run import BLOCKS, CONFIG, digest, identity, run, write_source
 
 ROOT = Path(__file__).resolve().parents[2]
 STORAGE = ROOT / "src" / "leangrid" / "storage"
-FAILPOINTS = sorted({name for path in STORAGE.glob("*.py") for name in re.findall(r'failpoint\("([\w.]+)"\)', path.read_text())} - {"name"})
+FAILPOINTS = sorted(
+    {name for path in STORAGE.glob("*.py") for name in re.findall(r'failpoint\("([\w.]+)"\)', path.read_text())}
+    - {"name"}
+)
 
 
 @pytest.fixture
@@ -48,7 +52,11 @@ def expected(source: Path, fast: Path) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests' / 'support'}",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def leftovers(out: Path) -> list[str]:
@@ -67,7 +75,8 @@ def half_done(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Disk:
-    """Stands for the ``os`` module in storage/files.py: counts calls of one operation and fails the n-th, once or from then on."""
+    """Stands for the ``os`` module in storage/files.py: counts calls of one operation and fails the n-th, once or from
+    then on."""
 
     def __init__(self, operation: str, number: int, code: int, always: bool = False) -> None:
         self.operation, self.number, self.code, self.always, self.calls = operation, number, code, always, 0
@@ -82,7 +91,8 @@ class Disk:
         return getattr(os, self.operation)(*given, **named)
 
 
-# C1, C4: killed, interrupted -----------------------------------------------------------------------------------------------------------
+# C1, C4: killed, interrupted
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("C1")
@@ -90,7 +100,7 @@ class Disk:
 def test_killed_at_every_failpoint(source: Path, fast: Path, options: list[str]) -> None:
     work = fast / "work"
     work.mkdir()
-    command = [sys.executable, str(ROOT / "tests" / "tiny_run.py"), str(source), str(work), *options]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "tiny_run.py"), str(source), str(work), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
@@ -106,7 +116,14 @@ def test_killed_at_every_failpoint(source: Path, fast: Path, options: list[str])
                                 pytest.param("quantize", 500, 2, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_killed_at_random_times(fast: Path, kind: str, kills: int, seed: int) -> None:
-    command = [sys.executable, str(ROOT / "tests" / "random_kills.py"), kind, str(fast), str(kills), str(seed)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "support" / "random_kills.py"),
+        kind,
+        str(fast),
+        str(kills),
+        str(seed),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=3600)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
@@ -151,7 +168,8 @@ def test_interrupted_at_every_failpoint(
 
 @pytest.mark.fault("C3")
 def test_nothing_gets_its_name_before_it_is_durable(source: Path, fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The protocol, read off a run: write, fsync, rename, fsync of the directory; and a block's .json only after all of that."""
+    """The protocol, read off a run: write, fsync, rename, fsync of the directory; and a block's .json only after all of
+    that."""
     log: list[tuple[str, str]] = []
     names: dict[int, str] = {}
 
@@ -185,14 +203,19 @@ def test_nothing_gets_its_name_before_it_is_durable(source: Path, fast: Path, mo
             assert steps and steps[-1] == "fsync" and "write" in steps
         assert log[i + 2] == ("fsync", str(target.parent))
     order = [Path(path).name for step, path in log if step == "named"]
-    assert order.index("0000.safetensors") < order.index("0000.json") < order.index("manifest.json") < order.index("out")
+    assert (
+        order.index("0000.safetensors") < order.index("0000.json") < order.index("manifest.json") < order.index("out")
+    )
 
 
-# C5, C9, C10: the disk -----------------------------------------------------------------------------------------------------------------
+# C5, C9, C10: the disk
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("C5")
-def test_disk_full_at_every_write(source: Path, fast: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full_at_every_write(
+    source: Path, fast: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for n in range(1, 1000):
         out, disk = fast / "out", Disk("write", n, errno.ENOSPC)
         with monkeypatch.context() as patch:
@@ -226,7 +249,11 @@ except OutputError as error:
     print(error.exit_code, error)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, str(source), str(fast / "out")], capture_output=True, text=True, env=environment(), timeout=60
+        [sys.executable, "-c", program, str(source), str(fast / "out")],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
     )
     assert done.stdout.startswith("3 cannot write the file: File too large; it needs "), done.stderr
     assert leftovers(fast / "out") == []
@@ -243,9 +270,13 @@ def test_too_little_space_is_refused_before_work(fast: Path, monkeypatch: pytest
 
 
 @pytest.mark.fault("C6")
-def test_a_run_that_would_fill_the_disk_does_not_begin(tiny: Callable[..., Path], fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_would_fill_the_disk_does_not_begin(
+    tiny: Callable[..., Path], fast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
-    with pytest.raises(OutputError, match=r"not enough disk space: about \d+ bytes needed, 100000 bytes free") as caught:
+    with pytest.raises(
+        OutputError, match=r"not enough disk space: about \d+ bytes needed, 100000 bytes free"
+    ) as caught:
         quantize(tiny("llama2"), fast / "out", Recipe(scheme="NU4"), windows=torch.ones(1, 16, dtype=torch.int64))
     assert caught.value.exit_code == 2 and list(fast.iterdir()) == []
 
@@ -253,12 +284,20 @@ def test_a_run_that_would_fill_the_disk_does_not_begin(tiny: Callable[..., Path]
 @pytest.mark.fault("C9")
 @pytest.mark.parametrize("always", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("operation", "code"), [("open", errno.EACCES), ("fsync", errno.EIO), ("replace", errno.EPERM), ("write", errno.EIO)]
+    ("operation", "code"),
+    [("open", errno.EACCES), ("fsync", errno.EIO), ("replace", errno.EPERM), ("write", errno.EIO)],
 )
 def test_every_operation_may_fail(
-    source: Path, fast: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch, operation: str, code: int, always: bool
+    source: Path,
+    fast: Path,
+    expected: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    operation: str,
+    code: int,
+    always: bool,
 ) -> None:
-    """One of our errors naming the path each time, never a traceback's worth; afterwards the same run ends with the same bytes."""
+    """One of our errors naming the path each time, never a traceback's worth; afterwards the same run ends with the
+    same bytes."""
     for n in range(1, 1000):
         out, disk = fast / "out", Disk(operation, n, code, always)
         with monkeypatch.context() as patch:
@@ -286,7 +325,9 @@ def test_read_only_directory(source: Path, fast: Path) -> None:
 
 
 @pytest.mark.fault("C9")
-def test_unreadable_block_while_publishing(source: Path, fast: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_block_while_publishing(
+    source: Path, fast: Path, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(path: Path, start: int = 0, length: int | None = None) -> Iterator[memoryview]:
         raise files.SourceReadError(errno.EIO, "Input/output error", str(path))
         yield
@@ -306,7 +347,8 @@ def test_rename_across_file_systems(source: Path, fast: Path, monkeypatch: pytes
         run(source, fast / "out")
 
 
-# C7, C8: other people's directories ----------------------------------------------------------------------------------------------------
+# C7, C8: other people's directories
+# ----------------------------------------------------------------------------------------------------
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -317,9 +359,27 @@ def tree(directory: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     "place",
-    ["source", "source/", "source/inner", "source/a/../inner", "other/../source", "link", "link/inner", "dangling", "file", "file/inner",
-     "full", "source_parent", "/", ".", "..", "source/..", "impostor", "upper/.."],
-)  # fmt: skip
+    [
+        "source",
+        "source/",
+        "source/inner",
+        "source/a/../inner",
+        "other/../source",
+        "link",
+        "link/inner",
+        "dangling",
+        "file",
+        "file/inner",
+        "full",
+        "source_parent",
+        "/",
+        ".",
+        "..",
+        "source/..",
+        "impostor",
+        "upper/..",
+    ],
+)
 def test_outputs_that_are_refused(fast: Path, place: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_source(fast / "source_parent" / "source")
     (fast / "other").mkdir()
@@ -355,7 +415,9 @@ def test_outputs_that_are_accepted(source: Path, fast: Path, expected: dict[str,
 
 
 @pytest.mark.fault("C7")
-def test_an_output_that_appears_during_the_run_is_not_touched(source: Path, fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_that_appears_during_the_run_is_not_touched(
+    source: Path, fast: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = fast / "out"
     real = writer._replace
 
@@ -384,7 +446,9 @@ def test_a_partial_directory_of_somebody_else(source: Path, fast: Path) -> None:
 @pytest.mark.fault("C8")
 def test_two_processes_and_a_killed_owner(source: Path, fast: Path, expected: dict[str, str]) -> None:
     out = fast / "out"
-    program = "import sys; from pathlib import Path; from tiny_run import run; run(Path(sys.argv[1]), Path(sys.argv[2]))"
+    program = (
+        "import sys; from pathlib import Path; from tiny_run import run; run(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
     owner = subprocess.Popen(
         [sys.executable, "-c", program, str(source), str(out)],
         env={**environment(), "LEANGRID_FAILPOINT": "journal.after_state:1:sleep:60"},
@@ -410,7 +474,8 @@ def test_two_processes_and_a_killed_owner(source: Path, fast: Path, expected: di
     assert digest(out) == expected
 
 
-# C11, C12: the journal itself ----------------------------------------------------------------------------------------------------------
+# C11, C12: the journal itself
+# ----------------------------------------------------------------------------------------------------------
 
 
 def flip(path: Path) -> None:
@@ -430,7 +495,9 @@ def append(path: Path) -> None:
 
 DAMAGES = [flip, truncate, append, Path.unlink]
 JOURNAL_FILES = [
-    f"{name}.{kind}" for name in ("blocks/0000", "blocks/0001", "state/0002", "named/windows") for kind in ("json", "safetensors")
+    f"{name}.{kind}"
+    for name in ("blocks/0000", "blocks/0001", "state/0002", "named/windows")
+    for kind in ("json", "safetensors")
 ]
 
 
@@ -438,7 +505,12 @@ JOURNAL_FILES = [
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", JOURNAL_FILES)
 def test_a_damaged_journal_is_not_trusted(
-    source: Path, fast: Path, expected: dict[str, str], name: str, damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    fast: Path,
+    expected: dict[str, str],
+    name: str,
+    damage: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     partial = half_done(source, fast / "out", monkeypatch)
     damage(partial / name)
@@ -487,7 +559,9 @@ def test_another_recipe_is_another_run(fast: Path, field: str) -> None:
 
 
 @pytest.mark.fault("C12")
-@pytest.mark.parametrize(("field", "value"), [("version", "9.9"), ("format_version", 99), ("windows", "other"), ("new_field", 1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("version", "9.9"), ("format_version", 99), ("windows", "other"), ("new_field", 1)]
+)
 def test_another_version_or_calibration_is_another_run(
     source: Path, fast: Path, field: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -507,19 +581,27 @@ def test_another_model_is_another_run(source: Path, fast: Path, monkeypatch: pyt
     (source / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 17}))
     with pytest.raises(ResumeError, match=r"source\.config"):
         run(source, fast / "out")
-    write_source(source, weights={f"blocks.{i}.weight": torch.ones(8, 8) for i in range(BLOCKS)} | {"embed.weight": torch.ones(16, 8)})
+    write_source(
+        source,
+        weights={f"blocks.{i}.weight": torch.ones(8, 8) for i in range(BLOCKS)} | {"embed.weight": torch.ones(16, 8)},
+    )
     with pytest.raises(ResumeError, match=r"source\.files\.model\.safetensors\.bytes"):
         run(source, fast / "out")
 
 
-# O4, O9: the finished directory --------------------------------------------------------------------------------------------------------
+# O4, O9: the finished directory
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault("O4")
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_verify_finds_any_damage_to_any_file(source: Path, fast: Path, expected: dict[str, str], damage: Callable[[Path], None]) -> None:
+def test_verify_finds_any_damage_to_any_file(
+    source: Path, fast: Path, expected: dict[str, str], damage: Callable[[Path], None]
+) -> None:
     assert verify(fast / "expected") == []
-    assert {"config.json", "manifest.json", "records.jsonl", "tokenizer.json", "model.safetensors.index.json"} < set(expected)
+    assert {"config.json", "manifest.json", "records.jsonl", "tokenizer.json", "model.safetensors.index.json"} < set(
+        expected
+    )
     for name in expected:
         copy = fast / "copy"
         shutil.copytree(fast / "expected", copy)
@@ -594,15 +676,26 @@ def test_only_known_side_files_are_copied(source: Path, fast: Path) -> None:
     (source / "modeling_evil.py").write_text("boom")
     (source / "tokenizer.py").write_text("boom")
     (source / "pytorch_model.bin").write_bytes(b"boom")
-    (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": "tokenizer.Evil"}, "eos_token": "</s>"}))
+    (source / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": "tokenizer.Evil"}, "eos_token": "</s>"})
+    )
     (source / "config.json").write_text(json.dumps({**CONFIG, "auto_map": {"AutoModel": "modeling_evil.Evil"}}))
     with open_source(source) as checkpoint:
         checkpoint.side_files()
         assert any("LICENSE.md" in notice for notice in checkpoint.notices)
     run(source, fast / "out")
     copied = {name for name in digest(fast / "out") if not name.startswith("model")}
-    assert copied == {"config.json", "manifest.json", "records.jsonl", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-                      "LICENSE", "vocab.json", "merges.txt"}  # fmt: skip
+    assert copied == {
+        "config.json",
+        "manifest.json",
+        "records.jsonl",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "vocab.json",
+        "merges.txt",
+    }
     assert not any(p.is_symlink() for p in (fast / "out").iterdir())
     assert json.loads((fast / "out" / "tokenizer_config.json").read_text()) == {"eos_token": "</s>"}
     assert "auto_map" not in (fast / "out" / "config.json").read_text()

@@ -9,12 +9,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from typer.testing import CliRunner
 
 import leangrid
-import tiny_models
-from leangrid.cli import app
+from leangrid.cli.app import app
 from leangrid.errors import LeangridError
 
 pytestmark = pytest.mark.fault("S6")
@@ -36,7 +36,11 @@ def _tokenizer(kind: str | None) -> Callable[[Path], None]:
         fields = json.loads(path.read_text())
         fields.pop("tokenizer_class", None)
         path.write_text(
-            json.dumps(fields | {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}} | ({"tokenizer_class": kind} if kind else {}))
+            json.dumps(
+                fields
+                | {"auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}}
+                | ({"tokenizer_class": kind} if kind else {})
+            )
         )
 
     return plant
@@ -55,7 +59,9 @@ def _processors(source: Path) -> None:
 def _generation(source: Path) -> None:
     _json(source / "generation_config.json", custom_generate="evil", auto_map={"AutoGenerationConfig": "evil.G"})
     (source / "custom_generate").mkdir()
-    (source / "custom_generate" / "generate.py").write_text((source / "evil.py").read_text() + "def generate(**kwargs): ...\n")
+    (source / "custom_generate" / "generate.py").write_text(
+        (source / "evil.py").read_text() + "def generate(**kwargs): ...\n"
+    )
 
 
 def _template(source: Path) -> None:
@@ -66,7 +72,8 @@ def _template(source: Path) -> None:
     (source / "chat_template.jinja").write_text(code.replace("CANARY", str(source.parent / "canary")))
 
 
-# Planted together where all of them leave a sound checkpoint, alone where the tokenizer cannot be read without its code.
+# Planted together where all of them leave a sound checkpoint, alone where the tokenizer cannot be read without its
+# code.
 DOORS = {"sound": (_config, _tokenizer("PreTrainedTokenizerFast"), _processors, _generation, _template),
          "unknown class": (_tokenizer("EvilTokenizer"),), "no class": (_tokenizer(None),)}  # fmt: skip
 
@@ -75,7 +82,9 @@ DOORS = {"sound": (_config, _tokenizer("PreTrainedTokenizerFast"), _processors, 
 def source(tmp_path: Path) -> Path:
     directory = tiny_models.save("llama2", tmp_path / "source", torch.bfloat16)
     canary = f"open({str(tmp_path / 'canary')!r}, 'w').write('ran')\n"
-    (directory / "evil.py").write_text(canary + "import transformers\nclass C(transformers.LlamaConfig): ...\nclass T: ...\n")
+    (directory / "evil.py").write_text(
+        canary + "import transformers\nclass C(transformers.LlamaConfig): ...\nclass T: ...\n"
+    )
     (directory / "modeling_llama.py").write_text(canary)
     return directory
 
@@ -136,11 +145,15 @@ def test_every_call_that_could_run_code_says_no() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
-            if node.func.attr in ("from_pretrained", "get_class_from_dynamic_module", "from_config") and not _ours(node.func):
+            if node.func.attr in ("from_pretrained", "get_class_from_dynamic_module", "from_config") and not _ours(
+                node.func
+            ):
                 given = {word.arg: word.value for word in node.keywords}
                 answer = given.get("trust_remote_code")
                 if node.func.attr == "from_config":
-                    answer = answer or ast.Constant(False)  # a class is already chosen; code is only looked for in from_pretrained
+                    answer = answer or ast.Constant(
+                        False
+                    )  # a class is already chosen; code is only looked for in from_pretrained
                 assert isinstance(answer, ast.Constant) and answer.value is False, f"{path.name}:{node.lineno}"
                 said += 1
     assert said >= 3

@@ -1,4 +1,5 @@
-"""A hub model whose weights never touch the disk, against a hub on this machine: the bytes of the downloaded one, through broken lines."""
+"""A hub model whose weights never touch the disk, against a hub on this machine: the bytes of the downloaded one,
+through broken lines."""
 
 import json
 import os
@@ -8,15 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 import tiny_models
 from hub_server import COMMIT, Hub
+from tiny_run import digest
+
 from leangrid.errors import CalibrationError, CheckpointError
-from leangrid.pipeline import quantize
 from leangrid.recipe import Recipe
 from leangrid.report.views import TIMED
+from leangrid.run.quantize import quantize
 from leangrid.storage.hub import locate_source, locate_stream
-from tiny_run import digest
 
 ROOT = Path(__file__).resolve().parents[2]
 WINDOWS = tiny_models.tokens(2, 16)
@@ -25,7 +26,7 @@ _RUN = """
 import json, sys, torch
 from leangrid import plan
 from leangrid.errors import LeangridError
-from leangrid.pipeline import quantize
+from leangrid.run.quantize import quantize
 from leangrid.recipe import Recipe
 from leangrid.storage import remote
 remote._PAUSE = 0.01
@@ -50,15 +51,29 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 
 def _streamed(hub: Hub, tmp_path: Path) -> dict:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"),
-                   "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", _RUN, str(tmp_path / "out")], capture_output=True, text=True, env=environment, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def _bytes(out: Path) -> dict[str, str]:
-    return {name: sha256 for name, sha256 in digest(out).items() if name not in {*TIMED, "README.md"}}  # the card names the source
+    return {
+        name: sha256 for name, sha256 in digest(out).items() if name not in {*TIMED, "README.md"}
+    }  # the card names the source
 
 
 @pytest.mark.fault("S13")
@@ -83,7 +98,11 @@ def test_a_hub_that_goes_away_stops_a_run_that_goes_on_later(hub: Hub, tmp_path:
     shards = len([path for path in hub.files() if path.suffix == ".safetensors"])
     hub.breaks = set(range(2 * 18 * shards + 9, 100_000))  # after the headers and samples of plan and quantize
     stopped = _streamed(hub, tmp_path)
-    assert stopped["exit_code"] == 3 and "cannot be read from the hub any more" in stopped["error"] and COMMIT in stopped["error"]
+    assert (
+        stopped["exit_code"] == 3
+        and "cannot be read from the hub any more" in stopped["error"]
+        and COMMIT in stopped["error"]
+    )
     assert not (tmp_path / "out").exists()
     hub.breaks = set()
     assert _streamed(hub, tmp_path)["layers"] == 14
@@ -106,6 +125,6 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
 def test_a_streamed_model_does_not_write_its_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from leangrid.storage.remote import Remote
 
-    monkeypatch.setattr("leangrid.prepare.locate_stream", lambda _: (tmp_path, Remote("org/tiny", COMMIT, {})))
+    monkeypatch.setattr("leangrid.run.open_run.locate_stream", lambda _: (tmp_path, Remote("org/tiny", COMMIT, {})))
     with pytest.raises(CalibrationError, match="cannot write its own text"):
         quantize("stream:org/tiny", tmp_path / "out", Recipe(calibration="self"))

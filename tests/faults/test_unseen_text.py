@@ -1,4 +1,5 @@
-"""Row O8 of the fault table: a calibration that was too small shows on text that it did not hold (gate.py, unseen.py)."""
+"""Row O8 of the fault table: a calibration that was too small shows on text that it did not hold (gate.py,
+unseen.py)."""
 
 import json
 import pydoc_data.topics
@@ -7,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from typer.testing import CliRunner
 
-import tiny_models
-from leangrid import gate
-from leangrid.cli import app
+from leangrid.cli.app import app
 from leangrid.data import calibration
 from leangrid.data.calibration import windows
-from leangrid.evaluate.measure import evaluate
-from leangrid.pipeline import quantize
+from leangrid.evaluation.measure import evaluate
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
-from leangrid.report.summary import quantize_summary
+from leangrid.report.text import quantize_summary
+from leangrid.run import quality_gate
+from leangrid.run.quantize import quantize
 from leangrid.storage import failpoints
 
 Tiny = Callable[..., Path]
@@ -37,26 +38,46 @@ def recipe(prose: Path, samples: int, length: int = 32) -> Recipe:
     return Recipe(scheme="W4A16_G32", calibration=str(prose), samples=samples, length=length, steps=32)
 
 
-def test_too_little_calibration_is_a_warning_everywhere_and_enough_is_none(tiny: Tiny, prose: Path, tmp_path: Path) -> None:
+def test_too_little_calibration_is_a_warning_everywhere_and_enough_is_none(
+    tiny: Tiny, prose: Path, tmp_path: Path
+) -> None:
     told: list[Event] = []
     few = quantize(tiny("llama2"), tmp_path / "few", recipe(prose, 4), progress=told.append)
     many = quantize(tiny("llama2"), tmp_path / "many", recipe(prose, 16, 128))
     assert few.exit_code == 0 and many.exit_code == 0 and "warnings" not in many.quality
     (warning,) = few.quality["warnings"]
     assert "--samples" in warning and "prose.txt" in warning and any(warning in event.message for event in told)
-    assert few.quality["unseen"]["value"] > 4 * few.quality["value"] and many.quality["unseen"]["value"] < 2 * many.quality["value"]
+    assert (
+        few.quality["unseen"]["value"] > 4 * few.quality["value"]
+        and many.quality["unseen"]["value"] < 2 * many.quality["value"]
+    )
     assert many.quality["unseen"]["value"] < many.quality["unseen"]["rounding"]
     kept = json.loads((tmp_path / "few/manifest.json").read_text())["quality"]
     assert kept["warnings"] == [warning] and kept["unseen"]["text"] == "other text of prose.txt"
-    for shown in (quantize_summary(few.to_json()), *((tmp_path / "few" / page).read_text() for page in ("README.md", "report.html"))):
+    for shown in (
+        quantize_summary(few.to_json()),
+        *((tmp_path / "few" / page).read_text() for page in ("README.md", "report.html")),
+    ):
         assert warning.split("(")[0].strip() in shown and "calibration did not see" in shown
     assert "arning" not in (tmp_path / "many/README.md").read_text()
 
 
 def test_on_stderr_it_is_a_warning_and_quiet_is_quiet(tiny: Tiny, prose: Path, tmp_path: Path) -> None:
     for quiet in (False, True):
-        arguments = ["quantize", tiny("llama2"), tmp_path / f"out{quiet}", "--scheme", "W4A16_G32", "--calibration", prose, "--samples", 4,
-                     "--length", 32, *(["--quiet"] if quiet else [])]  # fmt: skip
+        arguments = [
+            "quantize",
+            tiny("llama2"),
+            tmp_path / f"out{quiet}",
+            "--scheme",
+            "W4A16_G32",
+            "--calibration",
+            prose,
+            "--samples",
+            4,
+            "--length",
+            32,
+            *(["--quiet"] if quiet else []),
+        ]
         done = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="leangrid")
         assert done.exit_code == 0 and "warning" in done.stdout
         assert ("warning: " in done.stderr) != quiet and (not quiet or done.stderr == "")
@@ -65,18 +86,30 @@ def test_on_stderr_it_is_a_warning_and_quiet_is_quiet(tiny: Tiny, prose: Path, t
 def test_rounding_that_is_nearer_is_said() -> None:
     found: dict[str, Any] = {"measure": "kl", "value": 0.01, "rounding": 0.2, "limit": 1.0}
     unseen = {"value": 0.3, "rounding": 0.25, "text": "other text of a.txt"}
-    assert "plain rounding is nearer" in gate._warnings(found | {"unseen": unseen})[0]
-    assert gate._warnings(found | {"unseen": unseen | {"value": 0.03}}) == []
-    assert "0.24 on text" in gate._warnings(found | {"unseen": unseen | {"value": 0.24}})[0]
-    another = found | {"value": 0.02, "rounding": 0.02}  # a text on which rounding is worse in the same measure: not the calibration
-    assert gate._warnings(another | {"unseen": unseen | {"value": 0.24}}) == []
-    assert gate._warnings(found | {"unseen": {"value": None, "text": ""}}) == [] and gate._warnings(found) == []
+    assert "plain rounding is nearer" in quality_gate._warnings(found | {"unseen": unseen})[0]
+    assert quality_gate._warnings(found | {"unseen": unseen | {"value": 0.03}}) == []
+    assert "0.24 on text" in quality_gate._warnings(found | {"unseen": unseen | {"value": 0.24}})[0]
+    another = found | {
+        "value": 0.02,
+        "rounding": 0.02,
+    }  # a text on which rounding is worse in the same measure: not the calibration
+    assert quality_gate._warnings(another | {"unseen": unseen | {"value": 0.24}}) == []
+    assert (
+        quality_gate._warnings(found | {"unseen": {"value": None, "text": ""}}) == []
+        and quality_gate._warnings(found) == []
+    )
 
 
 def test_the_limit_is_for_the_worse_of_the_two() -> None:
     found = {"measure": "kl", "value": 0.1, "limit": 1.0, "unseen": {"value": 1.5}}
-    assert not gate.passed(found) and gate.passed(found, limit=2.0) and "is 1.5, 1.0 is allowed" in gate.verdict(found)
-    assert not gate.passed(found | {"unseen": {"value": None}}) and gate.passed(found | {"unseen": {"value": 0.9}})
+    assert (
+        not quality_gate.passed(found)
+        and quality_gate.passed(found, limit=2.0)
+        and "is 1.5, 1.0 is allowed" in quality_gate.verdict(found)
+    )
+    assert not quality_gate.passed(found | {"unseen": {"value": None}}) and quality_gate.passed(
+        found | {"unseen": {"value": 0.9}}
+    )
 
 
 def test_the_first_windows_are_the_same_with_more_behind_them(prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +165,25 @@ def test_without_a_language_model_head_hidden_states_are_the_measure(kind: str, 
     model.save_pretrained(source)
     tiny_models.tokenizer().save_pretrained(source)
     result = quantize(source, tmp_path / "out", recipe(prose, 8))
-    assert result.exit_code == 0 and result.quality["measure"] == "cosine" and result.quality["original"] == "transformers"
+    assert (
+        result.exit_code == 0 and result.quality["measure"] == "cosine" and result.quality["original"] == "transformers"
+    )
     measured = evaluate(tmp_path / "out", source, str(prose), length=64, windows=2)
     assert 0 < measured["embedding_cosine_mean"] < 0.2 and measured["kl_mean"] is None
-    asked = ["quantize", str(source), str(tmp_path / "self"), "--calibration", "self", "--samples", "2", "--length", "16"]
+    asked = [
+        "quantize",
+        str(source),
+        str(tmp_path / "self"),
+        "--calibration",
+        "self",
+        "--samples",
+        "2",
+        "--length",
+        "16",
+    ]
     refused = CliRunner().invoke(app, asked, prog_name="leangrid")
-    assert refused.exit_code == 2 and "sample text from itself" in refused.stderr and not (tmp_path / "self.partial").exists()
+    assert (
+        refused.exit_code == 2
+        and "sample text from itself" in refused.stderr
+        and not (tmp_path / "self.partial").exists()
+    )

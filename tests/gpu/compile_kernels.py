@@ -1,8 +1,8 @@
-"""Compiles Triton kernels for NVIDIA GPUs without one, down to machine code: `python compile_kernels.py sweep|linear` prints, one JSON
-line a kernel, its registers, the bytes a thread keeps in local memory (spills), and its shared memory.
+"""Compiles Triton kernels for NVIDIA GPUs without one, down to machine code: `python compile_kernels.py sweep|linear`
+prints, one JSON line a kernel, its registers, the bytes a thread keeps in local memory (spills), and its shared memory.
 
-The interpreter accepts Python that the compiler does not, and knows no limits; this is the other half of testing without a GPU.
-"""
+The interpreter accepts Python that the compiler does not, and knows no limits; this is the other half of testing
+without a GPU."""
 
 import json
 import re
@@ -27,13 +27,19 @@ def compiled(kernel: Any, arguments: dict[str, Any], arch: int, **options: objec
     names = kernel.arg_names
     signature = {name: arguments[name] if isinstance(arguments[name], str) else "constexpr" for name in names}
     constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
-    whole = [p.num for p in kernel.params if not p.do_not_specialize and (signature[p.name][0] == "*" or p.name in SIXTEENS)]
+    whole = [
+        p.num for p in kernel.params if not p.do_not_specialize and (signature[p.name][0] == "*" or p.name in SIXTEENS)
+    ]
     aligned = {(i,): [["tt.divisibility", 16]] for i in whole}
-    done = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32), options=options)
+    done = triton.compile(
+        ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", arch, 32), options=options
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
-        told = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", told)
     assert found, told
     return {"registers": int(found[1]), "spills": int(found[2]), "shared": done.metadata.shared}
@@ -46,15 +52,41 @@ def sweep_cases() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
     from leangrid.kernels.triton.nearest import COLUMNS, LAUNCH, ROWS
     from leangrid.kernels.triton.sweep import sweep_kernel
 
-    common = {"levels": "*fp32", "scale": "*fp32", "zero": "*u8", "group": "*i32", "codes": "*u8", "rows": "i32", "cols": "i32",
-              "groups": "i32", "R": ROWS, "C": COLUMNS}  # fmt: skip
-    own = {"sweep": {"weight": "*fp32", "upper": "*fp32", "errors": "*fp32"},
-           "descend": {"gradient": "*fp32", "hessian": "*fp32", "old": "*u8", "deltas": "*fp32", "NEARER": 0.999999}}  # fmt: skip
-    for name, kernel, kind, levels in (("sweep", sweep_kernel, 0, 16), ("descend", descend_kernel, 2, 16), ("sweep", sweep_kernel, 3, 256)):
+    common = {
+        "levels": "*fp32",
+        "scale": "*fp32",
+        "zero": "*u8",
+        "group": "*i32",
+        "codes": "*u8",
+        "rows": "i32",
+        "cols": "i32",
+        "groups": "i32",
+        "R": ROWS,
+        "C": COLUMNS,
+    }
+    own = {
+        "sweep": {"weight": "*fp32", "upper": "*fp32", "errors": "*fp32"},
+        "descend": {"gradient": "*fp32", "hessian": "*fp32", "old": "*u8", "deltas": "*fp32", "NEARER": 0.999999},
+    }
+    for name, kernel, kind, levels in (
+        ("sweep", sweep_kernel, 0, 16),
+        ("descend", descend_kernel, 2, 16),
+        ("sweep", sweep_kernel, 3, 256),
+    ):
         grid = common | {"KIND": kind, "K": levels, "WIDTH": levels}
         yield f"{name} {levels} levels, kind {kind}", kernel, grid | own[name], LAUNCH
     sizes = dict.fromkeys(("rows", "n", "begin", "width", "levels"), "i32")
-    arguments = {"panel": "*bf16", "codes": "*u8", "out": "*fp64", **sizes, "TERMS": 3, "WIDE": 16, "M": M, "N": N, "J": J}
+    arguments = {
+        "panel": "*bf16",
+        "codes": "*u8",
+        "out": "*fp64",
+        **sizes,
+        "TERMS": 3,
+        "WIDE": 16,
+        "M": M,
+        "N": N,
+        "J": J,
+    }
     yield "level_gram", level_gram_kernel, arguments, GRAM_LAUNCH
 
 
@@ -67,9 +99,21 @@ def linear_cases() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
                                            ("affine", 3, 1, 24, "fp16"), ("affine", 2, 1, 1 << 30, "bf16"),
                                            ("affine", 4, 1, 12, "fp32")):  # fmt: skip
         lanes = packed.PACKET[bits]
-        grid = {"words": "*i32", "lut": f"*{dtype}", "scale": f"*{dtype}" if kind else "*u8", "zero": "*u8", "rows": "i32", "cols": "i32",
-                "width": "i32", "groups": "i32", "BITS": bits, "P": lanes, "GROUP": group, "KIND": kind,
-                "STORED": types[dtype]}  # fmt: skip
+        grid = {
+            "words": "*i32",
+            "lut": f"*{dtype}",
+            "scale": f"*{dtype}" if kind else "*u8",
+            "zero": "*u8",
+            "rows": "i32",
+            "cols": "i32",
+            "width": "i32",
+            "groups": "i32",
+            "BITS": bits,
+            "P": lanes,
+            "GROUP": group,
+            "KIND": kind,
+            "STORED": types[dtype],
+        }
         label = f"{name} {bits} bits {dtype}, " + (f"groups of {group}" if group < 1 << 30 else "whole rows")
         both = {"x": f"*{dtype}", "y": f"*{dtype}"}
         yield f"gemv {label}", packed.gemv_kernel, grid | both | {"R": 4, "T": min(512, 4096 // lanes)}, options

@@ -1,9 +1,10 @@
-"""Compiles every Triton kernel of the package ahead of time, for a GPU that need not be here; prints what each one uses as JSON.
+"""Compiles every Triton kernel of the package ahead of time, for a GPU that need not be here; prints what each one uses
+as JSON.
 
     python tests/gpu/compiled.py 80 90
 
-A kernel that the interpreter runs may still be refused by the compiler; this finds out without a device. TRITON_INTERPRET must not be set.
-"""
+A kernel that the interpreter runs may still be refused by the compiler; this finds out without a device.
+TRITON_INTERPRET must not be set."""
 
 import json
 import re
@@ -18,13 +19,37 @@ from triton.compiler import ASTSource
 
 from leangrid.kernels.triton import affine, kmeans
 
-POINTERS = {"value": "*fp32", "order": "*i64", "weight": "*fp32", "share": "*fp64", "tails": "*fp64", "energy": "*fp64", "zero_out": "*u8",
-            "scale_out": "*fp32", "objective_out": "*fp64", "p0": "*fp64", "p1": "*fp64", "p2": "*fp64", "costs": "*fp64",
-            "splits": "*i32", "bounds": "*i32", "current": "*fp64", "out": "*fp64", "smallest": "fp32", "largest": "fp32"}  # fmt: skip
+POINTERS = {
+    "value": "*fp32",
+    "order": "*i64",
+    "weight": "*fp32",
+    "share": "*fp64",
+    "tails": "*fp64",
+    "energy": "*fp64",
+    "zero_out": "*u8",
+    "scale_out": "*fp32",
+    "objective_out": "*fp64",
+    "p0": "*fp64",
+    "p1": "*fp64",
+    "p2": "*fp64",
+    "costs": "*fp64",
+    "splits": "*i32",
+    "bounds": "*i32",
+    "current": "*fp64",
+    "out": "*fp64",
+    "smallest": "fp32",
+    "largest": "fp32",
+}
 
 
 def search(levels: int, symmetric: bool, dtype: int) -> tuple:
-    more = {"LEVELS": levels, "BLOCK": affine.scales_at_once(levels), "SCAN": 512, "SYMMETRIC": symmetric, "DTYPE": dtype}
+    more = {
+        "LEVELS": levels,
+        "BLOCK": affine.scales_at_once(levels),
+        "SCAN": 512,
+        "SYMMETRIC": symmetric,
+        "DTYPE": dtype,
+    }
     return affine._search, {}, more, 4 if levels <= 16 else 8
 
 
@@ -43,7 +68,8 @@ KERNELS = {
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """Registers a thread and bytes of stack a thread (where spilled registers go), as the disassembler of Triton's wheel tells."""
+    """Registers a thread and bytes of stack a thread (where spilled registers go), as the disassembler of Triton's
+    wheel tells."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -54,7 +80,9 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 def compiled(name: str, arch: int) -> dict[str, object]:
     kernel, types, constants, warps = KERNELS[name]
-    signature = {arg: "constexpr" if arg in constants else {**POINTERS, **types}.get(arg, "i32") for arg in kernel.arg_names}
+    signature = {
+        arg: "constexpr" if arg in constants else {**POINTERS, **types}.get(arg, "i32") for arg in kernel.arg_names
+    }
     options = {"num_warps": warps, "enable_fp_fusion": False}
     built = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", arch, 32), options=options)
     ptx = built.asm["ptx"]

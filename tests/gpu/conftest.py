@@ -1,4 +1,5 @@
-"""Where the Triton tests run: on the GPU, or without one in Triton's interpreter (TRITON_INTERPRET=1, slow: small shapes)."""
+"""Where the Triton tests run: on the GPU, or without one in Triton's interpreter (TRITON_INTERPRET=1, slow: small
+shapes)."""
 
 import os
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leangrid import kernels
-from leangrid.kernels import torch_ops
+from leangrid.kernels import plain
 
 # The interpreter computes with numpy, which warns where a GPU silently rounds 5e39 to infinity.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")]
@@ -35,10 +35,16 @@ def energy(weight: Tensor, share: Tensor, groups: int) -> Tensor:
 
 def check_affine(device: torch.device, weight: Tensor, share: Tensor, bits: int, steps: int, shrink: float, group: int,
                  symmetric: bool = False, dtype: torch.dtype | None = None) -> None:  # fmt: skip
-    """The twin's pair wherever no other comes within 1e-12 of its objective, and the objective of the pair everywhere."""
-    ours = [x.cpu() for x in kernels.affine_search(weight.to(device), share.to(device), bits, steps, shrink, group, symmetric, dtype)]
+    """The twin's pair wherever no other comes within 1e-12 of its objective, and the objective of the pair
+    everywhere."""
+    ours = [
+        x.cpu()
+        for x in kernels.affine_search(
+            weight.to(device), share.to(device), bits, steps, shrink, group, symmetric, dtype
+        )
+    ]
     unit = torch.frexp(share.amax(-1, keepdim=True)).exponent
-    twin = torch_ops.affine_search(
+    twin = plain.affine_search(
         weight.contiguous(), torch.ldexp(share, -unit).contiguous(), bits, steps, shrink, group, symmetric, dtype
     )
     reached, best = ours[2], torch.ldexp(twin[2], unit)
@@ -57,18 +63,33 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 @pytest.mark.parametrize(
     ("bits", "steps", "shrink", "symmetric", "dtype"),
-    [(4, 256, 0.2, False, None), (4, 256, 0.2, False, BF16), (4, 256, 0.2, True, F16), (3, 200, 0.3, False, F16), (3, 200, 0.3, True, F32),
-     (2, 128, 0.4, False, F32), (2, 128, 0.4, True, None), (8, 60, 0.2, False, BF16), (8, 60, 0.2, True, None), (1, 50, 0.2, False, None),
-     (5, 64, 0.2, False, None)],
-)  # fmt: skip
-def test_affine_is_its_twin(bits: int, steps: int, shrink: float, symmetric: bool, dtype: torch.dtype | None, device: torch.device) -> None:
+    [
+        (4, 256, 0.2, False, None),
+        (4, 256, 0.2, False, BF16),
+        (4, 256, 0.2, True, F16),
+        (3, 200, 0.3, False, F16),
+        (3, 200, 0.3, True, F32),
+        (2, 128, 0.4, False, F32),
+        (2, 128, 0.4, True, None),
+        (8, 60, 0.2, False, BF16),
+        (8, 60, 0.2, True, None),
+        (1, 50, 0.2, False, None),
+        (5, 64, 0.2, False, None),
+    ],
+)
+def test_affine_is_its_twin(
+    bits: int, steps: int, shrink: float, symmetric: bool, dtype: torch.dtype | None, device: torch.device
+) -> None:
     check_affine(device, *rows(2, 72, seed=bits), bits, steps, shrink, 36, symmetric, dtype)
 
 
 @pytest.mark.parametrize(
-    ("bits", "steps", "shrink"), [(4, 5, 0.2), (4, 24, 0.2), (3, 6, 0.3), (2, 3, 0.4), (8, 40, 0.2), (4, 1, 0.1), (4, 16, 0.49)]
+    ("bits", "steps", "shrink"),
+    [(4, 5, 0.2), (4, 24, 0.2), (3, 6, 0.3), (2, 3, 0.4), (8, 40, 0.2), (4, 1, 0.1), (4, 16, 0.49)],
 )
-def test_affine_with_few_steps_skips_zero_points_as_its_twin(bits: int, steps: int, shrink: float, device: torch.device) -> None:
+def test_affine_with_few_steps_skips_zero_points_as_its_twin(
+    bits: int, steps: int, shrink: float, device: torch.device
+) -> None:
     check_affine(device, *rows(3, 40, seed=steps), bits, steps, shrink, 40)
 
 
@@ -98,20 +119,24 @@ def test_affine_on_odd_groups(name: str, dtype: torch.dtype | None, device: torc
     for symmetric in (False, True):
         scale, zero_point, reached = (x.cpu() for x in kernels.affine_search(
             ODD[name].to(device), share.to(device), 4, 64, 0.2, 32, symmetric, dtype))  # fmt: skip
-        twin = torch_ops.affine_search(ODD[name], share, 4, 64, 0.2, 32, symmetric, dtype)
+        twin = plain.affine_search(ODD[name], share, 4, 64, 0.2, 32, symmetric, dtype)
         assert float((reached - twin[2]).abs()) <= 1e-12 * float(energy(ODD[name], share, 1)) + 1e-10 * float(twin[2])
         assert float(scale.to(dtype or torch.float32)) not in (0.0, float("inf"), float("-inf"))
         if name == "zeros":
             assert (float(scale), int(zero_point), float(reached)) == (1.0, 8 if symmetric else 0, 0.0)
 
 
-def test_affine_reads_views_chunks_and_importances_of_each_row(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_affine_reads_views_chunks_and_importances_of_each_row(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight, share = rows(20, 2, seed=3)
     each = torch.stack([share, share.flip(0), share + 0.5]).repeat(7, 1)[:20].contiguous()
     whole = kernels.affine_search(weight.T.to(device), each.T.to(device), 3, 50, 0.3, 10)
     check_affine(device, weight.T, each.T, 3, 50, 0.3, 10)
     monkeypatch.setattr("leangrid.kernels.triton.affine.CHUNK_ELEMENTS", 20)
-    for one, many in zip(kernels.affine_search(weight.T.to(device), each.T.to(device), 3, 50, 0.3, 10), whole, strict=True):
+    for one, many in zip(
+        kernels.affine_search(weight.T.to(device), each.T.to(device), 3, 50, 0.3, 10), whole, strict=True
+    ):
         assert torch.equal(one, many)
     weight, share = rows(3, 12, seed=5)
     shared = kernels.affine_search(weight.to(device), share.to(device), 3, 50, 0.3, 6)
@@ -122,13 +147,17 @@ def test_affine_reads_views_chunks_and_importances_of_each_row(device: torch.dev
 # ------------------------------------------------------------------------------------------------ k-means
 
 
-def check_kmeans(device: torch.device, weight: Tensor, share: Tensor, levels: int, iterations: int | None = None) -> None:
+def check_kmeans(
+    device: torch.device, weight: Tensor, share: Tensor, levels: int, iterations: int | None = None
+) -> None:
     """Levels within float32 rounding of the twin's, objectives within 1e-10."""
     more = () if iterations is None else (iterations,)
     op = "kmeans_dp" if iterations is None else "kmeans_lloyd"
     ours, reached = (x.cpu() for x in getattr(kernels, op)(weight.to(device), share.to(device), levels, *more))
     unit, zero = torch.frexp(share.amax(-1, keepdim=True)).exponent, share.amax(-1, keepdim=True) == 0
-    twin, best = getattr(torch_ops, op)(weight.contiguous(), torch.where(zero, 1.0, torch.ldexp(share, -unit)).contiguous(), levels, *more)
+    twin, best = getattr(plain, op)(
+        weight.contiguous(), torch.where(zero, 1.0, torch.ldexp(share, -unit)).contiguous(), levels, *more
+    )
     best = torch.where(zero.reshape(-1), 0.0, torch.ldexp(best, unit.reshape(-1)))
     assert (ours.dtype, reached.dtype) == (torch.float32, torch.float64)
     assert (ours.diff(dim=1) >= 0).all()
@@ -137,7 +166,8 @@ def check_kmeans(device: torch.device, weight: Tensor, share: Tensor, levels: in
 
 
 @pytest.mark.parametrize(
-    ("count", "n", "levels"), [(1, 1, 1), (1, 1, 4), (2, 2, 2), (3, 40, 2), (3, 41, 3), (2, 50, 4), (1, 40, 8), (1, 33, 16), (1, 600, 3)]
+    ("count", "n", "levels"),
+    [(1, 1, 1), (1, 1, 4), (2, 2, 2), (3, 40, 2), (3, 41, 3), (2, 50, 4), (1, 40, 8), (1, 33, 16), (1, 600, 3)],
 )
 def test_the_dynamic_program_is_its_twin(count: int, n: int, levels: int, device: torch.device) -> None:
     check_kmeans(device, *rows(count, n, seed=n), levels)
@@ -145,7 +175,15 @@ def test_the_dynamic_program_is_its_twin(count: int, n: int, levels: int, device
 
 @pytest.mark.parametrize(
     ("count", "n", "levels", "iterations"),
-    [(1, 1, 1, 5), (2, 40, 2, 100), (3, 41, 3, 1), (3, 90, 4, 100), (2, 300, 8, 100), (2, 300, 16, 100), (1, 60, 33, 100)],
+    [
+        (1, 1, 1, 5),
+        (2, 40, 2, 100),
+        (3, 41, 3, 1),
+        (3, 90, 4, 100),
+        (2, 300, 8, 100),
+        (2, 300, 16, 100),
+        (1, 60, 33, 100),
+    ],
 )
 def test_lloyd_is_its_twin(count: int, n: int, levels: int, iterations: int, device: torch.device) -> None:
     check_kmeans(device, *rows(count, n, seed=n), levels, iterations)
@@ -191,7 +229,7 @@ def test_the_path_has_a_name_and_every_op(device: torch.device) -> None:
     assert kernels.backend(device) == "triton"
     module = kernels._ops(torch.empty(1, device=device))
     assert module.__name__ == "leangrid.kernels.triton"
-    assert all(callable(getattr(module, name)) for name in torch_ops.__all__)
+    assert all(callable(getattr(module, name)) for name in plain.__all__)
 
 
 # ------------------------------------------------------------------------------------------------ the compiler
@@ -209,5 +247,9 @@ def test_every_kernel_compiles_for_nvidia_gpus_and_fits(tmp_path: Path) -> None:
     for kernel in json.loads(done.stdout):
         assert kernel["cubin"] > 0
         assert kernel["shared"] <= 48 * 1024, kernel
-        assert kernel.get("stack", 0) <= 64, kernel  # bytes of registers that did not fit; absent where the wheel has no cuobjdump
-        assert not kernel["ftz"] and not kernel["fused"], kernel  # subnormal weights stay, and float64 rounds as in the twin
+        assert kernel.get("stack", 0) <= 64, (
+            kernel
+        )  # bytes of registers that did not fit; absent where the wheel has no cuobjdump
+        assert not kernel["ftz"] and not kernel["fused"], (
+            kernel
+        )  # subnormal weights stay, and float64 rounds as in the twin

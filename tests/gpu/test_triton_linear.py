@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from leangrid.errors import ShapeError
-from leangrid.kernels import decode
-from leangrid.layers import AffineLinear, LutLinear
-from leangrid.packing import pack
+from leangrid.formats.bit_stream import pack
+from leangrid.inference.layers import AffineLinear, LutLinear
+from leangrid.kernels import packed
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -28,7 +28,9 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(5)
 
 
-def lut_problem(g: torch.Generator, rows: int, cols: int, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def lut_problem(
+    g: torch.Generator, rows: int, cols: int, bits: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """words, lut, dense weight."""
     codes = torch.randint(0, 2**bits, (rows, cols), generator=g, dtype=torch.uint8)
     lut = torch.randn(rows, 2**bits, generator=g).sort(1).values.to(dtype)
@@ -40,19 +42,25 @@ def affine_problem(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """words, scale, zero_point, dense weight rounded to ``stored``."""
     codes = torch.randint(0, 2**bits, (rows, cols), generator=g, dtype=torch.uint8)
-    scale = ((0.5 + torch.rand(rows, cols // size, generator=g)) * torch.randn(rows, cols // size, generator=g).sign() / 2**bits).to(dtype)
+    scale = (
+        (0.5 + torch.rand(rows, cols // size, generator=g))
+        * torch.randn(rows, cols // size, generator=g).sign()
+        / 2**bits
+    ).to(dtype)
     zero = torch.randint(0, 2**bits, scale.shape, generator=g, dtype=torch.uint8)
     steps = codes.view(rows, -1, size).float() - zero[:, :, None]
     return pack(codes, bits), scale, zero, (steps * scale.float()[:, :, None]).view(rows, cols).to(stored)
 
 
 def shapes(bits: int, dtype: torch.dtype) -> list[tuple[int, int, int]]:
-    """All of them once; the interpreter is slow, and two for each other pair of bits and dtype cut words and tiles too."""
+    """All of them once; the interpreter is slow, and two for each other pair of bits and dtype cut words and tiles
+    too."""
     return SHAPES if bits == 3 and dtype == torch.float32 else SHAPES[1::2]
 
 
 def close(ours: Tensor, x: Tensor, dense: Tensor) -> None:
-    """Float32 sums of exact products, rounded once to x's dtype. The interpreter cuts where it should round to bfloat16."""
+    """Float32 sums of exact products, rounded once to x's dtype. The interpreter cuts where it should round to
+    bfloat16."""
     want = x.double() @ dense.double().T
     size = x.double().abs() @ dense.double().abs().T  # what rounding errors of a sum are relative to
     assert ours.dtype == x.dtype and ours.shape == want.shape
@@ -64,7 +72,9 @@ def close(ours: Tensor, x: Tensor, dense: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 3, 2, 8])
-def test_lut_is_the_dense_product(bits: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+def test_lut_is_the_dense_product(
+    bits: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
     from leangrid.kernels.triton import lut_linear
 
     for rows, cols, _ in shapes(bits, dtype):
@@ -76,24 +86,32 @@ def test_lut_is_the_dense_product(bits: int, dtype: torch.dtype, device: torch.d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [4, 3, 2, 8])
-def test_affine_is_the_dense_product(bits: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+def test_affine_is_the_dense_product(
+    bits: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
     from leangrid.kernels.triton import affine_linear
 
     for rows, cols, size in shapes(bits, dtype):
         words, scale, zero, dense = affine_problem(generator, rows, cols, bits, size, dtype, dtype)
         for m in (1, 17, 65):
             x = torch.randn(m, cols, generator=generator).to(dtype)
-            close(affine_linear(x.to(device), words.to(device), scale.to(device), zero.to(device), bits, size), x, dense)
+            close(
+                affine_linear(x.to(device), words.to(device), scale.to(device), zero.to(device), bits, size), x, dense
+            )
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_the_dense_tile_is_the_weight_that_readers_compute(stored: torch.dtype, device: torch.device, generator: torch.Generator) -> None:
+def test_the_dense_tile_is_the_weight_that_readers_compute(
+    stored: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
     from leangrid.kernels.triton.packed import Packed, dequantized
 
     for dtype in (stored, torch.float32):
         for bits in (2, 3, 4, 8):
             words, scale, zero, dense = affine_problem(generator, 33, 96, bits, 24, dtype, stored)
-            weight = Packed(words.to(device), scale.to(device), scale.to(device), zero.to(device), 96, bits, stored, True, 24)
+            weight = Packed(
+                words.to(device), scale.to(device), scale.to(device), zero.to(device), 96, bits, stored, True, 24
+            )
             ours = torch.cat([tile for _, _, tile in dequantized(weight, torch.float32)]).cpu()
             if stored == torch.bfloat16 and device.type == "cpu":  # the interpreter cuts
                 torch.testing.assert_close(ours, dense.float(), rtol=2**-7, atol=0)
@@ -102,7 +120,9 @@ def test_the_dense_tile_is_the_weight_that_readers_compute(stored: torch.dtype, 
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 50])
-def test_splitting_the_columns_changes_nothing_but_rounding(splits: int, device: torch.device, generator: torch.Generator) -> None:
+def test_splitting_the_columns_changes_nothing_but_rounding(
+    splits: int, device: torch.device, generator: torch.Generator
+) -> None:
     from leangrid.kernels.triton import lut_linear
 
     words, lut, dense = lut_problem(generator, 40, 700, 4, torch.float16)
@@ -139,7 +159,11 @@ def test_layers_dtypes_that_differ(device: torch.device, generator: torch.Genera
     words, scale, zero, dense = affine_problem(generator, 20, 64, 4, 32, torch.float32, torch.float16)
     for m in (1, 6, 66):
         x = torch.randn(m, 64, generator=generator)
-        close(affine_linear(x.to(device), words.to(device), scale.to(device), zero.to(device), 4, 32, torch.float16), x, dense)
+        close(
+            affine_linear(x.to(device), words.to(device), scale.to(device), zero.to(device), 4, 32, torch.float16),
+            x,
+            dense,
+        )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5])  # no kernel for 5: the layer's torch path
@@ -148,8 +172,8 @@ def test_packed_layers_use_the_kernels(
     batch: tuple[int, ...], bits: int, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    kernel = decode._kernel
-    monkeypatch.setattr(decode, "_kernel", lambda name, bits: kernel(name, bits) if not asked.append(name) else None)
+    kernel = packed._kernel
+    monkeypatch.setattr(packed, "_kernel", lambda name, bits: kernel(name, bits) if not asked.append(name) else None)
     x = torch.randn(*batch, 48, generator=generator)
     words, lut, dense = lut_problem(generator, 21, 48, bits, torch.float32)
     layer = LutLinear(48, 21, bits, True, torch.float32)
@@ -169,8 +193,14 @@ def test_what_does_not_fit_is_refused(device: torch.device, generator: torch.Gen
     from leangrid.kernels.triton import affine_linear, lut_linear
 
     x = torch.randn(2, 64, generator=generator).to(device)
-    words, lut, scale, zero = (t.to(device) for t in (*lut_problem(generator, 5, 64, 4, torch.float32)[:2], torch.ones(5, 2),
-                                                      torch.zeros(5, 2, dtype=torch.uint8)))  # fmt: skip
+    words, lut, scale, zero = (
+        t.to(device)
+        for t in (
+            *lut_problem(generator, 5, 64, 4, torch.float32)[:2],
+            torch.ones(5, 2),
+            torch.zeros(5, 2, dtype=torch.uint8),
+        )
+    )
     for arguments in ((x, words, lut, 3), (x, words, lut, 5), (x[:, :40], words, lut, 4), (x, words[:4], lut, 4), (x, words, lut[:, :8], 4),
                       (x.double(), words, lut, 4), (x, words.to("meta"), lut, 4)):  # fmt: skip
         with pytest.raises(ShapeError):
@@ -181,7 +211,9 @@ def test_what_does_not_fit_is_refused(device: torch.device, generator: torch.Gen
             affine_linear(*arguments)
 
 
-def test_without_a_gpu_the_error_says_so(device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_the_error_says_so(
+    device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from leangrid.kernels.triton import lut_linear
 
     words, lut, _ = lut_problem(generator, 5, 64, 4, torch.float32)
@@ -194,7 +226,9 @@ def test_without_a_gpu_the_error_says_so(device: torch.device, generator: torch.
 def test_kernels_compile_for_real_gpus() -> None:
     root = Path(__file__).resolve().parents[2]
     pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root / "src")}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(root / "src")
+    }
     command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), "linear", "80"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,4 +1,5 @@
-"""The Triton sweep, descent and Gram matrix beside their torch twins: the same bits, on any shape; and they compile without a GPU.
+"""The Triton sweep, descent and Gram matrix beside their torch twins: the same bits, on any shape; and they compile
+without a GPU.
 
 Runs on a CUDA device, or with TRITON_INTERPRET=1 on the CPU.
 """
@@ -13,8 +14,6 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
-
-from leangrid.kernels import torch_sweep
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(1, 1, 2), (5, 3, 4), (9, 37, 16), (17, 32, 9), (3, 50, 1), (6, 21, 200)]
@@ -61,10 +60,12 @@ OPS = ("sweep_levels", "sweep_affine", "sweep_offset", "descend_levels", "descen
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_bits_are_those_of_the_torch_twin(op: str, shape: tuple[int, int, int], device: torch.device, generator: torch.Generator) -> None:
+def test_bits_are_those_of_the_torch_twin(
+    op: str, shape: tuple[int, int, int], device: torch.device, generator: torch.Generator
+) -> None:
     arguments = problem(generator, *shape, device)[op]
     before = arguments[0].clone()  # type: ignore[attr-defined]
-    ours, twin = getattr(kernels(), op)(*arguments), getattr(torch_sweep, op)(*arguments)
+    ours, twin = getattr(kernels(), op)(*arguments), getattr(sweep, op)(*arguments)
     for mine, theirs in zip(ours, twin, strict=True):
         assert mine.dtype == theirs.dtype and mine.device == theirs.device
         assert torch.equal(mine, theirs)
@@ -74,7 +75,9 @@ def test_bits_are_those_of_the_torch_twin(op: str, shape: tuple[int, int, int], 
 def test_a_whole_block(device: torch.device, generator: torch.Generator) -> None:
     arguments = problem(generator, 9, 128, 16, device)
     for op in ("sweep_levels", "descend_affine", "sweep_offset", "descend_offset"):
-        for mine, theirs in zip(getattr(kernels(), op)(*arguments[op]), getattr(torch_sweep, op)(*arguments[op]), strict=True):
+        for mine, theirs in zip(
+            getattr(kernels(), op)(*arguments[op]), getattr(sweep, op)(*arguments[op]), strict=True
+        ):
             assert torch.equal(mine, theirs)
 
 
@@ -82,7 +85,11 @@ def test_a_whole_block(device: torch.device, generator: torch.Generator) -> None
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_in_nothing_out(op: str, rows: int, b: int, device: torch.device) -> None:
     grid = torch.zeros(rows, 2)
-    zero, group, codes = torch.zeros(rows, 2, dtype=torch.uint8), torch.zeros(b, dtype=torch.int32), torch.zeros(rows, b, dtype=torch.uint8)
+    zero, group, codes = (
+        torch.zeros(rows, 2, dtype=torch.uint8),
+        torch.zeros(b, dtype=torch.int32),
+        torch.zeros(rows, b, dtype=torch.uint8),
+    )
     rest = (grid,) if op.endswith("levels") else (grid + 1, grid if op.endswith("offset") else zero, group, 4)
     args = (torch.zeros(rows, b), torch.zeros(b, b), *((codes,) if op.startswith("descend") else ()), *rest)
     out = getattr(kernels(), op)(*(a.to(device) if isinstance(a, Tensor) else a for a in args))
@@ -91,13 +98,20 @@ def test_nothing_in_nothing_out(op: str, rows: int, b: int, device: torch.device
 
 def test_ties_go_to_the_lower_level_and_halves_to_even(device: torch.device) -> None:
     weight = torch.tensor([[0.5, 1.5, 0.50001]], device=device)
-    codes, errors = kernels().sweep_levels(weight, torch.eye(3, device=device), torch.tensor([[0.0, 1.0, 2.0]], device=device))
+    codes, errors = kernels().sweep_levels(
+        weight, torch.eye(3, device=device), torch.tensor([[0.0, 1.0, 2.0]], device=device)
+    )
     assert codes.tolist() == [[0, 1, 1]]
     assert torch.allclose(errors.cpu(), torch.tensor([[0.5, 0.5, -0.49999]]))
     weight = torch.tensor([[0.5, 1.5, 2.5, -9.0, 99.0]], device=device)
-    codes, _ = kernels().sweep_affine(weight, torch.eye(5, device=device), torch.ones(1, 1, device=device),
-                                      torch.zeros(1, 1, dtype=torch.uint8, device=device), torch.zeros(5, dtype=torch.int32, device=device),
-                                      4)  # fmt: skip
+    codes, _ = kernels().sweep_affine(
+        weight,
+        torch.eye(5, device=device),
+        torch.ones(1, 1, device=device),
+        torch.zeros(1, 1, dtype=torch.uint8, device=device),
+        torch.zeros(5, dtype=torch.int32, device=device),
+        4,
+    )
     assert codes.tolist() == [[0, 2, 2, 0, 15]]
 
 
@@ -113,9 +127,17 @@ def test_numbers_that_are_not_finite_stay_in_their_row(device: torch.device, gen
         assert torch.equal(codes[row], clean[0][row]) and torch.equal(errors[row], clean[1][row])
 
 
-@pytest.mark.parametrize(("rows", "n", "levels", "panel"), [(1, 1, 1, 4096), (9, 300, 16, 128), (35, 130, 3, 4096), (2, 40, 30, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "n", "levels", "panel"), [(1, 1, 1, 4096), (9, 300, 16, 128), (35, 130, 3, 4096), (2, 40, 30, 4096)]
+)
 def test_level_gram_is_the_product_with_the_one_hot_matrix(
-    rows: int, n: int, levels: int, panel: int, device: torch.device, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    rows: int,
+    n: int,
+    levels: int,
+    panel: int,
+    device: torch.device,
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gram = kernels().level_gram
     monkeypatch.setattr(sys.modules[gram.__module__], "PANEL", panel)
@@ -131,7 +153,9 @@ def test_level_gram_is_the_product_with_the_one_hot_matrix(
 def test_the_terms_of_the_hessian_add_up_to_it(device: torch.device, generator: torch.Generator) -> None:
     from leangrid.kernels.triton.level_gram import terms
 
-    panel = (torch.randn(40, 24, generator=generator) * 10.0 ** torch.randint(-9, 9, (40, 24), generator=generator)).to(device)
+    panel = (torch.randn(40, 24, generator=generator) * 10.0 ** torch.randint(-9, 9, (40, 24), generator=generator)).to(
+        device
+    )
     assert torch.equal(terms(panel).double().sum(0), panel.double())
 
 
@@ -148,7 +172,9 @@ def compiled(what: str, *archs: str) -> list[dict]:
     """What compile_kernels.py prints, in a process that compiles."""
     pytest.importorskip("triton")
     root = Path(__file__).resolve().parents[2]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root / "src")}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(root / "src")
+    }
     command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), what, *archs]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,4 +1,5 @@
-"""torch.compile and the packed layers: one graph, the same numbers. In processes of their own: dynamo does not trace beartype's checks."""
+"""torch.compile and the packed layers: one graph, the same numbers. In processes of their own: dynamo does not trace
+beartype's checks."""
 
 import os
 import subprocess
@@ -8,22 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_checkpoints import write
 
 import leangrid
-from quantized_checkpoints import write
 
 SRC = Path(leangrid.__file__).parents[1]
 
 
 def run(code: str, *args: object) -> None:
     env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 LAYERS = """
 import sys, torch
-from leangrid.kernels import decode
+from leangrid.kernels import packed
 from leangrid.layers import AffineLinear, LutLinear
 torch.manual_seed(0)
 for layer in (LutLinear(48, 10, 4, True, torch.float32), AffineLinear(48, 10, 4, True, torch.float32, group_size=16)):

@@ -1,4 +1,5 @@
-"""What we pack, read by the compressed-tensors library itself: the same bits, and weights equal to S (q - Z) exactly."""
+"""What we pack, read by the compressed-tensors library itself: the same bits, and weights equal to S (q - Z)
+exactly."""
 
 import pytest
 import torch
@@ -6,8 +7,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 
-from leangrid import packing
-from leangrid.formats import compressed_tensors
+from leangrid.formats import bit_stream, compressed_tensors
 from leangrid.grids import AffineGrid
 from leangrid.recipe import AFFINE_BITS, Scheme
 
@@ -35,9 +35,11 @@ def random_layer(scheme: Scheme, rows: int, cols: int, dtype: torch.dtype) -> tu
 def test_the_same_words_as_the_library_packs(bits: int, cols: int) -> None:
     codes = torch.randint(2**bits, (5, cols), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     theirs = pack_to_int32((codes.int() - 2 ** (bits - 1)).to(torch.int8), bits)
-    assert torch.equal(packing.pack(codes, bits), theirs)
-    assert torch.equal(packing.unpack(theirs, bits, cols), codes)
-    assert torch.equal(unpack_from_int32(packing.pack(codes, bits), bits, codes.shape).int() + 2 ** (bits - 1), codes.int())
+    assert torch.equal(bit_stream.pack(codes, bits), theirs)
+    assert torch.equal(bit_stream.unpack(theirs, bits, cols), codes)
+    assert torch.equal(
+        unpack_from_int32(bit_stream.pack(codes, bits), bits, codes.shape).int() + 2 ** (bits - 1), codes.int()
+    )
 
 
 @pytest.mark.fault("O2")
@@ -45,7 +47,9 @@ def test_the_same_words_as_the_library_packs(bits: int, cols: int) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("bits", BITS)
-def test_the_library_decompresses_to_exactly_our_weight(bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype) -> None:
+def test_the_library_decompresses_to_exactly_our_weight(
+    bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
+) -> None:
     scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=group_size, symmetric=symmetric)
     rows, cols = 50, 96 if group_size else 91  # neither fills its last word
     codes, grid = random_layer(scheme, rows, cols, dtype)
@@ -65,15 +69,21 @@ def test_the_library_decompresses_to_exactly_our_weight(bits: int, group_size: i
 def test_what_the_library_compresses_we_read(name: str) -> None:
     """The other direction: its own compressor's tensors through our reader give its own decompressed weight."""
     scheme = Scheme.parse(name)
-    group = QuantizationConfig.model_validate(compressed_tensors.config(scheme, ["q"], [], torch.float32)).config_groups["group_0"]
+    group = QuantizationConfig.model_validate(
+        compressed_tensors.config(scheme, ["q"], [], torch.float32)
+    ).config_groups["group_0"]
     weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
     groups = 128 // scheme.group_size if scheme.group_size else 1
     scale = weight.view(40, groups, -1).abs().amax(dim=2) / 2 ** (scheme.bits - 1)
     state = {"weight": weight, "weight_scale": scale}
     if not scheme.symmetric:
-        state["weight_zero_point"] = torch.randint(-2, 2, (40, groups), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+        state["weight_zero_point"] = torch.randint(
+            -2, 2, (40, groups), dtype=torch.int8, generator=torch.Generator().manual_seed(1)
+        )
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     theirs = compressor.compress(state, group)
     layout = compressed_tensors.layout(scheme, (40, 128), torch.float32)
     assert {suffix: (t.dtype, tuple(t.shape)) for suffix, t in theirs.items()} == layout
-    assert torch.equal(compressed_tensors.dense(theirs, scheme, (40, 128)), compressor.decompress(theirs, group)["weight"])
+    assert torch.equal(
+        compressed_tensors.dense(theirs, scheme, (40, 128)), compressor.decompress(theirs, group)["weight"]
+    )

@@ -1,7 +1,8 @@
-"""A released llama.cpp opens our GGUF files: its tokens are transformers', its C code's weights ours bit for bit, its logits near.
+"""A released llama.cpp opens our GGUF files: its tokens are transformers', its C code's weights ours bit for bit, its
+logits near.
 
-Needs a Python with tests/interop/engines/llama.txt installed: LLAMA_PYTHON names it. `make interop` builds one and runs this file.
-"""
+Needs a Python with tests/interop/engines/llama.txt installed: LLAMA_PYTHON names it. `make interop` builds one and runs
+this file."""
 
 import json
 import os
@@ -17,28 +18,38 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny_models
 import torch
 import transformers as hf
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import leangrid
-import tiny_models
 from leangrid.block_types import BLOCK_TYPES
-from leangrid.finished import Finished
+from leangrid.exporters.result_reader import Finished
 from leangrid.models.gguf_vocab import LLAMA3, QWEN2, TEKKEN
 from leangrid.storage.writer import amend
 
 PYTHON = os.environ.get("LLAMA_PYTHON", "")
 RUNNER = Path(__file__).parent / "engines" / "run_llama.py"
-pytestmark = [pytest.mark.interop, pytest.mark.skipif(not PYTHON, reason="LLAMA_PYTHON names no interpreter with llama.cpp")]
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(not PYTHON, reason="LLAMA_PYTHON names no interpreter with llama.cpp"),
+]
 SPACE = "\u2581"
 
 
 def asked(model: Path, tokens: list[int], new: int, directory: Path, **more: object) -> dict:
     """The runner's answer."""
-    request = {"model": str(model), "tokens": tokens, "new": new, "threads": 1, "logits": str(directory / "logits.safetensors"),
-               "result": str(directory / "result.json"), **more}  # fmt: skip
+    request = {
+        "model": str(model),
+        "tokens": tokens,
+        "new": new,
+        "threads": 1,
+        "logits": str(directory / "logits.safetensors"),
+        "result": str(directory / "result.json"),
+        **more,
+    }
     done = subprocess.run([PYTHON, str(RUNNER)], input=json.dumps(request), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads((directory / "result.json").read_text())
@@ -48,10 +59,14 @@ def finished(model: str, scheme: str, out: Path) -> Path:
     """A tiny bfloat16 model, quantized; ``out``.parent / "source" is the original."""
     with pytest.MonkeyPatch.context() as patch:
         if model == "gemma3":  # llama.cpp's has one full attention in six blocks, so two blocks have none
-            sliding = lambda: hf.Gemma3TextConfig(**tiny_models._GQA, head_dim=16, query_pre_attn_scalar=16, sliding_window=16)  # noqa: E731
+            sliding = lambda: hf.Gemma3TextConfig(
+                **tiny_models._GQA, head_dim=16, query_pre_attn_scalar=16, sliding_window=16
+            )  # noqa: E731
             patch.setitem(tiny_models.CONFIGS, "gemma3", sliding)
         patch.setitem(
-            tiny_models.CONFIGS, "wide", lambda: tiny_models._llama(hidden_size=256, intermediate_size=512, initializer_range=0.04)
+            tiny_models.CONFIGS,
+            "wide",
+            lambda: tiny_models._llama(hidden_size=256, intermediate_size=512, initializer_range=0.04),
         )
         tiny_models.save(model, out.parent / "source", torch.bfloat16)
     recipe = leangrid.Recipe(scheme=scheme, steps=64, correct=0, refine=0)
@@ -82,7 +97,8 @@ def test_weights_and_logits(model: str, scheme: str, tmp_path: Path, bench: Call
     with torch.no_grad():
         expected = ours.eval()(torch.tensor([tokens])).logits[0]
     got = load_file(tmp_path / "logits.safetensors")["logits"]
-    # llama.cpp rounds activations to 8 bits for each product: near, not equal. A permuted head or a lost norm is far off.
+    # llama.cpp rounds activations to 8 bits for each product: near, not equal. A permuted head or a lost norm is far
+    # off.
     assert float((got - expected).norm() / expected.norm()) < 0.03
 
 
@@ -90,7 +106,9 @@ def byte_level(steps: list, use_regex: bool, ignore_merges: bool = False) -> hf.
     described = json.loads(tiny_models.tokenizer().backend_tokenizer.to_str())
     described["model"]["ignore_merges"] = ignore_merges
     made = Tokenizer.from_str(json.dumps(described))
-    made.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)])
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)]
+    )
     return hf.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>", eos_token="<eos>")
 
 
@@ -99,11 +117,14 @@ def split(pattern: str) -> pre_tokenizers.Split:
 
 
 def sentencepiece(prefix: bool) -> hf.PreTrainedTokenizerFast:
-    """A BPE with bytes for what it does not know, trained on Python's help topics; as Llama 2's, or without a space in front as Gemma's."""
+    """A BPE with bytes for what it does not know, trained on Python's help topics; as Llama 2's, or without a space in
+    front as Gemma's."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     trained.pre_tokenizer = pre_tokenizers.Split(SPACE, "merged_with_next")
-    trained.train_from_iterator(sorted(pydoc_data.topics.topics.values())[:40], trainers.BpeTrainer(vocab_size=250, show_progress=False))
+    trained.train_from_iterator(
+        sorted(pydoc_data.topics.topics.values())[:40], trainers.BpeTrainer(vocab_size=250, show_progress=False)
+    )
     described = json.loads(trained.to_str())["model"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *described["vocab"]]
     merges = [tuple(pair) for pair in described["merges"]]
@@ -127,14 +148,48 @@ TOKENIZERS: dict[str, Callable[[], hf.PreTrainedTokenizerFast]] = {
     "spm": lambda: sentencepiece(prefix=False),
 }
 WRITTEN = [
-    " ", "  ", "\n", "\n\n", "\t\tx", "a", " a", "a ", "Hello, world!", "3.14159", "1234567890", "2024-01-31 23:59:59",
-    "x=1;y=22;z=333", "café naïve résumé", "日本語のテキストです。", "中文字符测试", "한국어 문장", "Привет, мир",
-    "مرحبا بالعالم", "हिन्दी पाठ", "ไทยภาษา", "😀🎉 emoji", "e\u0301 combining", "\u200bzero width", "tab\tand\r\nnewline",
-    "don't I'll we've THEY'RE I'M it's", "snake_case CamelCase kebab-case", "http://example.com/a?b=c&d=e#f",
-    "C:\\Windows\\System32", "a" * 200, " " * 50, "\n" * 20, "!@#$%^&*()", "...---...", "½ ² ³ ① Ⅷ", "١٢٣٤", "x²+y²=z²",
-    '<html><body class="x">', "def f(x):\n    return x**2\n", "for (int i = 0; i < n; ++i) { a[i] += b[i]; }",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\t\tx",
+    "a",
+    " a",
+    "a ",
+    "Hello, world!",
+    "3.14159",
+    "1234567890",
+    "2024-01-31 23:59:59",
+    "x=1;y=22;z=333",
+    "café naïve résumé",
+    "日本語のテキストです。",
+    "中文字符测试",
+    "한국어 문장",
+    "Привет, мир",
+    "مرحبا بالعالم",
+    "हिन्दी पाठ",
+    "ไทยภาษา",
+    "😀🎉 emoji",
+    "e\u0301 combining",
+    "\u200bzero width",
+    "tab\tand\r\nnewline",
+    "don't I'll we've THEY'RE I'M it's",
+    "snake_case CamelCase kebab-case",
+    "http://example.com/a?b=c&d=e#f",
+    "C:\\Windows\\System32",
+    "a" * 200,
+    " " * 50,
+    "\n" * 20,
+    "!@#$%^&*()",
+    "...---...",
+    "½ ² ³ ① Ⅷ",
+    "١٢٣٤",
+    "x²+y²=z²",
+    '<html><body class="x">',
+    "def f(x):\n    return x**2\n",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i]; }",
     '{"k": [1, 2.5, null, true]}',
-]  # fmt: skip
+]
 
 
 @cache

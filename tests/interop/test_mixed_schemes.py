@@ -1,10 +1,12 @@
-"""Several schemes in one model: each layer as the recipe says, in our reader, in the library's, and in transformers where it can."""
+"""Several schemes in one model: each layer as the recipe says, in our reader, in the library's, and in transformers
+where it can."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import transformers as hf
 from compressed_tensors.compressors import BaseCompressor
@@ -13,10 +15,9 @@ from compressed_tensors.utils.match import match_targets
 from safetensors.torch import load_file
 
 import leangrid
-import tiny_models
 from leangrid.errors import FormatError, RecipeError
-from leangrid.export import export
-from leangrid.finished import Finished
+from leangrid.exporters.export import export
+from leangrid.exporters.result_reader import Finished
 from leangrid.recipe import Recipe
 
 pytestmark = pytest.mark.interop
@@ -36,7 +37,9 @@ def mixed(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 
     def result(suffix: str) -> Path:
         if suffix not in made:
-            recipe = Recipe.build(scheme="W4A16_G32" + suffix, layers={k: v + suffix for k, v in LAYERS.items()}, steps=64)
+            recipe = Recipe.build(
+                scheme="W4A16_G32" + suffix, layers={k: v + suffix for k, v in LAYERS.items()}, steps=64
+            )
             made[suffix] = tmp_path_factory.mktemp("mixed") / "out"
             leangrid.quantize(tiny("llama2", torch.bfloat16), made[suffix], recipe, windows=tiny_models.tokens(2, 16))
         return made[suffix]
@@ -45,7 +48,9 @@ def mixed(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize("suffix", ["", pytest.param("_SYM", marks=pytest.mark.slow)])
-def test_each_layer_has_its_scheme_everywhere(mixed: Made, tiny: Callable[..., Path], suffix: str, tmp_path: Path) -> None:
+def test_each_layer_has_its_scheme_everywhere(
+    mixed: Made, tiny: Callable[..., Path], suffix: str, tmp_path: Path
+) -> None:
     out = mixed(suffix)
     finished = Finished.open(out)
     records = {r["name"]: r["scheme"] for r in map(json.loads, (out / "records.jsonl").read_text().splitlines())}
@@ -70,7 +75,9 @@ def test_each_layer_has_its_scheme_everywhere(mixed: Made, tiny: Callable[..., P
 def test_the_library_reads_each_layer_by_its_group(mixed: Made, suffix: str) -> None:
     out = mixed(suffix)
     finished, tensors = Finished.open(out), load_file(out / "model.safetensors")
-    groups = QuantizationConfig.model_validate(json.loads((out / "config.json").read_text())["quantization_config"]).config_groups
+    groups = QuantizationConfig.model_validate(
+        json.loads((out / "config.json").read_text())["quantization_config"]
+    ).config_groups
     assert len(groups) == 3
     for name in finished.layers:
         found = [group for group in groups.values() if match_targets(name, torch.nn.Linear(1, 1), group.targets)]
@@ -91,7 +98,8 @@ def test_transformers_reads_symmetric_mixtures(mixed: Made) -> None:
 
 
 def test_transformers_refuses_asymmetric_mixtures_aloud(mixed: Made) -> None:
-    """It cannot load packed zero points but by unpacking, and it unpacks all layers by one group: no key of ours may lead it there."""
+    """It cannot load packed zero points but by unpacking, and it unpacks all layers by one group: no key of ours may
+    lead it there."""
     assert not json.loads((mixed("") / "config.json").read_text())["quantization_config"].get("dequantize")
     with pytest.raises(RuntimeError, match="mismatch"):
         hf.AutoModelForCausalLM.from_pretrained(mixed(""))
@@ -114,7 +122,10 @@ def test_transformers_refuses_asymmetric_mixtures_aloud(mixed: Made) -> None:
 def test_what_a_mixture_may_not_be(tiny: Callable[..., Path], fields: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=words):
         leangrid.quantize(
-            tiny("llama2"), tmp_path / "out", Recipe.build(**{"scheme": "W4A16_G32", **fields}), windows=tiny_models.tokens(2, 16)
+            tiny("llama2"),
+            tmp_path / "out",
+            Recipe.build(**{"scheme": "W4A16_G32", **fields}),
+            windows=tiny_models.tokens(2, 16),
         )
     assert not list(tmp_path.iterdir())
 

@@ -47,7 +47,8 @@ def random_layer(bits: int, group_size: int, dtype: torch.dtype) -> tuple[torch.
 @pytest.mark.parametrize("group_size", mlx.GROUPS)
 @pytest.mark.parametrize("bits", mlx.BITS)
 def test_mlx_dequantizes_to_exactly_our_weight(bits: int, group_size: int, dtype: torch.dtype) -> None:
-    """In float32 and rounded once, as its Metal kernels do. Its CPU backend in half precision rounds s q as well: that is its own."""
+    """In float32 and rounded once, as its Metal kernels do. Its CPU backend in half precision rounds s q as well: that
+    is its own."""
     codes, grid, scheme = random_layer(bits, group_size, dtype)
     tensors = mlx.pack(codes, grid, dtype, scheme)
     dense = mlx.dense(tensors, scheme, (ROWS, COLS))
@@ -58,7 +59,9 @@ def test_mlx_dequantizes_to_exactly_our_weight(bits: int, group_size: int, dtype
 
     twice = mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
     wide_scale = tensors["scales"].repeat_interleave(group_size, dim=1)
-    assert torch.equal(to_torch(twice), codes.to(dtype) * wide_scale + tensors["biases"].repeat_interleave(group_size, dim=1))
+    assert torch.equal(
+        to_torch(twice), codes.to(dtype) * wide_scale + tensors["biases"].repeat_interleave(group_size, dim=1)
+    )
 
 
 @pytest.mark.parametrize("bits", mlx.BITS)
@@ -77,7 +80,9 @@ def test_its_product_is_the_dense_one(bits: int) -> None:
 def test_a_symmetric_grid_is_the_same_weight_in_mlx(bits: int) -> None:
     scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=64, symmetric=True)
     codes, offset_grid, _ = random_layer(bits, 64, torch.bfloat16)
-    grid = AffineGrid(offset_grid.scale, torch.full_like(offset_grid.scale, 2 ** (bits - 1), dtype=torch.uint8), bits, 64)
+    grid = AffineGrid(
+        offset_grid.scale, torch.full_like(offset_grid.scale, 2 ** (bits - 1), dtype=torch.uint8), bits, 64
+    )
     tensors = mlx.pack(codes, grid, torch.bfloat16, scheme)
     scales, biases = (to_mlx(tensors[name]).astype(mx.float32) for name in ("scales", "biases"))
     wide = mx.dequantize(to_mlx(tensors["weight"]), scales, biases, group_size=64, bits=bits)

@@ -7,14 +7,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tiny_models
 import torch
 
 import leangrid
-import tiny_models
 from leangrid.errors import FormatError
 from leangrid.formats import onnx as nbits
 from leangrid.grids import AffineGrid, NonuniformGrid
-from leangrid.layers import AffineLinear
+from leangrid.inference.layers import AffineLinear
 from leangrid.recipe import Recipe, Scheme
 
 pytestmark = pytest.mark.interop
@@ -45,17 +45,28 @@ def product(scheme: Scheme, codes: torch.Tensor, grid: AffineGrid, x: torch.Tens
     tensors = nbits.pack(codes, grid, scheme)
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == nbits.layout(scheme, (rows, cols))
     stored = [onnx.numpy_helper.from_array(tensor.numpy(), name) for name, tensor in tensors.items()]
-    node = onnx.helper.make_node("MatMulNBits", ["x", *tensors], ["y"], domain="com.microsoft", K=cols, N=rows, bits=scheme.bits,
-                                 block_size=nbits.block_size(scheme, cols))  # fmt: skip
+    node = onnx.helper.make_node(
+        "MatMulNBits",
+        ["x", *tensors],
+        ["y"],
+        domain="com.microsoft",
+        K=cols,
+        N=rows,
+        bits=scheme.bits,
+        block_size=nbits.block_size(scheme, cols),
+    )
     value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph([node], "layer", [value("x", 1, ["tokens", cols])], [value("y", 1, ["tokens", rows])], stored)
+    graph = onnx.helper.make_graph(
+        [node], "layer", [value("x", 1, ["tokens", cols])], [value("y", 1, ["tokens", rows])], stored
+    )
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
     model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return torch.from_numpy(session(model.SerializeToString()).run(None, {"x": x.numpy()})[0])
 
 
 @pytest.mark.parametrize(
-    "name", ["W4A16_G64", "W4A16_G32_SYM", "W4A16_G16", "W4A16", "W4A16_G128", "W8A16_G64", "W8A16_SYM", "W2A16_G32", "W2A16"]
+    "name",
+    ["W4A16_G64", "W4A16_G32_SYM", "W4A16_G16", "W4A16", "W4A16_G128", "W8A16_G64", "W8A16_SYM", "W2A16_G32", "W2A16"],
 )
 def test_onnxruntime_multiplies_by_exactly_our_weight(name: str) -> None:
     scheme = Scheme.parse(name)
@@ -81,7 +92,9 @@ def test_onnxruntime_multiplies_by_exactly_our_weight(name: str) -> None:
 )
 def test_what_the_operator_cannot_hold_is_refused_by_name(scheme: str, cols: int, kind: str, words: str) -> None:
     reason = nbits.refuse(Scheme.parse(scheme), "model.q", 64, cols, kind)
-    assert (reason is not None and words in reason and "model.q" in reason and "Use" in reason) or "Serve" in str(reason)
+    assert (reason is not None and words in reason and "model.q" in reason and "Use" in reason) or "Serve" in str(
+        reason
+    )
     assert nbits.refuse(Scheme.parse("W4A16_G32"), "model.q", 64, 64) is None
 
 

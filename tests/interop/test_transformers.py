@@ -1,4 +1,5 @@
-"""Finished directories, opened by transformers and by ``leangrid.load``: equal to the dense dequantized model, or refused aloud."""
+"""Finished directories, opened by transformers and by ``leangrid.load``: equal to the dense dequantized model, or
+refused aloud."""
 
 import json
 import os
@@ -9,16 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import transformers as hf
+from quantized_checkpoints import answer, reference, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import leangrid
-import tiny_models
 from leangrid.errors import ArchitectureError, CheckpointError, FormatError
-from leangrid.layers import AffineLinear, LutLinear, PackedLinear
-from quantized_checkpoints import answer, reference, write
+from leangrid.inference.layers import AffineLinear, LutLinear, PackedLinear
 
 pytestmark = pytest.mark.interop
 
@@ -61,7 +62,8 @@ def test_affine_results_open_in_plain_transformers(made: Made, model: str, schem
 
 
 @pytest.mark.parametrize(
-    ("model", "scheme"), [*((m, "NU3") for m in tiny_models.NAMES), ("llama2", "W4A16_G64"), ("phi3", "W3A16"), ("bert", "NU4")]
+    ("model", "scheme"),
+    [*((m, "NU3") for m in tiny_models.NAMES), ("llama2", "W4A16_G64"), ("phi3", "W3A16"), ("bert", "NU4")],
 )
 def test_load_equals_the_dense_model(made: Made, model: str, scheme: str) -> None:
     source, out, dense = made(model, scheme, torch.bfloat16)
@@ -120,19 +122,25 @@ def test_saved_again_it_is_the_same_result(made: Made, scheme: str, tmp_path: Pa
     model.save_pretrained(tmp_path / "again")
     before, after = load_file(out / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert sorted(before) == sorted(after) and all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(answer(leangrid.load(tmp_path / "again")[0], tiny_models.tokens()), answer(model, tiny_models.tokens()))
+    assert torch.equal(
+        answer(leangrid.load(tmp_path / "again")[0], tiny_models.tokens()), answer(model, tiny_models.tokens())
+    )
 
 
 def test_generation_with_a_cache_is_the_dense_models(made: Made) -> None:
     source, out, dense = made("llama3", "NU4")
     prompt = tiny_models.tokens(1, 8)
-    texts = [m.generate(prompt, max_new_tokens=8, do_sample=False) for m in (leangrid.load(out)[0], reference(source, dense))]
+    texts = [
+        m.generate(prompt, max_new_tokens=8, do_sample=False) for m in (leangrid.load(out)[0], reference(source, dense))
+    ]
     assert torch.equal(*texts)
 
 
 def python(code: str, *args: object, path: bool = True) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(SRC) if path else "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 OPEN = "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(m.model.layers[0].mlp.up_proj).__name__)"
@@ -142,10 +150,11 @@ OPEN = "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(m.mode
     "imports",
     [
         "import leangrid; from transformers import AutoModelForCausalLM",
-        "import leangrid.hf_quantizer; from transformers import AutoModelForCausalLM",
+        "import leangrid.inference.transformers_quantizer; from transformers import AutoModelForCausalLM",
         pytest.param("from transformers import AutoModelForCausalLM; import leangrid", marks=pytest.mark.slow),
         pytest.param(
-            "import transformers.quantizers.auto; import leangrid; from transformers import AutoModelForCausalLM", marks=pytest.mark.slow
+            "import transformers.quantizers.auto; import leangrid; from transformers import AutoModelForCausalLM",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -182,16 +191,23 @@ def test_with_leangrid_transformers_opens_blocks(blocks: Path) -> None:
     assert torch.equal(answer(theirs, tokens), answer(ours, tokens))
 
 
-def test_without_leangrid_no_result_is_ever_loaded_wrong(made: Made, blocks: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """Every container that transformers does not know by itself: an error each, and it never begins to answer from random weights."""
+def test_without_leangrid_no_result_is_ever_loaded_wrong(
+    made: Made, blocks: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Every container that transformers does not know by itself: an error each, and it never begins to answer from
+    random weights."""
     leangrid.export(blocks, tmp_path / "file", to="gguf")
     write(tiny("llama2"), tmp_path / "mlx", "W4A16_G32", "mlx")
     done = python(REFUSED, made("llama2", "NU3")[1], blocks, tmp_path / "file", tmp_path / "mlx", path=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lut, packed, file, mlx = (pair for pair in zip(*[iter(done.stdout.splitlines())] * 2, strict=True))
-    assert all(line.startswith("RuntimeError") for line in (*lut, *packed)) and "leangrid" in done.stderr  # the unknown method, by name
+    assert (
+        all(line.startswith("RuntimeError") for line in (*lut, *packed)) and "leangrid" in done.stderr
+    )  # the unknown method, by name
     assert done.stderr.count("MISMATCH") >= 4  # the report of shapes
-    assert all(line.startswith("ValueError") and "config.json" in line for line in file)  # there is none: nothing begins
+    assert all(
+        line.startswith("ValueError") and "config.json" in line for line in file
+    )  # there is none: nothing begins
     assert all(line.startswith("ValueError") and "quant_method" in line for line in mlx)
 
 
@@ -202,7 +218,7 @@ def test_import_leangrid_stays_light() -> None:
 
 
 def test_public_names_stay_functions_after_their_files_are_imported() -> None:
-    import leangrid.load
+    import leangrid.inference.load
 
     assert callable(leangrid.load) and leangrid.load.__name__ == "load"
     with pytest.raises(AttributeError, match="no_such_name"):
@@ -237,11 +253,19 @@ DAMAGE = {
     "NaN level": ("NU3", _edit(lambda t: t[f"{UP}.lut"][3, 1].fill_(float("nan"))), "NaN"),
     "order of levels": ("NU3", _edit(lambda t: t[f"{UP}.lut"][3].copy_(t[f"{UP}.lut"][3].flip(0))), "ascending"),
     "other bits": ("NU3", _config(lambda c: c["quantization_config"].update(bits=4)), UP.replace("1", "0")[:12]),
-    "lost layer": ("NU3", _config(lambda c: c["quantization_config"]["layers"].append("model.layers.9.x")), r"model\.layers\.9\.x"),
+    "lost layer": (
+        "NU3",
+        _config(lambda c: c["quantization_config"]["layers"].append("model.layers.9.x")),
+        r"model\.layers\.9\.x",
+    ),
     "norm missing": ("NU3", _edit(lambda t: t.pop("model.norm.weight")), "model.norm.weight"),
     "NaN scale": ("W4A16_G64", _edit(lambda t: t[f"{UP}.weight_scale"][0, 0].fill_(float("nan"))), "NaN"),
     "zero points missing": ("W4A16_G64", _edit(lambda t: t.pop(f"{UP}.weight_zero_point")), "weight_zero_point"),
-    "packed shape": ("W4A16_G64", _edit(lambda t: t.update({f"{UP}.weight_packed": t[f"{UP}.weight_packed"][:-1].contiguous()})), UP),
+    "packed shape": (
+        "W4A16_G64",
+        _edit(lambda t: t.update({f"{UP}.weight_packed": t[f"{UP}.weight_packed"][:-1].contiguous()})),
+        UP,
+    ),
     "shape lies": ("W4A16_G64", _edit(lambda t: t[f"{UP}.weight_shape"].fill_(7)), "weight_shape"),
     "truncated": ("NU3", lambda out: os.truncate(out / "model.safetensors", 5000), r"model\.safetensors"),
     "no config": ("NU3", lambda out: (out / "config.json").unlink(), "config.json"),
@@ -269,7 +293,9 @@ def test_a_damaged_result_is_refused_before_it_runs(made: Made, case: str, tmp_p
         (lambda c: c.update(quantization_config=[1]), CheckpointError, "object"),
     ],
 )
-def test_what_is_not_ours_to_load_is_refused_by_name(made: Made, change: Callable, error: type, words: str, tmp_path: Path) -> None:
+def test_what_is_not_ours_to_load_is_refused_by_name(
+    made: Made, change: Callable, error: type, words: str, tmp_path: Path
+) -> None:
     out = shutil.copytree(made("llama2", "NU3")[1], tmp_path / "out")
     _config(change)(out)
     with pytest.raises(error, match=words):
@@ -285,4 +311,6 @@ def test_an_unfinished_run_says_how_to_finish(tmp_path: Path) -> None:
 def test_a_plain_checkpoint_loads_as_it_is(tiny: Callable[..., Path]) -> None:
     model, tokenizer = leangrid.load(tiny("llama2"))
     expected = hf.AutoModelForCausalLM.from_pretrained(tiny("llama2"))
-    assert tokenizer is not None and torch.equal(answer(model, tiny_models.tokens()), answer(expected, tiny_models.tokens()))
+    assert tokenizer is not None and torch.equal(
+        answer(model, tiny_models.tokens()), answer(expected, tiny_models.tokens())
+    )

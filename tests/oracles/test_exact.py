@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from math_problems import grid, layer, losses
+from reference import reference_obq
 
 from leangrid import kernels
 from leangrid.errors import ShapeError
-from leangrid.exact import exact_sweep
 from leangrid.grids import OffsetGrid
-from leangrid.kernels import torch_exact
-from leangrid.reference import reference_obq
-from math_problems import grid, layer, losses
+from leangrid.kernels.plain import exact
+from leangrid.solve.exact import exact_sweep
 
 KINDS = [("minmax", None), ("minmax", 5), ("levels", None)]
 
@@ -31,10 +31,14 @@ def test_codes_and_loss_equal_the_literal_algorithm(
     torch.testing.assert_close(fast.loss, losses(found.dequantize(fast.codes), w, factor.damped), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("cols", [1, 15, 33, 130, 200])  # one batch and less, whole tiles and parts of one, several compactions
+@pytest.mark.parametrize(
+    "cols", [1, 15, 33, 130, 200]
+)  # one batch and less, whole tiles and parts of one, several compactions
 @pytest.mark.parametrize("kind", ["levels", "minmax", "offset"])
 @pytest.mark.parametrize("bits", [1, 3, 4])
-def test_native_codes_are_those_of_torch(isa: str, cols: int, kind: str, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_codes_are_those_of_torch(
+    isa: str, cols: int, kind: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     w, _, factor = layer(9, cols, seed=cols)
     found = grid("minmax" if kind == "offset" else kind, w, bits, None)
     if kind == "offset":
@@ -65,7 +69,7 @@ def test_bounded_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     w, _, factor = layer(7, 30)
     found = grid("minmax", w, 3, 10)
     whole = exact_sweep(w, factor, found)
-    monkeypatch.setattr(torch_exact, "CHUNK_BYTES", 2 * 30 * 30 * 8)
+    monkeypatch.setattr(exact, "CHUNK_BYTES", 2 * 30 * 30 * 8)
     assert torch.equal(exact_sweep(w, factor, found).codes, whole.codes)
 
 

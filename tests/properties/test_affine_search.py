@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from leangrid import kernels
-from leangrid.kernels import torch_ops
+from leangrid.kernels import plain
 
 SHRINK = {4: 0.2, 3: 0.3, 2: 0.4, 8: 0.2}
 MINIMUM = {None: 2.0**-126, torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-24}
@@ -28,7 +28,13 @@ def literal(weight: Tensor, share: Tensor, bits: int, steps: int, symmetric: boo
     best = float("inf")
     if symmetric:
         s = torch.arange(2 * t - 1, dtype=torch.float64)
-        size = (2 * max(-lo, hi) * (1 - s / steps) / (levels - 1)).float().to(dtype or torch.float32).double().clamp(min=MINIMUM[dtype])
+        size = (
+            (2 * max(-lo, hi) * (1 - s / steps) / (levels - 1))
+            .float()
+            .to(dtype or torch.float32)
+            .double()
+            .clamp(min=MINIMUM[dtype])
+        )
         middle = torch.full_like(size, levels // 2)
         return min(float(cost(w, share, sign * size, middle, levels).min()) for sign in (1.0, -1.0))
     for a in range(t):
@@ -87,7 +93,9 @@ def test_both_paths_pick_the_same_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, share = rows(6, 128, seed=2)
     mine = kernels.affine_search(weight, share, 4, 2048, 0.2, 32, False, torch.bfloat16)
     monkeypatch.setenv("LEANGRID_KERNELS", "torch")
-    for ours, twin in zip(mine, kernels.affine_search(weight, share, 4, 2048, 0.2, 32, False, torch.bfloat16), strict=True):
+    for ours, twin in zip(
+        mine, kernels.affine_search(weight, share, 4, 2048, 0.2, 32, False, torch.bfloat16), strict=True
+    ):
         assert ours.shape == (6, 4)
         assert torch.equal(ours, twin)
 
@@ -160,7 +168,7 @@ def test_a_negative_scale_is_chosen_where_the_longer_side_is_positive() -> None:
 def test_torch_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, share = rows(9, 64, seed=3)
     each = share.expand(9, -1).contiguous()
-    whole = torch_ops.affine_search(weight, each, 4, 256, 0.2, 32, False, None)
-    monkeypatch.setattr("leangrid.kernels.torch_affine.CHUNK_CANDIDATES", 1)
-    for one, many in zip(torch_ops.affine_search(weight, each, 4, 256, 0.2, 32, False, None), whole, strict=True):
+    whole = plain.affine_search(weight, each, 4, 256, 0.2, 32, False, None)
+    monkeypatch.setattr("leangrid.kernels.plain.affine.CHUNK_CANDIDATES", 1)
+    for one, many in zip(plain.affine_search(weight, each, 4, 256, 0.2, 32, False, None), whole, strict=True):
         assert torch.equal(one, many)

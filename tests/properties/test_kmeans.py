@@ -14,10 +14,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from leangrid import kernels
-from leangrid.kernels import torch_ops
+from leangrid.kernels import plain
 
 Fit = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-PATHS: dict[str, Fit] = {"dispatched": kernels.kmeans_dp, "torch": torch_ops.kmeans_dp}
+PATHS: dict[str, Fit] = {"dispatched": kernels.kmeans_dp, "torch": plain.kmeans_dp}
 both = pytest.mark.parametrize("path", sorted(PATHS))
 
 
@@ -70,7 +70,11 @@ def never_worse_than_scikit_learn(weight: Tensor, share: Tensor, k: int) -> None
     for row, level, ours in zip(weight, levels, reached, strict=True):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            theirs = cluster.KMeans(k, n_init=10, random_state=0).fit(row.double().numpy()[:, None], sample_weight=share.numpy()).inertia_
+            theirs = (
+                cluster.KMeans(k, n_init=10, random_state=0)
+                .fit(row.double().numpy()[:, None], sample_weight=share.numpy())
+                .inertia_
+            )
         assert float(ours) <= theirs * (1 + 1e-9)
         assert objective(row, share, level) == pytest.approx(float(ours), rel=1e-12)
 
@@ -121,7 +125,9 @@ def test_lloyd_stops_at_a_fixed_point() -> None:
         for c in range(8):
             inside = nearest == c
             assert inside.any()
-            assert float((share * row)[inside].sum() / share[inside].sum()) == pytest.approx(float(level[c]), rel=1e-5, abs=1e-7)
+            assert float((share * row)[inside].sum() / share[inside].sum()) == pytest.approx(
+                float(level[c]), rel=1e-5, abs=1e-7
+            )
 
 
 ODD = {

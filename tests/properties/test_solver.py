@@ -4,19 +4,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from math_problems import grid, layer
+from reference import reference_sweep
 from torch import Tensor
 
-from leangrid.factor import Factor
 from leangrid.grids import Grid
-from leangrid.reference import reference_sweep
-from leangrid.solver import Swept, sweep
-from math_problems import grid, layer
+from leangrid.solve.factor import Factor
+from leangrid.solve.sweep import Swept, sweep
 
 TIE = 1e-4  # in units of the row's range: float32 may decide a tie closer than this the other way
 
 
 def largest_excess(w: Tensor, factor: Factor, levels: Tensor, swept: Swept) -> tuple[Tensor, Tensor]:
-    """Replay the codes in float64: how much farther than the nearest level each row's worst choice was, and its closest call."""
+    """Replay the codes in float64: how much farther than the nearest level each row's worst choice was, and its closest
+    call."""
     current, inverse = w.double().clone(), torch.linalg.inv(factor.damped.double())
     values = (levels if levels.ndim == 3 else levels[:, None]).double()
     values = values.repeat_interleave(w.shape[1] // values.shape[1], dim=1)
@@ -53,7 +54,9 @@ def check(w: Tensor, factor: Factor, found: Grid, block: int) -> None:
     block=st.integers(1, 50),
     seed=st.integers(0, 9999),
 )
-def test_every_shape_and_block(rows: int, groups: int, group_size: int, bits: int, kind: str, block: int, seed: int) -> None:
+def test_every_shape_and_block(
+    rows: int, groups: int, group_size: int, bits: int, kind: str, block: int, seed: int
+) -> None:
     w, _, factor = layer(rows, groups * group_size, seed)
     check(w, factor, grid(kind, w, bits, group_size if kind == "minmax" else None), block)
 

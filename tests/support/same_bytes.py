@@ -1,9 +1,10 @@
-"""``python same_bytes.py WORK``: tiny runs, one a format and way of solving, and a sha256 of each result's tensors and config.
+"""``python same_bytes.py WORK``: tiny runs, one a format and way of solving, and a sha256 of each result's tensors and
+config.
 
-Printed as one JSON object, run -> file -> sha256. The arithmetic is the one that every x86-64 processor has: torch's kernels without vector
-extensions, MKL's compatible branch, no oneDNN, one thread, our own loops as their torch twins. So the hashes that are committed beside
-tests/end_to_end/test_same_bytes.py hold on any such machine with the same torch: a change of them is a change of behaviour.
-"""
+Printed as one JSON object, run -> file -> sha256. The arithmetic is the one that every x86-64 processor has: torch's
+kernels without vector extensions, MKL's compatible branch, no oneDNN, one thread, our own loops as their torch twins.
+So the hashes that are committed beside tests/end_to_end/test_same_bytes.py hold on any such machine with the same
+torch: a change of them is a change of behaviour."""
 
 import hashlib
 import json
@@ -57,11 +58,11 @@ def hashes(directory: Path) -> dict[str, str]:
 
 def main(work: Path) -> None:
     """Every run, and what came of it."""
+    import tiny_models
     import torch
 
     import leangrid
-    import tiny_models
-    from leangrid.placement import Placement
+    from leangrid.planning.placement import Placement
 
     torch.backends.mkldnn.enabled = False
     torch.set_num_threads(1)
@@ -72,7 +73,9 @@ def main(work: Path) -> None:
             tiny_models.save(model, source, getattr(torch, dtype))
         recipe = leangrid.Recipe(products="float32", **fields)
         placement = Placement(2, replay=True, host_streams=True, lean=True) if name in LEAN else None
-        leangrid.quantize(source, work / name, recipe, windows=windows, threads=1, placement=placement, max_kl=float("inf"))
+        leangrid.quantize(
+            source, work / name, recipe, windows=windows, threads=1, placement=placement, max_kl=float("inf")
+        )
         found[name] = hashes(work / name)
     for name, (model, to) in EXPORTED.items():
         leangrid.export(work / model, work / name, to)

@@ -27,7 +27,8 @@ _SLACK = 64  # tokens beyond the last one used, so that cutting the text there c
 
 @dataclass(frozen=True)
 class Affixes:
-    """The special tokens a tokenizer puts around a text: ``(bos,)`` and ``()`` for most decoders, [CLS] and [SEP] for BERT."""
+    """The special tokens a tokenizer puts around a text: ``(bos,)`` and ``()`` for most decoders, [CLS] and [SEP] for
+    BERT."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -54,11 +55,11 @@ def windows(
 ) -> Int64[Tensor, "samples length"]:
     """The windows that ``recipe`` asks for.
 
-    A file: its documents in order, joined by blank lines, tokenized once, the first samples x length tokens, so that runs
-    compare with other tools; conversations in the tokenizer's chat template, one after the other. C4 and data sets of the hub: the
-    same from documents shuffled by the seed. WikiText-2 and the embedded text: all windows of the corpus, of which the seed chooses.
-    ``self``: ``sampler(samples, length, seed)`` draws them from the model.
-    A tokenizer that closes its texts (BERT's [SEP]) gets its special tokens in every window.
+    A file: its documents in order, joined by blank lines, tokenized once, the first samples x length tokens, so that
+    runs compare with other tools; conversations in the tokenizer's chat template, one after the other. C4 and data sets
+    of the hub: the same from documents shuffled by the seed. WikiText-2 and the embedded text: all windows of the
+    corpus, of which the seed chooses. ``self``: ``sampler(samples, length, seed)`` draws them from the model. A
+    tokenizer that closes its texts (BERT's [SEP]) gets its special tokens in every window.
 
     Args:
         vocab_rows: rows of the model's embedding; a token at or above it is another model's tokenizer.
@@ -67,15 +68,17 @@ def windows(
         extra: so many windows more at the end, or as many as the corpus holds; none of ``self``.
 
     Raises:
-        CalibrationError: no tokenizer, text that cannot be read or holds none, too little text (tokens have and need), a token beyond the
-            embedding, a window too long.
+        CalibrationError: no tokenizer, text that cannot be read or holds none, too little text (tokens have and need),
+            a token beyond the embedding, a window too long.
     """
     if max_positions is not None and recipe.length > max_positions:
         what = f"windows of {recipe.length} tokens, but the model takes {max_positions}"
         raise CalibrationError(what, "--length", f"Use --length {max_positions}")
     if recipe.calibration == "self":
         if recipe.text_field is not None:
-            raise CalibrationError("'self' has no columns to choose from", "--text-field", "Give it with a file or hf:org/name")
+            raise CalibrationError(
+                "'self' has no columns to choose from", "--text-field", "Give it with a file or hf:org/name"
+            )
         if sampler is None:
             what = "this model cannot sample text from itself"
             raise CalibrationError(what, "--calibration self", "Use --calibration c4 or a .txt/.jsonl file")
@@ -94,14 +97,17 @@ def windows_hash(tokens: Int64[Tensor, "samples length"]) -> str:
     return hashlib.sha256(tokens.contiguous().cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def decoded_start(tokenizer: PreTrainedTokenizerBase, tokens: Int64[Tensor, "samples length"], characters: int = 160) -> str:
+def decoded_start(
+    tokenizer: PreTrainedTokenizerBase, tokens: Int64[Tensor, "samples length"], characters: int = 160
+) -> str:
     """The first window as text, for a person to see that tokenizer and corpus belong to the model."""
     text = tokenizer.decode(tokens[0, :characters].tolist())
     return " ".join(str(text).split())[:characters]
 
 
 def doubts(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], vocab_rows: int | None) -> list[str]:
-    """Where the tokenizer and config.json disagree, one sentence each: no proof, but the first sign of another model's tokenizer."""
+    """Where the tokenizer and config.json disagree, one sentence each: no proof, but the first sign of another model's
+    tokenizer."""
     found = []
     if vocab_rows is not None and len(tokenizer) > vocab_rows:
         found.append(f"the tokenizer knows {len(tokenizer):,} tokens, the embedding has {vocab_rows:,} rows")
@@ -122,13 +128,16 @@ def check_vocabulary(tokens: Tensor, vocab_rows: int | None) -> None:
 
 
 def cut(ids: Sequence[int], length: int, around: Affixes) -> Int64[Tensor, "windows length"]:
-    """Consecutive windows of ``length`` tokens; the incomplete tail is left out. Closed texts get their special tokens in each."""
+    """Consecutive windows of ``length`` tokens; the incomplete tail is left out. Closed texts get their special tokens
+    in each."""
     if not around.suffix:
         count = len(ids) // length
         return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
     inner = length - len(around.prefix) - len(around.suffix)
     if inner < 1:
-        raise CalibrationError(f"{length} tokens leave no room between the tokenizer's special tokens", "--length", "Use a longer window")
+        raise CalibrationError(
+            f"{length} tokens leave no room between the tokenizer's special tokens", "--length", "Use a longer window"
+        )
     count = len(ids) // inner
     body = torch.tensor(ids[: count * inner], dtype=torch.int64).view(count, inner)
     left = torch.tensor(around.prefix, dtype=torch.int64).expand(count, -1)
@@ -137,9 +146,12 @@ def cut(ids: Sequence[int], length: int, around: Affixes) -> Int64[Tensor, "wind
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, around: Affixes) -> list[int]:
-    """One text as ids: with the opening special token of a decoder, bare for a tokenizer whose windows are closed one by one."""
+    """One text as ids: with the opening special token of a decoder, bare for a tokenizer whose windows are closed one
+    by one."""
     ids = _ids(tokenizer, text, special=False)
-    opened = around.suffix or tuple(ids[: len(around.prefix)]) == around.prefix  # a chat template may write the token itself
+    opened = (
+        around.suffix or tuple(ids[: len(around.prefix)]) == around.prefix
+    )  # a chat template may write the token itself
     return ids if opened else [*around.prefix, *ids]
 
 
@@ -167,14 +179,19 @@ def _from_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Re
     return candidates[order[: recipe.samples + extra]].contiguous()
 
 
-def _first_tokens(found: Iterable[Document], tokenizer: PreTrainedTokenizerBase, around: Affixes, needed: int | None) -> list[int]:
-    """Ids of the joined documents: all of them, or at least ``needed`` where there are so many, read and tokenized no further."""
+def _first_tokens(
+    found: Iterable[Document], tokenizer: PreTrainedTokenizerBase, around: Affixes, needed: int | None
+) -> list[int]:
+    """Ids of the joined documents: all of them, or at least ``needed`` where there are so many, read and tokenized no
+    further."""
     if needed is None:
         return tokenize(tokenizer, joined_text(found), around)
     source, read, characters = iter(found), [Document("", "")], needed * _CHARACTERS_A_TOKEN
     while True:
         finished = _read_until(source, read, characters)
-        ids = tokenize(tokenizer, joined_text(read)[:characters], around)  # a single giant document is not tokenized whole
+        ids = tokenize(
+            tokenizer, joined_text(read)[:characters], around
+        )  # a single giant document is not tokenized whole
         if finished or len(ids) >= needed + _SLACK:
             return ids
         characters = math.ceil(characters * max(1.5, 1.2 * needed / max(len(ids), 1)))

@@ -10,7 +10,9 @@ from leangrid.data.conversations import Conversation, has_text
 from leangrid.errors import first_line
 
 OWN, PLAIN = "the chat template of the model", "plain lines such as 'User: ...', for the tokenizer has no chat template"
-_TODAY = datetime.date(2024, 7, 26)  # Llama 3's own default: a template that writes today's date would give other bytes every day
+_TODAY = datetime.date(
+    2024, 7, 26
+)  # Llama 3's own default: a template that writes today's date would give other bytes every day
 _NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
@@ -21,11 +23,12 @@ class TemplateRefusal(Exception):
 class Chat:
     """Turns conversations into text.
 
-    Where the template refuses or drops contents that are strings, they are given as parts ([{"type": "text", ...}]); where it refuses a
-    system message, that is put before the first user message, and counted in ``merged``.
+    Where the template refuses or drops contents that are strings, they are given as parts ([{"type": "text", ...}]);
+    where it refuses a system message, that is put before the first user message, and counted in ``merged``.
 
     Args:
-        tokenizer: of transformers, whose template it is; None, or one without a template: plain lines ("User: ...", "Assistant: ...").
+        tokenizer: of transformers, whose template it is; None, or one without a template: plain lines ("User: ...",
+        "Assistant: ...").
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -49,7 +52,8 @@ class Chat:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def closes(self, text: str) -> bool:
-        """Whether a rendered conversation ends with a line end or a token of its own, so that the next one may follow at once."""
+        """Whether a rendered conversation ends with a line end or a token of its own, so that the next one may follow
+        at once."""
         return self._template is not None and (text[-1:].isspace() or text.endswith(self._closing))
 
     def render(self, conversation: Conversation) -> str:
@@ -79,11 +83,15 @@ class Chat:
     def _applied(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, parts: bool) -> str:
         template = self._chosen(tools)
         if "developer" not in template:
-            messages = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+            messages = [
+                {**message, "role": "system"} if message["role"] == "developer" else message for message in messages
+            ]
         if parts:
             messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         fixed = _NOW.sub(lambda found: json.dumps(_TODAY.strftime(found[2])), template)
-        return self._tokenizer.apply_chat_template(messages, tools=tools, chat_template=fixed, tokenize=False, add_generation_prompt=False)
+        return self._tokenizer.apply_chat_template(
+            messages, tools=tools, chat_template=fixed, tokenize=False, add_generation_prompt=False
+        )
 
     def _wants_parts(self) -> bool:
         """Whether the template writes contents out only where they are given as parts."""
@@ -111,12 +119,19 @@ class Chat:
 
 def _merged(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The messages with the system's put before the first user's, where there are both."""
-    if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) not in (("system", "user"), ("developer", "user")):
+    if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) not in (
+        ("system", "user"),
+        ("developer", "user"),
+    ):
         return []
     return [[{**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]]
 
 
 def _says(text: str, messages: list[dict[str, Any]]) -> bool:
     """Whether any of the messages can be read in the text, the system's aside."""
-    starts = [message["content"].strip()[:40] for message in messages if message["role"] != "system" and has_text(message["content"])]
+    starts = [
+        message["content"].strip()[:40]
+        for message in messages
+        if message["role"] != "system" and has_text(message["content"])
+    ]
     return not starts or any(start in text for start in starts)

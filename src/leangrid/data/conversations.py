@@ -1,8 +1,8 @@
 """What a row says: a text, or a conversation in any of the layouts that people keep them in.
 
-Known are ``messages`` (OpenAI, TRL), ``conversations`` (ShareGPT), preference rows (the chosen answer) and pairs such as
-``instruction``/``input``/``output`` (Alpaca), ``prompt``/``completion`` and ``question``/``answer``. Names of columns in any letter case.
-"""
+Known are ``messages`` (OpenAI, TRL), ``conversations`` (ShareGPT), preference rows (the chosen answer) and pairs such
+as ``instruction``/``input``/``output`` (Alpaca), ``prompt``/``completion`` and ``question``/``answer``. Names of
+columns in any letter case."""
 
 import json
 import re
@@ -41,7 +41,8 @@ _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # Anthropic's hh-rl
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them: dicts with ``role`` and ``content``, a string; and the tools that they may call."""
+    """Messages as chat templates take them: dicts with ``role`` and ``content``, a string; and the tools that they may
+    call."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -53,8 +54,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Found:
-    """What a row holds: a text or a conversation, from these columns; else ``why`` there is neither. ``media`` counts pictures and the
-    like that were left out."""
+    """What a row holds: a text or a conversation, from these columns; else ``why`` there is neither. ``media`` counts
+    pictures and the like that were left out."""
 
     columns: tuple[str, ...] = ()
     text: str | None = None
@@ -83,7 +84,12 @@ class _Row:
         """The first of ``keys`` whose value says something, and the value; ("", None) where none does."""
         for key in keys:
             value = self.cells.get(self.names.get(key, ""))
-            if key in self.names and key not in but and value not in (None, [], {}, "") and (not isinstance(value, str) or has_text(value)):
+            if (
+                key in self.names
+                and key not in but
+                and value not in (None, [], {}, "")
+                and (not isinstance(value, str) or has_text(value))
+            ):
                 return key, value
         return "", None
 
@@ -101,13 +107,16 @@ def find(row: Any, column: str | None = None) -> Found:
     """The text or conversation of a row: a string, a list of messages, or a dict by column.
 
     Args:
-        column: the column to use, and no other; None: the first that is known of messages, text, prefix + gold_completion, pairs.
+        column: the column to use, and no other; None: the first that is known of messages, text, prefix +
+        gold_completion, pairs.
     """
     if isinstance(row, str):
         return Found(text=row) if column is None else Found(why=f"no column '{column}', for the text has none")
     if not isinstance(row, Mapping):
         messages, media = messages_of(row)
-        return Found(conversation=Conversation(messages), media=media) if messages else Found(why=f"a row is {kind(row)}")
+        return (
+            Found(conversation=Conversation(messages), media=media) if messages else Found(why=f"a row is {kind(row)}")
+        )
     if column is not None:
         return _of_column(row, column)
     cells = _Row(row)
@@ -142,7 +151,8 @@ def _chat(row: _Row) -> Found | None:
 
 
 def _text(row: _Row) -> Found | None:
-    """The column ``text``; but not where it is a pair that stands beside it, written out in another model's template (Alpaca's)."""
+    """The column ``text``; but not where it is a pair that stands beside it, written out in another model's template
+    (Alpaca's)."""
     key, value = row.first(("text",))
     if not isinstance(value, str):
         return None
@@ -165,7 +175,8 @@ def _pair(row: _Row) -> Found | None:
 
 
 def _paired(row: _Row) -> list[dict[str, Any]]:
-    """The messages of a row with a question and an answer, each a text or messages themselves; [] where one is missing."""
+    """The messages of a row with a question and an answer, each a text or messages themselves; [] where one is
+    missing."""
     asked, question = row.first(_ASKED)
     answered, answer = row.first(_ANSWERED, but=(asked,))
     turns, more = _turns(question, "user"), _turns(answer, "assistant")
@@ -200,7 +211,10 @@ def _chosen(row: _Row) -> Found | None:
     if len(pieces) < 3 or has_text(pieces[0]):
         return Found(tuple(row.used), text=value)
     said = zip(pieces[1::2], pieces[2::2], strict=True)
-    return Found(tuple(row.used), conversation=Conversation([{"role": _role(who), "content": what.strip()} for who, what in said]))
+    return Found(
+        tuple(row.used),
+        conversation=Conversation([{"role": _role(who), "content": what.strip()} for who, what in said]),
+    )
 
 
 def _nothing(row: _Row) -> Found:
@@ -209,7 +223,9 @@ def _nothing(row: _Row) -> Found:
         if key in row.names:
             value = row.cells[row.names[key]]
             if isinstance(value, str) and has_text(value):
-                return Found((row.names[key],), why=f"column '{row.names[key]}' holds plain text, not a list of messages")
+                return Found(
+                    (row.names[key],), why=f"column '{row.names[key]}' holds plain text, not a list of messages"
+                )
             if value not in (None, "", [], {}) and not isinstance(value, str):
                 wanted = "text" if key == "text" else "messages with a role and a text"
                 return Found((row.names[key],), why=f"column '{row.names[key]}' holds {kind(value)}, not {wanted}")
@@ -251,10 +267,11 @@ def _turns(value: Any, role: str) -> list[dict[str, Any]]:
 
 
 def messages_of(value: Any, by_turns: bool = False) -> tuple[list[dict[str, Any]], int]:
-    """``value`` as messages with role and content, and how many pictures and the like were left out; [] where it is no conversation.
+    """``value`` as messages with role and content, and how many pictures and the like were left out; [] where it is no
+    conversation.
 
-    Taken are lists of messages or of pairs, the same as JSON, or as a dict of lists; ``by_turns``: also a list of strings.
-    """
+    Taken are lists of messages or of pairs, the same as JSON, or as a dict of lists; ``by_turns``: also a list of
+    strings."""
     value = _loaded(value)
     if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         longest = min((len(column) for column in value.values()), default=0)
@@ -289,13 +306,16 @@ def _message(entry: Any) -> tuple[list[dict[str, Any]] | None, int]:
     if content is None and not (calls or "reasoning_content" in entry):
         return ([] if what is not None and entry[what] is None else None), 0
     kept = (
-        {key: _without_none(value) for key, value in entry.items() if key not in (who, what) and value is not None} if who == "role" else {}
+        {key: _without_none(value) for key, value in entry.items() if key not in (who, what) and value is not None}
+        if who == "role"
+        else {}
     )
     return [{"role": _role(entry[who]), "content": content or "", **kept}], media
 
 
 def _content(value: Any) -> tuple[str | None, int]:
-    """A message's text, its text parts joined by line ends, and the number of its other parts; None where it is no text."""
+    """A message's text, its text parts joined by line ends, and the number of its other parts; None where it is no
+    text."""
     if isinstance(value, str) or value is None:
         return value, 0
     if isinstance(value, Mapping):
@@ -330,5 +350,13 @@ def _without_none(value: Any) -> Any:
 
 def kind(value: Any) -> str:
     """What a cell holds, in words."""
-    words = {type(None): "nothing", bool: "a truth value", int: "a number", float: "a number", str: "text", bytes: "bytes", list: "a list"}
+    words = {
+        type(None): "nothing",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        bytes: "bytes",
+        list: "a list",
+    }
     return words.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)

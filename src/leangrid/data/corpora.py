@@ -1,4 +1,5 @@
-"""Documents of text by the name that a user gives: public corpora and data sets of the hub, the prose that ships with Python, or a file."""
+"""Documents of text by the name that a user gives: public corpora and data sets of the hub, the prose that ships with
+Python, or a file."""
 
 import ast
 import logging
@@ -22,7 +23,13 @@ log = logging.getLogger("leangrid")
 
 NAMED = ("c4", "wikitext2", "self", "embedded")
 _WIKITEXT = HubData("Salesforce/wikitext", "wikitext-2-raw-v1")
-_PACKAGES = ("concurrent/futures", "email", "logging", "multiprocessing", "unittest")  # 1.2 million characters with the rest
+_PACKAGES = (
+    "concurrent/futures",
+    "email",
+    "logging",
+    "multiprocessing",
+    "unittest",
+)  # 1.2 million characters with the rest
 _SHORTEST_DOCSTRING = 200  # characters: below it a docstring is a label, not prose
 
 
@@ -38,27 +45,35 @@ def documents(
     """The documents of a corpus with what stands between them, lazily.
 
     Args:
-        name: "c4", "wikitext2", "embedded", a data set of the hub (``hf:org/name[/config][@revision][:split[:column]]``), or the path of a
-            file: plain text (one document), JSON, JSON Lines, CSV, TSV, Parquet or Arrow (a document a row), also compressed.
-        split: "train" to calibrate, "test" to evaluate, where the name holds none (C4 has no test split: its validation files are used).
-        seed: shuffles the documents of C4 and of the hub's data sets as they stream (buffer of 10,000); None keeps their order. Other
-            corpora keep their order here, and calibration chooses among their windows.
-        column: of a file's rows, the one to use; None: ``text``, or conversations and pairs by the usual names (data/conversations.py).
+        name: "c4", "wikitext2", "embedded", a data set of the hub
+            (``hf:org/name[/config][@revision][:split[:column]]``), or the path of a file: plain text (one document),
+            JSON, JSON Lines, CSV, TSV, Parquet or Arrow (a document a row), also compressed.
+        split: "train" to calibrate, "test" to evaluate, where the name holds none (C4 has no test split: its validation
+        files are used).
+        seed: shuffles the documents of C4 and of the hub's data sets as they stream (buffer of 10,000); None keeps
+            their order. Other corpora keep their order here, and calibration chooses among their windows.
+        column: of a file's rows, the one to use; None: ``text``, or conversations and pairs by the usual names
+        (data/conversations.py).
         tokenizer: whose chat template conversations go through; None: plain lines.
         reading: grows with what is read and what is left out.
 
     Raises:
-        CalibrationError: no such corpus or file, no network, not UTF-8, rows without text; a column for a corpus that has but one.
+        CalibrationError: no such corpus or file, no network, not UTF-8, rows without text; a column for a corpus that
+        has but one.
     """
     account, chat = Reading(name) if reading is None else reading, Chat(tokenizer)
     if name in NAMED:
         if column is not None:
-            raise CalibrationError(f"'{name}' has no columns to choose from", "--text-field", "Give it with a file or hf:org/name")
+            raise CalibrationError(
+                f"'{name}' has no columns to choose from", "--text-field", "Give it with a file or hf:org/name"
+            )
         return _named(name, split, seed)
     if name.startswith(PREFIX):
         data = HubData.parse(name)
         if column is not None and data.column not in (None, column):
-            raise CalibrationError(f"two columns are asked for, {data.column} and {column}", name, "Leave out --text-field")
+            raise CalibrationError(
+                f"two columns are asked for, {data.column} and {column}", name, "Leave out --text-field"
+            )
         if data.folder is not None:
             account.notes.append(f"read from the folder {data.folder} here, not from the hub")
         return of_rows(hub_rows(data, split, seed), column or data.column, chat, account)
@@ -73,7 +88,8 @@ def documents(
 
 
 def check(name: str, column: str | None = None) -> None:
-    """CalibrationError for an unknown name, or a file whose first rows hold no text; needs neither model nor network."""
+    """CalibrationError for an unknown name, or a file whose first rows hold no text; needs neither model nor
+    network."""
     if name in NAMED and column is None:
         return
     found = documents(name, column=column)
@@ -109,7 +125,8 @@ def joined(
     tokenizer: PreTrainedTokenizerBase | None = None,
     reading: Reading | None = None,
 ) -> str:
-    """All documents as one string, joined by blank lines (Frantar et al. 2022), conversations by what their template ends them with.
+    """All documents as one string, joined by blank lines (Frantar et al. 2022), conversations by what their template
+    ends them with.
 
     ``enough``: stop after so many characters. The other arguments, and errors: see ``documents``.
     """
@@ -129,7 +146,9 @@ def joined(
 def _named(name: str, split: str, seed: int | None) -> Iterator[Document]:
     """Of the corpora that have a name: as they are, blank documents too, so that windows are those of other tools."""
     if name == "embedded":
-        log.warning("embedded text is Python's own documentation: for smoke tests, not for quality; use c4, self or a file near your use")
+        log.warning(
+            "embedded text is Python's own documentation: for smoke tests, not for quality; use c4, self or a file near your use"
+        )
         return map(Document, _embedded())
     if name == "self":
         raise CalibrationError("text of the model itself is drawn, not read", name, "Give another corpus, or a file")
@@ -143,7 +162,8 @@ def _named(name: str, split: str, seed: int | None) -> Iterator[Document]:
 
 @cache
 def _embedded() -> tuple[str, ...]:
-    """Python's language reference topics, then the long docstrings of the standard library, in the order of their names.
+    """Python's language reference topics, then the long docstrings of the standard library, in the order of their
+    names.
 
     The same for every run of one Python version. Sources are parsed, never imported.
     """

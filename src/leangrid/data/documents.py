@@ -28,9 +28,11 @@ class Reading:
     Attributes:
         source: the corpus as the user named it.
         columns: those that text was taken from, in the order of their first use.
-        template: how conversations became text; None where there were none. ``template_sha256``: of the model's own template.
+        template: how conversations became text; None where there were none. ``template_sha256``: of the model's own
+        template.
         rows: read so far, ``used``: of them in the text; 0 for what has no rows.
-        blank, strange, refused: rows left out, for they hold no text, nothing that is known, or what the chat template does not take.
+        blank, strange, refused: rows left out, for they hold no text, nothing that is known, or what the chat template
+        does not take.
         media: pictures and the like that messages held and that were left out.
         merged: system messages put before the user's, for the template takes none.
         notes: further sentences.
@@ -78,8 +80,14 @@ class Reading:
     def to_json(self) -> dict[str, Any]:
         """What the manifest keeps."""
         left_out = {name: count for name in ("blank", "strange", "refused") if (count := getattr(self, name))}
-        return {"source": self.source, "fields": self.columns, "template": self.template, "template_sha256": self.template_sha256,
-                "rows": self.rows, "rows_left_out": left_out}  # fmt: skip
+        return {
+            "source": self.source,
+            "fields": self.columns,
+            "template": self.template,
+            "template_sha256": self.template_sha256,
+            "rows": self.rows,
+            "rows_left_out": left_out,
+        }
 
 
 def documents(rows: Iterable[Row], column: str | None, chat: Chat, reading: Reading) -> Iterator[Document]:
@@ -89,7 +97,8 @@ def documents(rows: Iterable[Row], column: str | None, chat: Chat, reading: Read
         column: the column to use; None: the known ones (see ``conversations.find``).
 
     Raises:
-        CalibrationError: no row holds text (said after 1,000 rows where their columns are unknown), a row that is no object.
+        CalibrationError: no row holds text (said after 1,000 rows where their columns are unknown), a row that is no
+        object.
     """
     columns: list[str] = []
     piece = False
@@ -100,7 +109,9 @@ def documents(rows: Iterable[Row], column: str | None, chat: Chat, reading: Read
             yield Document(_clean(row.value), GAP if row.ends else "")
             continue
         if not isinstance(row.value, dict | list | str):
-            raise CalibrationError(f"the row is {kind(row.value)}, not an object", row.where, 'A row is such as {"text": "..."}')
+            raise CalibrationError(
+                f"the row is {kind(row.value)}, not an object", row.where, 'A row is such as {"text": "..."}'
+            )
         reading.rows += 1
         columns = columns or (list(map(str, row.value)) if isinstance(row.value, dict) else [])
         document = _document(find(row.value, column), chat, reading)
@@ -144,13 +155,17 @@ def _no_text(reading: Reading, columns: list[str], column: str | None) -> Calibr
         what = f"the model's chat template refuses the conversations: {reading.complaint}"
         return CalibrationError(what, reading.source, "Mend the template in the model's directory, or give plain text")
     if column is not None and not columns:
-        return CalibrationError(f"no column '{column}', for the text has no columns", reading.source, "Leave out --text-field")
+        return CalibrationError(
+            f"no column '{column}', for the text has no columns", reading.source, "Leave out --text-field"
+        )
     if reading.strange and column is not None and reading.why_strange.startswith("no column"):
         return CalibrationError(
             f"no row has a column '{column}'; there are: {there}", reading.source, "Name one of them: --text-field NAME"
         )
     if reading.strange:
-        return CalibrationError(f"no text in {_counted(reading.rows)}: {reading.why_strange}; there are: {there}", reading.source, _HOW)
+        return CalibrationError(
+            f"no text in {_counted(reading.rows)}: {reading.why_strange}; there are: {there}", reading.source, _HOW
+        )
     where = f" in column '{column}'" if column else ""
     rows = f": all of its {reading.rows:,} rows are blank{where}" if reading.rows > 1 else ""
     rows += f"; there are: {there}" if rows and len(columns) > 1 else ""
@@ -172,5 +187,6 @@ def joined_text(found: Iterable[Document]) -> str:
 
 
 def _clean(text: str) -> str:
-    """Halves of characters (lone surrogates, which JSON can spell and no tokenizer reads) become U+FFFD, as decoders do it."""
+    """Halves of characters (lone surrogates, which JSON can spell and no tokenizer reads) become U+FFFD, as decoders do
+    it."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,7 +1,8 @@
-"""Rows of the files that people keep text in: JSON, JSON Lines, CSV, TSV, Parquet, Arrow and plain text, compressed or not.
+"""Rows of the files that people keep text in: JSON, JSON Lines, CSV, TSV, Parquet, Arrow and plain text, compressed or
+not.
 
-The compression is told by a file's first bytes, the format by the end of its name in any letter case. Only a JSON array is read whole.
-"""
+The compression is told by a file's first bytes, the format by the end of its name in any letter case. Only a JSON array
+is read whole."""
 
 import bz2
 import codecs
@@ -27,9 +28,14 @@ _FORMATS = {
     ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
 _NO_TEXT = {
-    b"PK\x03\x04": "a zip archive or office document", b"%PDF": "a PDF", b"SQLite format 3": "a database", b"GGUF": "a GGUF model",
-    b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture", b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-}  # fmt: skip
+    b"PK\x03\x04": "a zip archive or office document",
+    b"%PDF": "a PDF",
+    b"SQLite format 3": "a database",
+    b"GGUF": "a GGUF model",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+}
 _UNICODE = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -49,8 +55,8 @@ _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
 
 
 class Row(NamedTuple):
-    """One row: where it stands, for sentences, and its value: a dict by column, a list, or a text. ``ends`` is False for a piece of a
-    plain text that goes on in the next row."""
+    """One row: where it stands, for sentences, and its value: a dict by column, a list, or a text. ``ends`` is False
+    for a piece of a plain text that goes on in the next row."""
 
     where: str
     value: Any
@@ -60,7 +66,9 @@ class Row(NamedTuple):
 def check_file(path: Path) -> None:
     """CalibrationError where there is no regular file at ``path``: says whether it is a directory, or nothing."""
     if path.is_dir():
-        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in (*_FORMATS, *_COMPRESSED, ".txt"))
+        inside = sorted(
+            entry.name for entry in path.iterdir() if entry.suffix.lower() in (*_FORMATS, *_COMPRESSED, ".txt")
+        )
         way_out = f"Give one file of it, such as {path / inside[0]}" if inside else f"Give a {KNOWN}"
         raise CalibrationError("it is a directory, and text comes from one file", path, way_out)
     if path.exists() and not path.is_file():
@@ -73,8 +81,8 @@ def rows(path: Path) -> Iterator[Row]:
     """The rows of a file, lazily; a plain text is one row, or several pieces where it is large.
 
     Raises:
-        CalibrationError: no regular file, a Git LFS pointer, a binary file, damage, an encoding that is not UTF-8 (UTF-16 and UTF-32 need
-            their mark); names the line or row where there is one.
+        CalibrationError: no regular file, a Git LFS pointer, a binary file, damage, an encoding that is not UTF-8
+            (UTF-16 and UTF-32 need their mark); names the line or row where there is one.
     """
     check_file(path)
     try:
@@ -82,7 +90,9 @@ def rows(path: Path) -> Iterator[Row]:
             yield from _rows(file, path)
     except _DAMAGED as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise CalibrationError(f"the file cannot be read: {what}", path, "Check that it is complete and readable") from error
+        raise CalibrationError(
+            f"the file cannot be read: {what}", path, "Check that it is complete and readable"
+        ) from error
 
 
 def _rows(file: IO[bytes], path: Path) -> Iterator[Row]:
@@ -101,7 +111,9 @@ def _textual(stream: io.BufferedReader, head: bytes, kind: str, path: Path) -> I
     named = next((name for magic, name in _NO_TEXT.items() if head.startswith(magic)), None)
     if head[257:262] == b"ustar":
         named = "a tar archive"
-    if path.suffix.lower() not in (".html", ".htm") and head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
+    if path.suffix.lower() not in (".html", ".htm") and head.lstrip()[:14].lower().startswith(
+        (b"<!doctype html", b"<html")
+    ):
         named = "a web page"  # what a download that failed leaves behind
     if named is None and encoding == "utf-8-sig" and b"\0" in head:
         named = "binary, or UTF-16 without its mark"
@@ -137,7 +149,8 @@ def _peek(stream: io.BufferedReader) -> bytes:
 
 
 def _format(path: Path, head: bytes) -> str:
-    """json, lines, csv, tsv, parquet, arrow or text: by the name's end, and by the first bytes where they leave no doubt."""
+    """json, lines, csv, tsv, parquet, arrow or text: by the name's end, and by the first bytes where they leave no
+    doubt."""
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith(b"ARROW1"):
@@ -189,7 +202,8 @@ def _encoding(encoding: str, place: int, where: object) -> CalibrationError:
     return CalibrationError(f"not {name} at byte {place}", where, "Convert the file: iconv -f OLD -t utf-8")
 
 
-# JSON and JSON Lines ----------------------------------------------------------------------------------------------------------------------
+# JSON and JSON Lines
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _json(lines: Iterator[str], kind: str, path: Path) -> Iterator[Row]:
@@ -216,14 +230,16 @@ def _json(lines: Iterator[str], kind: str, path: Path) -> Iterator[Row]:
 def _of_document(value: Any, path: Path) -> Iterator[Row]:
     found = table_of(value)
     if found is None:
-        raise CalibrationError(f"the JSON is {_KINDS.get(type(value), 'empty')}, not a list of rows", path, 'Give [{"text": "..."}, ...]')
+        raise CalibrationError(
+            f"the JSON is {_KINDS.get(type(value), 'empty')}, not a list of rows", path, 'Give [{"text": "..."}, ...]'
+        )
     for index, row in enumerate(found, 1):
         yield Row(f"{path}, row {index}", row)
 
 
 def table_of(value: Any) -> Iterable[Any] | None:
-    """The rows of a JSON document: a list; a list under a usual key, or under the only key that has one; columns side by side; rows or
-    columns by their index; an object that is one row. None where there is nothing of the kind."""
+    """The rows of a JSON document: a list; a list under a usual key, or under the only key that has one; columns side
+    by side; rows or columns by their index; an object that is one row. None where there is nothing of the kind."""
     if isinstance(value, list):
         return [value] if _is_conversation(value) else value
     if not isinstance(value, dict) or not value:
@@ -239,7 +255,10 @@ def table_of(value: Any) -> Iterable[Any] | None:
         return _transposed(lists)
     named = objects or [name for name in _LISTS if name in lists] or (list(lists) if len(lists) == 1 else [])
     if named and not _is_conversation(lists[named[0]]):
-        return [row["row"] if isinstance(row, dict) and "row_idx" in row and "row" in row else row for row in lists[named[0]]]
+        return [
+            row["row"] if isinstance(row, dict) and "row_idx" in row and "row" in row else row
+            for row in lists[named[0]]
+        ]
     return [value]
 
 
@@ -250,17 +269,22 @@ def _transposed(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
 def _is_conversation(entries: list[Any]) -> bool:
     """Whether a list is the messages of one conversation, which makes the object around it one row."""
     named = ({"role", "content"}, {"from", "value"})
-    return bool(entries) and all(isinstance(entry, dict) and any(keys <= set(entry) for keys in named) for entry in entries)
+    return bool(entries) and all(
+        isinstance(entry, dict) and any(keys <= set(entry) for keys in named) for entry in entries
+    )
 
 
 def _parsed(text: str, where: object) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise CalibrationError(f"not JSON: {first_line(error)}", where, 'A row is a JSON object such as {"text": "..."}') from None
+        raise CalibrationError(
+            f"not JSON: {first_line(error)}", where, 'A row is a JSON object such as {"text": "..."}'
+        ) from None
 
 
-# CSV and TSV ------------------------------------------------------------------------------------------------------------------------------
+# CSV and TSV
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def _separated(lines: Iterator[str], kind: str, path: Path) -> Iterator[Row]:
@@ -268,7 +292,9 @@ def _separated(lines: Iterator[str], kind: str, path: Path) -> Iterator[Row]:
     header = next((line for line in lines if line.strip()), "")
     if not header:
         return
-    separator = "\t" if kind == "tsv" else max(",;\t|", key=lambda mark: (_outside_quotes(header).count(mark), mark == ","))
+    separator = (
+        "\t" if kind == "tsv" else max(",;\t|", key=lambda mark: (_outside_quotes(header).count(mark), mark == ","))
+    )
     csv.field_size_limit(sys.maxsize)  # its default of 131,072 characters is shorter than documents are
     reader = csv.reader(chain([header], lines), delimiter=separator, strict=True)
     names: list[str] = []
@@ -284,14 +310,17 @@ def _separated(lines: Iterator[str], kind: str, path: Path) -> Iterator[Row]:
                     raise CalibrationError(what, where, f'Put cells that hold "{separator}" or a line end in quotes')
                 yield Row(where, dict(zip(names, cells, strict=True)))
     except csv.Error as error:
-        raise CalibrationError(f"not {kind.upper()}: {error}", f"{path}, row {place}", 'Put texts in quotes, and write " as ""') from None
+        raise CalibrationError(
+            f"not {kind.upper()}: {error}", f"{path}, row {place}", 'Put texts in quotes, and write " as ""'
+        ) from None
 
 
 def _outside_quotes(line: str) -> str:
     return "".join(line.split('"')[::2])
 
 
-# Parquet and Arrow ------------------------------------------------------------------------------------------------------------------------
+# Parquet and Arrow
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _columnar(stream: io.BufferedReader, head: bytes, kind: str, path: Path) -> Iterator[Row]:
@@ -315,4 +344,6 @@ def _columnar(stream: io.BufferedReader, head: bytes, kind: str, path: Path) -> 
                 yield Row(f"{path}, row {place}", row)
                 place += 1
     except pyarrow.ArrowException as error:
-        raise CalibrationError(f"no {kind.capitalize()} file: {first_line(error)}", path, "Check that it is complete") from None
+        raise CalibrationError(
+            f"no {kind.capitalize()} file: {first_line(error)}", path, "Check that it is complete"
+        ) from None

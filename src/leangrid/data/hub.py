@@ -40,13 +40,16 @@ class HubData:
             raise CalibrationError("not a data set of the hub", name, _SPELLING)
         if "[" in (match["split"] or ""):
             raise CalibrationError(
-                "a data set that is streamed has no slices of a split", name, f"{_SPELLING}; --samples limits what is read"
+                "a data set that is streamed has no slices of a split",
+                name,
+                f"{_SPELLING}; --samples limits what is read",
             )
         return cls(match["repository"], match["config"], match["split"] or None, match["column"], match["revision"])
 
     @property
     def folder(self) -> Path | None:
-        """The local folder that ``datasets`` reads instead of the hub, because it lies at that path here; None where there is none."""
+        """The local folder that ``datasets`` reads instead of the hub, because it lies at that path here; None where
+        there is none."""
         path = Path(self.repository)
         return path if path.is_dir() else None
 
@@ -61,10 +64,18 @@ def hub_rows(data: HubData, split: str, seed: int | None) -> Iterator[Row]:
     try:
         import datasets
     except ImportError as error:
-        raise CalibrationError("the package 'datasets' is not installed", data.repository, f"pip install datasets. {OFFLINE}") from error
+        raise CalibrationError(
+            "the package 'datasets' is not installed", data.repository, f"pip install datasets. {OFFLINE}"
+        ) from error
     try:
-        stream: Any = datasets.load_dataset(data.repository, data.config, data_files=data.files, split=data.split or split,
-                                            revision=data.revision, streaming=True)  # fmt: skip
+        stream: Any = datasets.load_dataset(
+            data.repository,
+            data.config,
+            data_files=data.files,
+            split=data.split or split,
+            revision=data.revision,
+            streaming=True,
+        )
         if seed is not None:
             stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLED)
         rows = iter(stream)

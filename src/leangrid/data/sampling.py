@@ -1,8 +1,8 @@
-"""Text from the model itself: calibration windows where there is no data, and the reply that `leangrid generate` streams.
+"""Text from the model itself: calibration windows where there is no data, and the reply that `leangrid generate`
+streams.
 
-Both step through the model with a key/value cache whose buffers are allocated once. A cache that grows by concatenation copies
-itself at every token, which costs more than the model once windows are long.
-"""
+Both step through the model with a key/value cache whose buffers are allocated once. A cache that grows by concatenation
+copies itself at every token, which costs more than the model once windows are long."""
 
 import inspect
 import math
@@ -24,7 +24,8 @@ _CACHE_BYTES = 2 << 30  # of keys and values at once; more windows are drawn in 
 
 
 class BufferedLayer(DynamicLayer):
-    """Keys and values of one layer in buffers of ``capacity`` tokens; what attention sees is a view of the filled part."""
+    """Keys and values of one layer in buffers of ``capacity`` tokens; what attention sees is a view of the filled
+    part."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -34,7 +35,9 @@ class BufferedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.key_buffer = key_states.new_empty((*key_states.shape[:-2], self.capacity, key_states.shape[-1]))
-            self.value_buffer = value_states.new_empty((*value_states.shape[:-2], self.capacity, value_states.shape[-1]))
+            self.value_buffer = value_states.new_empty(
+                (*value_states.shape[:-2], self.capacity, value_states.shape[-1])
+            )
         start, self.filled = self.filled, self.filled + key_states.shape[-2]
         self.key_buffer[..., start : self.filled, :] = key_states
         self.value_buffer[..., start : self.filled, :] = value_states
@@ -54,8 +57,8 @@ def sample(
 ) -> Int64[Tensor, "samples length"]:
     """Windows drawn from a causal model at temperature 1.
 
-    A window opens with the tokenizer's own opening token (BOS) where it has one, else with a random ordinary word of the
-    vocabulary. After an end-of-text token a new text opens the same way, so windows are full and hold no padding.
+    A window opens with the tokenizer's own opening token (BOS) where it has one, else with a random ordinary word of
+    the vocabulary. After an end-of-text token a new text opens the same way, so windows are full and hold no padding.
     The random numbers belong to the window and position, not to the batch: any ``batch`` draws the same numbers.
 
     Args:
@@ -93,8 +96,8 @@ def stream(
 
     Args:
         temperature: 0 takes the likeliest token.
-        native_step: makes ``step(token, position)`` -> logits from (model, keys, values) once the prompt is in the cache, or None
-            where it cannot; then, and without it, every token is a forward pass of the model.
+        native_step: makes ``step(token, position)`` -> logits from (model, keys, values) once the prompt is in the
+            cache, or None where it cannot; then, and without it, every token is a forward pass of the model.
     """
     config = _text_config(model)
     _check_length(config, len(prompt) + new_tokens)
@@ -106,7 +109,9 @@ def stream(
     step = None if native_step is None else native_step(model, *buffers)
     for position in range(len(prompt), len(prompt) + new_tokens):
         if temperature > 0:
-            chosen = int(_inverse_cdf(logits / temperature, torch.rand(1, generator=generator, dtype=torch.float64).to(device)))
+            chosen = int(
+                _inverse_cdf(logits / temperature, torch.rand(1, generator=generator, dtype=torch.float64).to(device))
+            )
         else:
             chosen = int(logits.argmax(-1))
         if chosen in stop:
@@ -114,7 +119,9 @@ def stream(
         yield chosen
         if position + 1 == len(prompt) + new_tokens:
             return
-        logits = step(chosen, position)[None] if step else _logits(model, torch.tensor([[chosen]], device=device), cache)
+        logits = (
+            step(chosen, position)[None] if step else _logits(model, torch.tensor([[chosen]], device=device), cache)
+        )
 
 
 class _Start:
@@ -123,7 +130,9 @@ class _Start:
     def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
         config = _text_config(model)
         rows = int(config.vocab_size)
-        self.allowed = rows if tokenizer is None else min(rows, len(tokenizer))  # padded rows of the embedding were never trained
+        self.allowed = (
+            rows if tokenizer is None else min(rows, len(tokenizer))
+        )  # padded rows of the embedding were never trained
         special = set() if tokenizer is None else set(tokenizer.all_special_ids)
         self.words = torch.tensor([index for index in range(self.allowed) if index not in special])
         opening = () if tokenizer is None else affixes(tokenizer).prefix
@@ -171,11 +180,17 @@ def _inverse_cdf(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " 
 
 
 def _logits(model: torch.nn.Module, ids: Int64[Tensor, "batch tokens"], cache: Cache) -> Float[Tensor, "batch vocab"]:
-    last = {"logits_to_keep": 1} if ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    last = (
+        {"logits_to_keep": 1}
+        if ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters
+        else {}
+    )
     output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
     logits = getattr(output, "logits", None)
     if logits is None:
-        raise CalibrationError("an encoder has no next token to draw", type(model).__name__, "Use --calibration c4 or a .txt/.jsonl file")
+        raise CalibrationError(
+            "an encoder has no next token to draw", type(model).__name__, "Use --calibration c4 or a .txt/.jsonl file"
+        )
     return logits[:, -1].float()
 
 
@@ -199,7 +214,9 @@ def _text_config(model: torch.nn.Module) -> Any:
 def _check_length(config: Any, length: int) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and length > limit:
-        raise CalibrationError(f"windows of {length} tokens, but the model takes {limit}", "--length", f"Use --length {limit}")
+        raise CalibrationError(
+            f"windows of {length} tokens, but the model takes {limit}", "--length", f"Use --length {limit}"
+        )
 
 
 def _device(model: torch.nn.Module) -> torch.device:

@@ -28,27 +28,33 @@ class Format(Protocol):
         ...
 
     def stored(self, scheme: Scheme, columns: set[int]) -> Scheme:
-        """The scheme that the files will say for a result of ``scheme`` whose layers have these numbers of columns: the same levels,
-        perhaps in shorter groups."""
+        """The scheme that the files will say for a result of ``scheme`` whose layers have these numbers of columns: the
+        same levels, perhaps in shorter groups."""
         ...
 
     def precision(self, dtype: torch.dtype) -> Precision:
-        """How a grid's parameters are kept for a model of ``dtype``: the search rounds them so before it propagates an error."""
+        """How a grid's parameters are kept for a model of ``dtype``: the search rounds them so before it propagates an
+        error."""
         ...
 
-    def layout(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def layout(
+        self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The tensors of a layer: suffix -> (dtype, shape)."""
         ...
 
     def pack(self, codes: Tensor, grid: Grid, dtype: torch.dtype, scheme: Scheme) -> dict[str, Tensor]:
-        """codes uint8 [rows, cols] and their grid -> the layer's tensors by suffix. FormatError where ``dtype`` would round."""
+        """codes uint8 [rows, cols] and their grid -> the layer's tensors by suffix. FormatError where ``dtype`` would
+        round."""
         ...
 
     def check(self, tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str) -> None:
         """CheckpointError if a tensor is absent, has another shape or dtype, or holds values no writer makes."""
         ...
 
-    def unpack(self, tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer") -> tuple[Tensor, Grid]:
+    def unpack(
+        self, tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer"
+    ) -> tuple[Tensor, Grid]:
         """The inverse of ``pack``, after ``check``."""
         ...
 
@@ -78,12 +84,15 @@ FORMATS: dict[str, Format] = {
     "mlx": mlx,
     "gguf": gguf,
 }
-EXPORT_ONLY = frozenset({"gptq_v1"})  # a search may choose what they cannot say (Z = 0): a finished result shows whether it did
+EXPORT_ONLY = frozenset(
+    {"gptq_v1"}
+)  # a search may choose what they cannot say (Z = 0): a finished result shows whether it did
 CONFIG_KEYS = ("quantization_config", "quantization")  # of config.json: transformers' and mlx-lm's
 
 
 def stored_as(container: Format, layers: Mapping[str, tuple[Scheme, int]]) -> dict[str, Scheme]:
-    """Layer -> the scheme that ``container`` will say for it; ``layers`` has each one's own scheme and number of columns."""
+    """Layer -> the scheme that ``container`` will say for it; ``layers`` has each one's own scheme and number of
+    columns."""
     columns: dict[Scheme, set[int]] = {}
     for scheme, cols in layers.values():
         columns.setdefault(scheme, set()).add(cols)
@@ -91,7 +100,9 @@ def stored_as(container: Format, layers: Mapping[str, tuple[Scheme, int]]) -> di
     return {name: said[scheme] for name, (scheme, _) in layers.items()}
 
 
-def config_of(container: Format, schemes: Mapping[str, Scheme], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
+def config_of(
+    container: Format, schemes: Mapping[str, Scheme], ignore: list[str], dtype: torch.dtype
+) -> dict[str, Any]:
     """``quantization_config`` for layers of one scheme or several; FormatError where a container holds one only."""
     several = list(dict.fromkeys(schemes.values()))
     if len(several) == 1:
@@ -100,12 +111,17 @@ def config_of(container: Format, schemes: Mapping[str, Scheme], ignore: list[str
         return mlx.mixed_config(schemes)
     if container is not compressed_tensors:
         name = next(name for name, known in FORMATS.items() if known is container)
-        raise FormatError(f"{name} holds one scheme for all layers, not {len(several)}", "layers", "Use format compressed-tensors or mlx")
+        raise FormatError(
+            f"{name} holds one scheme for all layers, not {len(several)}",
+            "layers",
+            "Use format compressed-tensors or mlx",
+        )
     return compressed_tensors.mixed_config(schemes, ignore)
 
 
 def schemes_of(config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
-    """Layer -> scheme for those of ``names`` that a ``quantization_config`` covers; FormatError if it is none of ours."""
+    """Layer -> scheme for those of ``names`` that a ``quantization_config`` covers; FormatError if it is none of
+    ours."""
     container = format_of(config)
     covered = [name for name in names if container.covers(config, name)]
     if container is compressed_tensors and len(config.get("config_groups") or {}) > 1:
@@ -126,7 +142,9 @@ def format_of(config: dict[str, Any]) -> Format:
     if method in by_method:
         return by_method[method]
     known = ", ".join(by_method)
-    raise FormatError(f"quant_method {method!r} is not one that leangrid reads", "config.json: quantization_config", f"Known: {known}")
+    raise FormatError(
+        f"quant_method {method!r} is not one that leangrid reads", "config.json: quantization_config", f"Known: {known}"
+    )
 
 
 def config_entries(name: str, stored: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The AWQ GEMM container: w = S (q - Z), 4 bits, packed along the rows with interleaved nibbles.
 
-Source: GPTQModel 7.6, quantization/awq/utils/packing_utils.py, which transformers calls (docs/formats.md has the layout and the limits).
-"""
+Source: GPTQModel 7.6, quantization/awq/utils/packing_utils.py, which transformers calls (docs/formats.md has the layout
+and the limits)."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from leangrid.errors import FormatError
-from leangrid.formats.stored import check_layout, check_scales, exactly_in_half, half_precision, repeated, stored_groups
+from leangrid.formats.bit_stream import pack as pack_bits
+from leangrid.formats.bit_stream import unpack as unpack_bits
+from leangrid.formats.checks import check_layout, check_scales, exactly_in_half, half_precision, repeated, stored_groups
 from leangrid.grids import AffineGrid, Grid, Precision
-from leangrid.packing import pack as pack_bits
-from leangrid.packing import unpack as unpack_bits
 from leangrid.recipe import Scheme
 
 QUANT_METHOD: str = "awq"
@@ -25,7 +25,8 @@ _WHERE = "config.json: quantization_config"
 
 
 def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear") -> str | None:
-    """Anything but 4-bit affine grids of nn.Linear, rows that do not fill words, columns that no group of 128, 64 or 32 divides."""
+    """Anything but 4-bit affine grids of nn.Linear, rows that do not fill words, columns that no group of 128, 64 or 32
+    divides."""
     bits, size = scheme.bits, scheme.group_size
     if scheme.grid != "affine":
         return f"{name}: awq holds affine grids only. Use format lut for NU{bits}, or scheme W4A16_G128"
@@ -37,7 +38,9 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
     if rows % ROWS_A_WORD:
         return f"{name}: its {rows} rows do not fill words of {ROWS_A_WORD}, as awq asks. Use format compressed-tensors"
     if cols % (size or cols):
-        return f"{name}: groups of {size} do not divide its {cols} columns. Use a group that does, or whole rows (no _G)"
+        return (
+            f"{name}: groups of {size} do not divide its {cols} columns. Use a group that does, or whole rows (no _G)"
+        )
     if (size or cols) % GROUPS[-1]:
         what = f"groups of {size}" if size else f"its {cols} columns"
         return f"{name}: {what} are no multiple of 32, the least group of awq. Use format gptq or compressed-tensors"
@@ -45,7 +48,8 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
 
 
 def stored(scheme: Scheme, columns: set[int]) -> Scheme:
-    """In groups of 128, 64 or 32, the largest that divides the scheme's own: whole rows and longer groups are repeated."""
+    """In groups of 128, 64 or 32, the largest that divides the scheme's own: whole rows and longer groups are
+    repeated."""
     return repeated(scheme, columns, GROUPS)
 
 
@@ -54,7 +58,9 @@ def precision(dtype: torch.dtype) -> Precision:
     return half_precision(dtype)
 
 
-def layout(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def layout(
+    scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """qweight int32 [cols, rows / 8], qzeros int32 [groups, rows / 8], scales float16 [groups, rows]."""
     rows, cols = shape
     groups = cols // scheme.group_size if scheme.group_size else 1
@@ -73,7 +79,9 @@ def pack(codes: UInt8[Tensor, "rows cols"], grid: Grid, dtype: torch.dtype, sche
     """
     grid = stored_groups(grid, scheme, codes.shape[1], "awq")
     if scheme.symmetric and not bool((grid.zero_point == scheme.levels // 2).all()):
-        raise FormatError("a symmetric scheme needs every zero point in the middle", None, "Use the scheme without _SYM")
+        raise FormatError(
+            "a symmetric scheme needs every zero point in the middle", None, "Use the scheme without _SYM"
+        )
     tensors = {
         "qweight": _words(codes.T),
         "qzeros": _words(grid.zero_point.T),
@@ -89,12 +97,16 @@ def check(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], na
     check_scales(tensors["scales"], f"{name}.scales")
 
 
-def unpack(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer") -> tuple[Tensor, AffineGrid]:
+def unpack(
+    tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer"
+) -> tuple[Tensor, AffineGrid]:
     """The layer's tensors -> (codes uint8 [rows, cols], grid); checked first."""
     check(tensors, scheme, shape, name)
     rows = shape[0]
     scale, zero_point = tensors["scales"].float().T.contiguous(), _nibbles(tensors["qzeros"], rows).T.contiguous()
-    return _nibbles(tensors["qweight"], rows).T.contiguous(), AffineGrid(scale, zero_point, scheme.bits, scheme.group_size)
+    return _nibbles(tensors["qweight"], rows).T.contiguous(), AffineGrid(
+        scale, zero_point, scheme.bits, scheme.group_size
+    )
 
 
 def dense(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer") -> Tensor:
@@ -118,14 +130,22 @@ def config(scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dt
 def scheme_of(config: dict[str, Any]) -> Scheme:
     """The scheme of a ``quantization_config``, ours or another tool's. Z is always stored, so none is symmetric."""
     bits, size, version = config.get("bits"), config.get("group_size"), config.get("version", "gemm")
-    if bits != BITS or not (size == -1 or size in GROUPS) or str(version).lower() != "gemm" or config.get("zero_point", True) is not True:
+    if (
+        bits != BITS
+        or not (size == -1 or size in GROUPS)
+        or str(version).lower() != "gemm"
+        or config.get("zero_point", True) is not True
+    ):
         what = f"leangrid does not read awq {version!r} of {bits!r} bits in groups of {size!r}"
-        raise FormatError(what, _WHERE, "leangrid reads version gemm, 4 bits, groups of 128, 64, 32 or -1, with zero points")
+        raise FormatError(
+            what, _WHERE, "leangrid reads version gemm, 4 bits, groups of 128, 64, 32 or -1, with zero points"
+        )
     return Scheme(grid="affine", method="leanquant", bits=BITS, group_size=None if size == -1 else size)
 
 
 def covers(config: dict[str, Any], name: str) -> bool:
-    """Whether no entry of ``modules_to_not_convert`` is ``name``; which linears are stored quantized, the file itself says."""
+    """Whether no entry of ``modules_to_not_convert`` is ``name``; which linears are stored quantized, the file itself
+    says."""
     return name not in (config.get("modules_to_not_convert") or ()) and name.rpartition(".")[2] != "lm_head"
 
 
@@ -137,4 +157,6 @@ def _words(values: UInt8[Tensor, "n rows"]) -> Tensor:
 
 def _nibbles(words: Tensor, rows: int) -> Tensor:
     """The inverse of ``_words``."""
-    return unpack_bits(words, BITS, rows).reshape(len(words), -1, ROWS_A_WORD)[..., list(_BACK)].reshape(len(words), rows)
+    return (
+        unpack_bits(words, BITS, rows).reshape(len(words), -1, ROWS_A_WORD)[..., list(_BACK)].reshape(len(words), rows)
+    )

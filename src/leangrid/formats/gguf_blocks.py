@@ -1,9 +1,10 @@
-"""Codes and the integers of their scales <-> the bytes of a GGUF tensor, for each of llama.cpp's block types. Pure, bit for bit.
+"""Codes and the integers of their scales <-> the bytes of a GGUF tensor, for each of llama.cpp's block types. Pure, bit
+for bit.
 
 block_types.py says what a block of each type means; here is where its fields lie.
 
-Source: ggml-common.h (the structs) and ggml-quants.c (``dequantize_row_*``) of llama.cpp; gguf-py's quants.py says the same in numpy.
-"""
+Source: ggml-common.h (the structs) and ggml-quants.c (``dequantize_row_*``) of llama.cpp; gguf-py's quants.py says the
+same in numpy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +23,8 @@ _WAY_OUT = "Round the grid to what the block type holds before solving"
 class Parts:
     """A matrix as its block type holds it.
 
-    ``codes`` uint8 [rows, cols]; ``d`` float32 [rows, blocks], exact in float16; ``dmin`` likewise, None for types without a minimum;
-    ``sc``, ``m`` int16 [rows, cols / group], None for types without sub-scales.
-    """
+    ``codes`` uint8 [rows, cols]; ``d`` float32 [rows, blocks], exact in float16; ``dmin`` likewise, None for types
+    without a minimum; ``sc``, ``m`` int16 [rows, cols / group], None for types without sub-scales."""
 
     codes: UInt8[Tensor, "rows cols"]
     d: Float[Tensor, "rows blocks"]
@@ -65,7 +65,8 @@ def unpack(kind: BlockType, stored: UInt8[Tensor, "rows bytes"]) -> Parts:
 
 
 def dequantize(kind: BlockType, parts: Parts) -> Float[Tensor, "rows cols"]:
-    """float32, in the reader's own order of operations: products are exact, so there is one rounding, in the last one."""
+    """float32, in the reader's own order of operations: products are exact, so there is one rounding, in the last
+    one."""
     rows, cols = parts.codes.shape
 
     def wide(values: Tensor, size: int) -> Tensor:
@@ -75,17 +76,30 @@ def dequantize(kind: BlockType, parts: Parts) -> Float[Tensor, "rows cols"]:
     weight = scale * (parts.codes.float() - kind.middle)
     if parts.dmin is None:
         return weight
-    return weight + wide(parts.dmin, kind.cols) if parts.m is None else weight - wide(parts.dmin, kind.cols) * wide(parts.m, kind.group)
+    return (
+        weight + wide(parts.dmin, kind.cols)
+        if parts.m is None
+        else weight - wide(parts.dmin, kind.cols) * wide(parts.m, kind.group)
+    )
 
 
 def _check_parts(kind: BlockType, parts: Parts, blocks: tuple[int, int], groups: tuple[int, int]) -> None:
-    wanted = {"d": blocks, "dmin": blocks if kind.minimum else None, "sc": groups if kind.sc else None, "m": groups if kind.m else None}
+    wanted = {
+        "d": blocks,
+        "dmin": blocks if kind.minimum else None,
+        "sc": groups if kind.sc else None,
+        "m": groups if kind.m else None,
+    }
     for name, shape in wanted.items():
         value = getattr(parts, name)
         found = None if value is None else tuple(value.shape)
         if found != shape:
             raise ShapeError(f"{kind.name} of {tuple(parts.codes.shape)} needs {name} of shape {shape}, not {found}")
-    for name, value, limits in (("code", parts.codes, (0, 2**kind.bits - 1)), ("sc", parts.sc, kind.sc), ("m", parts.m, kind.m)):
+    for name, value, limits in (
+        ("code", parts.codes, (0, 2**kind.bits - 1)),
+        ("sc", parts.sc, kind.sc),
+        ("m", parts.m, kind.m),
+    ):
         if (
             value is not None
             and limits is not None
@@ -93,7 +107,9 @@ def _check_parts(kind: BlockType, parts: Parts, blocks: tuple[int, int], groups:
             and not limits[0] <= int(value.min()) <= int(value.max()) <= limits[1]
         ):
             raise FormatError(
-                f"{kind.name} holds {name} of {limits[0]}..{limits[1]}, not {int(value.min())}..{int(value.max())}", None, _WAY_OUT
+                f"{kind.name} holds {name} of {limits[0]}..{limits[1]}, not {int(value.min())}..{int(value.max())}",
+                None,
+                _WAY_OUT,
             )
 
 
@@ -110,7 +126,8 @@ def _float(stored: UInt8[Tensor, "rows blocks 2"]) -> Float[Tensor, "rows blocks
 
 
 def _interleave(codes: Tensor, bits: int, run: int) -> Tensor:
-    """Fields of ``bits`` into bytes: of every 8/bits runs of ``run`` codes, code i of run k goes to bits k*bits.. of byte i."""
+    """Fields of ``bits`` into bytes: of every 8/bits runs of ``run`` codes, code i of run k goes to bits k*bits.. of
+    byte i."""
     rows, blocks, _ = codes.shape
     runs = codes.reshape(rows, blocks, -1, 8 // bits, run)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)[:, None]
@@ -138,7 +155,8 @@ def _low_bits(stored: Tensor) -> Tensor:
 
 
 def _six_bits(sc: Tensor, m: Tensor) -> Tensor:
-    """Eight scales and eight minima of 6 bits in 12 bytes (Q4_K, Q5_K): the first four of each whole, the last four split."""
+    """Eight scales and eight minima of 6 bits in 12 bytes (Q4_K, Q5_K): the first four of each whole, the last four
+    split."""
     sc, m = sc.to(torch.uint8), m.to(torch.uint8)
     low, high = (sc[..., :4], m[..., :4]), (sc[..., 4:], m[..., 4:])
     first = [a | (b >> 4 << 6) for a, b in zip(low, high, strict=True)]
@@ -153,7 +171,8 @@ def _from_six_bits(stored: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _q3_scales(sc: Tensor) -> Tensor:
-    """Sixteen scales of 6 bits, 32 added, in 12 bytes (Q3_K): low nibbles i and i + 8 in byte i, then the high pairs, four a byte."""
+    """Sixteen scales of 6 bits, 32 added, in 12 bytes (Q3_K): low nibbles i and i + 8 in byte i, then the high pairs,
+    four a byte."""
     value = (sc + 32).to(torch.uint8)
     return torch.cat((_interleave(value & 15, 4, 8), _interleave(value >> 4, 2, 4)), dim=2)
 
@@ -191,7 +210,11 @@ _LAYOUTS: dict[str, _Layout] = {
     "Q5_1": _Layout(
         [2, 2, 4, 16],
         lambda f: [f["d"], f["dmin"], _high_bits(f["codes"]), _interleave(f["codes"] & 15, 4, 16)],
-        lambda d, dmin, qh, qs: {"d": _float(d), "dmin": _float(dmin), "codes": _deinterleave(qs, 4, 16) | (_low_bits(qh) << 4)},
+        lambda d, dmin, qh, qs: {
+            "d": _float(d),
+            "dmin": _float(dmin),
+            "codes": _deinterleave(qs, 4, 16) | (_low_bits(qh) << 4),
+        },
     ),
     "Q8_0": _Layout(
         [2, 32],
@@ -200,34 +223,72 @@ _LAYOUTS: dict[str, _Layout] = {
     ),
     "Q2_K": _Layout(
         [16, 64, 2, 2],
-        lambda f: [f["sc"].to(torch.uint8) | (f["m"].to(torch.uint8) << 4), _interleave(f["codes"], 2, 32), f["d"], f["dmin"]],
-        lambda scales, qs, d, dmin: {"d": _float(d), "dmin": _float(dmin), "codes": _deinterleave(qs, 2, 32),
-                                     "sc": (scales & 15).to(torch.int16), "m": (scales >> 4).to(torch.int16)},
+        lambda f: [
+            f["sc"].to(torch.uint8) | (f["m"].to(torch.uint8) << 4),
+            _interleave(f["codes"], 2, 32),
+            f["d"],
+            f["dmin"],
+        ],
+        lambda scales, qs, d, dmin: {
+            "d": _float(d),
+            "dmin": _float(dmin),
+            "codes": _deinterleave(qs, 2, 32),
+            "sc": (scales & 15).to(torch.int16),
+            "m": (scales >> 4).to(torch.int16),
+        },
     ),
     "Q3_K": _Layout(
         [32, 64, 12, 2],
-        lambda f: [_interleave(f["codes"] >> 2, 1, 32), _interleave(f["codes"] & 3, 2, 32), _q3_scales(f["sc"]), f["d"]],
-        lambda mask, qs, scales, d: {"d": _float(d), "codes": _deinterleave(qs, 2, 32) | (_deinterleave(mask, 1, 32) << 2),
-                                     "sc": _from_q3_scales(scales)},
+        lambda f: [
+            _interleave(f["codes"] >> 2, 1, 32),
+            _interleave(f["codes"] & 3, 2, 32),
+            _q3_scales(f["sc"]),
+            f["d"],
+        ],
+        lambda mask, qs, scales, d: {
+            "d": _float(d),
+            "codes": _deinterleave(qs, 2, 32) | (_deinterleave(mask, 1, 32) << 2),
+            "sc": _from_q3_scales(scales),
+        },
     ),
     "Q4_K": _Layout(
         [2, 2, 12, 128],
         lambda f: [f["d"], f["dmin"], _six_bits(f["sc"], f["m"]), _interleave(f["codes"], 4, 32)],
-        lambda d, dmin, scales, qs: {"d": _float(d), "dmin": _float(dmin), "codes": _deinterleave(qs, 4, 32),
-                                     **dict(zip(("sc", "m"), _from_six_bits(scales), strict=True))},
+        lambda d, dmin, scales, qs: {
+            "d": _float(d),
+            "dmin": _float(dmin),
+            "codes": _deinterleave(qs, 4, 32),
+            **dict(zip(("sc", "m"), _from_six_bits(scales), strict=True)),
+        },
     ),
     "Q5_K": _Layout(
         [2, 2, 12, 32, 128],
-        lambda f: [f["d"], f["dmin"], _six_bits(f["sc"], f["m"]), _interleave(f["codes"] >> 4, 1, 32), _interleave(f["codes"] & 15, 4, 32)],
-        lambda d, dmin, scales, qh, qs: {"d": _float(d), "dmin": _float(dmin),
-                                         "codes": _deinterleave(qs, 4, 32) | (_deinterleave(qh, 1, 32) << 4),
-                                         **dict(zip(("sc", "m"), _from_six_bits(scales), strict=True))},
+        lambda f: [
+            f["d"],
+            f["dmin"],
+            _six_bits(f["sc"], f["m"]),
+            _interleave(f["codes"] >> 4, 1, 32),
+            _interleave(f["codes"] & 15, 4, 32),
+        ],
+        lambda d, dmin, scales, qh, qs: {
+            "d": _float(d),
+            "dmin": _float(dmin),
+            "codes": _deinterleave(qs, 4, 32) | (_deinterleave(qh, 1, 32) << 4),
+            **dict(zip(("sc", "m"), _from_six_bits(scales), strict=True)),
+        },
     ),
     "Q6_K": _Layout(
         [128, 64, 16, 2],
-        lambda f: [_interleave(f["codes"] & 15, 4, 64), _interleave(f["codes"] >> 4, 2, 32),
-                   f["sc"].to(torch.int8).view(torch.uint8), f["d"]],
-        lambda ql, qh, scales, d: {"d": _float(d), "codes": _deinterleave(ql, 4, 64) | (_deinterleave(qh, 2, 32) << 4),
-                                   "sc": scales.contiguous().view(torch.int8).to(torch.int16)},
+        lambda f: [
+            _interleave(f["codes"] & 15, 4, 64),
+            _interleave(f["codes"] >> 4, 2, 32),
+            f["sc"].to(torch.int8).view(torch.uint8),
+            f["d"],
+        ],
+        lambda ql, qh, scales, d: {
+            "d": _float(d),
+            "codes": _deinterleave(ql, 4, 64) | (_deinterleave(qh, 2, 32) << 4),
+            "sc": scales.contiguous().view(torch.int8).to(torch.int16),
+        },
     ),
-}  # fmt: skip
+}

@@ -1,8 +1,8 @@
 """A finished affine layer as llama.cpp's blocks: the same S (q - Z), exactly, or refused.
 
-Types without a minimum hold d (q - 2^(bits-1)); a code of fewer bits less its zero point is a small signed number, and so fits a type
-with one bit more whatever Z is. Q5_K, Q4_K and Q2_K hold (d sc) q - (dmin m), which is S q - S Z with d = dmin = S, sc = 1, m = Z.
-"""
+Types without a minimum hold d (q - 2^(bits-1)); a code of fewer bits less its zero point is a small signed number, and
+so fits a type with one bit more whatever Z is. Q5_K, Q4_K and Q2_K hold (d sc) q - (dmin m), which is S q - S Z with d
+= dmin = S, sc = 1, m = Z."""
 
 from dataclasses import dataclass
 
@@ -73,7 +73,11 @@ def block_type(scheme: Scheme, cols: int) -> BlockType:
 def _fitting(scheme: Scheme, cols: int) -> BlockType | None:
     columns = scheme.group_size or cols
     for choice in _CHOICES if scheme.grid == "affine" else ():
-        if choice.bits == scheme.bits and columns % choice.columns == 0 and (scheme.symmetric or not choice.symmetric_only):
+        if (
+            choice.bits == scheme.bits
+            and columns % choice.columns == 0
+            and (scheme.symmetric or not choice.symmetric_only)
+        ):
             return BLOCK_TYPES[choice.kind]
     return None
 
@@ -87,7 +91,8 @@ def check_scale(scale: Tensor, name: str) -> None:
 
 
 def pack_affine(kind: BlockType, codes: UInt8[Tensor, "rows cols"], grid: AffineGrid) -> UInt8[Tensor, "rows bytes"]:
-    """The block bytes of S (q - Z). FormatError where a scale is not exact in float16 or a code falls out of the type's range."""
+    """The block bytes of S (q - Z). FormatError where a scale is not exact in float16 or a code falls out of the type's
+    range."""
     cols = codes.shape[1]
     columns = grid.group_size or cols
     each = columns // kind.cols  # blocks that share a scale
@@ -100,5 +105,7 @@ def pack_affine(kind: BlockType, codes: UInt8[Tensor, "rows cols"], grid: Affine
     zero = grid.zero_point.to(torch.int16).repeat_interleave(columns, dim=1)
     moved = codes.to(torch.int16) - zero + kind.middle
     if not 0 <= int(moved.min()) <= int(moved.max()) < 2**kind.bits:
-        raise FormatError(f"{kind.name} cannot hold these codes and zero points", None, "Quantize with the scheme's _SYM variant")
+        raise FormatError(
+            f"{kind.name} cannot hold these codes and zero points", None, "Quantize with the scheme's _SYM variant"
+        )
     return pack(kind, Parts(moved.to(torch.uint8), d, None, one, None))

@@ -1,9 +1,9 @@
 """MLX's affine container: w = s q + b per group of columns, read by mlx-lm.
 
-Source: mlx 0.32, ``mx.quantize`` and ``mx.dequantize`` (ops.cpp, backend/*/quantized*), and mlx-lm 0.32, ``load_model``. mlx-lm takes a
-layer for quantized where the weights hold ``NAME.scales``; config.json says the bits and the group size once for all,
-and by name for the layers that differ. docs/formats.md has the layout and what each of its kernels rounds.
-"""
+Source: mlx 0.32, ``mx.quantize`` and ``mx.dequantize`` (ops.cpp, backend/*/quantized*), and mlx-lm 0.32,
+``load_model``. mlx-lm takes a layer for quantized where the weights hold ``NAME.scales``; config.json says the bits and
+the group size once for all, and by name for the layers that differ. docs/formats.md has the layout and what each of its
+kernels rounds."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,12 +14,12 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats.stored import check_layout, check_scales, exactly, repeated
+from leangrid.formats.bit_stream import pack as pack_bits
+from leangrid.formats.bit_stream import packed_width
+from leangrid.formats.bit_stream import unpack as unpack_bits
+from leangrid.formats.checks import check_layout, check_scales, exactly, repeated
 from leangrid.grids import AffineGrid, Grid, OffsetGrid, Precision
-from leangrid.grids.protocol import group_columns
-from leangrid.packing import pack as pack_bits
-from leangrid.packing import packed_width
-from leangrid.packing import unpack as unpack_bits
+from leangrid.grids.base import group_columns
 from leangrid.recipe import Scheme
 
 QUANT_METHOD: str = "mlx"  # not written: MLX's config has no quant_method, and transformers refuses it for that
@@ -29,22 +29,28 @@ _WHERE = "config.json: quantization"
 
 
 def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear") -> str | None:
-    """Non-uniform grids, GPT-2's Conv1D (mlx-lm transposes it after reading) and groups that no group of 128, 64 or 32 divides."""
+    """Non-uniform grids, GPT-2's Conv1D (mlx-lm transposes it after reading) and groups that no group of 128, 64 or 32
+    divides."""
     bits, size = scheme.bits, scheme.group_size
     if scheme.grid == "nonuniform":
         return f"{name}: MLX holds affine grids only. Use format lut for NU{bits}, or scheme W{bits}A16_G64"
     if kind == "conv1d":
         return f"{name} is a Conv1D, which mlx-lm transposes after reading. Use scheme NU{min(bits, 4)} (format lut)"
     if cols % (size or cols):
-        return f"{name}: groups of {size} do not divide its {cols} columns. Use a group that does, or whole rows (no _G)"
+        return (
+            f"{name}: groups of {size} do not divide its {cols} columns. Use a group that does, or whole rows (no _G)"
+        )
     if (size or cols) % GROUPS[-1]:
-        fits = next((f"scheme W{bits}A16_G{group}" for group in GROUPS if cols % group == 0), "format compressed-tensors")
+        fits = next(
+            (f"scheme W{bits}A16_G{group}" for group in GROUPS if cols % group == 0), "format compressed-tensors"
+        )
         return f"{name}: {f'groups of {size}' if size else f'its {cols} columns'} are no multiple of 32, the least group of MLX. Use {fits}"
     return None
 
 
 def stored(scheme: Scheme, columns: set[int]) -> Scheme:
-    """In groups of 128, 64 or 32, the largest that divides the scheme's own: whole rows and longer groups are repeated."""
+    """In groups of 128, 64 or 32, the largest that divides the scheme's own: whole rows and longer groups are
+    repeated."""
     return repeated(scheme, columns, GROUPS)
 
 
@@ -53,7 +59,9 @@ def precision(dtype: torch.dtype) -> Precision:
     return Precision(dtype)
 
 
-def layout(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def layout(
+    scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """weight uint32 [rows, cols * bits / 32]; scales and biases ``dtype`` [rows, groups]."""
     rows, cols = shape
     groups = cols // (scheme.group_size or cols)
@@ -65,7 +73,8 @@ def layout(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> dict[s
 
 
 def pack(codes: UInt8[Tensor, "rows cols"], grid: Grid, dtype: torch.dtype, scheme: Scheme) -> dict[str, Tensor]:
-    """codes and an offset grid, or an affine one whose -S Z ``dtype`` holds, -> the layer's tensors, in the groups of ``scheme``.
+    """codes and an offset grid, or an affine one whose -S Z ``dtype`` holds, -> the layer's tensors, in the groups of
+    ``scheme``.
 
     Raises:
         FormatError: a non-uniform grid, or a scale or an offset that ``dtype`` would round.
@@ -88,26 +97,35 @@ def pack(codes: UInt8[Tensor, "rows cols"], grid: Grid, dtype: torch.dtype, sche
 
 
 def _exact_offset(grid: AffineGrid, dtype: torch.dtype) -> Tensor:
-    """-S Z in ``dtype``. The product of two short numbers is exact in float64; FormatError where it is not in ``dtype``."""
+    """-S Z in ``dtype``. The product of two short numbers is exact in float64; FormatError where it is not in
+    ``dtype``."""
     exact = -grid.scale.double() * grid.zero_point.double()
     offset = exact.to(dtype)
     rounded = int((offset.double() != exact).sum())
     if rounded:
         kind = str(dtype).removeprefix("torch.")
         what = f"MLX stores the offset -S Z in {kind}, which rounds {rounded} of {exact.numel()} of them"
-        raise FormatError(what, None, "Quantize with --format mlx, which learns offsets that fit, or with a _SYM scheme")
+        raise FormatError(
+            what, None, "Quantize with --format mlx, which learns offsets that fit, or with a _SYM scheme"
+        )
     return offset
 
 
 def check(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     """CheckpointError unless shapes and dtypes are right, scales finite and not 0, and biases finite."""
-    check_layout(tensors, layout(scheme, shape, tensors["scales"].dtype if "scales" in tensors else torch.float32), name)
+    check_layout(
+        tensors, layout(scheme, shape, tensors["scales"].dtype if "scales" in tensors else torch.float32), name
+    )
     check_scales(tensors["scales"], f"{name}.scales")
     if not bool(torch.isfinite(tensors["biases"]).all()):
-        raise CheckpointError("a bias is NaN or infinite", f"{name}.biases", "The file is damaged: quantize or copy it again")
+        raise CheckpointError(
+            "a bias is NaN or infinite", f"{name}.biases", "The file is damaged: quantize or copy it again"
+        )
 
 
-def unpack(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer") -> tuple[Tensor, OffsetGrid]:
+def unpack(
+    tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer"
+) -> tuple[Tensor, OffsetGrid]:
     """The layer's tensors -> (codes uint8 [rows, cols], grid in the stored groups); checked first."""
     check(tensors, scheme, shape, name)
     codes = unpack_bits(tensors["weight"].view(torch.int32), scheme.bits, shape[1])
@@ -121,7 +139,8 @@ def dense(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], na
 
 
 def config(scheme: Scheme, layers: list[str], ignore: list[str], dtype: torch.dtype) -> dict[str, Any]:
-    """What config.json holds as ``quantization`` and once more as ``quantization_config``; which layers it is about, the file says."""
+    """What config.json holds as ``quantization`` and once more as ``quantization_config``; which layers it is about,
+    the file says."""
     return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": "affine"}
 
 
@@ -144,7 +163,11 @@ def scheme_of(config: dict[str, Any]) -> Scheme:
         what = f"leangrid reads MLX's mode affine at {', '.join(map(str, BITS))} bits, not {mode!r} at {bits!r}"
         raise FormatError(what, _WHERE, "Load it with mlx-lm")
     if size not in GROUPS:
-        raise FormatError(f"group_size must be 32, 64 or 128, not {size!r}", _WHERE, "The config is damaged: quantize or copy it again")
+        raise FormatError(
+            f"group_size must be 32, 64 or 128, not {size!r}",
+            _WHERE,
+            "The config is damaged: quantize or copy it again",
+        )
     return Scheme(grid="offset", method="leanquant", bits=bits, group_size=size)
 
 

@@ -1,7 +1,8 @@
-"""ONNX Runtime's ``com.microsoft.MatMulNBits``: w = S (q - Z) by blocks of columns, 2, 4 or 8 bits. Specified in docs/formats.md.
+"""ONNX Runtime's ``com.microsoft.MatMulNBits``: w = S (q - Z) by blocks of columns, 2, 4 or 8 bits. Specified in
+docs/formats.md.
 
-Source: ONNX Runtime's operator reference (docs/ContribOperators.md), held against its CPU kernel in tests/interop/test_onnx.py.
-"""
+Source: ONNX Runtime's operator reference (docs/ContribOperators.md), held against its CPU kernel in
+tests/interop/test_onnx.py."""
 
 import torch
 from jaxtyping import Float32, UInt8
@@ -16,7 +17,8 @@ BLOCKS = (256, 128, 64, 32, 16)  # columns: powers of two, as the kernels take t
 
 
 def block_size(scheme: Scheme, cols: int) -> int | None:
-    """Columns a block: the scheme's group, or for whole rows the largest block that divides a row. None: it cannot be said."""
+    """Columns a block: the scheme's group, or for whole rows the largest block that divides a row. None: it cannot be
+    said."""
     if scheme.group_size:
         return scheme.group_size if scheme.group_size in BLOCKS and cols % scheme.group_size == 0 else None
     return next((block for block in BLOCKS if cols % block == 0), None)
@@ -27,7 +29,9 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
     if scheme.grid != "affine":
         return f"{name}: MatMulNBits holds affine grids only. Use scheme W{scheme.bits}A16, or serve NU{scheme.bits} with transformers"
     if scheme.bits not in BITS:
-        return f"{name}: ONNX Runtime computes 2, 4 or 8 bits, not {scheme.bits}. Use W4A16, or format compressed-tensors"
+        return (
+            f"{name}: ONNX Runtime computes 2, 4 or 8 bits, not {scheme.bits}. Use W4A16, or format compressed-tensors"
+        )
     if kind == "conv1d":
         return f"{name} is a Conv1D, which the graph builder does not know. Serve the model with transformers"
     if block_size(scheme, cols) is None:
@@ -37,8 +41,8 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
 
 
 def layout(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The operator's inputs for a layer that ``refuse`` let pass, in their order: ``B`` [rows, blocks, block bits / 8], ``scales``
-    [rows, blocks] and, unless symmetric, ``zero_points`` [rows, ceil(blocks bits / 8)]."""
+    """The operator's inputs for a layer that ``refuse`` let pass, in their order: ``B`` [rows, blocks, block bits / 8],
+    ``scales`` [rows, blocks] and, unless symmetric, ``zero_points`` [rows, ceil(blocks bits / 8)]."""
     rows, cols = shape
     block = block_size(scheme, cols) or cols
     blocks = cols // block
@@ -46,11 +50,14 @@ def layout(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[torch.dtyp
         "B": (torch.uint8, (rows, blocks, block * scheme.bits // 8)),
         "scales": (torch.float32, (rows, blocks)),
     }
-    return inputs if scheme.symmetric else inputs | {"zero_points": (torch.uint8, (rows, -(-blocks * scheme.bits // 8)))}
+    return (
+        inputs if scheme.symmetric else inputs | {"zero_points": (torch.uint8, (rows, -(-blocks * scheme.bits // 8)))}
+    )
 
 
 def pack(codes: UInt8[Tensor, "rows cols"], grid: Grid, scheme: Scheme) -> dict[str, Tensor]:
-    """codes and grid -> the inputs of ``layout``, lowest bits first. A symmetric layer has no zero points: the middle is the default.
+    """codes and grid -> the inputs of ``layout``, lowest bits first. A symmetric layer has no zero points: the middle
+    is the default.
 
     Raises:
         FormatError: another grid, or one that the operator cannot say.
@@ -59,7 +66,9 @@ def pack(codes: UInt8[Tensor, "rows cols"], grid: Grid, scheme: Scheme) -> dict[
     block = block_size(scheme, cols)
     if not isinstance(grid, AffineGrid) or grid.bits != scheme.bits or block is None or scheme.bits not in BITS:
         raise FormatError(
-            f"MatMulNBits does not hold {type(grid).__name__} of {scheme.bits} bits here", None, "Use format compressed-tensors"
+            f"MatMulNBits does not hold {type(grid).__name__} of {scheme.bits} bits here",
+            None,
+            "Use format compressed-tensors",
         )
     grid = grid.regrouped(cols, block)  # whole rows: every block has the row's
     tensors = {
@@ -74,7 +83,9 @@ def pack(codes: UInt8[Tensor, "rows cols"], grid: Grid, scheme: Scheme) -> dict[
 def dense(tensors: dict[str, Tensor], scheme: Scheme, cols: int) -> Float32[Tensor, "rows cols"]:
     """S (q - Z) in float32, as the operator computes it: not rounded to the model's dtype."""
     rows, blocks, _ = tensors["B"].shape
-    codes = _codes(tensors["B"].reshape(rows * blocks, -1), scheme.bits, cols // blocks).reshape(rows, blocks, -1).float()
+    codes = (
+        _codes(tensors["B"].reshape(rows * blocks, -1), scheme.bits, cols // blocks).reshape(rows, blocks, -1).float()
+    )
     middle = torch.full((rows, blocks), scheme.levels // 2, dtype=torch.uint8)
     zero = _codes(tensors["zero_points"], scheme.bits, blocks) if "zero_points" in tensors else middle
     return ((codes - zero[..., None].float()) * tensors["scales"][..., None]).reshape(rows, cols)

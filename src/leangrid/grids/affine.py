@@ -13,14 +13,18 @@ from torch import Tensor
 
 from leangrid import kernels
 from leangrid.errors import ShapeError
-from leangrid.grids.protocol import GroupedGrid, check_weight, group_columns
+from leangrid.grids.base import GroupedGrid, check_weight, group_columns
 
-SHRINK = {2: 0.4, 3: 0.3}  # t / T, the paper's share of the range that may be cut at either end; 0.2 for 4 bits and more
+SHRINK = {
+    2: 0.4,
+    3: 0.3,
+}  # t / T, the paper's share of the range that may be cut at either end; 0.2 for 4 bits and more
 
 
 @dataclass(frozen=True, eq=False)
 class AffineGrid(GroupedGrid):
-    """Levels ``scale`` * (q - ``zero_point``), one pair for each row and group of ``group_size`` columns (None: whole row).
+    """Levels ``scale`` * (q - ``zero_point``), one pair for each row and group of ``group_size`` columns (None: whole
+    row).
 
     ``scale`` is float32 [rows, groups], finite, not zero (negative only in symmetric grids); ``zero_point`` uint8
     [rows, groups], below 2^bits.
@@ -33,7 +37,10 @@ class AffineGrid(GroupedGrid):
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.zero_point.shape or self.scale.ndim != 2:
-            raise ShapeError(f"scales {tuple(self.scale.shape)} and zero points {tuple(self.zero_point.shape)} do not match", "affine grid")
+            raise ShapeError(
+                f"scales {tuple(self.scale.shape)} and zero points {tuple(self.zero_point.shape)} do not match",
+                "affine grid",
+            )
         if not bool((self.scale.isfinite() & (self.scale != 0)).all()):
             raise ShapeError("a scale is zero, NaN or infinite", "affine grid")
         if self.zero_point.numel() and int(self.zero_point.max()) >= 2**self.bits:
@@ -47,7 +54,9 @@ class AffineGrid(GroupedGrid):
 
     def dequantize(self, codes: Int[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
         """float32 S (q - Z)."""
-        return ((self._grouped(codes).float() - self.zero_point[..., None]) * self.scale[..., None]).reshape(codes.shape)
+        return ((self._grouped(codes).float() - self.zero_point[..., None]) * self.scale[..., None]).reshape(
+            codes.shape
+        )
 
     def nearest(self, weight: Float[Tensor, "rows cols"]) -> UInt8[Tensor, "rows cols"]:
         """clamp(rint(w/S + Z), 0, 2^b - 1): the same arithmetic as the sweep."""
@@ -79,10 +88,13 @@ class AffineGrid(GroupedGrid):
         return kernels.descend_affine(gradient, hessian, codes, self.scale, self.zero_point, group, self.bits)
 
     def regrouped(self, cols: int, group_size: int | None) -> "AffineGrid":
-        """The same levels in shorter groups, each pair repeated; ShapeError where they do not divide the groups it has."""
+        """The same levels in shorter groups, each pair repeated; ShapeError where they do not divide the groups it
+        has."""
         size, own = group_columns(cols, group_size), group_columns(cols, self.group_size)
         if own % size:
-            raise ShapeError(f"groups of {size} do not divide groups of {own} columns", "affine grid", "Use a group size that does")
+            raise ShapeError(
+                f"groups of {size} do not divide groups of {own} columns", "affine grid", "Use a group size that does"
+            )
         scale, zero_point = (tensor.repeat_interleave(own // size, dim=1) for tensor in (self.scale, self.zero_point))
         return replace(self, scale=scale, zero_point=zero_point, group_size=group_size)
 
@@ -125,6 +137,13 @@ def fit_affine(
     weight = check_weight(weight)
     size = group_columns(weight.shape[1], group_size)
     scale, zero_point, _ = kernels.affine_search(
-        weight, loss_error_weights.double().contiguous(), bits, steps, SHRINK.get(bits, 0.2), size, symmetric, scale_dtype
+        weight,
+        loss_error_weights.double().contiguous(),
+        bits,
+        steps,
+        SHRINK.get(bits, 0.2),
+        size,
+        symmetric,
+        scale_dtype,
     )
     return AffineGrid(scale, zero_point, bits, group_size)

@@ -1,11 +1,12 @@
-"""Min-max affine grids: the range of a row or group, stretched to hold 0, cut in 2^b - 1 steps. The baseline, and nothing else."""
+"""Min-max affine grids: the range of a row or group, stretched to hold 0, cut in 2^b - 1 steps. The baseline, and
+nothing else."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from leangrid.grids.affine import AffineGrid, round_scale
-from leangrid.grids.protocol import check_weight, group_columns
+from leangrid.grids.base import check_weight, group_columns
 
 
 def fit_minmax(
@@ -15,7 +16,8 @@ def fit_minmax(
     symmetric: bool = False,
     scale_dtype: torch.dtype | None = None,
 ) -> AffineGrid:
-    """S = (hi - lo) / (2^b - 1), Z = rint(-lo / S), lo = min(w, 0), hi = max(w, 0); symmetric: S = 2 max|w| / (2^b - 1), Z = 2^(b-1).
+    """S = (hi - lo) / (2^b - 1), Z = rint(-lo / S), lo = min(w, 0), hi = max(w, 0); symmetric: S = 2 max|w| / (2^b -
+    1), Z = 2^(b-1).
 
     Groups of zeros get S = 1. Raises ShapeError as fit_affine does.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leangrid import kernels
 from leangrid.errors import ShapeError
-from leangrid.grids.protocol import Grid, check_weight
+from leangrid.grids.base import Grid, check_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,8 @@ class NonuniformGrid(Grid):
         count = self.levels.shape[-1]
         if self.levels.ndim != 2 or count & (count - 1) or not 2 <= count <= 256:
             raise ShapeError(
-                f"levels of shape {tuple(self.levels.shape)}: the number of levels is a power of two up to 256", "non-uniform grid"
+                f"levels of shape {tuple(self.levels.shape)}: the number of levels is a power of two up to 256",
+                "non-uniform grid",
             )
         if not bool(self.levels.isfinite().all()) or bool((self.levels.diff(dim=1) < 0).any()):
             raise ShapeError("levels are not finite and ascending", "non-uniform grid")

@@ -1,7 +1,7 @@
 """Affine grids with a stored offset, S q + B: what MLX (scale and bias) and llama.cpp's blocks with a minimum hold.
 
-Unlike S (q - Z) the offset is a number of its own, rounded to the dtype it is stored in, and need not be a multiple of S.
-"""
+Unlike S (q - Z) the offset is a number of its own, rounded to the dtype it is stored in, and need not be a multiple of
+S."""
 
 from dataclasses import dataclass, replace
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from leangrid import kernels
 from leangrid.errors import ShapeError
 from leangrid.grids.affine import fit_affine, round_scale, same_sign
+from leangrid.grids.base import GroupedGrid, check_weight, group_columns
 from leangrid.grids.nonuniform import round_levels
-from leangrid.grids.protocol import GroupedGrid, check_weight, group_columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,9 @@ class OffsetGrid(GroupedGrid):
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.offset.shape or self.scale.ndim != 2:
-            raise ShapeError(f"scales {tuple(self.scale.shape)} and offsets {tuple(self.offset.shape)} do not match", "offset grid")
+            raise ShapeError(
+                f"scales {tuple(self.scale.shape)} and offsets {tuple(self.offset.shape)} do not match", "offset grid"
+            )
         if not bool((self.scale.isfinite() & (self.scale != 0)).all()) or not bool(self.offset.isfinite().all()):
             raise ShapeError("a scale is zero, or a scale or an offset is NaN or infinite", "offset grid")
 
@@ -65,7 +67,10 @@ class OffsetGrid(GroupedGrid):
         return torch.stack((codes.float(), torch.ones_like(codes, dtype=torch.float32)), dim=1)
 
     def refitted(self, free: Float[Tensor, "rows groups 2"], dtype: torch.dtype) -> "OffsetGrid":
-        scale, offset = same_sign(free[..., 0], self.scale), torch.where(free[..., 1].isfinite(), free[..., 1], self.offset)
+        scale, offset = (
+            same_sign(free[..., 0], self.scale),
+            torch.where(free[..., 1].isfinite(), free[..., 1], self.offset),
+        )
         return replace(self, scale=scale, offset=offset).rounded(dtype)
 
     def sweep_block(self, weight: Tensor, upper: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,14 +83,17 @@ class OffsetGrid(GroupedGrid):
 def minmax_offset(
     weight: Float[Tensor, "rows cols"], bits: int, group_size: int | None = None, scale_dtype: torch.dtype | None = None
 ) -> OffsetGrid:
-    """S = (hi - lo) / (2^b - 1), B = lo of each row or group, both rounded to ``scale_dtype``: the baseline where offsets are stored.
+    """S = (hi - lo) / (2^b - 1), B = lo of each row or group, both rounded to ``scale_dtype``: the baseline where
+    offsets are stored.
 
-    The range need not hold 0, and weights that lie on such a grid already stay on it. Raises ShapeError as fit_offset does.
-    """
+    The range need not hold 0, and weights that lie on such a grid already stay on it. Raises ShapeError as fit_offset
+    does."""
     weight = check_weight(weight)
     grouped = weight.reshape(len(weight), -1, group_columns(weight.shape[1], group_size))
     low, high = grouped.aminmax(dim=2)
-    scale = ((high.double() - low.double()) / (2**bits - 1)).float()  # float64: a range of two float32 extremes may overflow float32
+    scale = (
+        (high.double() - low.double()) / (2**bits - 1)
+    ).float()  # float64: a range of two float32 extremes may overflow float32
     return OffsetGrid(torch.where(scale > 0, scale, 1.0), low, bits, group_size).rounded(scale_dtype or torch.float32)
 
 
@@ -104,8 +112,8 @@ def fit_offset(
         loss_error_weights: g_j > 0, float, original column order; shared by the rows or one a row.
         steps: T, the resolution of the shrunken range.
         group_size: columns a grid; None for whole rows.
-        scale_dtype: dtype that scale and offset are stored in; both are rounded to it before a step is judged, and a step is kept
-            only by the groups whose objective it lowers.
+        scale_dtype: dtype that scale and offset are stored in; both are rounded to it before a step is judged, and a
+            step is kept only by the groups whose objective it lowers.
 
     Raises:
         ShapeError: weights that are not finite, or a group size that does not divide the columns.
@@ -114,8 +122,17 @@ def fit_offset(
     grouped = weight.reshape(len(weight), -1, group_columns(weight.shape[1], group_size))
     share = loss_error_weights.expand_as(weight).reshape(grouped.shape)
     low, high = grouped.aminmax(dim=2)
-    middle = torch.where((low > 0) | (high < 0), 0.5 * low + 0.5 * high, 0.0)  # a range without 0 need not be stretched to it
-    start = fit_affine((grouped - middle[..., None]).reshape(weight.shape), loss_error_weights, bits, steps, group_size, scale_dtype=dtype)
+    middle = torch.where(
+        (low > 0) | (high < 0), 0.5 * low + 0.5 * high, 0.0
+    )  # a range without 0 need not be stretched to it
+    start = fit_affine(
+        (grouped - middle[..., None]).reshape(weight.shape),
+        loss_error_weights,
+        bits,
+        steps,
+        group_size,
+        scale_dtype=dtype,
+    )
     grid = OffsetGrid(start.scale, middle - start.scale * start.zero_point, bits, group_size).rounded(dtype)
     share = (share / share.sum(2, keepdim=True)).float()
     mean = (share * grouped).sum(2)

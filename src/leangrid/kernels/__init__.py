@@ -1,32 +1,61 @@
 """Kernels: the inner loops of the grid search and of the solver, on plain tensors.
 
-Every op here checks its input (ShapeError), then runs in the C++ extension ``leangrid.kernels._cpu`` (CPU tensors), in Triton (CUDA
-tensors) or in its torch twin (where those are missing). Rows never interact, so threads split rows and the number of threads never
-changes a bit. ``LEANGRID_KERNELS=torch|portable|avx2|avx512|triton`` overrides the choice of path (kernels/choice.py).
+Every op here checks its input (ShapeError), then runs in the C++ extension ``leangrid.kernels._cpu`` (CPU tensors), in
+Triton (CUDA tensors) or in its torch twin (where those are missing). Rows never interact, so threads split rows and the
+number of threads never changes a bit. ``LEANGRID_KERNELS=torch|portable|avx2|avx512|triton`` overrides the choice of
+path (kernels/choice.py).
 
-C++ gives the bits of the twins. Triton does the same float64 operations, but sums in another order: the same (S, Z) except where two
-objectives agree within 1e-12 of sum g w^2, levels equal up to float32 rounding, objectives within 1e-10 relative.
-"""
+C++ gives the bits of the twins. Triton does the same float64 operations, but sums in another order: the same (S, Z)
+except where two objectives agree within 1e-12 of sum g w^2, levels equal up to float32 rounding, objectives within
+1e-10 relative."""
 
 import torch
 from jaxtyping import Float32, Float64, UInt8
 from torch import Tensor
 
 from leangrid.errors import ShapeError
-from leangrid.kernels import native, torch_sums
-from leangrid.kernels.checks import block, codes_below, group_index, normalised_importance, per_row, square_beside, weights
+from leangrid.kernels import native
+from leangrid.kernels.checks import (
+    block,
+    codes_below,
+    group_index,
+    normalised_importance,
+    per_row,
+    square_beside,
+    weights,
+)
 from leangrid.kernels.choice import backend
 from leangrid.kernels.choice import ops as _ops
+from leangrid.kernels.plain import sums as plain_sums
 
-__all__ = ["affine_search", "backend", "descend_affine", "descend_levels", "descend_offset", "exact_affine", "exact_levels",
-           "kmeans_dp", "kmeans_lloyd", "level_gram", "outer_block", "outer_sums", "outer_takes_bfloat16", "squares_are_finite",
-           "sweep_affine", "sweep_levels", "sweep_offset"]  # fmt: skip
+__all__ = [
+    "affine_search",
+    "backend",
+    "descend_affine",
+    "descend_levels",
+    "descend_offset",
+    "exact_affine",
+    "exact_levels",
+    "kmeans_dp",
+    "kmeans_lloyd",
+    "level_gram",
+    "outer_block",
+    "outer_sums",
+    "outer_takes_bfloat16",
+    "squares_are_finite",
+    "sweep_affine",
+    "sweep_levels",
+    "sweep_offset",
+]
 
 SCALE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
-def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Float32[Tensor, "rows k"], Float64[Tensor, "rows"]]:
-    """The K levels of each row with the least sum_j g_j (nearest level - w_j)^2: the global optimum, by dynamic programming.
+def kmeans_dp(
+    weight: Tensor, importance: Tensor, levels: int
+) -> tuple[Float32[Tensor, "rows k"], Float64[Tensor, "rows"]]:
+    """The K levels of each row with the least sum_j g_j (nearest level - w_j)^2: the global optimum, by dynamic
+    programming.
 
     Args:
         weight: f32 [rows, n], finite, n >= 1.
@@ -34,8 +63,8 @@ def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Float32[
         levels: K, 1..256.
 
     Returns:
-        levels f32 [rows, K], sorted, finite (copies where a row has fewer distinct values than K), and the objective f64 [rows] they
-        reach, in units of g w^2.
+        levels f32 [rows, K], sorted, finite (copies where a row has fewer distinct values than K), and the objective
+        f64 [rows] they reach, in units of g w^2.
 
     Raises:
         ShapeError: shapes, dtypes or values that do not fit.
@@ -45,11 +74,11 @@ def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Float32[
 
 def kmeans_lloyd(weight: Tensor, importance: Tensor, levels: int, iterations: int = 100
                  ) -> tuple[Float32[Tensor, "rows k"], Float64[Tensor, "rows"]]:  # fmt: skip
-    """Lloyd's iteration from a deterministic start: a local optimum of the objective of ``kmeans_dp``, several times cheaper.
+    """Lloyd's iteration from a deterministic start: a local optimum of the objective of ``kmeans_dp``, several times
+    cheaper.
 
-    Arguments, results and errors as ``kmeans_dp``. The start is uniform for K <= 8, else quantiles of the optimal density of levels; a
-    level without importance moves to the far end of the costliest interval.
-    """
+    Arguments, results and errors as ``kmeans_dp``. The start is uniform for K <= 8, else quantiles of the optimal
+    density of levels; a level without importance moves to the far end of the costliest interval."""
     if iterations < 1:
         raise ShapeError(f"kmeans_lloyd: {iterations} iterations", "iterations", "Ask for at least 1")
     return _kmeans("kmeans_lloyd", weight, importance, levels, iterations)
@@ -67,11 +96,13 @@ def _kmeans(name: str, weight: Tensor, importance: Tensor, levels: int, *more: i
 def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shrink: float, group_size: int, symmetric: bool = False,
                   scale_dtype: torch.dtype | None = None
                   ) -> tuple[Float32[Tensor, "rows groups"], UInt8[Tensor, "rows groups"], Float64[Tensor, "rows groups"]]:  # fmt: skip
-    """The paper's enumerative search for levels S (q - Z), q = 0..K-1, a row and group: same optimum, each distinct (S, Z) scored once.
+    """The paper's enumerative search for levels S (q - Z), q = 0..K-1, a row and group: same optimum, each distinct (S,
+    Z) scored once.
 
-    Candidates are the ranges [lo + a R/T, hi - c R/T], a, c = 0..t-1, of the range [lo, hi] of the group's weights and 0, R = hi - lo,
-    t = round(shrink T); S = range/(K-1), Z = clamp(rint(-lo/S), 0, K-1). Symmetric: Z = K/2, S = +-2 max|w| (1 - s/T)/(K-1), s = 0..2t-2.
-    The first best candidate (s = a + c ascending, then Z ascending) wins. Source: LeanQuant (arXiv 2407.10032), section 3.
+    Candidates are the ranges [lo + a R/T, hi - c R/T], a, c = 0..t-1, of the range [lo, hi] of the group's weights and
+    0, R = hi - lo, t = round(shrink T); S = range/(K-1), Z = clamp(rint(-lo/S), 0, K-1). Symmetric: Z = K/2, S = +-2
+    max|w| (1 - s/T)/(K-1), s = 0..2t-2. The first best candidate (s = a + c ascending, then Z ascending) wins. Source:
+    LeanQuant (arXiv 2407.10032), section 3.
 
     Args:
         weight: f32 [rows, cols], finite.
@@ -81,10 +112,12 @@ def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shr
         shrink: t / T, in (0, 0.5).
         group_size: columns a group; divides cols.
         symmetric: fix Z = K/2; S may then be negative.
-        scale_dtype: None or float32, float16, bfloat16: S is rounded to it (never to 0 or infinity) before it is scored.
+        scale_dtype: None or float32, float16, bfloat16: S is rounded to it (never to 0 or infinity) before it is
+        scored.
 
     Returns:
-        scale f32 [rows, groups] (1 where all weights are 0), zero_point u8 [rows, groups], objective f64 [rows, groups].
+        scale f32 [rows, groups] (1 where all weights are 0), zero_point u8 [rows, groups], objective f64 [rows,
+        groups].
 
     Raises:
         ShapeError: shapes, dtypes or values that do not fit; a group that does not divide names both numbers.
@@ -92,16 +125,23 @@ def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shr
     weight = weights("affine_search", weight)
     cols = weight.shape[1]
     if group_size < 1 or cols % group_size:
-        raise ShapeError(f"affine_search: groups of {group_size} do not divide {cols} columns", "group_size", "Choose a divisor")
+        raise ShapeError(
+            f"affine_search: groups of {group_size} do not divide {cols} columns", "group_size", "Choose a divisor"
+        )
     if not (1 <= bits <= 8 and steps >= 1 and 0 < shrink < 0.5) or scale_dtype not in SCALE_DTYPES:
-        raise ShapeError(f"affine_search: bits {bits}, steps {steps}, shrink {shrink}, scale dtype {scale_dtype}", "arguments",
-                         "bits 1..8, steps >= 1, 0 < shrink < 0.5, scale dtype float32, float16 or bfloat16")  # fmt: skip
+        raise ShapeError(
+            f"affine_search: bits {bits}, steps {steps}, shrink {shrink}, scale dtype {scale_dtype}",
+            "arguments",
+            "bits 1..8, steps >= 1, 0 < shrink < 0.5, scale dtype float32, float16 or bfloat16",
+        )
     share, unit, _ = normalised_importance("affine_search", importance, weight)
     out = _ops(weight).affine_search(weight, share, bits, steps, shrink, group_size, symmetric, scale_dtype)
     return out[0], out[1], torch.ldexp(out[2], unit)
 
 
-def sweep_levels(weight: Tensor, upper: Tensor, levels: Tensor) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:
+def sweep_levels(
+    weight: Tensor, upper: Tensor, levels: Tensor
+) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:
     """The loop of Algorithm 1 inside one block of columns, levels of each row's own.
 
     For each column j: q = nearest level (ties to the lower), e = (w_j - q) / U_jj, w_k -= U_jk e for the block's k > j.
@@ -112,8 +152,8 @@ def sweep_levels(weight: Tensor, upper: Tensor, levels: Tensor) -> tuple[UInt8[T
         levels: f32 [rows, K] sorted, K 1..256.
 
     Returns:
-        codes u8 [rows, b] and scaled errors e f32 [rows, b]: the trailing update is weight[:, rest] -= e @ U[block, rest], the loss of
-        the block sum(e^2)/2.
+        codes u8 [rows, b] and scaled errors e f32 [rows, b]: the trailing update is weight[:, rest] -= e @ U[block,
+        rest], the loss of the block sum(e^2)/2.
 
     Raises:
         ShapeError: shapes or dtypes that do not fit.
@@ -140,7 +180,8 @@ def sweep_affine(weight: Tensor, upper: Tensor, scale: Tensor, zero_point: Tenso
 
 def sweep_offset(weight: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, group: Tensor, bits: int
                  ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
-    """``sweep_affine`` for levels S q + B: code = rint(clamp((w - B)/S, 0, K-1)); the product and the sum of a level are rounded apart.
+    """``sweep_affine`` for levels S q + B: code = rint(clamp((w - B)/S, 0, K-1)); the product and the sum of a level
+    are rounded apart.
 
     Args:
         offset: B, f32 [rows, groups]; the others as in ``sweep_affine``.
@@ -150,8 +191,11 @@ def sweep_offset(weight: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, g
     return _ops(weight).sweep_offset(weight, upper, scale, offset, group, bits)
 
 
-def exact_levels(weight: Tensor, inverse: Tensor, levels: Tensor) -> tuple[UInt8[Tensor, "rows n"], Float64[Tensor, "rows"]]:
-    """LeanQuant-Exact (Algorithm 2) on levels of each row's own: the cheapest remaining column is quantized next, in every row another.
+def exact_levels(
+    weight: Tensor, inverse: Tensor, levels: Tensor
+) -> tuple[UInt8[Tensor, "rows n"], Float64[Tensor, "rows"]]:
+    """LeanQuant-Exact (Algorithm 2) on levels of each row's own: the cheapest remaining column is quantized next, in
+    every row another.
 
     C++ and torch sum in another order: the same codes, except where two costs agree to rounding in float64.
 
@@ -161,7 +205,8 @@ def exact_levels(weight: Tensor, inverse: Tensor, levels: Tensor) -> tuple[UInt8
         levels: f32 [rows, K] sorted, K 1..256.
 
     Returns:
-        codes u8 [rows, n] and the loss of each row, f64: sum over its columns of (w_j - q_j)^2 / (2 A_jj) as they are removed.
+        codes u8 [rows, n] and the loss of each row, f64: sum over its columns of (w_j - q_j)^2 / (2 A_jj) as they are
+        removed.
 
     Raises:
         ShapeError: shapes, dtypes or values that do not fit.
@@ -188,8 +233,8 @@ def descend_levels(gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Ten
                    ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
     """One round of cyclic coordinate descent on the codes inside a block of columns.
 
-    Column j moves to the level nearest to q_j - gradient_j / h_jj if that is strictly nearer (by 1e-6 of the distance) than q_j; its
-    change then updates the gradients of the block's later columns. Columns with h_jj <= 0 stay.
+    Column j moves to the level nearest to q_j - gradient_j / h_jj if that is strictly nearer (by 1e-6 of the distance)
+    than q_j; its change then updates the gradients of the block's later columns. Columns with h_jj <= 0 stay.
 
     Args:
         gradient: f32 [rows, b], the block's columns of (Q - W) H; not changed.
@@ -247,7 +292,8 @@ def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Float64[Tensor, "
         levels: K, 1..256.
 
     Returns:
-        f64 [rows, K, K], symmetric up to rounding; summed in float32 over at most some hundred columns at a time, float64 beyond.
+        f64 [rows, K, K], symmetric up to rounding; summed in float32 over at most some hundred columns at a time,
+        float64 beyond.
 
     Raises:
         ShapeError: shapes, dtypes or codes that do not fit.
@@ -259,27 +305,31 @@ def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Float64[Tensor, "
 
 
 def squares_are_finite(x: Tensor) -> bool:
-    """Whether the squares of all entries of ``x`` (bfloat16 or float32, any shape) surely sum to a float32; False: look closer."""
+    """Whether the squares of all entries of ``x`` (bfloat16 or float32, any shape) surely sum to a float32; False: look
+    closer."""
     if x.dtype == torch.bfloat16 and _ops(x) is native and native.multiplies_bfloat16():
         return bool(native.largest_magnitude(x.detach()) * max(x.numel(), 1) ** 0.5 < 1e19)
     return bool(torch.linalg.vector_norm(x.detach(), dtype=torch.float32).square().isfinite())
 
 
 def outer_block(device: torch.device | str = "cpu") -> int:
-    """Columns of the squares in which ``outer_sums`` goes through bfloat16 inputs there: it also fills those on the diagonal."""
-    return native.TILE_COLUMNS if outer_takes_bfloat16(device) else torch_sums.PANEL
+    """Columns of the squares in which ``outer_sums`` goes through bfloat16 inputs there: it also fills those on the
+    diagonal."""
+    return native.TILE_COLUMNS if outer_takes_bfloat16(device) else plain_sums.PANEL
 
 
 def outer_takes_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether ``outer_sums`` reads bfloat16 inputs there as they are; elsewhere it makes a float32 copy of each batch."""
+    """Whether ``outer_sums`` reads bfloat16 inputs there as they are; elsewhere it makes a float32 copy of each
+    batch."""
     return torch.device(device).type == "cpu" and native.available() and native.multiplies_bfloat16()
 
 
 def outer_sums(x: Tensor, matrix: Tensor, original: Tensor | None = None, cross: Tensor | None = None) -> None:
-    """matrix += x^T x and, with two streams, cross += original^T x, in place; of ``matrix`` only the upper triangle counts.
+    """matrix += x^T x and, with two streams, cross += original^T x, in place; of ``matrix`` only the upper triangle
+    counts.
 
-    Products of two bfloat16 numbers are exact in float32, and sums are float32: what the bfloat16 units of a processor do in one pass is
-    what a float32 product does slowly.
+    Products of two bfloat16 numbers are exact in float32, and sums are float32: what the bfloat16 units of a processor
+    do in one pass is what a float32 product does slowly.
 
     Args:
         x: [tokens, cols], finite; bfloat16 or float32.
@@ -291,10 +341,24 @@ def outer_sums(x: Tensor, matrix: Tensor, original: Tensor | None = None, cross:
         ShapeError: shapes or dtypes that do not fit.
     """
     streams, sums = [x, *([] if original is None else [original])], [matrix, *([] if cross is None else [cross])]
-    if len(streams) != len(sums) or x.ndim != 2 or any(s.shape != x.shape or s.dtype != x.dtype or s.device != x.device for s in streams):
-        raise ShapeError(f"outer_sums: streams {[(tuple(s.shape), s.dtype) for s in streams]} for {len(sums)} sums", "outer_sums",
-                         "Give both streams of the same tokens, and a sum for each")  # fmt: skip
-    if any(s.shape != (x.shape[1],) * 2 or s.dtype != torch.float32 or s.device != x.device or not s.is_contiguous() for s in sums):
-        raise ShapeError(f"outer_sums: sums {[(tuple(s.shape), s.dtype) for s in sums]} for {x.shape[1]} columns", "outer_sums")
+    if (
+        len(streams) != len(sums)
+        or x.ndim != 2
+        or any(s.shape != x.shape or s.dtype != x.dtype or s.device != x.device for s in streams)
+    ):
+        raise ShapeError(
+            f"outer_sums: streams {[(tuple(s.shape), s.dtype) for s in streams]} for {len(sums)} sums",
+            "outer_sums",
+            "Give both streams of the same tokens, and a sum for each",
+        )
+    if any(
+        s.shape != (x.shape[1],) * 2 or s.dtype != torch.float32 or s.device != x.device or not s.is_contiguous()
+        for s in sums
+    ):
+        raise ShapeError(
+            f"outer_sums: sums {[(tuple(s.shape), s.dtype) for s in sums]} for {x.shape[1]} columns", "outer_sums"
+        )
     direct = x.dtype == torch.bfloat16 and _ops(x) is native and outer_takes_bfloat16(x.device)
-    (native if direct else torch_sums).outer_sums(x.detach(), matrix, None if original is None else original.detach(), cross)
+    (native if direct else plain_sums).outer_sums(
+        x.detach(), matrix, None if original is None else original.detach(), cross
+    )

@@ -19,14 +19,20 @@ def weights(op: str, weight: Tensor) -> Tensor:
     return weight.detach().contiguous()
 
 
-def normalised_importance(op: str, importance: Tensor, weight: Tensor) -> tuple[Float64[Tensor, "*shape"], Int[Tensor, "*unit"], Tensor]:
-    """importance / 2^unit (exact; keeps huge and tiny importances away from overflow), unit, and which rows hold only zeros.
+def normalised_importance(
+    op: str, importance: Tensor, weight: Tensor
+) -> tuple[Float64[Tensor, "*shape"], Int[Tensor, "*unit"], Tensor]:
+    """importance / 2^unit (exact; keeps huge and tiny importances away from overflow), unit, and which rows hold only
+    zeros.
 
     unit and the mask have shape [1] for importance [n], and [rows, 1] for [rows, n].
     """
     if importance.dtype != torch.float64 or importance.shape not in (weight.shape, weight.shape[1:]):
-        raise ShapeError(f"{op}: importance {importance.dtype} {tuple(importance.shape)} for weight {tuple(weight.shape)}", "importance",
-                         "Give float64 of shape [cols] or [rows, cols]")  # fmt: skip
+        raise ShapeError(
+            f"{op}: importance {importance.dtype} {tuple(importance.shape)} for weight {tuple(weight.shape)}",
+            "importance",
+            "Give float64 of shape [cols] or [rows, cols]",
+        )
     if importance.device != weight.device:
         raise ShapeError(f"{op}: importance is on {importance.device}, weight on {weight.device}", "importance")
     low, high = torch.aminmax(importance.detach(), dim=-1, keepdim=True)
@@ -37,13 +43,18 @@ def normalised_importance(op: str, importance: Tensor, weight: Tensor) -> tuple[
     return torch.ldexp(importance.detach(), -unit).contiguous(), unit, high == 0
 
 
-def block(op: str, rows: Tensor, square: Tensor, name: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def block(
+    op: str, rows: Tensor, square: Tensor, name: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """rows [rows, b] of ``dtype`` and an f32 [b, b] beside it, on one device."""
     _matrix(op, "codes" if dtype == torch.uint8 else "weight", rows, dtype)
     _matrix(op, name, square, torch.float32)
     if square.shape != (rows.shape[1], rows.shape[1]) or square.device != rows.device:
-        raise ShapeError(f"{op}: {name} {tuple(square.shape)} on {square.device} for rows {tuple(rows.shape)} on {rows.device}", name,
-                         "It must be square, one row a column, on the same device")  # fmt: skip
+        raise ShapeError(
+            f"{op}: {name} {tuple(square.shape)} on {square.device} for rows {tuple(rows.shape)} on {rows.device}",
+            name,
+            "It must be square, one row a column, on the same device",
+        )
     return rows.detach().contiguous(), square.detach().contiguous()
 
 
@@ -52,17 +63,28 @@ def square_beside(op: str, inverse: Tensor, weight: Tensor) -> Tensor:
     _matrix(op, "inverse", inverse, torch.float64)
     cols = weight.shape[1]
     if inverse.shape != (cols, cols) or inverse.device != weight.device or not bool((inverse.diagonal() > 0).all()):
-        raise ShapeError(f"{op}: inverse {tuple(inverse.shape)} on {inverse.device} for weight {tuple(weight.shape)} on {weight.device}",
-                         "inverse", "It must be positive definite, one row a column, on the same device")  # fmt: skip
+        raise ShapeError(
+            f"{op}: inverse {tuple(inverse.shape)} on {inverse.device} for weight {tuple(weight.shape)} on {weight.device}",
+            "inverse",
+            "It must be positive definite, one row a column, on the same device",
+        )
     return inverse.detach().contiguous()
 
 
 def per_row(op: str, name: str, tensor: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """[rows, 1..] of ``dtype`` on the device of ``rows``, at least one column; at most 256 levels."""
     _matrix(op, name, tensor, dtype)
-    if len(tensor) != len(rows) or tensor.shape[1] == 0 or (name == "levels" and tensor.shape[1] > 256) or tensor.device != rows.device:
-        raise ShapeError(f"{op}: {name} {tuple(tensor.shape)} on {tensor.device} for rows {tuple(rows.shape)} on {rows.device}", name,
-                         "One row of it for every row, on the same device")  # fmt: skip
+    if (
+        len(tensor) != len(rows)
+        or tensor.shape[1] == 0
+        or (name == "levels" and tensor.shape[1] > 256)
+        or tensor.device != rows.device
+    ):
+        raise ShapeError(
+            f"{op}: {name} {tuple(tensor.shape)} on {tensor.device} for rows {tuple(rows.shape)} on {rows.device}",
+            name,
+            "One row of it for every row, on the same device",
+        )
     return tensor.detach().contiguous()
 
 

@@ -1,6 +1,6 @@
 """The C++ extension, seen from Python: allocates results, passes views (no copies), picks the instruction set once.
 
-The same functions as torch_ops; inputs are already checked (kernels/checks.py), on the CPU and contiguous.
+The same functions as plain; inputs are already checked (kernels/checks.py), on the CPU and contiguous.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from leangrid.errors import RecipeError
-from leangrid.kernels.torch_affine import SCALE_LIMITS, shrink_steps
+from leangrid.kernels.plain.affine import SCALE_LIMITS, shrink_steps
 
 TILE_COLUMNS = 32  # of a square of outer_sums
 CHOICES = ("torch", "portable", "avx2", "avx512", "triton")
@@ -37,7 +37,9 @@ def _isa(wanted: str) -> int | None:
     best = module.best_isa()
     isa = CHOICES.index(wanted) - 1 if wanted else best
     if isa > best:
-        raise RecipeError(f"this processor has no {wanted}", "LEANGRID_KERNELS", f"The best here is {CHOICES[best + 1]}")
+        raise RecipeError(
+            f"this processor has no {wanted}", "LEANGRID_KERNELS", f"The best here is {CHOICES[best + 1]}"
+        )
     return isa
 
 
@@ -98,11 +100,29 @@ def _kmeans(weight: Tensor, importance: Tensor, levels: int, iterations: int) ->
 def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shrink: float, group_size: int, symmetric: bool,
                   scale_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape = len(weight), weight.shape[1] // group_size
-    scale, zero_point, objective = torch.empty(shape), torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.float64)
+    scale, zero_point, objective = (
+        torch.empty(shape),
+        torch.empty(shape, dtype=torch.uint8),
+        torch.empty(shape, dtype=torch.float64),
+    )
     dtype = scale_dtype or torch.float32
     smallest, largest = SCALE_LIMITS[dtype]
-    _call("affine_search", weight, importance.view(-1), importance.ndim == 2, bits, steps, shrink_steps(steps, shrink), symmetric,
-          {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype], smallest, largest, scale, zero_point, objective)  # fmt: skip
+    _call(
+        "affine_search",
+        weight,
+        importance.view(-1),
+        importance.ndim == 2,
+        bits,
+        steps,
+        shrink_steps(steps, shrink),
+        symmetric,
+        {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype],
+        smallest,
+        largest,
+        scale,
+        zero_point,
+        objective,
+    )
     return scale, zero_point, objective
 
 
@@ -112,13 +132,17 @@ def sweep_levels(weight: Tensor, upper: Tensor, levels: Tensor) -> tuple[Tensor,
     return codes, errors
 
 
-def sweep_affine(weight: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def sweep_affine(
+    weight: Tensor, upper: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
     codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
     _call("sweep_affine", weight, upper, scale, zero_point, group, bits, codes, errors)
     return codes, errors
 
 
-def sweep_offset(weight: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def sweep_offset(
+    weight: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, group: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
     codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
     _call("sweep_offset", weight, upper, scale, offset, group, bits, codes, errors)
     return codes, errors
@@ -150,7 +174,9 @@ def exact_levels(weight: Tensor, inverse: Tensor, levels: Tensor) -> tuple[Tenso
     return codes, loss
 
 
-def exact_affine(weight: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def exact_affine(
+    weight: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
     codes, loss = torch.empty_like(weight, dtype=torch.uint8), torch.empty(len(weight), dtype=torch.float64)
     _call("exact_affine", weight, inverse, scale, zero, group, bits, codes, loss)
     return codes, loss
@@ -163,7 +189,8 @@ def level_gram(hessian: Tensor, codes: Tensor, levels: int) -> Tensor:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16, in matrix tiles or vectors, with the extension's widest instruction set in use."""
+    """Whether this processor multiplies bfloat16, in matrix tiles or vectors, with the extension's widest instruction
+    set in use."""
     module = _extension()
     return module is not None and _chosen() == module.best_isa() and bool(module.multiplies_bfloat16())
 

@@ -1,9 +1,9 @@
 """The architectures leangrid knows: one row each.
 
 A row says where the blocks are and which linears read the same input, in the order the block calls them. Linears of one
-group share their Hessian and its factor; a later group sees the already quantized earlier ones ("true-sequential").
-To add an architecture, add its row here and a tiny model of it in tests/tiny_models.py: the walk needs nothing else.
-"""
+group share their Hessian and its factor; a later group sees the already quantized earlier ones ("true-sequential"). To
+add an architecture, add its row here and a tiny model of it in tests/support/tiny_models.py: the walk needs nothing
+else."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +24,8 @@ class Architecture:
         groups: linears of a block by shared input, in the order of the forward pass; paths from the block.
         kind: "decoder" (causal, has perplexity) or "encoder".
         layer: "linear" (nn.Linear, weight [out, in]) or "conv1d" (GPT-2's transposed twin).
-        sparse: a mixture of experts; ``*`` in a name is every expert, and blocks differ: names that a block lacks are left out.
+        sparse: a mixture of experts; ``*`` in a name is every expert, and blocks differ: names that a block lacks are
+        left out.
     """
 
     blocks: str
@@ -34,14 +35,17 @@ class Architecture:
     sparse: bool = False
 
     def groups_of(self, block: nn.Module) -> Groups:
-        """The groups of one block. All linears that read the experts' inputs at one point make one group (walk.py, experts.py)."""
+        """The groups of one block. All linears that read the experts' inputs at one point make one group (walk.py,
+        experts.py)."""
         if not self.sparse:
             return self.groups
         there = {name for name, _ in block.named_modules()}
         found = []
         for names in self.groups:
             mixture = names[0].partition(".*.")[0]
-            experts = range(sum(name.rpartition(".")[0] == mixture and name.rpartition(".")[2].isdigit() for name in there))
+            experts = range(
+                sum(name.rpartition(".")[0] == mixture and name.rpartition(".")[2].isdigit() for name in there)
+            )
             every = [name.replace("*", str(e)) for e in experts for name in names] if "*" in names[0] else names
             found.append(tuple(name for name in every if name in there))
         return tuple(names for names in found if names)

@@ -1,9 +1,9 @@
 """Mixtures of experts with one nn.Linear for each matrix of each expert, under the names that checkpoints store.
 
-transformers 5 holds all experts of a block in two fused tensors (storage/fused.py). ``separate`` puts an ``Experts`` in the place of each
-such module: the same sums in the same order, but every matrix is a linear that can be read, replaced and packed on its own. It multiplies
-in two stages (every expert's gate and up, then every expert's down), and whoever walks through the block may stop a pass before either.
-"""
+transformers 5 holds all experts of a block in two fused tensors (storage/fused.py). ``separate`` puts an ``Experts`` in
+the place of each such module: the same sums in the same order, but every matrix is a linear that can be read, replaced
+and packed on its own. It multiplies in two stages (every expert's gate and up, then every expert's down), and whoever
+walks through the block may stop a pass before either."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,14 +20,28 @@ class Experts(nn.ModuleList):
 
     Attributes:
         names: what the family calls gate, up and down.
-        stop: is called with (stage 0 or 1, the inputs of every expert: [tokens routed to it, cols] each) before a stage multiplies.
+        stop: is called with (stage 0 or 1, the inputs of every expert: [tokens routed to it, cols] each) before a stage
+        multiplies.
     """
 
-    def __init__(self, count: int, hidden: int, intermediate: int, act: nn.Module, names: tuple[str, str, str], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        count: int,
+        hidden: int,
+        intermediate: int,
+        act: nn.Module,
+        names: tuple[str, str, str],
+        dtype: torch.dtype,
+    ) -> None:
         gate, up, down = names
         shapes = {gate: (hidden, intermediate), up: (hidden, intermediate), down: (intermediate, hidden)}
         super().__init__(
-            nn.ModuleDict({name: nn.Linear(cols, rows, bias=False, dtype=dtype, device="meta") for name, (cols, rows) in shapes.items()})
+            nn.ModuleDict(
+                {
+                    name: nn.Linear(cols, rows, bias=False, dtype=dtype, device="meta")
+                    for name, (cols, rows) in shapes.items()
+                }
+            )
             for _ in range(count)
         )
         self.names = names
@@ -43,11 +57,16 @@ class Experts(nn.ModuleList):
         return tuple(tuple(f"{expert}.{part}" for part in parts) for expert in range(len(self)))
 
     def forward(
-        self, hidden_states: Float[Tensor, "tokens hidden"], top_k_index: Int[Tensor, "tokens k"], top_k_weights: Float[Tensor, "tokens k"]
+        self,
+        hidden_states: Float[Tensor, "tokens hidden"],
+        top_k_index: Int[Tensor, "tokens k"],
+        top_k_weights: Float[Tensor, "tokens k"],
     ) -> Float[Tensor, "tokens hidden"]:
         """The weighted sum of each token's experts; expert by expert in ascending order, as transformers adds them."""
         gate, up, down = self.names
-        routed = [torch.where((top_k_index == expert).T) for expert in range(len(self))]  # (which of the k, which token)
+        routed = [
+            torch.where((top_k_index == expert).T) for expert in range(len(self))
+        ]  # (which of the k, which token)
         active = [expert for expert, (_, tokens) in enumerate(routed) if len(tokens)]
         if self.stop is not None:
             self.stop(0, [hidden_states[tokens] for _, tokens in routed])
@@ -72,8 +91,8 @@ class Experts(nn.ModuleList):
 def separate(model: nn.Module, mixtral: bool = False) -> bool:
     """Put ``Experts`` (without weights) in the place of every fused module of ``model``; True if there were any.
 
-    With ``mixtral`` the block's mixture is also named as Mixtral's checkpoints do: ``block_sparse_moe`` instead of ``mlp``.
-    """
+    With ``mixtral`` the block's mixture is also named as Mixtral's checkpoints do: ``block_sparse_moe`` instead of
+    ``mlp``."""
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -88,12 +107,15 @@ def separate(model: nn.Module, mixtral: bool = False) -> bool:
             layer: Any = model.get_submodule(name.removesuffix(".mlp.experts"))
             mixture = layer._modules.pop("mlp")
             layer.block_sparse_moe = mixture
-            object.__setattr__(layer, "mlp", mixture)  # the layer's forward asks for it under this name; a plain attribute is no module
+            object.__setattr__(
+                layer, "mlp", mixture
+            )  # the layer's forward asks for it under this name; a plain attribute is no module
     return bool(found)
 
 
 def of_group(block: nn.Module, names: tuple[str, ...]) -> tuple[str, "Experts", int] | None:
-    """Where the linears ``names`` of a group are experts': the path of the mixture in ``block``, it, and the stage they belong to."""
+    """Where the linears ``names`` of a group are experts': the path of the mixture in ``block``, it, and the stage they
+    belong to."""
     path = names[0].rpartition(".")[0].rpartition(".")[0]
     module = block.get_submodule(path) if path else block
     return (path, module, int(names[0].rpartition(".")[2] == module.names[2])) if isinstance(module, Experts) else None

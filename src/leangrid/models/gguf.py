@@ -1,8 +1,8 @@
 """A .gguf file as a checkpoint: dequantized once into a plain directory, a few hundred megabytes at a time.
 
-The header says what the model is (gguf_families.py); gguf-py knows llama.cpp's names of the tensors and the numbers in its blocks. Every
-tensor of the class must be in the file and every tensor of the file in the class, before a weight is read.
-"""
+The header says what the model is (gguf_families.py); gguf-py knows llama.cpp's names of the tensors and the numbers in
+its blocks. Every tensor of the class must be in the file and every tensor of the file in the class, before a weight is
+read."""
 
 import copy
 import json
@@ -42,10 +42,11 @@ _WAY_OUT = "Give a complete file, or the model's own checkpoint (safetensors and
 
 @dataclass(frozen=True)
 class Part:
-    """Where a tensor of the checkpoint lies in the file: ``count`` rows from ``first`` on; None stands for a bias of zeros.
+    """Where a tensor of the checkpoint lies in the file: ``count`` rows from ``first`` on; None stands for a bias of
+    zeros.
 
-    ``heads``: rows of each head are put back from the original Llama's order; ``transposed``: rows become columns; ``shift`` is added.
-    """
+    ``heads``: rows of each head are put back from the original Llama's order; ``transposed``: rows become columns;
+    ``shift`` is added."""
 
     stored: StoredTensor | None
     first: int
@@ -58,7 +59,8 @@ class Part:
 
 @dataclass(frozen=True)
 class GgufSource:
-    """A GGUF model that was understood from its header alone: the config of transformers, and each tensor's place in the file."""
+    """A GGUF model that was understood from its header alone: the config of transformers, and each tensor's place in
+    the file."""
 
     header: Header
     config: dict[str, Any]
@@ -67,18 +69,20 @@ class GgufSource:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether ``path`` is named like a GGUF file, or is one by its first bytes, as in caches that name files by their hash."""
+    """Whether ``path`` is named like a GGUF file, or is one by its first bytes, as in caches that name files by their
+    hash."""
     return path.suffix.lower() == ".gguf" or begins_as_gguf(path)
 
 
 def all_files(path: Path) -> list[Path]:
-    """The files of the model that ``path`` belongs to: itself, or all parts of a split one. CheckpointError where a part is missing."""
+    """The files of the model that ``path`` belongs to: itself, or all parts of a split one. CheckpointError where a
+    part is missing."""
     return parts(path)
 
 
 def dequantizing_bytes(weights: Iterable[int]) -> int:
-    """The most memory that dequantizing takes at once, for tensors of so many weights each: those of one file of the result, and the
-    largest tensor once more while its rows are put in order."""
+    """The most memory that dequantizing takes at once, for tensors of so many weights each: those of one file of the
+    result, and the largest tensor once more while its rows are put in order."""
     sizes = [4 * count for count in weights]
     largest = max(sizes, default=0)
     return min(sum(sizes), max(_SHARD, largest)) + largest
@@ -88,8 +92,8 @@ def open_gguf(path: Path) -> GgufSource:
     """Understand a GGUF model from its header, without reading a weight.
 
     Raises:
-        CheckpointError: the file or a part of it is missing or damaged; its architecture, a field, a type of weights or its tokenizer is
-            not read here; tensors are missing from it or have no place in the model.
+        CheckpointError: the file or a part of it is missing or damaged; its architecture, a field, a type of weights or
+            its tokenizer is not read here; tensors are missing from it or have no place in the model.
     """
     header = read_model_header(path)
     fields = Fields(header, _architecture(header))
@@ -100,14 +104,18 @@ def open_gguf(path: Path) -> GgufSource:
         raise CheckpointError("tensors are missing from the GGUF file: token_embd.weight", path, _WAY_OUT)
     layers = config.get("num_hidden_layers", config.get("n_layer", 0))
     if layers > min(_MAX_BLOCKS, len(header.tensors)):
-        raise CheckpointError(f"its header announces {layers} blocks, and the file holds {len(header.tensors)} tensors", path, _WAY_OUT)
+        raise CheckpointError(
+            f"its header announces {layers} blocks, and the file holds {len(header.tensors)} tensors", path, _WAY_OUT
+        )
     config |= {"vocab_size": embedding.shape[0], "tie_word_embeddings": "output.weight" not in header.tensors}
     config |= gguf_tokenizer.special_ids(header)
     fields.check_rest()
     gguf_tokenizer.check_tokenizer(header, embedding.shape[0])
     for name, stored in header.tensors.items():
         if stored.kind in _INTEGERS or not readable(stored.kind):
-            raise CheckpointError(f"the tensor {name} is stored as {stored.kind}, which cannot be made weights", path, _WAY_OUT)
+            raise CheckpointError(
+                f"the tensor {name} is stored as {stored.kind}, which cannot be made weights", path, _WAY_OUT
+            )
     dtype = _dtype(header)
     config = _completed(path, config, dtype)
     return GgufSource(header, config, dtype, _placed(fields, family, config))
@@ -116,11 +124,15 @@ def open_gguf(path: Path) -> GgufSource:
 def _architecture(header: Header) -> str:
     kind = header.value("general.type", "model")
     if kind == "adapter" or "adapter.type" in header.fields:
-        raise CheckpointError("this GGUF file is a LoRA adapter, not a model", header.file, "Merge it into its base model first")
+        raise CheckpointError(
+            "this GGUF file is a LoRA adapter, not a model", header.file, "Merge it into its base model first"
+        )
     arch = header.value("general.architecture")
     if kind != "model" or not isinstance(arch, str):
         what = f"general.type is {kind!r}" if kind != "model" else "general.architecture is missing"
-        raise CheckpointError(f"this GGUF file holds no language model: {what}", header.file, "Give the file of the model itself")
+        raise CheckpointError(
+            f"this GGUF file holds no language model: {what}", header.file, "Give the file of the model itself"
+        )
     return arch
 
 
@@ -135,7 +147,8 @@ def _dtype(header: Header) -> torch.dtype:
 
 
 def _completed(path: Path, config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The whole config.json: what the file says, and transformers' defaults for what no forward pass of llama.cpp knows."""
+    """The whole config.json: what the file says, and transformers' defaults for what no forward pass of llama.cpp
+    knows."""
     try:
         whole = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config)).to_dict()
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
@@ -169,7 +182,9 @@ def _placed(fields: Fields, family: Family, config: dict[str, Any]) -> dict[str,
         used.add(source)
         found[name] = part = _as_stored(part, family, name, tuple(tensor.shape), config)
         if not _fits(part):
-            wrong.append(f"{source} has shape {list(part.stored.shape) if part.stored else []}, the header asks for {list(part.shape)}")
+            wrong.append(
+                f"{source} has shape {list(part.stored.shape) if part.stored else []}, the header asks for {list(part.shape)}"
+            )
     extra = [name for name in header.tensors if name not in used]
     for problem, names in (("tensors are missing from the GGUF file", missing), ("the GGUF file holds tensors that have no place in a "
                            f"{config['architectures'][0]}", extra), ("header and tensors of the GGUF file disagree", wrong)):  # fmt: skip
@@ -179,8 +194,11 @@ def _placed(fields: Fields, family: Family, config: dict[str, Any]) -> dict[str,
     return found
 
 
-def _place(header: Header, theirs: str, name: str, shape: tuple[int, ...], config: dict[str, Any]) -> tuple[Part, str] | None:
-    """The tensor called ``theirs``, or the expert or the queries, keys or values in one that holds more; None where there is none."""
+def _place(
+    header: Header, theirs: str, name: str, shape: tuple[int, ...], config: dict[str, Any]
+) -> tuple[Part, str] | None:
+    """The tensor called ``theirs``, or the expert or the queries, keys or values in one that holds more; None where
+    there is none."""
     expert = _EXPERT.search(name)
     if expert is not None:
         number = int(expert[1])
@@ -215,7 +233,9 @@ def _as_stored(part: Part, family: Family, name: str, shape: tuple[int, ...], co
     heads = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
     permuted = next((config[key] for text, key in heads.items() if text in name), None) if family.permuted else None
     transposed = config["model_type"] == "gpt2" and len(shape) == 2 and ".h." in name
-    return replace(part, heads=permuted, transposed=transposed, shift=-1.0 if family.norm_plus_one and "norm." in name else 0.0)
+    return replace(
+        part, heads=permuted, transposed=transposed, shift=-1.0 if family.norm_plus_one and "norm." in name else 0.0
+    )
 
 
 def _fits(part: Part) -> bool:
@@ -226,11 +246,14 @@ def _fits(part: Part) -> bool:
     wanted = part.shape[::-1] if part.transposed else part.shape
     if part.heads and wanted[0] % (2 * part.heads):
         return False
-    return shape == wanted or (len(wanted) == 2 and wanted[0] == 1 and shape == wanted[1:])  # a gate of one row is stored as a vector
+    return shape == wanted or (
+        len(wanted) == 2 and wanted[0] == 1 and shape == wanted[1:]
+    )  # a gate of one row is stored as a vector
 
 
 def _read(part: Part, dtype: torch.dtype) -> Tensor:
-    """One tensor of the checkpoint, in ``dtype``; what is stored as plain floats is only narrowed where that loses nothing."""
+    """One tensor of the checkpoint, in ``dtype``; what is stored as plain floats is only narrowed where that loses
+    nothing."""
     stored = part.stored
     if stored is None:
         return torch.zeros(part.shape, dtype=dtype)
@@ -270,11 +293,12 @@ def _shards(source: GgufSource) -> Iterator[list[str]]:
 
 
 def dequantize(path: Path, directory: Path) -> torch.dtype:
-    """Write the model in ``path`` (and its other parts) to ``directory`` as config.json, safetensors files and tokenizer files.
+    """Write the model in ``path`` (and its other parts) to ``directory`` as config.json, safetensors files and
+    tokenizer files.
 
     Returns:
-        the dtype of most written weights: the file's own for plain floats, bfloat16 for blocks. Plain tensors of another dtype keep it
-        where the common one cannot hold them exactly.
+        the dtype of most written weights: the file's own for plain floats, bfloat16 for blocks. Plain tensors of
+        another dtype keep it where the common one cannot hold them exactly.
 
     Raises:
         CheckpointError: as ``open_gguf``; or the file cannot be read to its end. OutputError from the disk.
@@ -294,10 +318,14 @@ def dequantize(path: Path, directory: Path) -> torch.dtype:
         names |= dict.fromkeys(held, file)
         del tensors
     if len(shards) > 1:
-        files.write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
+        files.write_json(
+            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names}
+        )
     generation = gguf_tokenizer.generation_config(source.header)
     files.atomic_write(directory / "generation_config.json", json.dumps(generation, indent=2).encode())
-    files.atomic_write(directory / "config.json", json.dumps(source.config, indent=2).encode())  # the last: it says that all is there
+    files.atomic_write(
+        directory / "config.json", json.dumps(source.config, indent=2).encode()
+    )  # the last: it says that all is there
     return source.dtype
 
 
@@ -318,4 +346,6 @@ def describe(path: Path) -> DescribedCheckpoint:
         raise CheckpointError(error.what, path, error.way_out) from error
     name, size = _NAMES[source.dtype], source.dtype.itemsize
     shapes = {name_: (part.shape, torch.Size(part.shape).numel() * size) for name_, part in source.tensors.items()}
-    return DescribedCheckpoint(path, source.config, {n: TensorShape(name, shape, nbytes) for n, (shape, nbytes) in shapes.items()})
+    return DescribedCheckpoint(
+        path, source.config, {n: TensorShape(name, shape, nbytes) for n, (shape, nbytes) in shapes.items()}
+    )

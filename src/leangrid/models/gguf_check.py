@@ -1,9 +1,8 @@
 """Does a directory say what a GGUF file says? An answer that does not go through the code that made the directory.
 
-gguf-py reads the file, safetensors the directory. Names and order of rows are those of the exporting side (gguf_names.py); where it does
-not know the architecture, the numbers of each block are compared as a set. The rotary angles are computed twice, by transformers from
-config.json and by llama.cpp's formulas from the header.
-"""
+gguf-py reads the file, safetensors the directory. Names and order of rows are those of the exporting side
+(gguf_names.py); where it does not know the architecture, the numbers of each block are compared as a set. The rotary
+angles are computed twice, by transformers from config.json and by llama.cpp's formulas from the header."""
 
 import copy
 import json
@@ -47,7 +46,8 @@ _SIZES = {
 
 
 def check_against_file(path: Path, directory: Path) -> list[str]:
-    """The differences between a GGUF model and the directory that was made of it, in sentences; empty where there are none.
+    """The differences between a GGUF model and the directory that was made of it, in sentences; empty where there are
+    none.
 
     Args:
         path: the .gguf file, or any part of a split one.
@@ -61,7 +61,9 @@ def check_against_file(path: Path, directory: Path) -> list[str]:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"cannot be read for a second look: {error}", path, "Check the disk") from error
-    said = {key: field.contents() for key, field in readers[0].fields.items() if not key.startswith(("GGUF.", "tokenizer."))}
+    said = {
+        key: field.contents() for key, field in readers[0].fields.items() if not key.startswith(("GGUF.", "tokenizer."))
+    }
     theirs = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     problems = [*_sizes(said, config), *_angles(said, theirs, config)]
     kept = {name: tensor for name, tensor in theirs.items() if name not in _ROPE_TENSORS}
@@ -76,14 +78,18 @@ def _sizes(said: dict[str, Any], config: dict[str, Any]) -> Iterator[str]:
     for key, names in _SIZES.items():
         name = next((name for name in names if config.get(name) is not None), None)
         given = said.get(f"{arch}.{key}")
-        if given is None or (name is None and (not given or key == "attention.layer_norm_epsilon")):  # beside the rms one it means nothing
+        if given is None or (
+            name is None and (not given or key == "attention.layer_norm_epsilon")
+        ):  # beside the rms one it means nothing
             continue
         ours = None if name is None else config[name]
         if name is None or ours is None or not math.isclose(ours, given, rel_tol=_FLOAT32):
             yield f"{arch}.{key} is {given}, config.json's {name or names[0]} {ours}"
     hidden, heads = said[f"{arch}.embedding_length"], said[f"{arch}.attention.head_count"]
     size = said.get(f"{arch}.attention.key_length", hidden // heads)
-    ours = config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // (config.get("num_attention_heads") or heads)
+    ours = config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // (
+        config.get("num_attention_heads") or heads
+    )
     if size != ours:
         yield f"a head has {size} dimensions in the file, {ours} by config.json"
 
@@ -110,7 +116,9 @@ def _angles(said: dict[str, Any], theirs: dict[str, Any], config: dict[str, Any]
     plain: Any = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config))
     nested = "full_attention" in plain.rope_parameters
     rope = plain.rope_parameters["full_attention"] if nested else plain.rope_parameters
-    size = said.get(f"{arch}.attention.key_length", said[f"{arch}.embedding_length"] // said[f"{arch}.attention.head_count"])
+    size = said.get(
+        f"{arch}.attention.key_length", said[f"{arch}.embedding_length"] // said[f"{arch}.attention.head_count"]
+    )
     dims = said.get(f"{arch}.rope.dimension_count", size)
     for long in (False, True):
         expected, factor = _llama_cpp(said, theirs, dims, long)
@@ -151,7 +159,9 @@ def _llama_cpp(said: dict[str, Any], theirs: dict[str, Any], dims: int, long: bo
     return plain / scale * (1 - ramp) + plain * ramp, factor
 
 
-def _transformers(plain: Any, rope: dict[str, Any], size: int, long: bool, layer: str | None) -> tuple[np.ndarray, float]:
+def _transformers(
+    plain: Any, rope: dict[str, Any], size: int, long: bool, layer: str | None
+) -> tuple[np.ndarray, float]:
     kind = rope.get("rope_type", "default")
     dims = int(size * rope.get("partial_rotary_factor", 1.0))
     if kind == "default":
@@ -196,7 +206,9 @@ def _tensors(theirs: dict[str, Any], directory: Path, names: gguf_names.GgufMode
     yield from (f"{name} of the file is not in the directory" for name in left)
 
 
-def _part_of_fused(theirs: dict[str, Any], names: gguf_names.GgufModel, name: str, ours: Tensor) -> tuple[Any, int] | None:
+def _part_of_fused(
+    theirs: dict[str, Any], names: gguf_names.GgufModel, name: str, ours: Tensor
+) -> tuple[Any, int] | None:
     """The tensor that holds queries, keys and values one after the other, and the row at which ``name`` begins."""
     match = re.search(r"layers\.(\d+)\.self_attn\.([qkv])_proj\.weight", name)
     stored = None if match is None else theirs.get(f"blk.{match[1]}.attn_qkv.weight")
@@ -222,7 +234,9 @@ def _same(stored: Any, first: int, ours: Tensor, order: Tensor | None, shift: fl
         if shift:
             equal = torch.allclose(mine.float() + shift, values, rtol=0, atol=1e-6)
         else:
-            equal = torch.equal(mine.float(), values if stored.tensor_type.name in _PLAIN else values.to(mine.dtype).float())
+            equal = torch.equal(
+                mine.float(), values if stored.tensor_type.name in _PLAIN else values.to(mine.dtype).float()
+            )
         if not equal:
             return False
     return True
@@ -248,10 +262,18 @@ def _sums(theirs: dict[str, Any], directory: Path, config: dict[str, Any]) -> It
         if name.endswith(".bias") and not bool(values.any()) and values.numel():
             continue  # a bias of zeros may be none in the file, and adds nothing to its sums
         for piece in values.reshape(-1).split(_VALUES):
-            own[block[1] if block else "all"] += (piece.numel(), float(piece.double().sum()), float(piece.double().square().sum()))
+            own[block[1] if block else "all"] += (
+                piece.numel(),
+                float(piece.double().sum()),
+                float(piece.double().square().sum()),
+            )
     for block in sorted({*file, *own}):
         one, other = file[block], own[block]
         scale = math.sqrt(max(one[0] * one[2], 1e-30))  # the largest that a sum of these could be
-        if one[0] != other[0] or abs(one[1] - other[1]) > _SUMS * scale or not math.isclose(one[2], other[2], rel_tol=100 * _SUMS):
+        if (
+            one[0] != other[0]
+            or abs(one[1] - other[1]) > _SUMS * scale
+            or not math.isclose(one[2], other[2], rel_tol=100 * _SUMS)
+        ):
             where = "the tensors outside of the blocks hold" if block == "all" else f"block {block} holds"
             yield f"{where} other weights in the file than in the directory"

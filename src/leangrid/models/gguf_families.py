@@ -1,8 +1,7 @@
 """The architectures of llama.cpp that leangrid reads: what a header of each means as a transformers config.
 
-Read from llama.cpp's loaders (src/models/*.cpp): a field that a file leaves out takes llama.cpp's default, not transformers'. To add one,
-add its function and its row; the tensors' names follow from gguf-py's name map.
-"""
+Read from llama.cpp's loaders (src/models/*.cpp): a field that a file leaves out takes llama.cpp's default, not
+transformers'. To add one, add its function and its row; the tensors' names follow from gguf-py's name map."""
 
 import math
 from collections.abc import Callable
@@ -65,7 +64,9 @@ def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
     size, values = fields.integer("attention.key_length", usual), fields.integer("attention.value_length", usual)
     if size != values:
         raise fields.refuse("attention.value_length", f"{values} beside attention.key_length = {size}")
-    if size == 0 or (hidden % heads and "attention.key_length" not in {key.partition(".")[2] for key in fields.header.fields}):
+    if size == 0 or (
+        hidden % heads and "attention.key_length" not in {key.partition(".")[2] for key in fields.header.fields}
+    ):
         raise fields.refuse("attention.head_count", f"{heads} heads in {hidden} dimensions")
     return size
 
@@ -103,7 +104,9 @@ def _llama(fields: Fields) -> Config:
     common |= _whole_rope(fields, common["head_dim"]) | _inner(fields)
     window = _window(fields)
     if fields.take("expert_count", 0):
-        return common | _experts(fields, "num_local_experts", True) | {"model_type": "mixtral", "sliding_window": window}
+        return (
+            common | _experts(fields, "num_local_experts", True) | {"model_type": "mixtral", "sliding_window": window}
+        )
     attention, mlp = _biases(fields, _ATTENTION_BIASES), _biases(fields, _MLP_BIASES)
     if window:
         return common | {"model_type": "mistral", "sliding_window": window}
@@ -125,7 +128,12 @@ def _experts(fields: Fields, count: str, normalised: bool) -> Config:
 def _qwen2(fields: Fields) -> Config:
     _no_window(fields)
     common = _common(fields)
-    return common | _whole_rope(fields, common["head_dim"]) | _inner(fields) | {"model_type": "qwen2", "use_sliding_window": False}
+    return (
+        common
+        | _whole_rope(fields, common["head_dim"])
+        | _inner(fields)
+        | {"model_type": "qwen2", "use_sliding_window": False}
+    )
 
 
 def _qwen3(fields: Fields) -> Config:
@@ -142,7 +150,8 @@ def _qwen2_moe(fields: Fields) -> Config:
     found = _experts(fields, "num_experts", False)
     sizes = {
         "intermediate_size": inner,
-        "moe_intermediate_size": fields.integer("expert_feed_forward_length", 0) or inner // found["num_experts_per_tok"],
+        "moe_intermediate_size": fields.integer("expert_feed_forward_length", 0)
+        or inner // found["num_experts_per_tok"],
         "shared_expert_intermediate_size": fields.integer("expert_shared_feed_forward_length", 0) or inner,
     }
     kind = {
@@ -171,7 +180,9 @@ def _olmoe(fields: Fields) -> Config:
     _no_window(fields)
     common = _common(fields)
     if common["head_dim"] * common["num_attention_heads"] != common["hidden_size"]:
-        raise fields.refuse("attention.key_length", f"{common['head_dim']}, which is not embedding_length / attention.head_count")
+        raise fields.refuse(
+            "attention.key_length", f"{common['head_dim']}, which is not embedding_length / attention.head_count"
+        )
     del common["head_dim"]
     clip = fields.number("attention.clamp_kqv", 0.0)
     kind = {"model_type": "olmoe", "norm_topk_prob": False, "clip_qkv": clip or None}
@@ -182,7 +193,9 @@ def _olmoe(fields: Fields) -> Config:
 def _phi3(fields: Fields) -> Config:
     common = _common(fields)
     if common["head_dim"] * common["num_attention_heads"] != common["hidden_size"]:
-        raise fields.refuse("attention.key_length", f"{common['head_dim']}, which is not embedding_length / attention.head_count")
+        raise fields.refuse(
+            "attention.key_length", f"{common['head_dim']}, which is not embedding_length / attention.head_count"
+        )
     head_dim, context = common.pop("head_dim"), common["max_position_embeddings"]
     dims = fields.integer("rope.dimension_count", head_dim)
     if not 0 < dims <= head_dim or dims % 2 or int(head_dim * (dims / head_dim)) != dims:
@@ -198,7 +211,8 @@ def _phi3(fields: Fields) -> Config:
 
 
 def _gemma(fields: Fields, arch: str, period: int, window: int) -> Config:
-    """What Gemma 2 and 3 share: some blocks attend to a window only, and queries are scaled by a number of their own."""
+    """What Gemma 2 and 3 share: some blocks attend to a window only, and queries are scaled by a number of their
+    own."""
     common = _common(fields) | _inner(fields)
     layers, heads = common["num_hidden_layers"], common["num_attention_heads"]
     wide = layers == _GEMMA_27B[arch]
@@ -243,7 +257,10 @@ def _gemma2(fields: Fields) -> Config:
 def _gemma3(fields: Fields) -> Config:
     found = _gemma(fields, "gemma3", 6, 0)
     if not found["sliding_window"]:  # llama.cpp: no window, no block with one, and one base for all
-        found["sliding_window"], found["layer_types"] = found["max_position_embeddings"], ["full_attention"] * found["num_hidden_layers"]
+        found["sliding_window"], found["layer_types"] = (
+            found["max_position_embeddings"],
+            ["full_attention"] * found["num_hidden_layers"],
+        )
     local = {"rope_type": "default", "rope_theta": fields.number("rope.freq_base_swa", 10000.0)}
     rope = {"sliding_attention": local, "full_attention": rope_parameters(fields, found["head_dim"], "linear")}
     cap = fields.number("final_logit_softcapping", 0.0) or None
@@ -254,8 +271,14 @@ def _gemma3(fields: Fields) -> Config:
 
 def _gpt2(fields: Fields) -> Config:
     hidden, heads = _positive(fields, "embedding_length"), _positive(fields, "attention.head_count")
-    if hidden % heads or fields.integer("attention.head_count_kv", heads) != heads or _head_dim(fields, hidden, heads) != hidden // heads:
-        raise fields.refuse("attention.head_count", f"{heads} in {hidden} dimensions with fewer keys or another size of heads")
+    if (
+        hidden % heads
+        or fields.integer("attention.head_count_kv", heads) != heads
+        or _head_dim(fields, hidden, heads) != hidden // heads
+    ):
+        raise fields.refuse(
+            "attention.head_count", f"{heads} in {hidden} dimensions with fewer keys or another size of heads"
+        )
     return {
         "model_type": "gpt2",
         "n_embd": hidden,
@@ -287,6 +310,8 @@ def family_of(fields: Fields) -> Family:
     found = FAMILIES.get(fields.arch)
     if found is None:
         raise CheckpointError(
-            f"leangrid does not read llama.cpp's architecture '{fields.arch}'", fields.header.file,
-            f"It reads: {', '.join(FAMILIES)}. Give the model's own checkpoint (safetensors and config.json)")  # fmt: skip
+            f"leangrid does not read llama.cpp's architecture '{fields.arch}'",
+            fields.header.file,
+            f"It reads: {', '.join(FAMILIES)}. Give the model's own checkpoint (safetensors and config.json)",
+        )
     return found

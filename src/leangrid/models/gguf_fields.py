@@ -1,4 +1,5 @@
-"""The header fields of one architecture, taken one by one: what nobody took in the end changes the model and was not understood."""
+"""The header fields of one architecture, taken one by one: what nobody took in the end changes the model and was not
+understood."""
 
 import math
 from functools import cache
@@ -16,7 +17,8 @@ _WAY_OUT = "Give the model's own checkpoint (safetensors and config.json) as SOU
 _PLAIN: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 _CHUNK = 1 << 22  # weights that become numbers at once
 
-# Fields that change nothing at these values (a missing field of llama.cpp's is one of them); they are refused at others.
+# Fields that change nothing at these values (a missing field of llama.cpp's is one of them); they are refused at
+# others.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -64,7 +66,8 @@ class Fields:
         return self.header.value(f"{self.arch}.{key}", default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number, as the shortest decimal that float32 reads as the stored one; CheckpointError where it is required or none."""
+        """A finite number, as the shortest decimal that float32 reads as the stored one; CheckpointError where it is
+        required or none."""
         value = self._one(key, self.take(key, default))
         if isinstance(value, str) or not math.isfinite(value):
             raise self.refuse(key, repr(value))
@@ -120,12 +123,15 @@ class Fields:
     def refuse(self, key: str, value: str) -> CheckpointError:
         """The refusal of a field or tensor whose meaning transformers' class cannot be told."""
         name = key if key.endswith(".weight") else f"{self.arch}.{key}"
-        return CheckpointError(f"the GGUF file says {name} = {value}, which leangrid cannot carry over", self.header.file, _WAY_OUT)
+        return CheckpointError(
+            f"the GGUF file says {name} = {value}, which leangrid cannot carry over", self.header.file, _WAY_OUT
+        )
 
 
 @cache
 def readable(kind: str) -> bool:
-    """Whether weights of ggml's type ``kind`` can be made numbers: plain floats, and the blocks that gguf-py has formulas for."""
+    """Whether weights of ggml's type ``kind`` can be made numbers: plain floats, and the blocks that gguf-py has
+    formulas for."""
     number = gguf.GGMLQuantizationType[kind]
     if kind in _PLAIN:
         return True
@@ -137,12 +143,15 @@ def readable(kind: str) -> bool:
 
 
 def rows(stored: StoredTensor, first: int, count: int) -> Tensor:
-    """``count`` rows of a tensor from row ``first`` on, as float32 [count, columns] (float64 where they are stored so)."""
+    """``count`` rows of a tensor from row ``first`` on, as float32 [count, columns] (float64 where they are stored
+    so)."""
     with stored.file.open("rb", buffering=0) as file:
         file.seek(stored.start + first * stored.row_bytes)
         raw = np.empty((count, stored.row_bytes), np.uint8)
         if file.readinto(raw.data) != raw.nbytes:  # pyright: ignore[reportArgumentType]
-            raise CheckpointError("the file ends early: it has become shorter", stored.file, "Check the download and the disk")
+            raise CheckpointError(
+                "the file ends early: it has become shorter", stored.file, "Check the download and the disk"
+            )
     if stored.kind in _PLAIN:
         values = raw.view(_PLAIN[stored.kind])
         return torch.from_numpy(values if stored.kind == "F64" else values.astype(np.float32))

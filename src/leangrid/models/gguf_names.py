@@ -1,8 +1,8 @@
-"""A config.json as llama.cpp knows it: its name for the architecture, its header fields, its names and order of the tensors.
+"""A config.json as llama.cpp knows it: its name for the architecture, its header fields, its names and order of the
+tensors.
 
-Read from llama.cpp's loaders (src/models/*.cpp) and its converter: what a field leaves out takes a default there, so everything is said,
-and everything that no field can say is refused.
-"""
+Read from llama.cpp's loaders (src/models/*.cpp) and its converter: what a field leaves out takes a default there, so
+everything is said, and everything that no field can say is refused."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -45,8 +45,8 @@ _FAMILIES: dict[str, _Family] = {
 class GgufModel:
     """What llama.cpp must be told of a model.
 
-    ``fields``: the header without the tokenizer. ``extra``: tensors that no checkpoint holds. ``notices``: sentences for the user.
-    """
+    ``fields``: the header without the tokenizer. ``extra``: tensors that no checkpoint holds. ``notices``: sentences
+    for the user."""
 
     arch: str
     fields: dict[str, Field]
@@ -60,7 +60,9 @@ class GgufModel:
         """llama.cpp's name of a checkpoint's tensor; ArchitectureError where it has none."""
         found = self._names(name)
         if found is None:
-            raise ArchitectureError(f"llama.cpp's {self.arch} has no place for this tensor", name, "Export to dense instead")
+            raise ArchitectureError(
+                f"llama.cpp's {self.arch} has no place for this tensor", name, "Export to dense instead"
+            )
         return found
 
     def row_order(self, name: str, rows: int) -> Int[Tensor, " rows"] | None:
@@ -79,8 +81,11 @@ def describe(config: dict[str, Any], name: str) -> GgufModel:
     """
     family = _FAMILIES.get(config.get("model_type", ""))
     if family is None:
-        raise ArchitectureError(f"the GGUF export does not know '{config.get('model_type')}'", "config.json: model_type",
-                                f"It knows: {', '.join(_FAMILIES)}. Export to dense and use llama.cpp's own converter")  # fmt: skip
+        raise ArchitectureError(
+            f"the GGUF export does not know '{config.get('model_type')}'",
+            "config.json: model_type",
+            f"It knows: {', '.join(_FAMILIES)}. Export to dense and use llama.cpp's own converter",
+        )
     plain: Any = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(
         deepcopy({k: v for k, v in config.items() if k != "quantization_config"})  # transformers writes into it
     )
@@ -113,10 +118,13 @@ def describe(config: dict[str, Any], name: str) -> GgufModel:
 
 
 def _context(config: Any, notices: list[str]) -> int:
-    """The longest context in which llama.cpp computes the same: a Mistral's sliding window is unknown to it, so it is the limit."""
+    """The longest context in which llama.cpp computes the same: a Mistral's sliding window is unknown to it, so it is
+    the limit."""
     window = getattr(config, "sliding_window", None)
     if config.model_type == "mistral" and window and window < config.max_position_embeddings:
-        notices.append(f"llama.cpp knows no sliding window for this architecture: the context is limited to the window, {window} tokens")
+        notices.append(
+            f"llama.cpp knows no sliding window for this architecture: the context is limited to the window, {window} tokens"
+        )
         return window
     return config.max_position_embeddings
 
@@ -135,7 +143,8 @@ def _check(config: Any, family: _Family, head_dim: int) -> None:
         wrong = "use_bidirectional_attention"
     elif family.arch == "gemma3":
         kinds = [
-            "full_attention" if i % _GEMMA3_PERIOD == _GEMMA3_PERIOD - 1 else "sliding_attention" for i in range(config.num_hidden_layers)
+            "full_attention" if i % _GEMMA3_PERIOD == _GEMMA3_PERIOD - 1 else "sliding_attention"
+            for i in range(config.num_hidden_layers)
         ]
         wide = config.num_hidden_layers == _GEMMA3_27B
         scalar = config.hidden_size // config.num_attention_heads if wide else head_dim
@@ -144,7 +153,9 @@ def _check(config: Any, family: _Family, head_dim: int) -> None:
         elif config.query_pre_attn_scalar != scalar:
             wrong = f"query_pre_attn_scalar {config.query_pre_attn_scalar} (llama.cpp scales by {scalar})"
     if wrong is not None:
-        raise ArchitectureError(f"llama.cpp's {family.arch} has no way to say {wrong}", "config.json", "Export to dense instead")
+        raise ArchitectureError(
+            f"llama.cpp's {family.arch} has no way to say {wrong}", "config.json", "Export to dense instead"
+        )
 
 
 def _rope(config: Any, family: _Family) -> tuple[dict[str, Tensor], dict[str, tuple[str, Any]]]:
@@ -179,5 +190,8 @@ def _llama3_factors(config: Any) -> Float[Tensor, " half_head_dim"]:
 
 
 def _unknown_rope(kind: str) -> ArchitectureError:
-    return ArchitectureError(f"the GGUF export does not write rope scaling of type '{kind}'", "config.json: rope_parameters",
-                             "It writes default, linear and, for Llama, llama3. Export to dense and use llama.cpp's converter")  # fmt: skip
+    return ArchitectureError(
+        f"the GGUF export does not write rope scaling of type '{kind}'",
+        "config.json: rope_parameters",
+        "It writes default, linear and, for Llama, llama3. Export to dense and use llama.cpp's converter",
+    )

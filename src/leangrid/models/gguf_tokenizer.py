@@ -1,8 +1,8 @@
 """The tokenizer that a GGUF header holds, built from the header alone: gguf_vocab.py read backwards.
 
-transformers' own builders differ from one release to the next and lose the space prefix, ids and rules in silence, and its loader looks at
-the files beside the GGUF, which may name code. So the backend is put together here, from the parts of the tokenizers library.
-"""
+transformers' own builders differ from one release to the next and lose the space prefix, ids and rules in silence, and
+its loader looks at the files beside the GGUF, which may name code. So the backend is put together here, from the parts
+of the tokenizers library."""
 
 from typing import Any
 
@@ -41,17 +41,24 @@ _EXPRESSIONS = {
 _UNNAMED = ("default", "")  # files of before May 2024
 _NONE = ("none", "no_vocab")
 _WAY_OUT = "Take the model's own checkpoint (safetensors and tokenizer.json) as SOURCE"
-_SPECIAL = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 
 
 def check_tokenizer(header: Header, rows: int) -> None:
-    """Refuse a tokenizer that cannot be built, before anything is: CheckpointError for an unknown kind or rule, for more tokens than the
-    model's ``rows`` embeddings, and for lists that do not belong together."""
+    """Refuse a tokenizer that cannot be built, before anything is: CheckpointError for an unknown kind or rule, for
+    more tokens than the model's ``rows`` embeddings, and for lists that do not belong together."""
     kind = header.value("tokenizer.ggml.model")
     if kind is None or kind in _NONE:
         return
     if kind not in ("llama", "gpt2"):
-        raise _refused(header, f"its tokenizer is of the kind {kind!r}, and leangrid builds llama (SentencePiece's BPE) and gpt2")
+        raise _refused(
+            header, f"its tokenizer is of the kind {kind!r}, and leangrid builds llama (SentencePiece's BPE) and gpt2"
+        )
     tokens = header.value("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens[:1]) or not tokens:
         raise _refused(header, "its list of tokens is missing")
@@ -82,7 +89,9 @@ def tokenizer_of(header: Header) -> PreTrainedTokenizerBase | None:
         return None
     types = header.value("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     backend = _sentencepiece(header, tokens, types) if kind == "llama" else _byte_level(header, tokens)
-    backend.add_special_tokens([_added(t, True) for t, number in zip(tokens, types, strict=True) if number in (CONTROL, UNKNOWN)])
+    backend.add_special_tokens(
+        [_added(t, True) for t, number in zip(tokens, types, strict=True) if number in (CONTROL, UNKNOWN)]
+    )
     backend.add_tokens([_added(t, False) for t, number in zip(tokens, types, strict=True) if number == USER_DEFINED])
     special = {name: tokens[number] for name, key in _SPECIAL.items()
                if (number := header.value(f"tokenizer.ggml.{key}")) is not None}  # fmt: skip
@@ -97,8 +106,12 @@ def tokenizer_of(header: Header) -> PreTrainedTokenizerBase | None:
     else:
         backend.post_processor = processors.ByteLevel(trim_offsets=False) if kind == "gpt2" else processors.Sequence([])
     arch = header.value("general.architecture")
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=header.value(f"{arch}.context_length", 1 << 30),
-                                   clean_up_tokenization_spaces=False, **special)  # fmt: skip
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=header.value(f"{arch}.context_length", 1 << 30),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
     template = _template(header)
     if template:
         made.chat_template = template
@@ -112,7 +125,8 @@ def special_ids(header: Header) -> dict[str, int | None]:
 
 
 def generation_config(header: Header) -> dict[str, Any]:
-    """generation_config.json: the special tokens, and all that end an answer (llama.cpp stops at the end of a turn too)."""
+    """generation_config.json: the special tokens, and all that end an answer (llama.cpp stops at the end of a turn
+    too)."""
     ids = special_ids(header)
     ends = [ids["eos_token_id"], *(header.value(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))]
     ends = list(dict.fromkeys(number for number in ends if isinstance(number, int)))
@@ -133,7 +147,8 @@ def _adds(header: Header, which: str, default: bool) -> bool:
 
 
 def _rule(header: Header) -> str:
-    """The name of the rule by which text is split. Files of before May 2024 have none: then the one of the model's own tokenizer."""
+    """The name of the rule by which text is split. Files of before May 2024 have none: then the one of the model's own
+    tokenizer."""
     rule = header.value("tokenizer.ggml.pre", "")
     if rule not in _UNNAMED:
         return rule
@@ -148,7 +163,9 @@ def _byte_level(header: Header, tokens: list[str]) -> Tokenizer:
     merges = [tuple(text.split(" ", 1)) for text in header.value("tokenizer.ggml.merges")]
     vocab = {text: number for number, text in enumerate(tokens)}
     # Merges of an old file may name what a broken converter dropped; the library would refuse the whole tokenizer.
-    kept: list[Any] = [pair for pair in merges if len(pair) == 2 and all(part in vocab for part in (*pair, "".join(pair)))]
+    kept: list[Any] = [
+        pair for pair in merges if len(pair) == 2 and all(part in vocab for part in (*pair, "".join(pair)))
+    ]
     backend = Tokenizer(models.BPE(vocab=vocab, merges=kept, ignore_merges=rule in WHOLE))
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if rule in _EXPRESSIONS:

@@ -1,8 +1,8 @@
 """A tokenizer as llama.cpp's header fields, from what transformers made of it (the backend's own JSON).
 
-llama.cpp knows a pre-tokenizer by name only, and each name is one fixed rule in its source (llama-vocab.cpp). The rule of a tokenizer is
-compared with those; one that is not among them is refused, because a near one gives other tokens and a worse model without a word.
-"""
+llama.cpp knows a pre-tokenizer by name only, and each name is one fixed rule in its source (llama-vocab.cpp). The rule
+of a tokenizer is compared with those; one that is not among them is refused, because a near one gives other tokens and
+a worse model without a word."""
 
 import json
 from typing import Any
@@ -21,7 +21,8 @@ TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# (steps before the bytes, whether the byte level splits by GPT-2's rule, whether a whole word in the vocabulary skips the merges) -> name
+# (steps before the bytes, whether the byte level splits by GPT-2's rule, whether a whole word in the vocabulary skips
+# the merges) -> name
 _PRE: dict[tuple[tuple[str, ...], bool, bool], str] = {
     ((), True, False): "gpt-2",
     (("digits",), True, False): "smollm",
@@ -30,11 +31,42 @@ _PRE: dict[tuple[tuple[str, ...], bool, bool], str] = {
     ((QWEN2,), False, False): "qwen2",
     ((TEKKEN,), False, True): "tekken",
 }
-# Names in files whose rule is another's (llama-vocab.cpp): digits apart and then GPT-2's, GPT-2's alone, words of the vocabulary whole.
+# Names in files whose rule is another's (llama-vocab.cpp): digits apart and then GPT-2's, GPT-2's alone, words of the
+# vocabulary whole.
 DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
-GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code", "roberta-bpe", "gigachat",
-         "a.x-4.0", "mellum", "modern-bert", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"}  # fmt: skip
-WHOLE = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken"}
+GPT2 = {
+    "gpt-2",
+    "phi-2",
+    "jina-es",
+    "jina-de",
+    "jina-v2-es",
+    "jina-v2-de",
+    "jina-v1-en",
+    "jina-v2-code",
+    "roberta-bpe",
+    "gigachat",
+    "a.x-4.0",
+    "mellum",
+    "modern-bert",
+    "mpt",
+    "olmo",
+    "jais",
+    "trillion",
+    "granite-docling",
+    "exaone4",
+}
+WHOLE = {
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "falcon3",
+    "falcon-h1",
+    "pixtral",
+    "midm-2.0",
+    "lfm2",
+    "jina-v5-nano",
+    "tekken",
+}
 _WAY_OUT = "Take tokenizer and metadata from a file of the same model: --like FILE.gguf"
 
 
@@ -49,12 +81,21 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict[str,
         raise CheckpointError(f"{type(tokenizer).__name__} has no fast tokenizer to read", "tokenizer", _WAY_OUT)
     described = json.loads(backend.to_str())
     model = described["model"]
-    if model.get("type") != "BPE" or model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+    if (
+        model.get("type") != "BPE"
+        or model.get("dropout")
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+    ):
         raise _unknown(f"a {model.get('type')} model of this kind")
     notices: list[str] = []
     kind = _sentencepiece(described, notices) if model.get("byte_fallback") else _byte_level(described)
     tokens, types = _tokens(described, rows, kind, notices)
-    fields = {**kind, "tokenizer.ggml.tokens": Field("string", tokens), "tokenizer.ggml.token_type": Field("int32", types)}
+    fields = {
+        **kind,
+        "tokenizer.ggml.tokens": Field("string", tokens),
+        "tokenizer.ggml.token_type": Field("int32", types),
+    }
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     if kind["tokenizer.ggml.model"].value == "gpt2":
         fields["tokenizer.ggml.merges"] = Field("string", [" ".join(pair) for pair in merges])
@@ -90,7 +131,8 @@ def _byte_level(described: dict[str, Any]) -> dict[str, Field]:
 
 
 def _rule(step: dict[str, Any]) -> str:
-    """A step before the byte level: "digits", the expression it splits by, or "" for one that llama.cpp knows nothing of."""
+    """A step before the byte level: "digits", the expression it splits by, or "" for one that llama.cpp knows nothing
+    of."""
     if step["type"] == "Digits" and step.get("individual_digits"):
         return "digits"
     if step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
@@ -99,25 +141,34 @@ def _rule(step: dict[str, Any]) -> str:
 
 
 def _sentencepiece(described: dict[str, Any], notices: list[str]) -> dict[str, Field]:
-    """SentencePiece's BPE with bytes for what is not in the vocabulary (Llama 2, Mistral, Gemma): where a space goes in front."""
+    """SentencePiece's BPE with bytes for what is not in the vocabulary (Llama 2, Mistral, Gemma): where a space goes in
+    front."""
     normal, steps = _steps(described["normalizer"], "normalizers"), _steps(described["pre_tokenizer"], "pretokenizers")
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
-    split = len(steps) == 1 and steps[0]["type"] == "Split" and steps[0]["pattern"] == {"String": " "}  # no space is left to split at
+    split = (
+        len(steps) == 1 and steps[0]["type"] == "Split" and steps[0]["pattern"] == {"String": " "}
+    )  # no space is left to split at
     first = False
     if normal == [prepend, spaces] and not steps:
         first = True
     elif len(steps) == 1 and not normal and steps[0]["type"] == "Metaspace" and steps[0]["replacement"] == SPACE:
         first = steps[0].get("prepend_scheme", "always") != "never"
         if steps[0].get("prepend_scheme") == "first":
-            notices.append("llama.cpp puts a space also in front of text behind a special token; this tokenizer only at the very start")
+            notices.append(
+                "llama.cpp puts a space also in front of text behind a special token; this tokenizer only at the very start"
+            )
     elif normal != [spaces] or not (split or not steps):
-        raise _unknown(f"a BPE with byte fallback behind {', '.join(step['type'] for step in (*normal, *steps)) or 'nothing'}")
+        raise _unknown(
+            f"a BPE with byte fallback behind {', '.join(step['type'] for step in (*normal, *steps)) or 'nothing'}"
+        )
     return {"tokenizer.ggml.model": Field("string", "llama"), "tokenizer.ggml.pre": Field("string", "default"),
             "tokenizer.ggml.add_space_prefix": Field("bool", first)}  # fmt: skip
 
 
-def _tokens(described: dict[str, Any], rows: int, kind: dict[str, Field], notices: list[str]) -> tuple[list[str], list[int]]:
+def _tokens(
+    described: dict[str, Any], rows: int, kind: dict[str, Field], notices: list[str]
+) -> tuple[list[str], list[int]]:
     """Text and type of each id below ``rows``; ids without a token are named and marked unused."""
     sentencepiece = kind["tokenizer.ggml.model"].value == "llama"
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
@@ -138,19 +189,24 @@ def _tokens(described: dict[str, Any], rows: int, kind: dict[str, Field], notice
             beyond += 1
         elif types[number] != UNKNOWN:
             types[number] = CONTROL if added["special"] else USER_DEFINED
-            tokens[number] = text if added["special"] else text.replace(SPACE, " ")  # looked for in the text as it comes
+            tokens[number] = (
+                text if added["special"] else text.replace(SPACE, " ")
+            )  # looked for in the text as it comes
     if beyond:
         notices.append(f"{beyond} tokens of the tokenizer lie behind the model's {rows} embeddings: left out")
     twice = len(tokens) - len(set(tokens))
     if twice:
         raise CheckpointError(
-            f"{twice} tokens of the vocabulary have the text of another, which llama.cpp refuses", "tokenizer.json", _WAY_OUT
+            f"{twice} tokens of the vocabulary have the text of another, which llama.cpp refuses",
+            "tokenizer.json",
+            _WAY_OUT,
         )
     return tokens, types
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """SentencePiece joins the pair with the highest score first: minus the rank of the first merge that makes the token."""
+    """SentencePiece joins the pair with the highest score first: minus the rank of the first merge that makes the
+    token."""
     rank: dict[str, int] = {}
     for number, pair in enumerate(merges):
         rank.setdefault("".join(pair), number)

@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint is which of the model: found by name, held against shape and dtype, ties settled as transformers does.
+"""Which tensor of a checkpoint is which of the model: found by name, held against shape and dtype, ties settled as
+transformers does.
 
-What a checkpoint holds beyond the model (a layer that predicts further tokens, the head of another task) is copied to the result under its
-own name. What lies inside of the model's own blocks and has no place there is refused.
-"""
+What a checkpoint holds beyond the model (a layer that predicts further tokens, the head of another task) is copied to
+the result under its own name. What lies inside of the model's own blocks and has no place there is refused."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,11 @@ _LEGACY_SUFFIXES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", 
 _TABLES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "attn.bias", "attn.masked_bias",
            "embeddings.position_ids")  # fmt: skip
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-_FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")  # of config.json: blocks behind the last one
+_FURTHER_LAYERS = (
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_num_hidden_layers",
+)  # of config.json: blocks behind the last one
 # Parts of a base model that a class may leave out while the checkpoint has them: transformers leaves them unread too.
 _LEFT_OUT = re.compile(r"pooler|mtp\w*|\w*(vision|visual|audio|image|multi_modal|multimodal)\w*")
 _SHOWN = 4  # missing names, and as many unexpected ones, in a refusal
@@ -53,7 +57,8 @@ class Naming:
         beyond: names of the checkpoint that are no part of the model and are copied as they are.
         notices: sentences for the user.
         untied: the config ties tensors that the checkpoint stores apart, with other values.
-        absent: the parts of the model (``pooler``) that the checkpoint lacks as a whole and the model can be built without.
+        absent: the parts of the model (``pooler``) that the checkpoint lacks as a whole and the model can be built
+        without.
     """
 
     sources: dict[str, str]
@@ -70,8 +75,8 @@ def match_names(model: PreTrainedModel, checkpoint: Weights, blocks: str, count:
         blocks: path of the list of blocks with a final dot, as ``model.layers.``; count: how many there are.
 
     Raises:
-        CheckpointError: tensors are missing, of another shape or dtype, or have no place: the first of each are named, and what kind of
-            checkpoint it is where that is known.
+        CheckpointError: tensors are missing, of another shape or dtype, or have no place: the first of each are named,
+            and what kind of checkpoint it is where that is known.
     """
     prefix = model.base_model_prefix
     expected = dict(model.state_dict(keep_vars=True))
@@ -94,7 +99,9 @@ def match_names(model: PreTrainedModel, checkpoint: Weights, blocks: str, count:
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
         notices.append(f"'{beyond[0]}'{more}: no part of {type(model).__name__}, copied as stored, not quantized")
     if untied:
-        notices.append("config.json ties the output head to the embeddings, the checkpoint stores another head: they are kept apart")
+        notices.append(
+            "config.json ties the output head to the embeddings, the checkpoint stores another head: they are kept apart"
+        )
     if absent:
         notices.append(f"the checkpoint has no {absent[0]}: the model is read without it")
     return Naming(sources, tuple(beyond), tuple(notices), untied, absent)
@@ -103,12 +110,16 @@ def match_names(model: PreTrainedModel, checkpoint: Weights, blocks: str, count:
 def _settled_ties(
     model: PreTrainedModel, expected: Mapping[str, Any], found: Mapping[str, str], checkpoint: Weights
 ) -> tuple[dict[str, str], list[str], bool]:
-    """(sources, missing, untied), tied tensors settled as transformers does (PreTrainedModel.tie_weights): a target that is stored with
-    other values is kept apart; where only the target is stored it is read for both."""
+    """(sources, missing, untied), tied tensors settled as transformers does (PreTrainedModel.tie_weights): a target
+    that is stored with other values is kept apart; where only the target is stored it is read for both."""
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     sources = {name: spelled for name, spelled in found.items() if name not in tied}
     stored_twice = [name for name, owner in tied.items() if name in found and owner in found]
-    untied = any(not checkpoint.equal(found[name], found[tied[name]]) for name in stored_twice if _same_shape(expected, name, tied[name]))
+    untied = any(
+        not checkpoint.equal(found[name], found[tied[name]])
+        for name in stored_twice
+        if _same_shape(expected, name, tied[name])
+    )
     missing = [name for name in expected if name not in found and name not in tied]
     for target, owner in tied.items():
         if owner not in found and target in found:
@@ -141,12 +152,16 @@ def _check_dtypes(expected: Mapping[str, Any], sources: Mapping[str, str], check
         name, dtype = wrong[0]
         kind = f"fp8 ({dtype})" if dtype.startswith("F8") else f"integers ({dtype})"
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise CheckpointError(f"'{name}'{more} is stored as {kind}, not as floats of 16 bits or more: these are quantized weights",
-                              checkpoint.directory, "Give the original float32, float16 or bfloat16 checkpoint")  # fmt: skip
+        raise CheckpointError(
+            f"'{name}'{more} is stored as {kind}, not as floats of 16 bits or more: these are quantized weights",
+            checkpoint.directory,
+            "Give the original float32, float16 or bfloat16 checkpoint",
+        )
 
 
 def _is_beyond(name: str, model: PreTrainedModel, config: Mapping[str, Any], blocks: str, count: int) -> bool:
-    """Whether a tensor that the model does not have belongs to something beside it, which transformers leaves unread."""
+    """Whether a tensor that the model does not have belongs to something beside it, which transformers leaves
+    unread."""
     if wrapped_names([name]) is not None:
         return False
     if any(re.search(pattern, name) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()):
@@ -164,11 +179,18 @@ def _is_beyond(name: str, model: PreTrainedModel, config: Mapping[str, Any], blo
     if inner != name:
         return _LEFT_OUT.fullmatch(top) is not None
     modules = {path for path, _ in model.named_modules()}
-    return name.rpartition(".")[0] not in modules  # one more bias of a head that the model has would change what it computes
+    return (
+        name.rpartition(".")[0] not in modules
+    )  # one more bias of a head that the model has would change what it computes
 
 
 def _disagreement(
-    missing: list[str], wrong: list[str], unexpected: list[str], beyond: list[str], checkpoint: Weights, head: str | None
+    missing: list[str],
+    wrong: list[str],
+    unexpected: list[str],
+    beyond: list[str],
+    checkpoint: Weights,
+    head: str | None,
 ) -> CheckpointError:
     """What does not fit, a few names of each kind, and what the names tell of the checkpoint."""
     stranger = [*unexpected, *beyond] if missing else unexpected
@@ -196,8 +218,10 @@ def _prefixed(missing: Sequence[str], stranger: Sequence[str]) -> str | None:
     for name in missing[:1]:
         longer = next((other for other in stranger if other.endswith(f".{name}")), None)
         if longer is not None:
-            return (f"The names begin with '{longer.removesuffix(name)}': they are of a model inside of another. "
-                    "Give the whole model's checkpoint with its own config.json, or save it without that prefix")  # fmt: skip
+            return (
+                f"The names begin with '{longer.removesuffix(name)}': they are of a model inside of another. "
+                "Give the whole model's checkpoint with its own config.json, or save it without that prefix"
+            )
     return None
 
 

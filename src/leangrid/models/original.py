@@ -1,9 +1,9 @@
-"""A checkpoint as transformers itself opens it: its class, its names, its reading of the files. What our own reading is held against.
+"""A checkpoint as transformers itself opens it: its class, its names, its reading of the files. What our own reading is
+held against.
 
-Nothing is downloaded and no code of the checkpoint runs. Where transformers cannot find weights that ``storage/source.py`` accepts (an
-index without ``metadata``, a single file of another name) or would look for more than the weights (an adapter beside them), it is shown
-a temporary directory of links.
-"""
+Nothing is downloaded and no code of the checkpoint runs. Where transformers cannot find weights that
+``storage/source.py`` accepts (an index without ``metadata``, a single file of another name) or would look for more than
+the weights (an adapter beside them), it is shown a temporary directory of links."""
 
 import logging
 import tempfile
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from leangrid.devices import out_of_memory
 from leangrid.errors import CheckpointError, LeangridError, first_line
+from leangrid.machine.devices import out_of_memory
 from leangrid.models.naming import Weights
 from leangrid.storage import files
 from leangrid.storage.safetensors import strict_json
@@ -44,7 +44,8 @@ def open_original(
         model_class: a class of transformers itself.
         config: None: config.json as transformers reads it.
         dtype: of its floating-point parameters; None: as stored.
-        absent: modules that the checkpoint is known not to hold (Naming.absent); transformers gives them random weights.
+        absent: modules that the checkpoint is known not to hold (Naming.absent); transformers gives them random
+        weights.
 
     Returns:
         the model, and the names of stored tensors that it has no place for.
@@ -64,14 +65,16 @@ def original_on_disk(
     absent: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> Iterator[PreTrainedModel]:
-    """The same for the length of the ``with``, computing on ``device``, with its weights left in their files: each is read whenever a
-    module needs it, so that memory holds one module, and tied tables.
+    """The same for the length of the ``with``, computing on ``device``, with its weights left in their files: each is
+    read whenever a module needs it, so that memory holds one module, and tied tables.
 
     Not for experts that transformers fuses: it would write all of them to disk.
     """
     with _readable(checkpoint) as where:
         config = _config(checkpoint.directory, model_class)
-        yield _open(checkpoint.directory, where, model_class, config, dtype, absent, _map(model_class, config, absent, device))[0]
+        yield _open(
+            checkpoint.directory, where, model_class, config, dtype, absent, _map(model_class, config, absent, device)
+        )[0]
 
 
 def _open(
@@ -100,7 +103,9 @@ def _open(
     except Exception as error:  # what a stranger's files do inside of transformers, nobody can list
         if out_of_memory(error):
             raise
-        raise CheckpointError(f"transformers cannot load it: {first_line(error)}", directory, "Check the download") from error
+        raise CheckpointError(
+            f"transformers cannot load it: {first_line(error)}", directory, "Check the download"
+        ) from error
     model, info = loaded
     missing = sorted(name for name in info["missing_keys"] if not set(name.split(".")) & set(absent))
     if missing:
@@ -110,7 +115,8 @@ def _open(
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by its name, tied ones under each; those that wait in files are read one module at a time."""
+    """Every parameter and buffer by its name, tied ones under each; those that wait in files are read one module at a
+    time."""
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
         with align_module_device(module, torch.device("cpu")):
@@ -120,7 +126,8 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the ``with``, transformers and accelerate report nothing on the terminal: what they find is returned, or an error."""
+    """Inside the ``with``, transformers and accelerate report nothing on the terminal: what they find is returned, or
+    an error."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     placing = logging.getLogger("accelerate.big_modeling")
     before = placing.level
@@ -143,9 +150,11 @@ def _config(directory: Path, model_class: type[PreTrainedModel]) -> PreTrainedCo
     return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
-def _map(model_class: type[PreTrainedModel], config: PreTrainedConfig, absent: Sequence[str], device: torch.device | str) -> dict[str, str]:
-    """Every module's weights on disk but those that are in no file, and tied ones: of two that wait on disk transformers does not see
-    whether they are equal. accelerate wants one that is not on disk: the smallest."""
+def _map(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, absent: Sequence[str], device: torch.device | str
+) -> dict[str, str]:
+    """Every module's weights on disk but those that are in no file, and tied ones: of two that wait on disk
+    transformers does not see whether they are equal. accelerate wants one that is not on disk: the smallest."""
     with torch.device("meta"):
         empty = model_class(config)
     tied = getattr(empty, "all_tied_weights_keys", None) or {}
@@ -153,15 +162,20 @@ def _map(model_class: type[PreTrainedModel], config: PreTrainedConfig, absent: S
     names |= {name for name, _ in empty.named_parameters() if set(name.split(".")) & set(absent)}
     sizes: dict[str, int] = {}  # of the outermost modules with parameters of their own: accelerate places whole modules
     for path, module in empty.named_modules():
-        if any(True for _ in module.parameters(recurse=False)) and not any(path.startswith(f"{outer}.") for outer in sizes):
+        if any(True for _ in module.parameters(recurse=False)) and not any(
+            path.startswith(f"{outer}.") for outer in sizes
+        ):
             sizes[path] = sum(parameter.numel() for parameter in module.parameters())
-    here = {path for path in sizes if any(name.startswith(f"{path}.") for name in names)} | {min(sizes, key=lambda path: sizes[path])}
+    here = {path for path in sizes if any(name.startswith(f"{path}.") for name in names)} | {
+        min(sizes, key=lambda path: sizes[path])
+    }
     return {path: str(device) if path in here else "disk" for path in sizes}
 
 
 @contextmanager
 def _readable(checkpoint: Weights) -> Iterator[Path]:
-    """The checkpoint's directory, or for the length of the ``with`` one of links in which transformers finds the same weights."""
+    """The checkpoint's directory, or for the length of the ``with`` one of links in which transformers finds the same
+    weights."""
     directory = checkpoint.directory
     if _found(directory) and not any((directory / name).exists() for name in _MISREAD):
         yield directory

@@ -1,8 +1,8 @@
-"""Models without their weights: shapes by name, from a config.json, or described by another file's header. For ``plan``.
+"""Models without their weights: shapes by name, from a config.json, or described by another file's header. For
+``plan``.
 
-The table holds the fields of each model's config.json that decide shapes, as its publisher gives them on the hub. To add a model, add
-its row; anything else can be given as the path of a config.json.
-"""
+The table holds the fields of each model's config.json that decide shapes, as its publisher gives them on the hub. To
+add a model, add its row; anything else can be given as the path of a config.json."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,9 @@ _NAMES = {torch.float32: ("F32", 4), torch.float16: ("F16", 2), torch.bfloat16: 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def _row(kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+def _row(
+    kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, **more: Any
+) -> dict[str, Any]:
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2"}
     return {
         "model_type": kind,
@@ -30,7 +32,8 @@ def _row(kind: str, hidden: int, inner: int, layers: int, heads: int, kv: int, v
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "vocab_size": vocabulary,
-        "max_position_embeddings": 4096,  # enough for any calibration window; the rotary tables are the only thing it would change
+        # enough for any calibration window; the rotary tables are the only thing it would change
+        "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     } | more
@@ -77,7 +80,11 @@ class DescribedCheckpoint:
         """All tensors of ``model`` (on the meta device) in ``dtype``, tied ones once."""
         name, size = _NAMES[dtype]
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        tensors = {n: TensorShape(name, tuple(t.shape), t.numel() * size) for n, t in model.state_dict().items() if n not in tied}
+        tensors = {
+            n: TensorShape(name, tuple(t.shape), t.numel() * size)
+            for n, t in model.state_dict().items()
+            if n not in tied
+        }
         return cls(where, config, tensors)
 
     def read(self, name: str) -> Tensor:
@@ -93,12 +100,15 @@ def shape(text: str) -> DescribedCheckpoint:
     """The model that ``text`` names: a row of the table, or the path of a config.json (or of its directory).
 
     Raises:
-        CheckpointError: it is neither, or no model can be built from the config. ArchitectureError: its type is not known.
+        CheckpointError: it is neither, or no model can be built from the config. ArchitectureError: its type is not
+        known.
     """
     row = SHAPES.get(text.lower())
     path = Path(text).expanduser()
     if row is None and not path.exists():
-        raise CheckpointError(f"'{text}' is no known shape and no file", "--shape", f"Known: {', '.join(SHAPES)}; or give a config.json")
+        raise CheckpointError(
+            f"'{text}' is no known shape and no file", "--shape", f"Known: {', '.join(SHAPES)}; or give a config.json"
+        )
     if row is not None:
         where, config = Path(text.lower()), dict(row)
     else:
@@ -108,4 +118,6 @@ def shape(text: str) -> DescribedCheckpoint:
     if stored not in _DTYPES:
         raise CheckpointError(f"weights of dtype '{stored}' cannot be quantized", where, f"Known: {', '.join(_DTYPES)}")
     described = DescribedCheckpoint(where, config, {})
-    return replace(described, tensors=DescribedCheckpoint.of(where, config, empty_model(described), _DTYPES[stored]).tensors)
+    return replace(
+        described, tensors=DescribedCheckpoint.of(where, config, empty_model(described), _DTYPES[stored]).tensors
+    )

@@ -45,7 +45,9 @@ class Skeleton:
         self._reading = Lock()
         self.architecture: Architecture = architecture_of(checkpoint.config)
         self.config = _read_config(checkpoint)
-        with torch.device("meta"):  # tables grow with what the config claims: its shapes are held against the tensors first
+        with torch.device(
+            "meta"
+        ):  # tables grow with what the config claims: its shapes are held against the tensors first
             empty = _empty_model(self.config, self.architecture)
         self.naming = _named(empty, self.architecture, checkpoint)
         del empty
@@ -72,22 +74,38 @@ class Skeleton:
         """Path of the list of blocks with a final dot, e.g. ``model.layers.``."""
         return f"{self._base_dot}{self.architecture.blocks}."
 
+    @property
+    def causal(self) -> bool:
+        """Whether the model has a language-model head, so that its predictions can be compared."""
+        return self.architecture.kind == "decoder" and self.model.can_generate()
+
     def groups(self, index: int) -> Groups:
         """The linears of block ``index`` by shared input, from the block."""
         return self.architecture.groups_of(self.blocks[index])
 
     def four_groups(self) -> list[list[tuple[int, int]]]:
-        """Shapes of the linears into attention, out of it, into the MLP and out of it, for the block with the most weights.
+        """Shapes of the linears into attention, out of it, into the MLP and out of it, for the block with the most
+        weights.
 
-        Where a block has more groups (compressed queries, experts, shared experts) each is counted with the one it runs beside.
-        """
+        Where a block has more groups (compressed queries, experts, shared experts) each is counted with the one it runs
+        beside."""
         if not self.architecture.sparse:
-            return [[self.shape(f"{self.block_name(0)}.{name}") for name in names] for names in self.architecture.groups]
-        largest = max(range(len(self.blocks)), key=lambda index: sum(p.numel() for p in self.blocks[index].parameters()))
+            return [
+                [self.shape(f"{self.block_name(0)}.{name}") for name in names] for names in self.architecture.groups
+            ]
+        largest = max(
+            range(len(self.blocks)), key=lambda index: sum(p.numel() for p in self.blocks[index].parameters())
+        )
         parts: list[list[tuple[int, int]]] = [[], [], [], []]
         for name in (name for names in self.groups(largest) for name in names):
             leaf = name.rpartition(".")[2]
-            place = (1 if leaf == "o_proj" else 0) if name.startswith("self_attn.") else 3 if leaf in ("down_proj", "w2") else 2
+            place = (
+                (1 if leaf == "o_proj" else 0)
+                if name.startswith("self_attn.")
+                else 3
+                if leaf in ("down_proj", "w2")
+                else 2
+            )
             parts[place].append(self.shape(f"{self.block_name(largest)}.{name}"))
         return parts
 
@@ -138,8 +156,11 @@ class Skeleton:
         return {name: self.stored(prefix + name).to(self.compute_dtype) for name in names}
 
     @contextmanager
-    def block(self, index: int, device: torch.device | str = "cpu", weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
-        """Block ``index`` with its weights, for the length of the ``with``; ``weights`` are its ``block_weights`` if they are there."""
+    def block(
+        self, index: int, device: torch.device | str = "cpu", weights: Mapping[str, Tensor] | None = None
+    ) -> Iterator[nn.Module]:
+        """Block ``index`` with its weights, for the length of the ``with``; ``weights`` are its ``block_weights`` if
+        they are there."""
         block = self.blocks[index]
         try:
             for name, weight in (weights or {}).items():
@@ -152,7 +173,8 @@ class Skeleton:
 
     @contextmanager
     def without_blocks(self, device: torch.device | str = "cpu", head: bool = False) -> Iterator[nn.Module]:
-        """The base model with embeddings and norms filled and its blocks still empty; with ``head`` the whole model likewise."""
+        """The base model with embeddings and norms filled and its blocks still empty; with ``head`` the whole model
+        likewise."""
         model = self.model if head else self.base
         self.materialise(model, "" if head else self.prefix, skip=self.blocks_prefix)
         if head:
@@ -175,7 +197,8 @@ class Skeleton:
             _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
 
     def _stored_dtype(self) -> torch.dtype:
-        """The dtype in which most of the weights to be quantized are stored; float32 for float64, which no engine computes in."""
+        """The dtype in which most of the weights to be quantized are stored; float32 for float64, which no engine
+        computes in."""
         counts: Counter[str] = Counter()
         for name in (f"{name}.weight" for index in range(len(self.blocks)) for name in self.linear_names(index)):
             info = self.checkpoint.tensors[self._sources[name]]
@@ -185,7 +208,8 @@ class Skeleton:
 
 
 def described_model(config: dict[str, Any]) -> PreTrainedModel:
-    """The model of a finished result's config.json, on the meta device, as if it were not quantized; errors as ``Skeleton``."""
+    """The model of a finished result's config.json, on the meta device, as if it were not quantized; errors as
+    ``Skeleton``."""
     kind = transformers.CONFIG_MAPPING[config["model_type"]]
     plain = kind.from_dict(deepcopy({key: value for key, value in config.items() if key != "quantization_config"}))
     return _empty_model(plain, architecture_of(config))
@@ -220,7 +244,9 @@ def _read_config(checkpoint: Weights) -> PreTrainedConfig:
     if isinstance(stated, str) and not isinstance(getattr(torch, stated, None), torch.dtype):
         where = checkpoint.directory / "config.json"
         raise CheckpointError(
-            f"config.json calls {stated[:40]!r} the weights' dtype, which torch does not know", where, "Write bfloat16, float16 or float32"
+            f"config.json calls {stated[:40]!r} the weights' dtype, which torch does not know",
+            where,
+            "Write bfloat16, float16 or float32",
         )
     kind = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
     try:
@@ -244,15 +270,27 @@ def _unknown_rope(config: Mapping[str, Any], where: object) -> CheckpointError |
         for part in (rope, *rope.values()) if isinstance(rope, dict) else ():
             kind = part.get("rope_type", part.get("type")) if isinstance(part, dict) else None
             if kind is not None and kind not in known:
-                way_out = "'su' is longrope's first name: write longrope" if kind == "su" else f"Known: {', '.join(sorted(known))}"
-                return CheckpointError(f"rope_scaling is of type {str(kind)[:40]!r}, which transformers does not compute", where, way_out)
+                way_out = (
+                    "'su' is longrope's first name: write longrope"
+                    if kind == "su"
+                    else f"Known: {', '.join(sorted(known))}"
+                )
+                return CheckpointError(
+                    f"rope_scaling is of type {str(kind)[:40]!r}, which transformers does not compute", where, way_out
+                )
     return None
 
 
-def _empty_model(config: PreTrainedConfig, architecture: Architecture, without: tuple[str, ...] = ()) -> PreTrainedModel:
+def _empty_model(
+    config: PreTrainedConfig, architecture: Architecture, without: tuple[str, ...] = ()
+) -> PreTrainedModel:
     names = getattr(config, "architectures", None) or []
     family = transformers.CONFIG_MAPPING[config.model_type].__name__.removesuffix("Config").removesuffix("Text")
-    name = names[0] if isinstance(names, list) and names else f"{family}{'ForCausalLM' if architecture.kind == 'decoder' else 'Model'}"
+    name = (
+        names[0]
+        if isinstance(names, list) and names
+        else f"{family}{'ForCausalLM' if architecture.kind == 'decoder' else 'Model'}"
+    )
     model_class = getattr(transformers, name, None) if isinstance(name, str) and name.startswith(family) else None
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ArchitectureError(
@@ -276,8 +314,9 @@ def _empty_model(config: PreTrainedConfig, architecture: Architecture, without: 
 
 
 class _NothingAllocated(TorchFunctionMode):
-    """``torch.empty``, of which parameters are made, gives meta tensors at once. Parameters that are allocated and then put on the
-    meta device leave holes in the heap: 9 GB of addresses for 249 small blocks, which a limit on memory counts."""
+    """``torch.empty``, of which parameters are made, gives meta tensors at once. Parameters that are allocated and then
+    put on the meta device leave holes in the heap: 9 GB of addresses for 249 small blocks, which a limit on memory
+    counts."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})

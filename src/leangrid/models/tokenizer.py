@@ -8,9 +8,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from leangrid.errors import CheckpointError, LeangridError, first_line
 from leangrid.storage.side_files import refuse_pointers
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt",
-          "vocab.json", "tekken.json")  # fmt: skip
-_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "config.json")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+    "vocab.json",
+    "tekken.json",
+)
+_JSON = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "config.json",
+)
 _WAY_OUT = "Restore the checkpoint's own tokenizer files"
 
 
@@ -39,18 +54,31 @@ def _refusal(directory: Path, there: list[Path], error: Exception) -> Checkpoint
         try:
             configs[path.name] = json.loads(path.read_bytes()) if path.is_file() else {}
         except (OSError, ValueError, RecursionError) as broken:
-            return CheckpointError(f"the tokenizer cannot be read: '{path.name}' is no JSON: {first_line(broken)}", path, _WAY_OUT)
+            return CheckpointError(
+                f"the tokenizer cannot be read: '{path.name}' is no JSON: {first_line(broken)}", path, _WAY_OUT
+            )
     strange = next((name for name in _JSON if not isinstance(configs[name], dict)), None)
     if strange is not None:
-        return CheckpointError(f"the tokenizer cannot be read: '{strange}' is no JSON object", directory / strange, _WAY_OUT)
+        return CheckpointError(
+            f"the tokenizer cannot be read: '{strange}' is no JSON object", directory / strange, _WAY_OUT
+        )
     for name in ("tokenizer_config.json", "config.json"):
         code = configs[name].get("auto_map")
-        asked = code.get("AutoTokenizer") if isinstance(code, dict) else code if name == "tokenizer_config.json" else None
+        asked = (
+            code.get("AutoTokenizer") if isinstance(code, dict) else code if name == "tokenizer_config.json" else None
+        )
         if asked:
             names = ", ".join(str(one) for one in (asked if isinstance(asked, list) else [asked]) if one)
-            return CheckpointError(f"its tokenizer is code of its own ({names[:80]}), which leangrid never runs", directory / name,
-                                   "Save it as tokenizer.json with its own software, and remove auto_map")  # fmt: skip
-    if "tiktoken" in str(error) and (directory / "tokenizer.model").is_file():  # what transformers tries when sentencepiece gives up
-        return CheckpointError("'tokenizer.model' is no model of SentencePiece", directory / "tokenizer.model", _WAY_OUT)
+            return CheckpointError(
+                f"its tokenizer is code of its own ({names[:80]}), which leangrid never runs",
+                directory / name,
+                "Save it as tokenizer.json with its own software, and remove auto_map",
+            )
+    if (
+        "tiktoken" in str(error) and (directory / "tokenizer.model").is_file()
+    ):  # what transformers tries when sentencepiece gives up
+        return CheckpointError(
+            "'tokenizer.model' is no model of SentencePiece", directory / "tokenizer.model", _WAY_OUT
+        )
     names = ", ".join(path.name for path in there)
     return CheckpointError(f"the tokenizer cannot be read from {names}: {first_line(error)}", directory, _WAY_OUT)

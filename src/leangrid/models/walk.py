@@ -1,17 +1,16 @@
 """The walk through a block: what the linears of each group read, in both streams, in two ways that give the same bits.
 
-A block's forward is not rewritten for each architecture. Each batch runs as a greenlet (a cooperative thread): just before
-the first linear of a group would multiply, it stops and hands out that linear's input.
+A block's forward is not rewritten for each architecture. Each batch runs as a greenlet (a cooperative thread): just
+before the first linear of a group would multiply, it stops and hands out that linear's input.
 
 * Pausing: all batches stop at a group, the group is quantized, then each pass goes on, the original stream with the
-  original weights, the quantized stream with the new ones. Every product is computed once per token and stream; what all
-  batches hold at a group is in memory together.
-* Replaying: for each group every batch runs from the block's input to that group and is dropped. About 2.6 forward passes
-  instead of one; the activations of one batch are in memory, and the replaced weights beside the original ones.
+  original weights, the quantized stream with the new ones. Every product is computed once per token and stream; what
+  all batches hold at a group is in memory together.
+* Replaying: for each group every batch runs from the block's input to that group and is dropped. About 2.6 forward
+  passes instead of one; the activations of one batch are in memory, and the replaced weights beside the original ones.
 
-Two streams (ALGORITHM section 7): ``quantized`` went through the already quantized model, ``original`` through the source.
-They may wait in host memory while the block is on another device.
-"""
+Two streams (ALGORITHM section 7): ``quantized`` went through the already quantized model, ``original`` through the
+source. They may wait in host memory while the block is on another device."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,17 +20,18 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from leangrid.devices import to_host
 from leangrid.errors import ArchitectureError, CalibrationError
+from leangrid.machine.devices import to_host
+from leangrid.machine.flops import product
 from leangrid.models import experts
 from leangrid.models.architectures import Groups
 from leangrid.models.skeleton import Skeleton
-from leangrid.work import product
 
 
 @dataclass
 class Streams:
-    """Hidden states that enter a block: one tensor [windows, length, hidden] a batch. ``original`` is None with one stream."""
+    """Hidden states that enter a block: one tensor [windows, length, hidden] a batch. ``original`` is None with one
+    stream."""
 
     quantized: list[Tensor]
     original: list[Tensor] | None
@@ -95,7 +95,10 @@ class _Captured(Exception):
 
 
 def embed(
-    skeleton: Skeleton, batches: Sequence[Tensor], device: torch.device | str = "cpu", keep: Callable[[Tensor], Tensor] = lambda x: x
+    skeleton: Skeleton,
+    batches: Sequence[Tensor],
+    device: torch.device | str = "cpu",
+    keep: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[list[Tensor], Calls]:
     """Run everything before the first block.
 
@@ -152,8 +155,8 @@ class _Pass(greenlet):
 class GroupInputs:
     """What the linears of one group read: iterating gives (original, quantized) a batch, [windows, length, cols] each.
 
-    ``original`` is None with one stream (``paired`` False). A replayed group is computed as it is read, every time it is.
-    """
+    ``original`` is None with one stream (``paired`` False). A replayed group is computed as it is read, every time it
+    is."""
 
     names: tuple[str, ...]
     paired: bool
@@ -165,9 +168,11 @@ class GroupInputs:
 
 @dataclass
 class ExpertInputs:
-    """What the experts' linears of one stage read: iterating gives, batch by batch, one tensor [tokens, cols] an expert.
+    """What the experts' linears of one stage read: iterating gives, batch by batch, one tensor [tokens, cols] an
+    expert.
 
-    Which tokens an expert sees differs between the streams; these are the quantized stream's, as when the result is served.
+    Which tokens an expert sees differs between the streams; these are the quantized stream's, as when the result is
+    served.
 
     Attributes:
         names: all linears of the group, as for GroupInputs. experts: the same, an expert at a time.
@@ -185,9 +190,10 @@ class BlockWalk:
     """Walks both streams through one block.
 
     Iterating yields a GroupInputs (ExpertInputs where experts are routed to) for each group, in order; read it before
-    ``replace`` is called for each of its linears, and both before the next step. Afterwards ``finished`` gives the streams
-    that enter the next block. With ``replay`` and ``park`` new weights wait on the host between groups. ``take`` gives a
-    batch of hidden states on the block's device when its pass begins, ``keep`` what to hold of one that leaves the block.
+    ``replace`` is called for each of its linears, and both before the next step. Afterwards ``finished`` gives the
+    streams that enter the next block. With ``replay`` and ``park`` new weights wait on the host between groups.
+    ``take`` gives a batch of hidden states on the block's device when its pass begins, ``keep`` what to hold of one
+    that leaves the block.
 
     Raises:
         CalibrationError: a group saw no tokens (its linears were never called).
@@ -215,7 +221,8 @@ class BlockWalk:
         self.flops = 0.0  # of the groups' linears, as they were called
 
     def replace(self, name: str, weight: Tensor) -> None:
-        """Let the quantized stream go on with ``weight`` [rows, cols as the module stores it] in the linear ``name``."""
+        """Let the quantized stream go on with ``weight`` [rows, cols as the module stores it] in the linear
+        ``name``."""
         self._replacements[name] = to_host(weight) if self._park else weight
 
     def finished(self) -> Streams:
@@ -244,7 +251,9 @@ class BlockWalk:
                 if mixture is not None:
                     mixture[1].stop = None
 
-    def _inputs(self, group: int, paired: bool, read: Callable[[], Iterator[tuple[Any, Any]]]) -> GroupInputs | ExpertInputs:
+    def _inputs(
+        self, group: int, paired: bool, read: Callable[[], Iterator[tuple[Any, Any]]]
+    ) -> GroupInputs | ExpertInputs:
         mixture = experts.of_group(self._block, self._groups[group])
         if mixture is None:
             return GroupInputs(self._groups[group], paired, read)
@@ -264,10 +273,13 @@ class BlockWalk:
         finally:
             for one in [*quantized, *(original or [])]:
                 _end(one)
-        self._outputs = Streams([q for _, q in reached], None if original is None else [o for o, _ in reached if o is not None])
+        self._outputs = Streams(
+            [q for _, q in reached], None if original is None else [o for o, _ in reached if o is not None]
+        )
 
     def _together(self, original: list[_Pass] | None, quantized: list[_Pass], group: int) -> list[tuple[Any, Any]]:
-        """Let the original stream run to ``group`` with the weights that are there, then the other one with the new ones."""
+        """Let the original stream run to ``group`` with the weights that are there, then the other one with the new
+        ones."""
         originals = [None] * len(quantized) if original is None else [self._resume(p, group) for p in original]
         self._set(self._replacements)
         self._replacements.clear()
@@ -293,7 +305,9 @@ class BlockWalk:
         new = {name: weight.to(self._device, non_blocking=True) for name, weight in self._replacements.items()}
         try:
             for index, hidden in enumerate(self._streams.quantized):
-                theirs = None if self._streams.original is None else self._once(self._streams.original[index], group, before)
+                theirs = (
+                    None if self._streams.original is None else self._once(self._streams.original[index], group, before)
+                )
                 yield theirs, self._once(hidden, group, new)
                 del theirs
         finally:
@@ -332,7 +346,9 @@ class BlockWalk:
             one.input = None
         if at_end and not one.dead:
             raise ArchitectureError(
-                f"a linear of group {one.group} was called out of order", f"block {self._index}", "Fix the architecture's row"
+                f"a linear of group {one.group} was called out of order",
+                f"block {self._index}",
+                "Fix the architecture's row",
             )
         if not at_end and (one.dead or one.group != group):
             raise CalibrationError(
@@ -361,7 +377,8 @@ class BlockWalk:
         return stop
 
     def _pause_at(self, group: int, name: str) -> Any:
-        """A forward pre-hook: the first linear of ``group`` that is called stops its pass; the others must read the same input."""
+        """A forward pre-hook: the first linear of ``group`` that is called stops its pass; the others must read the
+        same input."""
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             current, x = getcurrent(), args[0]
@@ -371,7 +388,9 @@ class BlockWalk:
                 current.group, current.input = group, x
                 current.parent.switch(x)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
             elif current.input is None or x.data_ptr() != current.input.data_ptr() or x.shape != current.input.shape:
-                raise ArchitectureError(f"{name} does not read the same input as its group", f"group {group}", "Fix the architecture's row")
+                raise ArchitectureError(
+                    f"{name} does not read the same input as its group", f"group {group}", "Fix the architecture's row"
+                )
             weight: Any = module.weight
             self.flops += product(weight.shape[0], weight.shape[1], x.numel() // x.shape[-1])
 

@@ -1,4 +1,5 @@
-"""README.md of a result: what it is, how it was made, and only numbers that were measured; its header in the hub's metadata format."""
+"""README.md of a result: what it is, how it was made, and only numbers that were measured; its header in the hub's
+metadata format."""
 
 import logging
 import re
@@ -35,7 +36,9 @@ def model_card(facts: Facts) -> str:
         return _card(facts)
     except Exception as error:  # hours of work do not end at a line of prose
         log.warning("the model card could not be written: %s: %s", type(error).__name__, error)
-        return f"# {facts.result['scheme']}\n\nQuantized with leangrid. The figures of each layer are in records.jsonl.\n"
+        return (
+            f"# {facts.result['scheme']}\n\nQuantized with leangrid. The figures of each layer are in records.jsonl.\n"
+        )
 
 
 def _card(facts: Facts) -> str:
@@ -53,17 +56,23 @@ def _card(facts: Facts) -> str:
 
 
 def measurements(facts: Facts) -> Iterator[dict[str, Any]]:
-    """What was measured, each under the keys of ``eval --json`` and ``on``, what it was measured on: the quality gate's, then eval's.
+    """What was measured, each under the keys of ``eval --json`` and ``on``, what it was measured on: the quality
+    gate's, then eval's.
 
-    The gate's first is ``seen``: on text that the run calibrated with, where every quantizer looks better than elsewhere; its second is of
-    ``few`` tokens.
-    """
+    The gate's first is ``seen``: on text that the run calibrated with, where every quantizer looks better than
+    elsewhere; its second is of ``few`` tokens."""
     gate, recipe = facts.quality, facts.recipe
     if finite(gate.get("value")):
         on = f"the first {gate.get('windows')} calibration windows, {gate.get('tokens')} tokens of {calibration_words(recipe)}"
         key = "kl_mean" if gate["measure"] == "kl" else "embedding_cosine_mean"
         names = ("perplexity", "reference_perplexity", "top1_agreement", "tokens")
-        yield {"on": on, "dataset": calibration_words(recipe), key: gate["value"], **{name: gate.get(name) for name in names}, "seen": True}
+        yield {
+            "on": on,
+            "dataset": calibration_words(recipe),
+            key: gate["value"],
+            **{name: gate.get(name) for name in names},
+            "seen": True,
+        }
         unseen = gate.get("unseen") or {}
         if finite(unseen.get("value")):
             text = str(unseen.get("text"))
@@ -78,7 +87,10 @@ def measurements(facts: Facts) -> Iterator[dict[str, Any]]:
 
 def calibration_words(recipe: Recipe) -> str:
     """The calibration corpus in words; of a file its name alone."""
-    words = {"self": "text sampled from the model itself", "embedded": "Python's documentation (a smoke test, not a quality recipe)"}
+    words = {
+        "self": "text sampled from the model itself",
+        "embedded": "Python's documentation (a smoke test, not a quality recipe)",
+    }
     return words.get(recipe.calibration, _last(recipe.calibration))
 
 
@@ -89,7 +101,11 @@ def scheme_words(recipe: Recipe) -> str:
              "superblock": f"{scheme.block} grid (integer scales in blocks of 256)"}  # fmt: skip
     kind = kinds.get(scheme.grid, f"non-uniform grid of {scheme.levels} levels")
     over = f"each group of {scheme.group_size} weights" if scheme.group_size else "each row"
-    learned = {"leanquant": "learned on the inverse Hessian (LeanQuant)", "gptq": "min-max, GPTQ sweep", "rtn": "min-max, rounded"}
+    learned = {
+        "leanquant": "learned on the inverse Hessian (LeanQuant)",
+        "gptq": "min-max, GPTQ sweep",
+        "rtn": "min-max, rounded",
+    }
     return f"{scheme.bits} bits, one {kind} for {over}; {learned[scheme.method]}"
 
 
@@ -118,11 +134,17 @@ def _metadata(facts: Facts, measured: Sequence[Mapping[str, Any]]) -> ModelCardD
 def _eval_results(found: Mapping[str, Any], task: str) -> Iterator[EvalResult]:
     dataset = _one_line(str(found["dataset"])) or "text"
     for key, label in FIGURES:
-        if key != _OF_ORIGINAL and not ((found["seen"] or found.get("few")) and key == "perplexity") and finite(found.get(key)):
+        if (
+            key != _OF_ORIGINAL
+            and not ((found["seen"] or found.get("few")) and key == "perplexity")
+            and finite(found.get(key))
+        ):
             label += ", on its own calibration text" if found["seen"] else ""
             yield EvalResult(task, dataset, _one_line(str(found["on"])), key, _digits(found[key]), metric_name=label)
     for name, metric, value in task_figures(found):
-        yield EvalResult(task, _one_line(name), _one_line(name), metric, _digits(value), metric_name=f"{metric}, {_one_line(name)}")
+        yield EvalResult(
+            task, _one_line(name), _one_line(name), metric, _digits(value), metric_name=f"{metric}, {_one_line(name)}"
+        )
 
 
 def task_figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
@@ -149,13 +171,26 @@ def _last(path: str) -> str:
 def _made(facts: Facts) -> str:
     recipe, bits = facts.recipe, facts.result.get("bits_per_weight")
     version = str((facts.manifest.get("versions") or {}).get("leangrid", ""))
-    rows = [("source", _plain(facts.source)), ("weights", scheme_words(recipe)),
-            *([("other schemes", "; ".join(f"`{_plain(key)}` {value}" for key, value in recipe.layers.items()))] if recipe.layers else []),
-            ("container", facts.container + (f", exported from {_plain(facts.exported_from)}" if facts.exported_from else "")),
-            *([("bits per weight", f"{bits:.3f} with grids")] if bits is not None else []),
-            ("calibration", f"{recipe.samples} x {recipe.length} tokens: {_plain(calibration_words(recipe))}, seed {recipe.seed}"),
-            ("settings", f"p {recipe.p}, correct {recipe.correct}, refine {recipe.refine}, damping {recipe.damping}"),
-            ("made with", f"leangrid {version}".strip())]  # fmt: skip
+    rows = [
+        ("source", _plain(facts.source)),
+        ("weights", scheme_words(recipe)),
+        *(
+            [("other schemes", "; ".join(f"`{_plain(key)}` {value}" for key, value in recipe.layers.items()))]
+            if recipe.layers
+            else []
+        ),
+        (
+            "container",
+            facts.container + (f", exported from {_plain(facts.exported_from)}" if facts.exported_from else ""),
+        ),
+        *([("bits per weight", f"{bits:.3f} with grids")] if bits is not None else []),
+        (
+            "calibration",
+            f"{recipe.samples} x {recipe.length} tokens: {_plain(calibration_words(recipe))}, seed {recipe.seed}",
+        ),
+        ("settings", f"p {recipe.p}, correct {recipe.correct}, refine {recipe.refine}, damping {recipe.damping}"),
+        ("made with", f"leangrid {version}".strip()),
+    ]
     return _table(("", ""), rows)
 
 
@@ -176,8 +211,10 @@ def _experts(found: Mapping[str, Any]) -> str:
     every = [("all", found), *((f"`{_plain(block['block'])}`", block) for block in found["blocks"])]
     keys = ("experts", "min", "median", "max", "starved", "unseen")
     rows = [(name, *(f"{of[key]:.0f}" for key in keys)) for name, of in every]
-    what = ("Calibration tokens that the routers sent to an expert. A starved one had fewer than its linears have columns and shares the "
-            "Hessian of all, an unseen one had none.")  # fmt: skip
+    what = (
+        "Calibration tokens that the routers sent to an expert. A starved one had fewer than its linears have columns and shares the "
+        "Hessian of all, an unseen one had none."
+    )
     return "\n\n".join(("## Tokens per expert", what, _table(head, rows)))
 
 

@@ -11,11 +11,17 @@ from leangrid.report.plots import Axis, dots, stairs
 def comparison_page(result: Mapping[str, Any]) -> str:
     """The whole file, from the JSON of ``compare``."""
     rows = [{**row, "number": number} for number, row in enumerate(result["rows"], 1)]
-    cosine = not any(finite(row["kl_mean"]) for row in rows) and any(finite(row["embedding_cosine_mean"]) for row in rows)
+    cosine = not any(finite(row["kl_mean"]) for row in rows) and any(
+        finite(row["embedding_cosine_mean"]) for row in rows
+    )
     measure = "embedding_cosine_mean" if cosine else "kl_mean"
     shown = [row for row in rows if finite(row[measure])]
     return template("compare.html.jinja").render(
-        result=result, rows=rows, measure=measure, axis="1 − cosine" if cosine else "KL mean, nats", plot=_plot(shown, measure)
+        result=result,
+        rows=rows,
+        measure=measure,
+        axis="1 − cosine" if cosine else "KL mean, nats",
+        plot=_plot(shown, measure),
     )
 
 

@@ -1,4 +1,5 @@
-"""Tokens per expert of a mixture, from the records of its linears: what a run's summary, card and page say of its experts."""
+"""Tokens per expert of a mixture, from the records of its linears: what a run's summary, card and page say of its
+experts."""
 
 import re
 import statistics
@@ -14,9 +15,9 @@ def expert_figures(records: Sequence[LayerRecord]) -> dict[str, Any]:
     """Calibration tokens that the routers sent to each expert; empty for a model without a mixture.
 
     Returns:
-        {"experts", "min", "median", "max", "starved", "unseen"} over all experts, and under "blocks" the same of each block with its name
-        as "block". Tokens count once for each expert that they are sent to. "starved" is how many experts had fewer tokens than one of
-        their linears has columns, "unseen" how many of the others had none.
+        {"experts", "min", "median", "max", "starved", "unseen"} over all experts, and under "blocks" the same of each
+        block with its name as "block". Tokens count once for each expert that they are sent to. "starved" is how many
+        experts had fewer tokens than one of their linears has columns, "unseen" how many of the others had none.
     """
     blocks: dict[str, dict[str, list[LayerRecord]]] = {}
     for record in records:
@@ -25,7 +26,9 @@ def expert_figures(records: Sequence[LayerRecord]) -> dict[str, Any]:
     if not blocks:
         return {}
     every = [linears for experts in blocks.values() for linears in experts.values()]
-    return _figures(every) | {"blocks": [{"block": name, **_figures(list(experts.values()))} for name, experts in blocks.items()]}
+    return _figures(every) | {
+        "blocks": [{"block": name, **_figures(list(experts.values()))} for name, experts in blocks.items()]
+    }
 
 
 def _figures(experts: Sequence[Sequence[LayerRecord]]) -> dict[str, Any]:
@@ -33,8 +36,14 @@ def _figures(experts: Sequence[Sequence[LayerRecord]]) -> dict[str, Any]:
     kinds = [{rescue.kind for record in linears for rescue in record.rescues} for linears in experts]
     unseen = sum("unseen_expert" in found for found in kinds)
     starved = sum("starved_expert" in found for found in kinds)
-    return {"experts": len(experts), "min": min(tokens), "median": statistics.median(tokens), "max": max(tokens), "starved": starved,
-            "unseen": unseen}  # fmt: skip
+    return {
+        "experts": len(experts),
+        "min": min(tokens),
+        "median": statistics.median(tokens),
+        "max": max(tokens),
+        "starved": starved,
+        "unseen": unseen,
+    }
 
 
 def expert_words(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -42,8 +51,16 @@ def expert_words(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not found:
         return []
     lines = [
-        ("tokens per expert", f"{found['min']:,} / {found['median']:,.0f} / {found['max']:,} (least, median, most of {found['experts']})")
+        (
+            "tokens per expert",
+            f"{found['min']:,} / {found['median']:,.0f} / {found['max']:,} (least, median, most of {found['experts']})",
+        )
     ]
     if found["starved"] or found["unseen"]:
-        lines.append(("starved experts", f"{found['starved']}, and {found['unseen']} that saw no token: more calibration is the cure"))
+        lines.append(
+            (
+                "starved experts",
+                f"{found['starved']}, and {found['unseen']} that saw no token: more calibration is the cure",
+            )
+        )
     return lines

@@ -1,4 +1,5 @@
-"""What is known of a finished result: its manifest, one record a layer, and what the run took. Card, page and comparison are made of it."""
+"""What is known of a finished result: its manifest, one record a layer, and what the run took. Card, page and
+comparison are made of it."""
 
 import json
 import math
@@ -88,7 +89,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class LossMap:
-    """Losses by linear and block. ``losses[linear][block]`` is (ours, min-max GPTQ, rounding), or None where there is no such layer."""
+    """Losses by linear and block. ``losses[linear][block]`` is (ours, min-max GPTQ, rounding), or None where there is
+    no such layer."""
 
     linears: list[str]
     blocks: list[str]
@@ -108,7 +110,8 @@ class LossMap:
 
 
 def place(name: str) -> tuple[str, str]:
-    """(block, linear) of a layer's name: ("12", "self_attn.q_proj"); further numbers become ``*``. Without a number: ("", name)."""
+    """(block, linear) of a layer's name: ("12", "self_attn.q_proj"); further numbers become ``*``. Without a number:
+    ("", name)."""
     match = _BLOCK.match(name)
     if match is None:
         return "", name

@@ -1,8 +1,7 @@
 """report.html of a result: one file that asks for nothing else, readable on a phone, in the light and in the dark.
 
-This file chooses what is shown and computes every figure; the templates beside it say how it looks. They escape every value, because names
-of models and tensors are strangers' text.
-"""
+This file chooses what is shown and computes every figure; the templates beside it say how it looks. They escape every
+value, because names of models and tensors are strangers' text."""
 
 import json
 import math
@@ -20,15 +19,21 @@ from leangrid.report.facts import Facts, LossMap, finite, place
 from leangrid.report.plots import RATIOS, Axis, Number, Shades, dots, line, ratio_step, strokes
 from leangrid.report.records import LayerRecord
 from leangrid.report.serving import GENERATES, SERVE, kind_of, snippet
-from leangrid.report.summary import duration, size
-from leangrid.rescue import KINDS, NOTES
+from leangrid.report.text import duration, size
+from leangrid.solve.rescue import KINDS, NOTES
 
 _WORST = 8  # layers in the table
 _TITLED = 3000  # cells of a heat map that carry their numbers
 _DETAILS = 12  # sentences of one kind of rescue
 _DECADES = 8  # of the costs in the figure of a row
-_MEASURES = (("perplexity", "perplexity"), ("reference_perplexity", "original's"), ("kl_mean", "KL mean, nats"),
-             ("kl_p99", "KL p99, nats"), ("top1_agreement", "same token"), ("embedding_cosine_mean", "1 − cosine"))  # fmt: skip
+_MEASURES = (
+    ("perplexity", "perplexity"),
+    ("reference_perplexity", "original's"),
+    ("kl_mean", "KL mean, nats"),
+    ("kl_p99", "KL p99, nats"),
+    ("top1_agreement", "same token"),
+    ("embedding_cosine_mean", "1 − cosine"),
+)
 _STAGES = {
     "load": "reading weights",
     "calibrate": "forward passes",
@@ -129,7 +134,12 @@ def toml(recipe: Recipe) -> str:
 def _sizes(facts: Facts) -> dict[str, Any]:
     before, after = facts.run.get("bytes_before"), facts.bytes_after
     bits = 8 * after / before if before else None
-    return {"before": before, "after": after, "share": bits / 8 if bits else None, "bits": facts.result.get("bits_per_weight")}
+    return {
+        "before": before,
+        "after": after,
+        "share": bits / 8 if bits else None,
+        "bits": facts.result.get("bits_per_weight"),
+    }
 
 
 def _measured(facts: Facts) -> list[dict[str, Any]]:
@@ -158,8 +168,10 @@ def _sums(facts: Facts) -> dict[str, Any]:
     """The three losses summed over layers, each as a share of the largest, and in how many layers ours is the least."""
     totals = {key: sum(getattr(r, key) for r in facts.records) for key in ("loss", "loss_minmax", "loss_rounding")}
     most = max((value for value in totals.values() if finite(value)), default=0.0) or 1.0
-    bars = [(label, totals[key], 100 * totals[key] / most if finite(totals[key]) else 0.0)
-            for label, key in (("this model", "loss"), ("min-max GPTQ", "loss_minmax"), ("rounding", "loss_rounding"))]  # fmt: skip
+    bars = [
+        (label, totals[key], 100 * totals[key] / most if finite(totals[key]) else 0.0)
+        for label, key in (("this model", "loss"), ("min-max GPTQ", "loss_minmax"), ("rounding", "loss_rounding"))
+    ]
     better = sum(record.loss < record.loss_minmax for record in facts.records)
     return {"bars": bars, "better": better, "layers": len(facts.records)}
 
@@ -177,7 +189,13 @@ def _maps(losses: LossMap) -> dict[str, Any]:
 
     named = [("This model beside min-max GPTQ", "ratio", cells(None)), ("This model", "loss", cells(0)),
              ("Min-max GPTQ", "loss", cells(1)), ("Rounding", "loss", cells(2))]  # fmt: skip
-    return {"linears": losses.linears, "blocks": losses.blocks, "named": named, "ratios": RATIOS, "shades": shades.edges}
+    return {
+        "linears": losses.linears,
+        "blocks": losses.blocks,
+        "named": named,
+        "ratios": RATIOS,
+        "shades": shades.edges,
+    }
 
 
 def _cell(cell: tuple[Number, Number, Number] | None, which: int | None, shades: Shades, title: str) -> tuple[str, str]:
@@ -190,7 +208,11 @@ def _cell(cell: tuple[Number, Number, Number] | None, which: int | None, shades:
 
 def _title(linear: str, block: str, cell: tuple[Number, Number, Number] | None) -> str:
     where = f"block {block}, {linear}" if block else linear
-    return "" if cell is None else f"{where}: {figure(cell[0])}; min-max GPTQ {figure(cell[1])}; rounding {figure(cell[2])}"
+    return (
+        ""
+        if cell is None
+        else f"{where}: {figure(cell[0])}; min-max GPTQ {figure(cell[1])}; rounding {figure(cell[2])}"
+    )
 
 
 def _blocks(losses: LossMap) -> list[tuple[str, Number, Number, Number]]:
@@ -228,7 +250,8 @@ def _sample(sample: Mapping[str, Any] | None, recipe: Recipe) -> dict[str, Any] 
 
 
 def _weighted_errors(sample: Mapping[str, Any]) -> tuple[Number, Number]:
-    """Mean squared distance of the shown weights to the nearest level, weighted by cost: learned levels, min-max levels."""
+    """Mean squared distance of the shown weights to the nearest level, weighted by cost: learned levels, min-max
+    levels."""
 
     def mean(levels: Sequence[Number]) -> Number:
         pairs = list(zip(sample["weights"], sample["costs"], strict=True))
@@ -244,7 +267,9 @@ def _stages(seconds: Mapping[str, Number]) -> dict[str, Any] | None:
     if not total:
         return None
     order = [*_STAGES, *(name for name in seconds if name not in _STAGES)]
-    rows = [(_STAGES.get(name, name), seconds[name]) for name in order if name != "total" and seconds.get(name, 0.0) > 0]
+    rows = [
+        (_STAGES.get(name, name), seconds[name]) for name in order if name != "total" and seconds.get(name, 0.0) > 0
+    ]
     rest = total - sum(value for _, value in rows)
     rows += [("the rest", rest)] if rest > 0.005 * total else []
     most = max(value for _, value in rows)
@@ -262,13 +287,30 @@ def _memory(run: Mapping[str, Any]) -> dict[str, Any] | None:
         ends.append(elapsed)
     kinds = [("resident, at its fullest in each block", "resident_bytes", "a"), ("peak so far", "peak_ram_bytes", "b"),
              ("GPU peak so far", "peak_gpu_bytes", "c")]  # fmt: skip
-    kept = [(label, [block[key] for block in blocks], style) for label, key, style in kinds if any(block[key] for block in blocks)]
+    kept = [
+        (label, [block[key] for block in blocks], style)
+        for label, key, style in kinds
+        if any(block[key] for block in blocks)
+    ]
     unit, word = (60.0, "minutes") if ends[-1] >= 180 else (1.0, "seconds")
     x = Axis.linear([0.0, *(end / unit for end in ends)], zero=True)
     y = Axis.linear([value for _, values, _ in kept for value in values], zero=True, count=4)
-    lines = [(label, line([(end / unit, value) for end, value in zip(_stretched(ends), _stretched(values), strict=True)], x, y), style)
-             for label, values, style in kept]  # fmt: skip
-    return {"x": x, "y": y, "unit": word, "lines": lines, "peak": run.get("peak_ram_bytes"), "gpu": run.get("peak_gpu_bytes")}
+    lines = [
+        (
+            label,
+            line([(end / unit, value) for end, value in zip(_stretched(ends), _stretched(values), strict=True)], x, y),
+            style,
+        )
+        for label, values, style in kept
+    ]
+    return {
+        "x": x,
+        "y": y,
+        "unit": word,
+        "lines": lines,
+        "peak": run.get("peak_ram_bytes"),
+        "gpu": run.get("peak_gpu_bytes"),
+    }
 
 
 def _stretched(values: Sequence[Number]) -> Sequence[Number]:
@@ -282,6 +324,17 @@ def _rescues(facts: Facts) -> dict[str, list[dict[str, Any]]]:
     for record in facts.records:
         for rescue in record.rescues:
             found.setdefault(rescue.kind, []).append(f"{record.name}: {rescue.detail}")
-    kinds = [{"kind": kind, "words": KINDS[kind], "layers": len(lines), "lines": lines[:_DETAILS], "more": max(0, len(lines) - _DETAILS)}
-             for kind, lines in found.items()]  # fmt: skip
-    return {"real": [kind for kind in kinds if kind["kind"] not in NOTES], "notes": [kind for kind in kinds if kind["kind"] in NOTES]}
+    kinds = [
+        {
+            "kind": kind,
+            "words": KINDS[kind],
+            "layers": len(lines),
+            "lines": lines[:_DETAILS],
+            "more": max(0, len(lines) - _DETAILS),
+        }
+        for kind, lines in found.items()
+    ]
+    return {
+        "real": [kind for kind in kinds if kind["kind"] not in NOTES],
+        "notes": [kind for kind in kinds if kind["kind"] in NOTES],
+    }

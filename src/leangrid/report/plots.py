@@ -1,8 +1,7 @@
 """Geometry of the figures: values to per cent of a plot, ticks, colour steps. The templates draw them.
 
-A plot is a square of 100 by 100 that the page stretches to whatever width there is; text stands beside it as text, so it keeps its size
-on a phone. y points down, as in SVG.
-"""
+A plot is a square of 100 by 100 that the page stretches to whatever width there is; text stands beside it as text, so
+it keeps its size on a phone. y points down, as in SVG."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -66,7 +65,8 @@ class Axis:
 
 
 def dots(points: Iterable[tuple[Number, Number]], x: Axis, y: Axis) -> str:
-    """A path with a dot at each point that has numbers: lines without length, whose round ends stay round when the plot is stretched."""
+    """A path with a dot at each point that has numbers: lines without length, whose round ends stay round when the plot
+    is stretched."""
     return "".join(f"M{x.at(a):g} {y.down(b):g}h0" for a, b in points if finite(a) and finite(b))
 
 
@@ -96,7 +96,8 @@ def ratio_step(loss: Number, other: Number) -> int | None:
 
 @dataclass(frozen=True)
 class Shades:
-    """Colour steps over positive values, each for as many of them as any other: losses span five decades, most of them one."""
+    """Colour steps over positive values, each for as many of them as any other: losses span five decades, most of them
+    one."""
 
     edges: tuple[float, ...]
 
@@ -112,7 +113,8 @@ class Shades:
 
 
 def pareto(points: Sequence[tuple[Number, Number]]) -> set[int]:
-    """Indices of the points that no other beats: none is as small in both and smaller in one. Points without numbers are never in it."""
+    """Indices of the points that no other beats: none is as small in both and smaller in one. Points without numbers
+    are never in it."""
     front = set()
     for index, (a, b) in enumerate(points):
         if finite(a) and finite(b):

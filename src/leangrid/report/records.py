@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from leangrid.errors import LeangridError, VerifyError
-from leangrid.factor import Factor
-from leangrid.hessian import Hessian
-from leangrid.linear import LinearResult
 from leangrid.recipe import Recipe
-from leangrid.report.outcome import strict
-from leangrid.rescue import Rescue
+from leangrid.report.strict_json import strict
+from leangrid.solve.factor import Factor
+from leangrid.solve.hessian import Hessian
+from leangrid.solve.layer import LinearResult
+from leangrid.solve.rescue import Rescue
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class LayerRecord:
         name: the layer's name in the checkpoint.
         shape: [out_features, in_features].
         scheme: the scheme it was quantized with; of a K type the narrow one where 256 does not divide the columns.
-        loss: tr(E H E^T)/2 of the stored result; ``loss_minmax`` min-max GPTQ's and ``loss_rounding`` rounding's on the same
-            target, Hessian, bits and groups.
+        loss: tr(E H E^T)/2 of the stored result; ``loss_minmax`` min-max GPTQ's and ``loss_rounding`` rounding's on the
+            same target, Hessian, bits and groups.
         damping: lambda / mean(diag H) that the factor needed.
         rescues: what deviated: kind, detail, count (see rescue.py).
         seconds: wall time by stage: grid, solve, refine.
@@ -48,9 +48,18 @@ class LayerRecord:
         """The record of one solved layer. A rescue that several steps report appears once."""
         every = (*hessian.rescues, *factor.rescues, *result.rescues)
         rows, cols = result.codes.shape
-        return cls(name, (int(rows), int(cols)), recipe.scheme_name(int(cols)), float(result.loss), float(result.loss_minmax),
-                   float(result.loss_rounding), float(factor.damping), tuple(dict.fromkeys(every)),
-                   {key: round(value, 4) for key, value in result.seconds.items()}, int(hessian.tokens))  # fmt: skip
+        return cls(
+            name,
+            (int(rows), int(cols)),
+            recipe.scheme_name(int(cols)),
+            float(result.loss),
+            float(result.loss_minmax),
+            float(result.loss_rounding),
+            float(factor.damping),
+            tuple(dict.fromkeys(every)),
+            {key: round(value, 4) for key, value in result.seconds.items()},
+            int(hessian.tokens),
+        )
 
     @property
     def rescued(self) -> bool:
@@ -63,11 +72,13 @@ class LayerRecord:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "LayerRecord":
-        """The inverse of ``to_json``, and of strict JSON, where a loss that is None was not finite; KeyError or TypeError where a key is
-        missing or of another type."""
+        """The inverse of ``to_json``, and of strict JSON, where a loss that is None was not finite; KeyError or
+        TypeError where a key is missing or of another type."""
         rows, cols = value["shape"]
         rescues = tuple(Rescue(**rescue) for rescue in value["rescues"])
-        losses = {key: math.nan if value[key] is None else value[key] for key in ("loss", "loss_minmax", "loss_rounding")}
+        losses = {
+            key: math.nan if value[key] is None else value[key] for key in ("loss", "loss_minmax", "loss_rounding")
+        }
         fields = {key: value[key] for key in ("name", "scheme", "damping", "seconds", "tokens")}
         return cls(shape=(rows, cols), rescues=rescues, **losses, **fields)
 
@@ -84,7 +95,9 @@ def read_records(path: Path) -> list[LayerRecord]:
         for line in path.read_text(encoding="utf-8").splitlines():
             records.append(LayerRecord.from_json(json.loads(line)))
     except (OSError, ValueError, KeyError, TypeError, LeangridError) as error:
-        raise VerifyError(f"the record cannot be read: {error}", f"{path}:{len(records) + 1}", "Run: leangrid verify DIR") from error
+        raise VerifyError(
+            f"the record cannot be read: {error}", f"{path}:{len(records) + 1}", "Run: leangrid verify DIR"
+        ) from error
     return records
 
 

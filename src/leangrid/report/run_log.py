@@ -1,12 +1,15 @@
-"""run.json of a result: what the run took, block by block in whichever process, and one layer's sample. The rest is in the manifest."""
+"""run.json of a result: what the run took, block by block in whichever process, and one layer's sample. The rest is in
+the manifest."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from leangrid import devices, memory
+from leangrid.machine import devices, memory
 
 
-def run_log(infos: Sequence[Mapping[str, Any]], last: Mapping[str, float], bytes_before: int, device: str) -> dict[str, Any]:
+def run_log(
+    infos: Sequence[Mapping[str, Any]], last: Mapping[str, float], bytes_before: int, device: str
+) -> dict[str, Any]:
     """The JSON of run.json.
 
     Args:
@@ -15,13 +18,19 @@ def run_log(infos: Sequence[Mapping[str, Any]], last: Mapping[str, float], bytes
         bytes_before: of all tensors of the source.
 
     Returns:
-        ``seconds`` (total and by stage, over all processes that worked on it), ``blocks`` (of each: seconds, resident_bytes at its
-        fullest, and the peaks of its process until its end), ``peak_ram_bytes``, ``peak_gpu_bytes``, ``bytes_before``, ``sample``.
+        ``seconds`` (total and by stage, over all processes that worked on it), ``blocks`` (of each: seconds,
+        resident_bytes at its fullest, and the peaks of its process until its end), ``peak_ram_bytes``,
+        ``peak_gpu_bytes``, ``bytes_before``, ``sample``.
     """
     laps = [*(info["seconds"] for info in infos), last]
     stages = dict.fromkeys(name for lap in laps for name in lap)
-    blocks = [{"seconds": info["seconds"]["total"], **{key: info[key] for key in ("resident_bytes", "peak_ram_bytes", "peak_gpu_bytes")}}
-              for info in infos]  # fmt: skip
+    blocks = [
+        {
+            "seconds": info["seconds"]["total"],
+            **{key: info[key] for key in ("resident_bytes", "peak_ram_bytes", "peak_gpu_bytes")},
+        }
+        for info in infos
+    ]
     return {
         "seconds": {name: round(sum(lap.get(name, 0.0) for lap in laps), 3) for name in stages},
         "blocks": blocks,

@@ -1,8 +1,8 @@
-"""One row of one layer, kept when the run solves it: weights, what an error costs at each, learned levels. The paper's Figure 1, here.
+"""One row of one layer, kept when the run solves it: weights, what an error costs at each, learned levels. The paper's
+Figure 1, here.
 
-The finished files have codes and levels but neither the original weights nor the Hessian, so the figure's numbers are kept at the moment
-that has all of them: at most ``POINTS`` columns, some 20 kB.
-"""
+The finished files have codes and levels but neither the original weights nor the Hessian, so the figure's numbers are
+kept at the moment that has all of them: at most ``POINTS`` columns, some 20 kB."""
 
 from typing import Any
 
@@ -10,34 +10,37 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from leangrid.factor import Factor
 from leangrid.grids import Precision
-from leangrid.linear import LinearResult, minmax_grid
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
+from leangrid.solve.factor import Factor
+from leangrid.solve.layer import LinearResult, minmax_grid
 
 POINTS = 768
 _HEAVIEST = POINTS // 4
 
 
 def sampled_layer(skeleton: Skeleton) -> str:
-    """The last linear of the middle block: in a decoder the one that reads the MLP's hidden units, where outliers live."""
+    """The last linear of the middle block: in a decoder the one that reads the MLP's hidden units, where outliers
+    live."""
     return skeleton.linear_names(len(skeleton.blocks) // 2)[-1]
 
 
-def sample_of(name: str, weight: Float[Tensor, "rows cols"], result: LinearResult, factor: Factor, recipe: Recipe) -> dict[str, Any]:
+def sample_of(
+    name: str, weight: Float[Tensor, "rows cols"], result: LinearResult, factor: Factor, recipe: Recipe
+) -> dict[str, Any]:
     """What run.json keeps of a solved layer: JSON values.
 
-    The row is the one whose range of weights is the layer's median; of a grid with groups, the group with the costliest column. Of more
-    than ``POINTS`` columns the costliest quarter of ``POINTS`` is kept, and an even choice of the rest.
+    The row is the one whose range of weights is the layer's median; of a grid with groups, the group with the costliest
+    column. Of more than ``POINTS`` columns the costliest quarter of ``POINTS`` is kept, and an even choice of the rest.
 
     Args:
         weight: the original weights, before the correction of the inputs' error.
         recipe: of this layer, resolved.
 
     Returns:
-        name, row, columns (first, last and how many), p; ``weights`` and ``stored`` (what the file holds), ``costs`` = g_j = U_jj^-p
-        over its largest in the layer, each per kept column; ``levels`` and ``levels_minmax``, ascending.
+        name, row, columns (first, last and how many), p; ``weights`` and ``stored`` (what the file holds), ``costs`` =
+        g_j = U_jj^-p over its largest in the layer, each per kept column; ``levels`` and ``levels_minmax``, ascending.
     """
     cols, span = weight.shape[1], weight.amax(1).float() - weight.amin(1).float()
     row = int(span.argsort()[len(span) // 2])
@@ -49,7 +52,9 @@ def sample_of(name: str, weight: Float[Tensor, "rows cols"], result: LinearResul
     kept = inside[_kept(costs[inside])]
     grid = result.grid.take(torch.tensor([row], device=result.codes.device))
     levels = grid.levels.cpu().reshape(-1, grid.levels.shape[-1])[int(group[inside[0]])]
-    minmax = minmax_grid(values[None], recipe.scheme_for(cols), Precision(torch.float32))  # not rounded to what a container stores
+    minmax = minmax_grid(
+        values[None], recipe.scheme_for(cols), Precision(torch.float32)
+    )  # not rounded to what a container stores
     stored = grid.dequantize(result.codes[row : row + 1])[0].float().cpu()
     return {
         "name": name,

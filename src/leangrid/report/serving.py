@@ -27,11 +27,16 @@ SERVE: dict[str, tuple[str, str]] = {
     "compressed-tensors": ("vLLM", _VLLM),
     "awq": ("vLLM", _VLLM),
     "dense": ("vLLM", _VLLM),
-    "lut": ("vLLM", "pip install --no-deps leangrid jaxtyping wadler-lindig  # beside vLLM; it registers itself\n" + _VLLM),
+    "lut": (
+        "vLLM",
+        "pip install --no-deps leangrid jaxtyping wadler-lindig  # beside vLLM; it registers itself\n" + _VLLM,
+    ),
     "mlx": ("mlx-lm", "mlx_lm.server --model DIR"),
 }
 
-GENERATES = frozenset({"compressed-tensors", "lut", "gptq", "gptq_v1", "awq", "mlx", "dense", BLOCKS})  # what leangrid.load opens
+GENERATES = frozenset(
+    {"compressed-tensors", "lut", "gptq", "gptq_v1", "awq", "mlx", "dense", BLOCKS}
+)  # what leangrid.load opens
 
 
 def kind_of(container: str, exported: bool) -> str:
@@ -41,4 +46,6 @@ def kind_of(container: str, exported: bool) -> str:
 
 def snippet(container: str, exported: bool) -> tuple[str, str]:
     """(language, lines) that open a result."""
-    return OPEN.get(kind_of(container, exported), ("python", 'import leangrid\nmodel, tokenizer = leangrid.load("DIR")'))
+    return OPEN.get(
+        kind_of(container, exported), ("python", 'import leangrid\nmodel, tokenizer = leangrid.load("DIR")')
+    )

@@ -1,4 +1,5 @@
-"""What is made of a result's facts: the model card and the page. quantize writes both; ``report`` and ``eval --keep`` write them again."""
+"""What is made of a result's facts: the model card and the page. quantize writes both; ``report`` and ``eval --keep``
+write them again."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -7,9 +8,9 @@ from typing import Any
 
 from leangrid.report.card import model_card
 from leangrid.report.facts import RECORDS, RUN, Facts
-from leangrid.report.outcome import strict
 from leangrid.report.page import page
 from leangrid.report.records import LayerRecord
+from leangrid.report.strict_json import strict
 from leangrid.storage.writer import MANIFEST, amend, require_sound
 
 log = logging.getLogger("leangrid")
@@ -41,7 +42,8 @@ def rewrite(directory: Path) -> Path:
 
 
 def keep(directory: Path, evaluation: Mapping[str, Any]) -> None:
-    """Add what ``eval`` measured to a result: its manifest, model card and report. The same measurement again replaces the older one."""
+    """Add what ``eval`` measured to a result: its manifest, model card and report. The same measurement again replaces
+    the older one."""
     facts = Facts.read(directory)
     mine = strict(dict(evaluation))
     others = [kept for kept in facts.evaluations if _what(kept) != _what(mine)]
@@ -51,6 +53,7 @@ def keep(directory: Path, evaluation: Mapping[str, Any]) -> None:
 
 
 def _what(evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two evaluations the same one, measured twice: the text, its windows, the reference, and which tasks."""
+    """What makes two evaluations the same one, measured twice: the text, its windows, the reference, and which
+    tasks."""
     keys = ("text", "sha256_of_text", "length", "windows", "reference")
     return (*(evaluation.get(key) for key in keys), sorted(evaluation.get("tasks") or {}))

@@ -1,1 +1,2 @@
-"""Everything that touches the disk: the source checkpoint, the journal of an unfinished run, the published directory."""
+"""Everything that touches the disk: the source checkpoint, the journal of an unfinished run, the published
+directory."""

@@ -37,13 +37,17 @@ def read_config(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"config.json has {path.stat().st_size} bytes; {_MAX_BYTES} are allowed", path)
         raw = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"cannot read: {error.strerror or error}", path, "Check the file's permissions and the disk") from error
+        raise CheckpointError(
+            f"cannot read: {error.strerror or error}", path, "Check the file's permissions and the disk"
+        ) from error
     config = strict_json(raw, path, allow_infinity=True)
     if not isinstance(config, dict):
         raise CheckpointError("config.json is not a JSON object", path)
     problems = list(_absurdities(config, ""))
     if problems:
-        raise CheckpointError("config.json holds values no model has: " + "; ".join(problems[:8]), path, "Download the checkpoint again")
+        raise CheckpointError(
+            "config.json holds values no model has: " + "; ".join(problems[:8]), path, "Download the checkpoint again"
+        )
     return config
 
 
@@ -64,11 +68,14 @@ def check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _LAYERS:
             if isinstance(section.get(key), int) and section[key] > tensors:
-                raise CheckpointError(f"config.json announces {key} = {section[key]}, the checkpoint holds only {tensors} tensors", path)
+                raise CheckpointError(
+                    f"config.json announces {key} = {section[key]}, the checkpoint holds only {tensors} tensors", path
+                )
 
 
 def custom_code(config: dict[str, Any]) -> tuple[str, ...]:
-    """The names under which a config asks for Python files of its own (``auto_map``), at any depth. leangrid never runs them."""
+    """The names under which a config asks for Python files of its own (``auto_map``), at any depth. leangrid never runs
+    them."""
     found: list[str] = []
     for key, value in config.items():
         if key == "auto_map":
@@ -79,14 +86,17 @@ def custom_code(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def with_older_ropes(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with its rotary embedding also in the places where readers older than transformers 5 look, mlx-lm among them.
+    """``config`` with its rotary embedding also in the places where readers older than transformers 5 look, mlx-lm
+    among them.
 
-    Without them they take defaults in silence: another base, and no scaling of a long context. What is there already stays.
-    """
+    Without them they take defaults in silence: another base, and no scaling of a long context. What is there already
+    stays."""
     ropes = config.get("rope_parameters")
     if not isinstance(ropes, dict):
         return config
-    by_layer = all(isinstance(rope, dict) for rope in ropes.values()) and bool(ropes)  # Gemma 3: one for each kind of attention
+    by_layer = all(isinstance(rope, dict) for rope in ropes.values()) and bool(
+        ropes
+    )  # Gemma 3: one for each kind of attention
     rope = ropes.get("full_attention", {}) if by_layer else ropes
     older: dict[str, Any] = {"rope_theta": rope.get("rope_theta")}
     if by_layer:

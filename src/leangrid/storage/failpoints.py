@@ -1,9 +1,9 @@
 """Places where a test may stop the program: one line in the code, nothing at all unless LEANGRID_FAILPOINT is set.
 
-``LEANGRID_FAILPOINT=name[:n[:action]]`` acts at the n-th passage (default the first) of ``failpoint("name")``; the name ``*`` is every
-failpoint. Actions: ``kill`` (SIGKILL, the default), ``raise:ENOSPC`` (any errno name), ``raise:OOM``, ``raise:SIGINT``, ``sleep:SECONDS``.
-Tests find the names by searching the source for ``failpoint("``, so a new one is covered without touching them.
-"""
+``LEANGRID_FAILPOINT=name[:n[:action]]`` acts at the n-th passage (default the first) of ``failpoint("name")``; the name
+``*`` is every failpoint. Actions: ``kill`` (SIGKILL, the default), ``raise:ENOSPC`` (any errno name), ``raise:OOM``,
+``raise:SIGINT``, ``sleep:SECONDS``. Tests find the names by searching the source for ``failpoint("``, so a new one is
+covered without touching them."""
 
 import errno
 import os

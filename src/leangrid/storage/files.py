@@ -1,8 +1,8 @@
 """The only place that writes files. A file is there whole or not at all, also after a kill or a power cut.
 
-The protocol (SQLite's and git's): a temporary file beside the target, written and hashed in one pass, fsync, ``os.replace``, fsync of the
-directory. Names of temporaries start with a dot and end in ``.tmp``, so that whoever holds the lock of a run may sweep what a kill left.
-"""
+The protocol (SQLite's and git's): a temporary file beside the target, written and hashed in one pass, fsync,
+``os.replace``, fsync of the directory. Names of temporaries start with a dot and end in ``.tmp``, so that whoever holds
+the lock of a run may sweep what a kill left."""
 
 import contextlib
 import errno
@@ -30,9 +30,9 @@ CHUNK = 4 << 20
 def atomic_write(path: Path, chunks: Bytes | Iterable[Bytes], size: int | None = None) -> str:
     """Write ``path`` whole or not at all; return the sha256 (hex) of its bytes.
 
-    ``size``, in bytes, is only for the message of a full disk. Raises OutputError (exit code 3: what was finished before is safe)
-    naming the path and the step that failed; exceptions of ``chunks`` pass through. No temporary file stays behind.
-    """
+    ``size``, in bytes, is only for the message of a full disk. Raises OutputError (exit code 3: what was finished
+    before is safe) naming the path and the step that failed; exceptions of ``chunks`` pass through. No temporary file
+    stays behind."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     digest, step, descriptor, written = hashlib.sha256(), "create", -1, 0
     try:
@@ -83,10 +83,11 @@ class SourceReadError(OSError):
 
 
 def read_chunks(path: Path, start: int = 0, length: int | None = None) -> Iterator[memoryview]:
-    """The bytes ``start`` .. ``start + length`` of a file (to its end by default) through one reused buffer of CHUNK bytes.
+    """The bytes ``start`` .. ``start + length`` of a file (to its end by default) through one reused buffer of CHUNK
+    bytes.
 
-    Each piece is valid until the next is asked for. Raises SourceReadError naming the file, also when it is shorter than asked for.
-    """
+    Each piece is valid until the next is asked for. Raises SourceReadError naming the file, also when it is shorter
+    than asked for."""
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
@@ -105,10 +106,11 @@ def read_chunks(path: Path, start: int = 0, length: int | None = None) -> Iterat
 
 
 def scratch(directory: Path, size: int) -> mmap.mmap:
-    """``size`` bytes of a file that has no name any more, mapped for reading and writing. It goes with its last reference, also in a kill.
+    """``size`` bytes of a file that has no name any more, mapped for reading and writing. It goes with its last
+    reference, also in a kill.
 
-    The space is taken at once: a mapped hole that the disk cannot fill would end the process. Raises OutputError (exit code 3).
-    """
+    The space is taken at once: a mapped hole that the disk cannot fill would end the process. Raises OutputError (exit
+    code 3)."""
     path, descriptor = directory / f".scratch.{os.getpid()}.{secrets.token_hex(4)}.tmp", -1
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -247,7 +249,8 @@ def sync_dir(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems cannot sync a directory at all; there the rename is as durable as they make it.
+        # Some network and FUSE file systems cannot sync a directory at all; there the rename is as durable as they make
+        # it.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -255,7 +258,8 @@ def sync_dir(path: Path) -> None:
 
 
 def sweep_temporaries(directory: Path) -> int:
-    """Remove what killed writers left in ``directory`` (not below it); return how many files. Only the holder of the lock may call it."""
+    """Remove what killed writers left in ``directory`` (not below it); return how many files. Only the holder of the
+    lock may call it."""
     stale = [p for p in directory.glob(".*.tmp") if p.is_file() or p.is_symlink()] if directory.is_dir() else []
     for path in stale:
         remove(path)
@@ -284,8 +288,8 @@ def bytes_in(directory: Path) -> int:
 
 
 class FileLock:
-    """One process at a time in a run directory. The kernel drops the lock with the process, so a kill never leaves it held;
-    the file's text (pid, host, start) is for the message that the second process prints."""
+    """One process at a time in a run directory. The kernel drops the lock with the process, so a kill never leaves it
+    held; the file's text (pid, host, start) is for the message that the second process prints."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -322,7 +326,9 @@ class FileLock:
                 break
             os.close(descriptor)  # the owner removed the file between our open and our flock: what we hold is no lock
         self._descriptor, self.stale_owner = descriptor, _owner(descriptor)
-        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+        text = json.dumps(
+            {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
 
@@ -369,7 +375,8 @@ def _unlink_quietly(path: Path) -> None:
 
 
 def _stopped(step: str, path: Path, error: OSError, size: int) -> OutputError:
-    """The message of an OSError in the middle of a run: what was committed stays, so the same command resumes (exit code 3)."""
+    """The message of an OSError in the middle of a run: what was committed stays, so the same command resumes (exit
+    code 3)."""
     failure = _refused(step, path, error, size)
     failure.exit_code = 3
     return failure
@@ -387,7 +394,11 @@ def _refused(step: str, path: Path, error: OSError, size: int = 0) -> OutputErro
     if error.errno == errno.EXDEV:
         return OutputError(f"cannot {step}: {reason}", path, "No part of the output may lie on another file system")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return OutputError(f"cannot {step}: {reason}", path, "Give this user the right to write there, or choose another output directory")
+        return OutputError(
+            f"cannot {step}: {reason}",
+            path,
+            "Give this user the right to write there, or choose another output directory",
+        )
     return OutputError(f"cannot {step}: {reason}", path, "Check the disk, then run the same command again")
 
 

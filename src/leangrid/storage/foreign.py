@@ -1,7 +1,8 @@
-"""What lies where a plain 16-bit checkpoint was expected, recognised by its first bytes and its tensors' names: so that a refusal names it.
+"""What lies where a plain 16-bit checkpoint was expected, recognised by its first bytes and its tensors' names: so that
+a refusal names it.
 
-Git LFS pointers, LoRA adapters, weights of other quantizers without the config that says so, and a config that says so of plain weights.
-"""
+Git LFS pointers, LoRA adapters, weights of other quantizers without the config that says so, and a config that says so
+of plain weights."""
 
 import json
 import re
@@ -24,7 +25,9 @@ _FORMS = (
     (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ codes"),
     (re.compile(r"\.weight_packed$"), "compressed-tensors codes"),
     (
-        re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)$|\.weight_format$|\.SCB$"),
+        re.compile(
+            r"\.weight\.(absmax|quant_map|nested_absmax|quant_state\.bitsandbytes__\w+)$|\.weight_format$|\.SCB$"
+        ),
         "bitsandbytes codes",
     ),
     (re.compile(r"_proj_blocks$"), "MXFP4 blocks"),
@@ -37,10 +40,26 @@ _FORMS = (
 _ADAPTER = re.compile(
     r"(^|\.)(base_layer|modules_to_save|(lora|vera|hada|lokr|ia3|oft|boft|hra|fourierft|randlora|bone|adaption|prompt|prefix)_\w+)(\.|$)"
 )
-_NOT_MERGED = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT")  # PEFT's own names
+_NOT_MERGED = (
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "ADAPTION_PROMPT",
+)  # PEFT's own names
 # A model inside of another, or inside of what trained it: the names begin (or go on) with this.
-_WRAPPERS = ("base_model.model.", "_orig_mod.", "_fsdp_wrapped_module.", "module.", "language_model.model.", "model.language_model.",
-             "language_model.", "text_model.", "llm.", "model.text_model.")  # fmt: skip
+_WRAPPERS = (
+    "base_model.model.",
+    "_orig_mod.",
+    "_fsdp_wrapped_module.",
+    "module.",
+    "language_model.model.",
+    "model.language_model.",
+    "language_model.",
+    "text_model.",
+    "llm.",
+    "model.text_model.",
+)
 
 
 def is_pointer(start: bytes | bytearray | memoryview) -> bool:
@@ -50,7 +69,9 @@ def is_pointer(start: bytes | bytearray | memoryview) -> bool:
 
 def pointer(path: Path) -> CheckpointError:
     """The refusal of a Git LFS pointer at ``path``."""
-    return CheckpointError(f"'{path.name}' is a Git LFS pointer, not the file itself", path, "Fetch the files: git lfs pull")
+    return CheckpointError(
+        f"'{path.name}' is a Git LFS pointer, not the file itself", path, "Fetch the files: git lfs pull"
+    )
 
 
 def refuse_adapter(directory: Path) -> None:
@@ -58,8 +79,13 @@ def refuse_adapter(directory: Path) -> None:
     if not directory.is_dir():
         return
     names = [path.name for path in directory.iterdir()]
-    adapter = ADAPTER_CONFIG in names or any(ADAPTER_WEIGHTS.fullmatch(name) or name == "adapter_model.bin" for name in names)
-    weights = any(name.endswith((".safetensors", ".bin", ".safetensors.index.json")) and not name.startswith("adapter_") for name in names)
+    adapter = ADAPTER_CONFIG in names or any(
+        ADAPTER_WEIGHTS.fullmatch(name) or name == "adapter_model.bin" for name in names
+    )
+    weights = any(
+        name.endswith((".safetensors", ".bin", ".safetensors.index.json")) and not name.startswith("adapter_")
+        for name in names
+    )
     if adapter and not weights:
         kind = _peft_type(directory / ADAPTER_CONFIG)
         merge = "Merge it into its base model first (PEFT: merge_and_unload, then save_pretrained)"
@@ -79,8 +105,16 @@ def _peft_type(path: Path) -> str:
 
 def adapter_notice(directory: Path) -> list[str]:
     """A sentence where an adapter lies beside the weights: it is not applied."""
-    names = [path.name for path in directory.iterdir() if path.name == ADAPTER_CONFIG or path.name.startswith("adapter_model")]
-    return [f"{min(names)}: an adapter beside the weights is not applied and not copied; merge it first if it belongs"] if names else []
+    names = [
+        path.name
+        for path in directory.iterdir()
+        if path.name == ADAPTER_CONFIG or path.name.startswith("adapter_model")
+    ]
+    return (
+        [f"{min(names)}: an adapter beside the weights is not applied and not copied; merge it first if it belongs"]
+        if names
+        else []
+    )
 
 
 def quantized_form(tensors: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -102,44 +136,73 @@ def quantized_form(tensors: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def refuse_quantized(config: Mapping[str, Any], tensors: Mapping[str, Any], directory: Path) -> None:
-    """CheckpointError for a config.json that says that the weights are quantized: where they are, and where they are not."""
-    said = next(((key, section[key]) for section in _sections(config) for key in QUANTIZATION_KEYS if section.get(key) is not None), None)
+    """CheckpointError for a config.json that says that the weights are quantized: where they are, and where they are
+    not."""
+    said = next(
+        (
+            (key, section[key])
+            for section in _sections(config)
+            for key in QUANTIZATION_KEYS
+            if section.get(key) is not None
+        ),
+        None,
+    )
     if said is None:
         return
     key, value = said
     if not value:
-        raise CheckpointError(f"config.json has an empty {key}, which no reader understands", directory / "config.json", f"Remove {key}")
-    method = str(value.get("quant_method", "mlx" if key == "quantization" else "unnamed"))[:40] if isinstance(value, dict) else "unnamed"
+        raise CheckpointError(
+            f"config.json has an empty {key}, which no reader understands", directory / "config.json", f"Remove {key}"
+        )
+    method = (
+        str(value.get("quant_method", "mlx" if key == "quantization" else "unnamed"))[:40]
+        if isinstance(value, dict)
+        else "unnamed"
+    )
     matrices = {info.dtype for name, info in tensors.items() if len(info.shape) > 1}
     if quantized_form(tensors) or matrices - _FLOATS or not matrices:
         raise CheckpointError(f"the checkpoint is already quantized ({key}: {method})", directory, _WAY_OUT)
     what = f"config.json says that the weights are quantized ({key}: {method}), but they are plain {' and '.join(sorted(matrices))}"
-    raise CheckpointError(what, directory / "config.json", f"If these are the original weights, remove {key} from config.json")
+    raise CheckpointError(
+        what, directory / "config.json", f"If these are the original weights, remove {key} from config.json"
+    )
 
 
 def refuse_disguised(tensors: Mapping[str, Any], directory: Path) -> None:
-    """CheckpointError for quantized weights whose config.json does not say so. Only for tensors that do not fit the model: names alone
-    prove nothing."""
+    """CheckpointError for quantized weights whose config.json does not say so. Only for tensors that do not fit the
+    model: names alone prove nothing."""
     form = quantized_form(tensors)
     if form is not None:
-        raise CheckpointError(f"the checkpoint is already quantized: it holds {form[0]}, such as '{form[1]}'", directory, _WAY_OUT)
-    codes = [name for name, info in tensors.items() if len(info.shape) > 1 and info.dtype in _CODES and not name.endswith(_MASKS)]
+        raise CheckpointError(
+            f"the checkpoint is already quantized: it holds {form[0]}, such as '{form[1]}'", directory, _WAY_OUT
+        )
+    codes = [
+        name
+        for name, info in tensors.items()
+        if len(info.shape) > 1 and info.dtype in _CODES and not name.endswith(_MASKS)
+    ]
     if codes:
         what = f"matrices are stored as integers ({tensors[codes[0]].dtype}), such as '{codes[0]}': these are quantized weights"
         raise CheckpointError(what, directory, _WAY_OUT)
 
 
 def wrapped_names(names: Iterable[str]) -> str | None:
-    """Why these tensor names, which the model does not have, are not its own, in a few words with the way out; None where unknown."""
+    """Why these tensor names, which the model does not have, are not its own, in a few words with the way out; None
+    where unknown."""
     listed = list(names)
     if found := next((name for name in listed if _ADAPTER.search(name)), None):
         return f"'{found}' belongs to an adapter such as LoRA, saved without merging it. Merge it first (PEFT: merge_and_unload)"
     for wrapper in _WRAPPERS:
         inside = [name for name in listed if name.startswith(wrapper)]
         if inside and len(inside) * 2 >= len(listed):
-            return (f"the names begin with '{wrapper}': they are of a model inside of another. "
-                    "Give the whole model's checkpoint with its own config.json, or one that was saved without the prefix")  # fmt: skip
-    if found := next((name for name in listed if re.fullmatch(r"layers\.\d+\.(attention|feed_forward)\.w[a-z0-9]+\.weight", name)), None):
+            return (
+                f"the names begin with '{wrapper}': they are of a model inside of another. "
+                "Give the whole model's checkpoint with its own config.json, or one that was saved without the prefix"
+            )
+    if found := next(
+        (name for name in listed if re.fullmatch(r"layers\.\d+\.(attention|feed_forward)\.w[a-z0-9]+\.weight", name)),
+        None,
+    ):
         return f"'{found}' is a name of Meta's and Mistral's own format. Convert the checkpoint to Hugging Face's format first"
     return None
 

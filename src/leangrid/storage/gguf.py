@@ -1,8 +1,7 @@
 """The GGUF file, version 3, written as a stream: one tensor in memory at a time.
 
-Format (ggml's docs/gguf.md): "GGUF", version, counts; key-value pairs; for each tensor its name, shape (innermost dimension first), type
-and offset; padding; the tensors, each padded to 32 bytes. Little-endian throughout.
-"""
+Format (ggml's docs/gguf.md): "GGUF", version, counts; key-value pairs; for each tensor its name, shape (innermost
+dimension first), type and offset; padding; the tensors, each padded to 32 bytes. Little-endian throughout."""
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,15 +20,25 @@ _STRING, _ARRAY = 8, 9
 _MAX_NAME = 63  # ggml's GGML_MAX_NAME, less its final zero
 # Kind of a value -> its number in the file and how struct spells it.
 SCALARS = {
-    "uint8": (0, "B"), "int8": (1, "b"), "uint16": (2, "H"), "int16": (3, "h"), "uint32": (4, "I"), "int32": (5, "i"), "float32": (6, "f"),
-    "bool": (7, "?"), "uint64": (10, "Q"), "int64": (11, "q"), "float64": (12, "d"),
-}  # fmt: skip
+    "uint8": (0, "B"),
+    "int8": (1, "b"),
+    "uint16": (2, "H"),
+    "int16": (3, "h"),
+    "uint32": (4, "I"),
+    "int32": (5, "i"),
+    "float32": (6, "f"),
+    "bool": (7, "?"),
+    "uint64": (10, "Q"),
+    "int64": (11, "q"),
+    "float64": (12, "d"),
+}
 PLAIN_TYPES = {"F32": 0, "F16": 1, "BF16": 30}  # ggml's numbers of the types without blocks, as safetensors names them
 
 
 @dataclass(frozen=True)
 class Field:
-    """A value of the header: ``kind`` is string, bool, or a number such as uint32; a list or tuple is an array of that kind."""
+    """A value of the header: ``kind`` is string, bool, or a number such as uint32; a list or tuple is an array of that
+    kind."""
 
     kind: str
     value: Any
@@ -37,7 +46,8 @@ class Field:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor to write: ``shape`` as torch counts it (rows, columns), ggml's type number, size, and a call that makes its bytes."""
+    """A tensor to write: ``shape`` as torch counts it (rows, columns), ggml's type number, size, and a call that makes
+    its bytes."""
 
     shape: tuple[int, ...]
     number: int
@@ -48,9 +58,8 @@ class TensorEntry:
 def save(path: Path, fields: Mapping[str, Field], tensors: Mapping[str, TensorEntry]) -> str:
     """Write ``path`` whole or not at all; return the sha256 of its bytes.
 
-    Each tensor is made when its turn comes and let go before the next. Raises FormatError for names or values that the format cannot
-    hold and for a tensor that is not as large as announced; OutputError from the disk.
-    """
+    Each tensor is made when its turn comes and let go before the next. Raises FormatError for names or values that the
+    format cannot hold and for a tensor that is not as large as announced; OutputError from the disk."""
     head = _header(fields, tensors)
     total = len(head) + sum(_padded(entry.nbytes) for entry in tensors.values())
     return atomic_write(path, _stream(head, tensors), size=total)

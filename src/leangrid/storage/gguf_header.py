@@ -1,8 +1,9 @@
-"""The header of a GGUF file, read with distrust: nothing is allocated by a number in it that the file's own size does not bear out.
+"""The header of a GGUF file, read with distrust: nothing is allocated by a number in it that the file's own size does
+not bear out.
 
-gguf-py's reader maps the file, makes two arrays of each token (seconds and hundreds of MB for a large vocabulary), and walks on behind
-the file's end where a count is absurd; so the header is read here, and gguf-py knows the types and turns blocks into numbers.
-"""
+gguf-py's reader maps the file, makes two arrays of each token (seconds and hundreds of MB for a large vocabulary), and
+walks on behind the file's end where a count is absurd; so the header is read here, and gguf-py knows the types and
+turns blocks into numbers."""
 
 import math
 import os
@@ -29,7 +30,8 @@ _WAY_OUT = "Download the file again; a file that was cut into pieces is joined f
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: bytes ``start`` to ``start + nbytes`` of ``file``, of ``shape`` as torch counts it, in ggml's type ``kind``."""
+    """Where a tensor lies: bytes ``start`` to ``start + nbytes`` of ``file``, of ``shape`` as torch counts it, in
+    ggml's type ``kind``."""
 
     file: Path
     shape: tuple[int, ...]
@@ -63,7 +65,8 @@ class Header:
 
 
 def begins_as_gguf(path: Path) -> bool:
-    """Whether ``path`` is a file that begins as GGUF files do, whatever its name; CheckpointError for a Git LFS pointer."""
+    """Whether ``path`` is a file that begins as GGUF files do, whatever its name; CheckpointError for a Git LFS
+    pointer."""
     if not path.is_file():
         return False
     try:
@@ -80,8 +83,8 @@ def read_header(path: Path) -> Header:
     """Read and check the header of ``path``, in memory bounded by 512 MB of header and 16 million values.
 
     Raises:
-        CheckpointError: no such file, no GGUF file, a Git LFS pointer in its place, a version or byte order that is not read here, or
-            any way in which the file breaks the format, its end included.
+        CheckpointError: no such file, no GGUF file, a Git LFS pointer in its place, a version or byte order that is not
+            read here, or any way in which the file breaks the format, its end included.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block for ever
@@ -91,7 +94,9 @@ def read_header(path: Path) -> Header:
     except FileNotFoundError:
         raise CheckpointError("there is no such file", path, "Give the path of a .gguf file") from None
     except OSError as error:
-        raise CheckpointError(f"the file cannot be read: {error.strerror}", path, "Check its permissions and the disk") from error
+        raise CheckpointError(
+            f"the file cannot be read: {error.strerror}", path, "Check its permissions and the disk"
+        ) from error
 
 
 class _Reader:
@@ -103,7 +108,9 @@ class _Reader:
         self._check_start()
         tensors, count = self._unpack("<QQ")
         if count > _MAX_FIELDS or tensors > _MAX_TENSORS:
-            raise self._broken(f"announces {count} fields and {tensors} tensors; {_MAX_FIELDS} and {_MAX_TENSORS} are read")
+            raise self._broken(
+                f"announces {count} fields and {tensors} tensors; {_MAX_FIELDS} and {_MAX_TENSORS} are read"
+            )
         fields: dict[str, Field] = {}
         for _ in range(count):
             key = self._string(_MAX_KEY, "a key")
@@ -118,12 +125,16 @@ class _Reader:
         if is_pointer(start):
             raise pointer(self.path)
         if start[:4] != _MAGIC:
-            raise CheckpointError("this is no GGUF file: it does not begin with 'GGUF'", self.path, "Check the download")
+            raise CheckpointError(
+                "this is no GGUF file: it does not begin with 'GGUF'", self.path, "Check the download"
+            )
         self.file.seek(4)
         self.at = 4
         (version,) = self._unpack("<I")
         if version not in _VERSIONS and int.from_bytes(version.to_bytes(4, "little"), "big") in (1, *_VERSIONS):
-            raise CheckpointError("this GGUF file is big-endian", self.path, "Give the little-endian file, or convert it (gguf-py)")
+            raise CheckpointError(
+                "this GGUF file is big-endian", self.path, "Give the little-endian file, or convert it (gguf-py)"
+            )
         if version not in _VERSIONS:
             raise CheckpointError(f"this is a GGUF file of version {version}; versions 2 and 3 are read", self.path,
                                   "Convert the model again with today's llama.cpp")  # fmt: skip
@@ -202,7 +213,9 @@ class _Reader:
             start, nbytes = base + offset, math.prod(shape) // block * size
             if offset % alignment or start + nbytes > self.size:
                 what = "at an offset that is not aligned" if offset % alignment else f"up to byte {start + nbytes}"
-                raise self._broken(f"is truncated or damaged: tensor {name!r} would lie {what}, and the file has {self.size} bytes")
+                raise self._broken(
+                    f"is truncated or damaged: tensor {name!r} would lie {what}, and the file has {self.size} bytes"
+                )
             tensors[name] = StoredTensor(self.path, shape, kind, start, nbytes)
         end = base
         for name, stored in sorted(tensors.items(), key=lambda item: item[1].start):
@@ -219,8 +232,11 @@ class _Reader:
 
     def _type(self, name: str, number: int) -> tuple[str, int, int]:
         if number not in self._types:
-            raise CheckpointError(f"the tensor {name!r} is of ggml's type {number}, which this gguf-py does not know", self.path,
-                                  "Update the gguf package, or give the model's own checkpoint")  # fmt: skip
+            raise CheckpointError(
+                f"the tensor {name!r} is of ggml's type {number}, which this gguf-py does not know",
+                self.path,
+                "Update the gguf package, or give the model's own checkpoint",
+            )
         return self._types[number]
 
     def _string(self, limit: int, where: str) -> str:

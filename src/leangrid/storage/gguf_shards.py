@@ -1,4 +1,5 @@
-"""A GGUF model in one file or in several (llama-gguf-split): all parts, whichever of them was given, or a refusal that names one."""
+"""A GGUF model in one file or in several (llama-gguf-split): all parts, whichever of them was given, or a refusal that
+names one."""
 
 import re
 from pathlib import Path
@@ -20,12 +21,18 @@ def parts(path: Path) -> list[Path]:
     if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
         return [path]
     count = int(match["count"])
-    found = [path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}{match['suffix']}") for number in range(1, count + 1)]
+    found = [
+        path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}{match['suffix']}")
+        for number in range(1, count + 1)
+    ]
     missing = [part.name for part in found if not part.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(f"this model is split into {count} files, and the part {missing[0]}{more} is missing", path.parent,
-                              "Put all parts into one directory")  # fmt: skip
+        raise CheckpointError(
+            f"this model is split into {count} files, and the part {missing[0]}{more} is missing",
+            path.parent,
+            "Put all parts into one directory",
+        )
     return found
 
 
@@ -40,15 +47,21 @@ def read_model_header(path: Path) -> Header:
     count = given.value(_COUNT, 0)
     if len(files) == 1 or not count:
         if isinstance(count, int) and count > 1:
-            raise CheckpointError(f"this is part {given.value(_NUMBER, 0) + 1} of a model split into {count} files, and its name does "
-                                  "not say so", path, "Give the parts their names back: NAME-00001-of-00002.gguf")  # fmt: skip
+            raise CheckpointError(
+                f"this is part {given.value(_NUMBER, 0) + 1} of a model split into {count} files, and its name does "
+                "not say so",
+                path,
+                "Give the parts their names back: NAME-00001-of-00002.gguf",
+            )
         return given
     headers = [given if file == path else read_header(file) for file in files]
     first = headers[0]
     tensors = {}
     for number, header in enumerate(headers):
         if (header.value(_NUMBER), header.value(_COUNT)) != (number, len(files)):
-            raise _foreign(header, f"says that it is part {header.value(_NUMBER)} of {header.value(_COUNT)}, counted from 0")
+            raise _foreign(
+                header, f"says that it is part {header.value(_NUMBER)} of {header.value(_COUNT)}, counted from 0"
+            )
         for key in ("general.architecture", "general.name", _TENSORS):
             if header.value(key) is not None and header.value(key) != first.value(key):
                 raise _foreign(header, f"gives {key} as {header.value(key)!r}, the first part as {first.value(key)!r}")
@@ -58,8 +71,11 @@ def read_model_header(path: Path) -> Header:
         tensors |= header.tensors
     expected = first.value(_TENSORS)
     if expected is not None and expected != len(tensors):
-        raise CheckpointError(f"the parts of this split model hold {len(tensors)} tensors, and {expected} are announced",
-                              files[0].parent, "Check that all parts are of one download")  # fmt: skip
+        raise CheckpointError(
+            f"the parts of this split model hold {len(tensors)} tensors, and {expected} are announced",
+            files[0].parent,
+            "Check that all parts are of one download",
+        )
     return Header(first.file, first.fields, tensors)
 
 

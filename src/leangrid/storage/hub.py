@@ -1,7 +1,7 @@
 """From what the user typed to a place on disk: a directory, a .gguf file, or a hub id such as ``org/name@revision``.
 
-``stream:org/name`` is a hub id whose weights stay on the hub: ``locate_stream`` gives the small files' directory and the way to the rest.
-"""
+``stream:org/name`` is a hub id whose weights stay on the hub: ``locate_stream`` gives the small files' directory and
+the way to the rest."""
 
 import re
 from collections.abc import Iterator
@@ -19,14 +19,18 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.
 
 
 def locate_source(text: str) -> Path:
-    """The checkpoint directory or .gguf file meant by ``text``; a hub id is downloaded (or found in the hub's cache, also offline),
-    only files that leangrid reads. Raises CheckpointError saying what was tried."""
+    """The checkpoint directory or .gguf file meant by ``text``; a hub id is downloaded (or found in the hub's cache,
+    also offline), only files that leangrid reads. Raises CheckpointError saying what was tried."""
     if text.startswith(STREAM):
         raise CheckpointError(
-            "only plan and quantize read a model as a stream", text, f"Give {text.removeprefix(STREAM)}: it is downloaded"
+            "only plan and quantize read a model as a stream",
+            text,
+            f"Give {text.removeprefix(STREAM)}: it is downloaded",
         )
     if not text.strip():
-        raise CheckpointError("the name of the source is empty", None, "Give a checkpoint directory, a hub id or a .gguf file")
+        raise CheckpointError(
+            "the name of the source is empty", None, "Give a checkpoint directory, a hub id or a .gguf file"
+        )
     path = Path(text).expanduser()
     if path.is_dir():
         return path
@@ -36,17 +40,22 @@ def locate_source(text: str) -> Path:
         raise CheckpointError("a single file is no checkpoint", path, f"Give the directory: {path.parent}")
     match = _HUB_ID.fullmatch(text)
     if match is None or path.suffix.lower() in (".gguf", ".safetensors"):
-        raise CheckpointError("there is no such directory or .gguf file", text, "A hub id looks like org/name or org/name@revision")
+        raise CheckpointError(
+            "there is no such directory or .gguf file", text, "A hub id looks like org/name or org/name@revision"
+        )
     return _download(match["repo"], match["revision"], ALLOWED_DOWNLOADS)
 
 
 def locate_stream(text: str) -> tuple[Path, Remote | None]:
-    """As ``locate_source``, also for ``stream:org/name[@revision]``: the directory with everything but the weights, and those."""
+    """As ``locate_source``, also for ``stream:org/name[@revision]``: the directory with everything but the weights, and
+    those."""
     if not text.startswith(STREAM):
         return locate_source(text), None
     match = _HUB_ID.fullmatch(text.removeprefix(STREAM))
     if match is None:
-        raise CheckpointError("what is streamed is a hub id", text, "It looks like stream:org/name or stream:org/name@revision")
+        raise CheckpointError(
+            "what is streamed is a hub id", text, "It looks like stream:org/name or stream:org/name@revision"
+        )
     with _in_our_words(text.removeprefix(STREAM)):
         remote = Remote.of(match["repo"], match["revision"])
     small = tuple(pattern for pattern in ALLOWED_DOWNLOADS if not pattern.endswith(".safetensors"))
@@ -69,11 +78,15 @@ def _in_our_words(name: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError:
-        raise CheckpointError("the hub wants its terms accepted first", name, "Accept them there, then: hf auth login") from None
+        raise CheckpointError(
+            "the hub wants its terms accepted first", name, "Accept them there, then: hf auth login"
+        ) from None
     except errors.RevisionNotFoundError:
         raise CheckpointError("the hub knows no such revision", name) from None
     except errors.RepositoryNotFoundError:
-        raise CheckpointError("neither a directory nor a public model of the hub", name, "If it is private: hf auth login") from None
+        raise CheckpointError(
+            "neither a directory nor a public model of the hub", name, "If it is private: hf auth login"
+        ) from None
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"not in the hub's cache, and the hub cannot be reached ({type(error).__name__})", name,
                               "Connect once, or give a directory") from error  # fmt: skip

@@ -31,16 +31,19 @@ from leangrid.storage.failpoints import failpoint
 from leangrid.storage.mount import INSIDE, MANIFEST, fixed, restore
 
 FORMAT_VERSION = 3  # of this layout; part of the identity, so that a newer leangrid never misreads an older journal
-_ENTRIES = frozenset({"LOCK", "identity.json", "sealed.json", "blocks", "state", "named", "head", "publish", "replaced", "source"})
+_ENTRIES = frozenset(
+    {"LOCK", "identity.json", "sealed.json", "blocks", "state", "named", "head", "publish", "replaced", "source"}
+)
 _RESTART = "--restart discards the unfinished run"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 
 
 class Journal:
-    """The run directory ``OUT.partial``; a context manager whose end releases the lock and sweeps temporaries, however it is left.
+    """The run directory ``OUT.partial``; a context manager whose end releases the lock and sweeps temporaries, however
+    it is left.
 
-    ``notices`` holds sentences for the user. ``state_dir`` puts the hidden states on another disk; ``states`` is their directory.
-    """
+    ``notices`` holds sentences for the user. ``state_dir`` puts the hidden states on another disk; ``states`` is their
+    directory."""
 
     def __init__(self, partial: Path, state_dir: Path | None = None) -> None:
         self.partial = partial
@@ -59,9 +62,8 @@ class Journal:
     def open(self, identity: Mapping[str, Any], restart: bool = False) -> "Journal":
         """Take the lock and start or resume the run that ``identity`` (nested dicts of JSON values) describes.
 
-        Raises OutputError if another process is at work or the directory is not a run's; ResumeError naming the first field in which an
-        unfinished run differs. ``restart`` discards the unfinished run instead.
-        """
+        Raises OutputError if another process is at work or the directory is not a run's; ResumeError naming the first
+        field in which an unfinished run differs. ``restart`` discards the unfinished run instead."""
         self.identity = json.loads(json.dumps({"format_version": FORMAT_VERSION, **identity}))
         if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
             raise OutputError("not a directory", self.partial, "Remove it, or choose another output directory")
@@ -103,8 +105,11 @@ class Journal:
         difference = first_difference(stored, self.identity)
         if difference:
             field, then, now = difference
-            raise ResumeError(f"an unfinished run with another {field}: it has {_short(then)}, this one {_short(now)}", self.partial,
-                              f"Run the command it was started with to finish it; {_RESTART}")  # fmt: skip
+            raise ResumeError(
+                f"an unfinished run with another {field}: it has {_short(then)}, this one {_short(now)}",
+                self.partial,
+                f"Run the command it was started with to finish it; {_RESTART}",
+            )
 
     def close(self) -> None:
         """Sweep temporaries and release the lock; the journal stays for the next run. Fine to call twice."""
@@ -116,10 +121,13 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
-    # Blocks -------------------------------------------------------------------------------------------------------------------------
+    # Blocks
+    # -------------------------------------------------------------------------------------------------------------------------
 
     def commit_block(self, index: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Make block ``index`` (0 is the first; blocks come in order) durable. ``info`` is its records: JSON values."""
@@ -132,7 +140,8 @@ class Journal:
         self._committed = index + 1
 
     def committed(self) -> int:
-        """How many blocks from the first on are good. The first call hashes them all; a bad one is removed with all after it."""
+        """How many blocks from the first on are good. The first call hashes them all; a bad one is removed with all
+        after it."""
         if self._committed is None:
             count = 0
             while self._sound(self._block(count)):
@@ -160,7 +169,8 @@ class Journal:
         """Where the tensors of a committed block lie, for copying without loading."""
         return safetensors.read_header(self._block(index))
 
-    # Hidden states and one-off artefacts --------------------------------------------------------------------------------------------
+    # Hidden states and one-off artefacts
+    # --------------------------------------------------------------------------------------------
 
     def save_state(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Make the hidden states that enter block ``index`` durable, then remove older ones that no resume can need."""
@@ -172,18 +182,21 @@ class Journal:
                 self._remove(path)
 
     def load_state(self, index: int, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor] | None:
-        """The hidden states that enter block ``index``, of each tensor what ``keep`` makes of it; None if they are absent or damaged."""
+        """The hidden states that enter block ``index``, of each tensor what ``keep`` makes of it; None if they are
+        absent or damaged."""
         return self._get(self._state(index), keep)
 
     def resume_point(self) -> int:
-        """The block to go on with: the last one whose hidden states are good and all of whose predecessors are committed, else 0.
-        Later blocks are dropped, so that ``committed() == resume_point()`` afterwards."""
+        """The block to go on with: the last one whose hidden states are good and all of whose predecessors are
+        committed, else 0. Later blocks are dropped, so that ``committed() == resume_point()`` afterwards."""
         done = self.committed()
         if done and not self._sound(self._state(done)):
             point = done - 1
             while point and not self._sound(self._state(point)):
                 point -= 1
-            self.notices.append(f"the hidden states after block {done} are missing or damaged: going on from block {point + 1}")
+            self.notices.append(
+                f"the hidden states after block {done} are missing or damaged: going on from block {point + 1}"
+            )
             self._drop_blocks(point)
             self._committed = point
         return self.committed()
@@ -198,7 +211,8 @@ class Journal:
         """The artefact, or None if it is absent or damaged."""
         return self._get(self.partial / "named" / f"{name}.safetensors")
 
-    # A tensor file and the .json that makes it count --------------------------------------------------------------------------------
+    # A tensor file and the .json that makes it count
+    # --------------------------------------------------------------------------------
 
     def _block(self, index: int) -> Path:
         return self.partial / "blocks" / f"{index:04d}.safetensors"
@@ -230,7 +244,9 @@ class Journal:
         except (OSError, ValueError, KeyError, TypeError):
             sound = False
         if not sound:
-            self.notices.append(f"{path.parent.name}/{path.name} of the journal is damaged: it and what follows are made again")
+            self.notices.append(
+                f"{path.parent.name}/{path.name} of the journal is damaged: it and what follows are made again"
+            )
         return sound
 
     def _remove(self, path: Path) -> None:
@@ -242,20 +258,31 @@ class Journal:
             if int(path.stem) >= first:
                 files.remove(path)
 
-    # Beginning, ending ---------------------------------------------------------------------------------------------------------------
+    # Beginning, ending
+    # ---------------------------------------------------------------------------------------------------------------
 
     def _refuse_strangers(self) -> None:
         strangers = [p.name for p in self.partial.iterdir() if p.name not in _ENTRIES and not p.name.endswith(".tmp")]
         if strangers:
-            raise OutputError(f"the directory holds files that no run of leangrid made: {', '.join(sorted(strangers)[:3])}", self.partial,
-                              "Move them away, or choose another output directory")  # fmt: skip
+            raise OutputError(
+                f"the directory holds files that no run of leangrid made: {', '.join(sorted(strangers)[:3])}",
+                self.partial,
+                "Move them away, or choose another output directory",
+            )
 
     def _sweep(self) -> None:
-        for directory in (self.partial, self.partial / "blocks", self.partial / "named", self.partial / "head", self.states):
+        for directory in (
+            self.partial,
+            self.partial / "blocks",
+            self.partial / "named",
+            self.partial / "head",
+            self.states,
+        ):
             files.sweep_temporaries(directory)
 
     def _wipe(self) -> None:
-        """Remove everything but the lock; last what says whose it is, so that a kill leaves a directory that is still a run's."""
+        """Remove everything but the lock; last what says whose it is, so that a kill leaves a directory that is still a
+        run's."""
         out, replaced = out_of(self.partial), self.partial / "replaced"
         if replaced.exists() and self.partial.parent == out:
             if not (out / MANIFEST).exists():
@@ -276,7 +303,8 @@ class Journal:
             self._lock.acquire()
 
     def discard(self) -> None:
-        """After publishing: remove the whole journal and release the lock. Takes the lock if ``open`` was not called."""
+        """After publishing: remove the whole journal and release the lock. Takes the lock if ``open`` was not
+        called."""
         self.lock()
         self._sweep()
         self._wipe()
@@ -285,8 +313,8 @@ class Journal:
 
 
 def partial_of(out: Path) -> Path:
-    """``OUT.partial``, beside OUT so that the final rename stays on one file system; ``OUT/.partial`` where no rename can replace OUT.
-    OutputError for a path without a name."""
+    """``OUT.partial``, beside OUT so that the final rename stays on one file system; ``OUT/.partial`` where no rename
+    can replace OUT. OutputError for a path without a name."""
     if out.name in ("", ".."):
         raise OutputError("not a name for an output directory", out, "Give a new directory, such as ./out")
     return out / INSIDE if fixed(out) else out.with_name(f"{out.name}.partial")
@@ -298,10 +326,13 @@ def out_of(partial: Path) -> Path:
 
 
 def first_difference(then: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:
-    """The first dotted field, in sorted order, in which two JSON values differ, with both values; None if they are equal."""
+    """The first dotted field, in sorted order, in which two JSON values differ, with both values; None if they are
+    equal."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted({*then, *now}):
-            inner = first_difference(then.get(key, "absent"), now.get(key, "absent"), f"{field}.{key}" if field else str(key))
+            inner = first_difference(
+                then.get(key, "absent"), now.get(key, "absent"), f"{field}.{key}" if field else str(key)
+            )
             if inner:
                 return inner
         return None

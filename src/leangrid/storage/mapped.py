@@ -1,4 +1,5 @@
-"""Tensors in mapped files: what does not fit in memory waits on disk, and the system's page cache decides how much of it stays near."""
+"""Tensors in mapped files: what does not fit in memory waits on disk, and the system's page cache decides how much of
+it stays near."""
 
 import mmap
 from pathlib import Path
@@ -13,12 +14,14 @@ from leangrid.storage import files
 class MappedTensors:
     """Keeps tensors in files of ``directory`` that have no name: nothing is left behind, however the process ends.
 
-    A mapped page that is in memory is the system's to take back, but it counts as resident; so pages are let go after each use.
-    """
+    A mapped page that is in memory is the system's to take back, but it counts as resident; so pages are let go after
+    each use."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._areas: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by address; a tensor holds on to its own
+        self._areas: WeakValueDictionary[int, mmap.mmap] = (
+            WeakValueDictionary()
+        )  # by address; a tensor holds on to its own
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The same numbers in a file, as a CPU tensor; ``tensor`` itself if it lies in one already.

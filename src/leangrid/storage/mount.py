@@ -1,8 +1,9 @@
-"""An OUT that no rename can replace: a mount point, such as a container's volume, or a directory whose parent cannot be written to.
+"""An OUT that no rename can replace: a mount point, such as a container's volume, or a directory whose parent cannot be
+written to.
 
-There the run lies inside, as ``OUT/.partial``, and the end moves its files into OUT one by one, ``manifest.json`` last: without it nothing
-takes OUT for a result. A kill at any point between is finished by the same command (``writer.settle``).
-"""
+There the run lies inside, as ``OUT/.partial``, and the end moves its files into OUT one by one, ``manifest.json`` last:
+without it nothing takes OUT for a result. A kill at any point between is finished by the same command
+(``writer.settle``)."""
 
 import json
 import os
@@ -18,7 +19,9 @@ _NO_CONTENT = {INSIDE, "lost+found"}  # the second is in every fresh ext4 volume
 
 def fixed(out: Path) -> bool:
     """Whether ``out`` is there and stays where it is."""
-    return out.is_dir() and not out.is_symlink() and (files.is_mount(out) or not os.access(out.absolute().parent, os.W_OK))
+    return (
+        out.is_dir() and not out.is_symlink() and (files.is_mount(out) or not os.access(out.absolute().parent, os.W_OK))
+    )
 
 
 def vacant(out: Path) -> bool:
@@ -28,7 +31,8 @@ def vacant(out: Path) -> bool:
 
 
 def fill(partial: Path, out: Path) -> None:
-    """Move the staged result into OUT, after an older one has moved into ``replaced``; goes on where a kill stopped it."""
+    """Move the staged result into OUT, after an older one has moved into ``replaced``; goes on where a kill stopped
+    it."""
     staged, replaced = partial / "publish", partial / "replaced"
     names = _names(staged)
     if all((staged / name).exists() for name in names):  # none has moved yet: what lies in OUT is older

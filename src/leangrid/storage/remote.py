@@ -1,8 +1,7 @@
 """Weights of a hub model, read over the network while they are needed: one tensor at a time, nothing of them on disk.
 
-Ranges of bytes are asked for at the commit that the run began with, so no file can change under it. Each tensor is fetched when a block
-is quantized, and again when the finished result is held against the original.
-"""
+Ranges of bytes are asked for at the commit that the run began with, so no file can change under it. Each tensor is
+fetched when a block is quantized, and again when the finished result is held against the original."""
 
 import time
 from collections.abc import Iterator
@@ -29,7 +28,11 @@ class Remote:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         files = {file.rfilename: file.size for file in info.siblings or [] if file.rfilename.endswith(".safetensors")}
         if info.sha is None or None in files.values():
-            raise CheckpointError("the hub does not tell its commit or the sizes of its files", repo, "Leave stream: out: it is downloaded")
+            raise CheckpointError(
+                "the hub does not tell its commit or the sizes of its files",
+                repo,
+                "Leave stream: out: it is downloaded",
+            )
         return cls(repo, info.sha, {name: int(size or 0) for name, size in files.items()})
 
     def open(self, name: str) -> "RemoteFile":
@@ -51,7 +54,8 @@ class Remote:
 
 
 class RemoteFile:
-    """Reads like an open, unbuffered file. A connection that breaks is taken up where it broke; Interrupted once that fails too often."""
+    """Reads like an open, unbuffered file. A connection that breaks is taken up where it broke; Interrupted once that
+    fails too often."""
 
     def __init__(self, remote: Remote, name: str) -> None:
         self._remote, self._name, self._at = remote, name, 0
@@ -76,7 +80,9 @@ class RemoteFile:
                 for piece in self._remote.pieces(self._name, self._at, self._at + wanted - filled):
                     view[filled : filled + len(piece)] = piece
                     filled, self._at = filled + len(piece), self._at + len(piece)
-            except Exception as error:  # what each version of the hub's client raises for a broken connection, nobody can list
+            except (
+                Exception
+            ) as error:  # what each version of the hub's client raises for a broken connection, nobody can list
                 failures += 1
                 if failures == _TRIES:
                     raise self._lost(error) from error

@@ -1,10 +1,10 @@
 """The safetensors container, read with distrust and written as a stream.
 
-Format (https://github.com/huggingface/safetensors, README "Format"): 8 bytes little-endian length N of the header; N bytes of JSON
-``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}`` padded with spaces; the tensors, row-major,
-without holes or overlaps, to the end of the file. Everything is checked before a byte of data is read, and data are read into memory of
-our own, never mapped: a file that shrinks under us gives an error, not a SIGBUS.
-"""
+Format (https://github.com/huggingface/safetensors, README "Format"): 8 bytes little-endian length N of the header; N
+bytes of JSON ``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}`` padded with
+spaces; the tensors, row-major, without holes or overlaps, to the end of the file. Everything is checked before a byte
+of data is read, and data are read into memory of our own, never mapped: a file that shrinks under us gives an error,
+not a SIGBUS."""
 
 import hashlib
 import json
@@ -49,7 +49,8 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: bytes ``start`` to ``end`` of ``file``, of ``shape``, in ``dtype`` (as safetensors names it)."""
+    """Where one tensor lies: bytes ``start`` to ``end`` of ``file``, of ``shape``, in ``dtype`` (as safetensors names
+    it)."""
 
     file: Path
     dtype: str
@@ -70,7 +71,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors in file order, the free-text metadata, and the sha256 (hex) of the header's bytes."""
+    """A checked header: the tensors in file order, the free-text metadata, and the sha256 (hex) of the header's
+    bytes."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -79,7 +81,8 @@ class Header:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file in file order. Raises CheckpointError naming the file for every way in which it breaks the format."""
+    """The tensors of a file in file order. Raises CheckpointError naming the file for every way in which it breaks the
+    format."""
     return open_header(path).tensors
 
 
@@ -94,11 +97,14 @@ def open_header(path: Path) -> Header:
         what = "the file is a link to one that is not there" if path.is_symlink() else "the file does not exist"
         raise CheckpointError(what, path, _WAY_OUT) from None
     except OSError as error:
-        raise CheckpointError(f"cannot read: {error.strerror or error}", path, "Check the file's permissions and the disk") from error
+        raise CheckpointError(
+            f"cannot read: {error.strerror or error}", path, "Check the file's permissions and the disk"
+        ) from error
 
 
 def checked_header(path: Path, file: Readable, size: int) -> Header:
-    """The header of an open file of ``size`` bytes that stands at its start; ``path`` is for messages and for what the header describes."""
+    """The header of an open file of ``size`` bytes that stands at its start; ``path`` is for messages and for what the
+    header describes."""
     prefix = file.read(8) or b""
     if len(prefix) < 8:
         raise _broken(path, f"is truncated: {size} bytes, a header needs at least 8")
@@ -131,7 +137,9 @@ def checked_header(path: Path, file: Readable, size: int) -> Header:
     for name, info in tensors:
         if info.start != at:
             kind = "a hole before" if info.start > at else "an overlap at"
-            raise _broken(path, f"has {kind} tensor '{name}': it starts at byte {info.start}, the one before ends at {at}")
+            raise _broken(
+                path, f"has {kind} tensor '{name}': it starts at byte {info.start}, the one before ends at {at}"
+            )
         at = info.end
     if at != size:
         problem = "is truncated" if at > size else "has trailing bytes"
@@ -152,16 +160,21 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
         raise _broken(path, f"describes tensor '{name}' with shape {str(shape)[:80]} and offsets {str(offsets)[:80]}")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if expected != offsets[1] - offsets[0]:
-        raise _broken(path, f"gives tensor '{name}' ({dtype} {shape}) {offsets[1] - offsets[0]} bytes; its shape needs {expected}")
+        raise _broken(
+            path, f"gives tensor '{name}' ({dtype} {shape}) {offsets[1] - offsets[0]} bytes; its shape needs {expected}"
+        )
     return TensorInfo(path, dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 64 and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return (
+        isinstance(value, list) and len(value) <= 64 and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    )
 
 
 def strict_json(raw: bytes | bytearray, path: Path, *, allow_infinity: bool = False) -> Any:
-    """Parse JSON, refusing (CheckpointError) what parsers disagree on: duplicate keys, NaN, absurd nesting, invalid UTF-8."""
+    """Parse JSON, refusing (CheckpointError) what parsers disagree on: duplicate keys, NaN, absurd nesting, invalid
+    UTF-8."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
@@ -214,8 +227,8 @@ def memoryview_of(tensor: Tensor) -> memoryview:
 
 
 def load(path: Path, sha256: str | None = None, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
-    """All tensors of a file, in file order, in one pass; of each what ``keep`` makes of it. With ``sha256`` the file's bytes are hashed
-    on the way and CheckpointError is raised when they differ."""
+    """All tensors of a file, in file order, in one pass; of each what ``keep`` makes of it. With ``sha256`` the file's
+    bytes are hashed on the way and CheckpointError is raised when they differ."""
     header = open_header(path)
     digest, tensors = hashlib.sha256(), {}
     try:
@@ -243,10 +256,9 @@ Source = Tensor | TensorInfo
 def save(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str] | None = None) -> str:
     """Write ``tensors`` as one file through ``files.atomic_write``; return its sha256.
 
-    A TensorInfo stands for a tensor that lies in another file: its bytes are copied from there in chunks. Nothing is held in memory but
-    one chunk, and one contiguous CPU copy of a tensor that is neither. Order: by descending element size, then name (every tensor is
-    aligned to its element), so that equal tensors give equal bytes.
-    """
+    A TensorInfo stands for a tensor that lies in another file: its bytes are copied from there in chunks. Nothing is
+    held in memory but one chunk, and one contiguous CPU copy of a tensor that is neither. Order: by descending element
+    size, then name (every tensor is aligned to its element), so that equal tensors give equal bytes."""
     order = sorted(tensors, key=lambda name: (-_dtype_of(name, tensors[name]).itemsize, name))
     header = _header({name: tensors[name] for name in order}, metadata or {})
     total = len(header) + sum(_nbytes(tensors[name]) for name in order)
@@ -271,7 +283,11 @@ def _header(tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> bytes
         if name == "__metadata__":
             raise FormatError("no tensor may be called __metadata__ in safetensors")
         end = at + _nbytes(source)
-        entries[name] = {"dtype": _NAMES[_dtype_of(name, source)], "shape": list(source.shape), "data_offsets": [at, end]}
+        entries[name] = {
+            "dtype": _NAMES[_dtype_of(name, source)],
+            "shape": list(source.shape),
+            "data_offsets": [at, end],
+        }
         at = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)

@@ -1,7 +1,8 @@
-"""What lies beside the weights and a loader of the checkpoint reads: tokenizer, chat templates, processors, modules; and the licence.
+"""What lies beside the weights and a loader of the checkpoint reads: tokenizer, chat templates, processors, modules;
+and the licence.
 
-A result holds all of it, as plain files, or the run is refused before it begins. Code and pickles are neither read nor copied.
-"""
+A result holds all of it, as plain files, or the run is refused before it begins. Code and pickles are neither read nor
+copied."""
 
 import os
 import re
@@ -17,20 +18,70 @@ from leangrid.storage.safetensors import strict_json
 MODULES = "modules.json"
 DEEPEST = 6  # parts of a side file's name
 
-# Read by transformers, by engines or by sentence-transformers: vocabularies of every tokenizer class, templates, processors.
+# Read by transformers, by engines or by sentence-transformers: vocabularies of every tokenizer class, templates,
+# processors.
 LOADED = (
-    "tokenizer.json", "tokenizer.*.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab*.json",
-    "vocab*.txt", "vocab.bpe", "*_vocab.json", "encoder.json", "merges.txt", "bpe.codes", "dict.txt", "emoji.json", "byte_maps.json",
-    "normalizer.json", "tekken.json", "*.model", "tokenizer.model.v*", "*.spm", "*.tiktoken", "prophetnet.tokenizer",
-    "chat_template.jinja", "chat_template.json", "chat_templates/*.jinja", "additional_chat_templates/*.jinja",
-    "generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-    "audio_tokenizer_config.json", MODULES, "sentence_*_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
-)  # fmt: skip
-TERMS = tuple(f"{name}{end}" for name in ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY") for end in ("", ".txt", ".md"))
+    "tokenizer.json",
+    "tokenizer.*.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*.json",
+    "vocab*.txt",
+    "vocab.bpe",
+    "*_vocab.json",
+    "encoder.json",
+    "merges.txt",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "byte_maps.json",
+    "normalizer.json",
+    "tekken.json",
+    "*.model",
+    "tokenizer.model.v*",
+    "*.spm",
+    "*.tiktoken",
+    "prophetnet.tokenizer",
+    "chat_template.jinja",
+    "chat_template.json",
+    "chat_templates/*.jinja",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    MODULES,
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
+TERMS = tuple(
+    f"{name}{end}" for name in ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY") for end in ("", ".txt", ".md")
+)
 _MODULE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a module's folder, for a download
 _CODE, _PICKLES = (".py", ".pyc"), (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_WEIGHTED = ("Dense", "LSTM", "CNN", "LayerNorm", "WeightedLayerPooling", "WordEmbeddings", "StaticEmbedding", "SparseAutoEncoder")
-_CONFIGURED = ("Pooling", "WeightedLayerPooling", "Dense", "LayerNorm", "Dropout", "BoW", "WordWeights", "SpladePooling")
+_WEIGHTED = (
+    "Dense",
+    "LSTM",
+    "CNN",
+    "LayerNorm",
+    "WeightedLayerPooling",
+    "WordEmbeddings",
+    "StaticEmbedding",
+    "SparseAutoEncoder",
+)
+_CONFIGURED = (
+    "Pooling",
+    "WeightedLayerPooling",
+    "Dense",
+    "LayerNorm",
+    "Dropout",
+    "BoW",
+    "WordWeights",
+    "SpladePooling",
+)
 _WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "BoW", "WordWeights")
 _MOST_BYTES = 512 << 20  # of a side file; the weights of a module may be larger
 _LFS_BYTES = 1024
@@ -42,10 +93,10 @@ _DOWNLOAD = "Finish the download, or copy the file into the checkpoint"
 def side_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
     """What belongs into a result beside config and weights: relative name -> real path; and sentences for the user.
 
-    Links are followed to files that are the checkpoint's own: inside it, in a cache that names files by their hash, of the same name,
-    or JSON objects. Raises CheckpointError naming the file for everything that a loader reads and a result could not hold: a link that
-    is broken or leads elsewhere, a Git LFS pointer, what cannot be read, a module of modules.json that is missing or pickled.
-    """
+    Links are followed to files that are the checkpoint's own: inside it, in a cache that names files by their hash, of
+    the same name, or JSON objects. Raises CheckpointError naming the file for everything that a loader reads and a
+    result could not hold: a link that is broken or leads elsewhere, a Git LFS pointer, what cannot be read, a module of
+    modules.json that is missing or pickled."""
     found, notices = {}, []
     for name in _present(directory, LOADED):
         found[name] = _file(directory, name)
@@ -62,13 +113,16 @@ def side_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _refuse_no_object(real: Path, path: Path) -> None:
-    """CheckpointError for JSON that is no object, on which transformers stumbles; what is no JSON at all it leaves unread."""
+    """CheckpointError for JSON that is no object, on which transformers stumbles; what is no JSON at all it leaves
+    unread."""
     try:
         value = strict_json(real.read_bytes(), path)
     except CheckpointError:
         return
     if not isinstance(value, dict):
-        raise CheckpointError(f"'{path.name}' is no JSON object", path, "Restore the checkpoint's own file, or remove it")
+        raise CheckpointError(
+            f"'{path.name}' is no JSON object", path, "Restore the checkpoint's own file, or remove it"
+        )
 
 
 def refuse_pointers(directory: Path) -> None:
@@ -87,7 +141,11 @@ def _present(directory: Path, patterns: Iterable[str]) -> list[str]:
     for pattern in patterns:
         folder, _, last = pattern.rpartition("/")
         if (directory / folder).is_dir():
-            found = (path.name for path in (directory / folder).iterdir() if fnmatchcase(path.name, last) and not path.name.startswith("."))
+            found = (
+                path.name
+                for path in (directory / folder).iterdir()
+                if fnmatchcase(path.name, last) and not path.name.startswith(".")
+            )
             names |= {f"{folder}/{name}" if folder else name for name in found}
     return sorted(names)
 
@@ -104,19 +162,24 @@ def _file(directory: Path, name: str, most: int | None = None) -> Path:
         raise CheckpointError(f"'{name}' is a link that leads out of the checkpoint, to {str(real)[:200]}", path,
                               "If that file belongs to the model, copy it here in the link's place")  # fmt: skip
     if real.stat().st_size > limit:
-        raise CheckpointError(f"'{name}' has {real.stat().st_size} bytes; {limit} are allowed", path, "Restore the checkpoint's own file")
+        raise CheckpointError(
+            f"'{name}' has {real.stat().st_size} bytes; {limit} are allowed", path, "Restore the checkpoint's own file"
+        )
     try:
         with real.open("rb") as file:
             start = file.read(_LFS_BYTES)
     except OSError as error:
-        raise CheckpointError(f"'{name}' cannot be read: {error.strerror or error}", path, "Check the file's permissions") from error
+        raise CheckpointError(
+            f"'{name}' cannot be read: {error.strerror or error}", path, "Check the file's permissions"
+        ) from error
     if is_pointer(start):
         raise pointer(path)
     return real
 
 
 def _own(directory: Path, path: Path, real: Path) -> bool:
-    """Whether what a link leads to is a part of the checkpoint, and no file of somebody else that shall be carried away."""
+    """Whether what a link leads to is a part of the checkpoint, and no file of somebody else that shall be carried
+    away."""
     folder = path.parent.resolve()
     if not folder.is_relative_to(directory.resolve()) and folder.name != path.parent.name:
         return False  # the folder itself is a link
@@ -132,11 +195,13 @@ def _own(directory: Path, path: Path, real: Path) -> bool:
         return False
 
 
-# sentence-transformers ----------------------------------------------------------------------------------------------------------------
+# sentence-transformers
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def modules(directory: Path) -> dict[str, str]:
-    """Folder -> type of every module of modules.json that has a folder of its own, in order; empty where there is no such file.
+    """Folder -> type of every module of modules.json that has a folder of its own, in order; empty where there is no
+    such file.
 
     Raises CheckpointError where the file is no list of modules, or sends the reader out of the checkpoint.
     """
@@ -146,29 +211,40 @@ def modules(directory: Path) -> dict[str, str]:
     try:
         listed = strict_json(path.read_bytes(), path)
     except OSError as error:
-        raise CheckpointError(f"'{MODULES}' cannot be read: {error.strerror or error}", path, "Check the file's permissions") from error
+        raise CheckpointError(
+            f"'{MODULES}' cannot be read: {error.strerror or error}", path, "Check the file's permissions"
+        ) from error
     way_out = "Restore the model's own modules.json, or remove it"
-    if not isinstance(listed, list) or not all(isinstance(entry, Mapping) and isinstance(entry.get("path"), str) for entry in listed):
+    if not isinstance(listed, list) or not all(
+        isinstance(entry, Mapping) and isinstance(entry.get("path"), str) for entry in listed
+    ):
         raise CheckpointError(f"'{MODULES}' is no list of modules with a path each", path, way_out)
     found: dict[str, str] = {}
     for entry in listed:
         folder = PurePosixPath(entry["path"])
         sound = all(part.isprintable() and not part.startswith(".") and "\\" not in part for part in folder.parts)
         if folder.is_absolute() or not sound or len(folder.parts) >= DEEPEST:
-            raise CheckpointError(f"'{MODULES}' sends a module to '{str(folder)[:100]}', no folder of the checkpoint", path, way_out)
+            raise CheckpointError(
+                f"'{MODULES}' sends a module to '{str(folder)[:100]}', no folder of the checkpoint", path, way_out
+            )
         if folder.parts:
             found[folder.as_posix()] = str(entry.get("type", ""))
     return found
 
 
 def missing_modules(directory: Path, names: Iterable[str]) -> list[str]:
-    """Folders that the modules.json of a finished directory names and of which none of the files ``names`` is; never raises."""
+    """Folders that the modules.json of a finished directory names and of which none of the files ``names`` is; never
+    raises."""
     try:
         named = modules(directory)
     except CheckpointError as error:
         return [f"{MODULES}: {error.what}"]
     held = list(names)
-    lost = (folder for folder, kind in named.items() if _kind(kind) != "Normalize" and not any(n.startswith(f"{folder}/") for n in held))
+    lost = (
+        folder
+        for folder, kind in named.items()
+        if _kind(kind) != "Normalize" and not any(n.startswith(f"{folder}/") for n in held)
+    )
     return [f"{folder}: named in {MODULES}, but not there" for folder in lost]
 
 
@@ -189,16 +265,26 @@ def _add_module(directory: Path, module: str, kind: str, found: dict[str, Path],
         what = f"the module '{module}', which {MODULES} names, is not there"
         raise CheckpointError(what, folder, f"Finish the download, or mend {MODULES}")
     if (folder / "config.json").is_file() and _kind(kind) == "Transformer":
-        raise CheckpointError(f"{MODULES} keeps the transformer itself in '{module}'", folder, f"Give that directory: {folder}")
-    if _kind(kind) in _CONFIGURED and kind.startswith("sentence_transformers.") and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{MODULES} keeps the transformer itself in '{module}'", folder, f"Give that directory: {folder}"
+        )
+    if (
+        _kind(kind) in _CONFIGURED
+        and kind.startswith("sentence_transformers.")
+        and not (folder / "config.json").is_file()
+    ):
         raise CheckpointError(f"the module '{module}' has no config.json", folder, _DOWNLOAD)
     names = list(_below(folder, module))
     _refuse_pickled(directory, module, kind, names)
     skipped = [name for name in names if PurePosixPath(name).suffix in (*_CODE, *_PICKLES)]
     if skipped:
-        notices.append(f"code and pickles of the module '{module}' are neither read nor copied: {', '.join(skipped[:3])}")
+        notices.append(
+            f"code and pickles of the module '{module}' are neither read nor copied: {', '.join(skipped[:3])}"
+        )
     if kind and not kind.startswith("sentence_transformers."):
-        notices.append(f"the module '{module}' is of the type {kind[:100]}, which is not of sentence-transformers: its code is not copied")
+        notices.append(
+            f"the module '{module}' is of the type {kind[:100]}, which is not of sentence-transformers: its code is not copied"
+        )
     for name in names:
         if name not in skipped:
             found[name] = _file(directory, name, 1 << 40 if name.endswith(".safetensors") else None)
@@ -211,7 +297,9 @@ def _below(folder: Path, name: str) -> Iterator[str]:
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
         if len(PurePosixPath(below).parts) > DEEPEST or not path.name.isprintable() or "\\" in path.name:
-            raise CheckpointError(f"a result cannot hold a file called {below[:200]!r}", folder, "Rename it, or remove it")
+            raise CheckpointError(
+                f"a result cannot hold a file called {below[:200]!r}", folder, "Rename it, or remove it"
+            )
         if path.is_symlink() and path.is_dir():
             raise CheckpointError(f"'{below}' is a link to a folder", path, "Copy the folder in the link's place")
         if path.is_dir():
@@ -229,13 +317,19 @@ def _refuse_pickled(directory: Path, module: str, kind: str, names: list[str]) -
         stored = any(path.suffix == ".safetensors" for path in here)
         wanted = folder == module and _kind(kind) in _WEIGHTED
         if not stored and (wanted or (pickles and _kind(kind) not in _WEIGHTLESS)):
-            what = f"has pickled weights only ({pickles[0]}), which leangrid never loads" if pickles else "has no weights"
-            raise CheckpointError(f"the module '{folder}' {what}", directory / folder,
-                                  "Save the model again with sentence-transformers, as safetensors: model.save(DIR)")  # fmt: skip
+            what = (
+                f"has pickled weights only ({pickles[0]}), which leangrid never loads" if pickles else "has no weights"
+            )
+            raise CheckpointError(
+                f"the module '{folder}' {what}",
+                directory / folder,
+                "Save the model again with sentence-transformers, as safetensors: model.save(DIR)",
+            )
 
 
 def without_code(value: Any) -> Any:
-    """A JSON value less every ``auto_map``, at any depth: the code it names is not copied, so nobody shall be asked to trust it."""
+    """A JSON value less every ``auto_map``, at any depth: the code it names is not copied, so nobody shall be asked to
+    trust it."""
     if isinstance(value, Mapping):
         return {key: without_code(item) for key, item in value.items() if key != "auto_map"}
     return [without_code(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,5 @@
-"""What the public ``leangrid.verify`` answers: true where a result is as it was written, and what differs where it is not."""
+"""What the public ``leangrid.verify`` answers: true where a result is as it was written, and what differs where it is
+not."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +43,6 @@ class Verified:
 def verify(directory: str | Path) -> Verified:
     """Hold every file of the result ``directory`` against its manifest; true where nothing differs.
 
-    Missing, changed, truncated, appended and additional files, links, folders that its own modules.json names, and any change of the
-    manifest itself are found. Raises VerifyError if there is no such directory.
-    """
+    Missing, changed, truncated, appended and additional files, links, folders that its own modules.json names, and any
+    change of the manifest itself are found. Raises VerifyError if there is no such directory."""
     return Verified(Path(directory), tuple(writer.verify(Path(directory))))

@@ -1,8 +1,8 @@
 """From the journal to a finished directory: streamed, hashed, named last. A directory called OUT is always complete.
 
-Everything is put together in ``OUT.partial/publish`` with ``manifest.json`` last, then one rename makes it OUT (an empty OUT too; a mount
-point is filled, see storage/mount.py); only after that is durable does the journal go. ``verify`` holds a directory against its manifest;
-the manifest holds its own sha256 too, so every changed byte shows.
+Everything is put together in ``OUT.partial/publish`` with ``manifest.json`` last, then one rename makes it OUT (an
+empty OUT too; a mount point is filled, see storage/mount.py); only after that is durable does the journal go.
+``verify`` holds a directory against its manifest; the manifest holds its own sha256 too, so every changed byte shows.
 """
 
 import hashlib
@@ -34,26 +34,32 @@ def publish(journal: Journal, out: Path, head_tensors: Iterable[tuple[str, Tenso
             views: Views | None = None) -> dict[str, Any]:  # fmt: skip
     """Make ``out`` of all committed blocks and what is outside of them; return the manifest.
 
-    ``head_tensors``: name and tensor of everything that is in no block (embeddings, final norm, head); a TensorInfo is copied from where
-    it lies, a Tensor is spooled to disk before the next is asked for, so memory holds one at a time. ``side_files``: relative name ->
-    file to copy. ``texts``: file name -> text (README.md, records.jsonl). ``config`` goes without ``auto_map``. ``manifest`` gets
-    ``files`` (name -> bytes, sha256), ``seal``, and what ``judge`` says of the written directory before it gets its name; ``views`` are
-    texts made of all that. Raises OutputError, with every block safe, if anything cannot be written or ``out`` exists and ``overwrite``
-    is off.
-    """
+    ``head_tensors``: name and tensor of everything that is in no block (embeddings, final norm, head); a TensorInfo is
+    copied from where it lies, a Tensor is spooled to disk before the next is asked for, so memory holds one at a time.
+    ``side_files``: relative name -> file to copy. ``texts``: file name -> text (README.md, records.jsonl). ``config``
+    goes without ``auto_map``. ``manifest`` gets ``files`` (name -> bytes, sha256), ``seal``, and what ``judge`` says of
+    the written directory before it gets its name; ``views`` are texts made of all that. Raises OutputError, with every
+    block safe, if anything cannot be written or ``out`` exists and ``overwrite`` is off."""
     staged = stage(journal)
     try:
         sources = _sources(journal, head_tensors)
         listed = _write_shards(staged, sources, shard_bytes)
         for name, path in side_files.items():
             files.make_dir((staged / name).parent)
-            _add(staged, listed, name, _without_code(path) if name.endswith("_config.json") else files.read_chunks(path))
+            _add(
+                staged, listed, name, _without_code(path) if name.endswith("_config.json") else files.read_chunks(path)
+            )
         for name, text in texts.items():
             _add(staged, listed, name, text.encode())
     except files.SourceReadError as error:
         way_out = f"{'Finished blocks are kept; run' if journal.committed() else 'Run'} the same command again"
         raise Interrupted(f"cannot read: {error.strerror}", error.filename, way_out) from error
-    _add(staged, listed, "config.json", files.json_bytes({key: value for key, value in config.items() if key != "auto_map"}))
+    _add(
+        staged,
+        listed,
+        "config.json",
+        files.json_bytes({key: value for key, value in config.items() if key != "auto_map"}),
+    )
     judged = {} if judge is None else judge(staged)
     return _name(journal, staged, out, listed, {**manifest, **judged}, overwrite, views)
 
@@ -75,7 +81,8 @@ def publish_staged(
     overwrite: bool = False,
     views: Views | None = None,
 ) -> dict[str, Any]:
-    """Make ``out`` of what already lies in the directory that ``stage`` gave, and ``texts``; return the manifest, as ``publish`` does."""
+    """Make ``out`` of what already lies in the directory that ``stage`` gave, and ``texts``; return the manifest, as
+    ``publish`` does."""
     staged = journal.partial / "publish"
     listed: dict[str, dict[str, Any]] = {}
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
@@ -86,7 +93,13 @@ def publish_staged(
 
 
 def _name(
-    journal: Journal, staged: Path, out: Path, listed: dict[str, Any], manifest: Mapping[str, Any], overwrite: bool, views: Views | None
+    journal: Journal,
+    staged: Path,
+    out: Path,
+    listed: dict[str, Any],
+    manifest: Mapping[str, Any],
+    overwrite: bool,
+    views: Views | None,
 ) -> dict[str, Any]:
     """The end of every result: what is told of it, manifest, rename, and only then no journal."""
     told = {} if views is None else views({**manifest, "files": dict(listed)})
@@ -124,7 +137,8 @@ def _sources(journal: Journal, head_tensors: Iterable[tuple[str, Tensor | Tensor
 
 
 def _write_shards(staged: Path, sources: Mapping[str, Source], shard_bytes: int) -> dict[str, dict[str, Any]]:
-    """Write the tensors, in order, into shards of at most ``shard_bytes`` (one tensor may exceed it); return their manifest entries."""
+    """Write the tensors, in order, into shards of at most ``shard_bytes`` (one tensor may exceed it); return their
+    manifest entries."""
     shards: list[dict[str, Source]] = [{}]
     filled = total = 0
     for name, source in sources.items():
@@ -147,7 +161,9 @@ def _write_shards(staged: Path, sources: Mapping[str, Source], shard_bytes: int)
     return listed
 
 
-def _add(staged: Path, listed: dict[str, dict[str, Any]], name: str, chunks: files.Bytes | Iterable[files.Bytes]) -> None:
+def _add(
+    staged: Path, listed: dict[str, dict[str, Any]], name: str, chunks: files.Bytes | Iterable[files.Bytes]
+) -> None:
     if not _plain(name) or name in listed or name == MANIFEST:
         raise OutputError(f"the result cannot hold a file called '{name}'", staged)
     sha256 = files.atomic_write(staged / name, chunks)
@@ -185,9 +201,9 @@ def _replace(journal: Journal, staged: Path, out: Path, overwrite: bool) -> None
 
 
 def settle(out: Path, state_dir: Path | None = None) -> dict[str, Any] | None:
-    """Finish what a kill between the last rename and the end left: if ``out`` is the published result of the run in ``OUT.partial``,
-    remove that journal and return the manifest; else None. A result that was being moved into a mount point is moved to its end first.
-    Call it before ``check_output``."""
+    """Finish what a kill between the last rename and the end left: if ``out`` is the published result of the run in
+    ``OUT.partial``, remove that journal and return the manifest; else None. A result that was being moved into a mount
+    point is moved to its end first. Call it before ``check_output``."""
     partial = partial_of(out)
     if _half_moved(partial, out):
         with Journal(partial, state_dir) as journal:
@@ -218,15 +234,17 @@ def _half_moved(partial: Path, out: Path) -> bool:
 
 
 def check_output(out: Path, source: Path, overwrite: bool = False) -> None:
-    """Refuse (OutputError, nothing touched) an output that exists, is the source, or lies in it or around it. An empty directory is
-    allowed, also one that is a mount point; ``overwrite`` allows one that carries our manifest."""
+    """Refuse (OutputError, nothing touched) an output that exists, is the source, or lies in it or around it. An empty
+    directory is allowed, also one that is a mount point; ``overwrite`` allows one that carries our manifest."""
     partial = partial_of(out)  # refuses a path without a name
     target = out.resolve()
     for path in (target, partial.resolve()):
         if source.exists():
             inside = [ancestor for ancestor in (path, *path.parents) if ancestor.exists() and ancestor.samefile(source)]
             if inside:
-                raise OutputError("the output is the source, or lies inside it", out, "Choose a directory outside the source")
+                raise OutputError(
+                    "the output is the source, or lies inside it", out, "Choose a directory outside the source"
+                )
         if source.resolve().is_relative_to(path) and source.is_dir():
             raise OutputError("the source lies inside the output", out, "Choose a directory outside the source")
     if out.is_symlink():
@@ -236,7 +254,9 @@ def check_output(out: Path, source: Path, overwrite: bool = False) -> None:
     for parent in target.parents:
         if parent.exists():
             if not parent.is_dir():
-                raise OutputError("a file is in the way of the output directory", parent, "Choose another output directory")
+                raise OutputError(
+                    "a file is in the way of the output directory", parent, "Choose another output directory"
+                )
             break
 
 
@@ -283,14 +303,22 @@ def verify(directory: Path) -> list[str]:
     for name in sorted({*listed, *pending}):
         entries = [entries[name] for entries in (listed, pending) if name in entries]
         found = [_differences(directory, name, entry) for entry in entries]
-        not_yet = name not in listed and found[0] == [f"{name}: missing"]  # what ``amend`` announced, and a kill came first
+        not_yet = name not in listed and found[0] == [
+            f"{name}: missing"
+        ]  # what ``amend`` announced, and a kill came first
         differences += found[0] if all(found) and not not_yet else []
-    present = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()}
+    present = {
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if not path.is_dir() or path.is_symlink()
+    }
     if (directory / INSIDE).is_dir():
         differences.append(f"{INSIDE}: left by an unfinished run, which the same command finishes")
         present = {name for name in present if not name.startswith(f"{INSIDE}/")}
     known = {*listed, *pending, MANIFEST}
-    differences += [f"{name}: not in the manifest" for name in sorted(present - known) if not _begun(name, {*pending, MANIFEST})]
+    differences += [
+        f"{name}: not in the manifest" for name in sorted(present - known) if not _begun(name, {*pending, MANIFEST})
+    ]
     return differences + missing_modules(directory, listed)
 
 
@@ -301,7 +329,8 @@ def _begun(name: str, coming: set[str]) -> bool:
 
 
 def require_sound(directory: Path, but: str = "") -> None:
-    """VerifyError, in one sentence, where a directory is not what its manifest says; differences of the file ``but`` are none."""
+    """VerifyError, in one sentence, where a directory is not what its manifest says; differences of the file ``but``
+    are none."""
     differences = [difference for difference in verify(directory) if not (but and difference.startswith(f"{but}: "))]
     if differences:
         more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
@@ -328,16 +357,17 @@ def _differences(directory: Path, name: str, entry: Any) -> list[str]:
 def amend(directory: Path, texts: Mapping[str, bytes], facts: Mapping[str, Any] | None = None) -> None:
     """Add or replace small files (a report, a model card) of a finished directory, and set ``facts`` in its manifest.
 
-    The manifest first says what is coming, so that a directory whose amendment was killed still verifies, as before or as after. Raises
-    VerifyError if the manifest is not ours, OutputError for a name that no result can have.
-    """
+    The manifest first says what is coming, so that a directory whose amendment was killed still verifies, as before or
+    as after. Raises VerifyError if the manifest is not ours, OutputError for a name that no result can have."""
     if not _ours(directory):
         raise VerifyError("no leangrid manifest, or a changed one", directory, "leangrid verify shows what differs")
     manifest = json.loads((directory / MANIFEST).read_bytes())
     for name in texts:
         if not _plain(name) or name == MANIFEST or not (directory / name).parent.is_dir():
             raise OutputError(f"the result cannot hold a file called '{name}'", directory)
-    arrived = {name: entry for name, entry in manifest.get("pending", {}).items() if not _differences(directory, name, entry)}
+    arrived = {
+        name: entry for name, entry in manifest.get("pending", {}).items() if not _differences(directory, name, entry)
+    }
     manifest["files"] |= arrived
     files.sweep_temporaries(directory)
     coming = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in texts.items()}

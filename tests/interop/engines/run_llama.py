@@ -1,14 +1,15 @@
-"""llama.cpp's own reader on a GGUF file: logits and greedy tokens of a prompt, and on request token ids and dequantized weights.
+"""llama.cpp's own reader on a GGUF file: logits and greedy tokens of a prompt, and on request token ids and dequantized
+weights.
 
     python run_llama.py < request.json
 
-Request: {"model": model.gguf or the directory that holds it, "tokens": [ids], "new": n, "logits": path, "result": path, "threads": n};
-also "texts": [..] (their token ids go to the result) and "weights": path (every block-quantized tensor as llama.cpp's C code
-dequantizes it, float32, by name).
+Request: {"model": model.gguf or the directory that holds it, "tokens": [ids], "new": n, "logits": path, "result": path,
+"threads": n}; also "texts": [..] (their token ids go to the result) and "weights": path (every block-quantized tensor
+as llama.cpp's C code dequantizes it, float32, by name).
 
-xllamacpp's module exports the C library. Its parameter structs change with every release, so they are handed around as the bytes that the
-library's own default functions fill, more bytes than they have; only the three oldest fields of the context's are written.
-"""
+xllamacpp's module exports the C library. Its parameter structs change with every release, so they are handed around as
+the bytes that the library's own default functions fill, more bytes than they have; only the three oldest fields of the
+context's are written."""
 
 import ctypes
 import importlib.metadata
@@ -127,12 +128,23 @@ class Model:
         batch = self.batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, self.past + i, 1, 0, 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = (
+                token,
+                self.past + i,
+                1,
+                0,
+                1,
+            )
         if self.lib.llama_decode(self.context, batch):
             raise SystemExit(f"llama_decode failed: {' '.join(LINES[-3:])}")
         self.past += len(tokens)
         size = self.lib.llama_vocab_n_tokens(self.vocab)
-        return np.stack([np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (size,)).copy() for i in range(len(tokens))])
+        return np.stack(
+            [
+                np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, i), (size,)).copy()
+                for i in range(len(tokens))
+            ]
+        )
 
     def ids(self, text: str) -> list[int]:
         """The token ids of ``text``, with what the file says belongs around it, special tokens read as such."""

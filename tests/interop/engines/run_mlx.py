@@ -1,8 +1,7 @@
 """A result in mlx-lm, on mlx's CPU backend. On a job of benchmarks/interop.py.
 
-In float32: off Apple's processors mlx's quantized products add up in the model's own dtype, which in bfloat16 hides everything else.
-Scales and biases become float32 without a change, so the weight is s q + b, not rounded.
-"""
+In float32: off Apple's processors mlx's quantized products add up in the model's own dtype, which in bfloat16 hides
+everything else. Scales and biases become float32 without a change, so the weight is s q + b, not rounded."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,5 @@
-"""A gptq or awq result in transformers' own reader, which calls GPTQModel (and optimum for gptq). On a job of benchmarks/interop.py."""
+"""A gptq or awq result in transformers' own reader, which calls GPTQModel (and optimum for gptq). On a job of
+benchmarks/interop.py."""
 
 import json
 import os

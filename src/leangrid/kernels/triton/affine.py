@@ -1,12 +1,13 @@
-"""The affine search on a GPU: one program a row or group scores every distinct (S, Z) on chip; the twin is torch_affine.py.
+"""The affine search on a GPU: one program a row or group scores every distinct (S, Z) on chip; the twin is
+kernels/plain/affine.py.
 
-torch sorts each group once. ``_tails`` scans it in float64: for every weight the sums of g|w| and g from there outwards, on its own side of
-zero. ``_search`` then needs no weight at all: the levels of an S cut the sorted group at K-1 places a side, found by bisection in L1, and a
-cumulative sum over those places scores all Z of that S. At 4 bits and T = 2048 that is 25,000 bisections of 13 steps for 4096 weights,
-where the some 2,400 distinct pairs would be ten million roundings, and all 168,100 candidates 700 million. (For groups of 128 both ways
-cost about the same; the sums need no second, exact look at what float32 cannot tell apart.) Float64 serves thresholds and sums only,
-some 300 operations an S, so that GPUs with little of it lose little.
-"""
+torch sorts each group once. ``_tails`` scans it in float64: for every weight the sums of g|w| and g from there
+outwards, on its own side of zero. ``_search`` then needs no weight at all: the levels of an S cut the sorted group at
+K-1 places a side, found by bisection in L1, and a cumulative sum over those places scores all Z of that S. At 4 bits
+and T = 2048 that is 25,000 bisections of 13 steps for 4096 weights, where the some 2,400 distinct pairs would be ten
+million roundings, and all 168,100 candidates 700 million. (For groups of 128 both ways cost about the same; the sums
+need no second, exact look at what float32 cannot tell apart.) Float64 serves thresholds and sums only, some 300
+operations an S, so that GPUs with little of it lose little."""
 
 from typing import no_type_check
 
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leangrid.kernels.torch_affine import SCALE_LIMITS, shrink_steps
+from leangrid.kernels.plain.affine import SCALE_LIMITS, shrink_steps
 from leangrid.kernels.triton.device import launch
 
 CHUNK_ELEMENTS = 1 << 23  # weights handled at once: sorted copies and sums take about 40 bytes each
@@ -26,7 +27,8 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 @triton.jit(do_not_specialize=["first", "period", "items"])
 @no_type_check
 def _tails(value, order, share, tails, energy, first, period, items, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """tails [items, n + 2, 2]: entry i + 1 holds (sum g|w|, sum g) of sorted element i and all beyond it on its side of 0; ends are 0."""
+    """tails [items, n + 2, 2]: entry i + 1 holds (sum g|w|, sum g) of sorted element i and all beyond it on its side of
+    0; ends are 0."""
     item = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = item < items
     row, out = (item * n)[:, None], tails + (item * (2 * n + 4))[:, None]
@@ -74,7 +76,8 @@ def _rint(x):
 @triton.jit
 @no_type_check
 def _stored(x, smallest, largest, DTYPE: tl.constexpr):
-    """x >= 0 rounded to float32 and to the dtype of the scale, as float64 inside its limits; integer steps, so the same on every GPU."""
+    """x >= 0 rounded to float32 and to the dtype of the scale, as float64 inside its limits; integer steps, so the same
+    on every GPU."""
     single = x.to(tl.float32)
     bits = single.to(tl.int32, bitcast=True)
     if DTYPE == 2:
@@ -115,7 +118,8 @@ def _candidates(z, s, lo, width, scale, steps, t, LEVELS: tl.constexpr):
 @triton.jit
 @no_type_check
 def _below(x):
-    """The largest float32 that is not above the positive float64 x: the same float32 weights are greater than either."""
+    """The largest float32 that is not above the positive float64 x: the same float32 weights are greater than
+    either."""
     single = x.to(tl.float32)
     bits = single.to(tl.int32, bitcast=True) - (single.to(tl.float64) > x).to(tl.int32)
     return bits.to(tl.float32, bitcast=True)
@@ -126,10 +130,13 @@ def _below(x):
 def _values(row, tail, total, z, scale, n, top, halvings, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
     """The objective of every (z, scale): f64 [LEVELS, BLOCK].
 
-    Bisection is done on the tile laid flat: of a gather with two axes Triton 3.6 gives neighbouring threads neighbouring z, whose places
-    in the row lie far apart, and computes the scales once for every z; neighbouring scales share cache lines.
-    """
-    up, down = LEVELS - 1.0 - z.to(tl.float64), z.to(tl.float64)  # v, the steps from zero on either side; 0 has no threshold
+    Bisection is done on the tile laid flat: of a gather with two axes Triton 3.6 gives neighbouring threads
+    neighbouring z, whose places in the row lie far apart, and computes the scales once for every z; neighbouring scales
+    share cache lines."""
+    up, down = (
+        LEVELS - 1.0 - z.to(tl.float64),
+        z.to(tl.float64),
+    )  # v, the steps from zero on either side; 0 has no threshold
     above = _below(tl.where(up > 0.0, scale[None, :] * (up - 0.5), float("inf")))
     under = -_below(tl.where(down > 0.0, scale[None, :] * (down - 0.5), float("inf")))
     above, under = tl.reshape(above, [LEVELS * BLOCK]), tl.reshape(under, [LEVELS * BLOCK])
@@ -144,7 +151,9 @@ def _values(row, tail, total, z, scale, n, top, halvings, LEVELS: tl.constexpr, 
     right = tl.minimum(right, n) + 1  # an infinite threshold also counts what the masks filled in
     right1, right0 = tl.load(tail + 2 * right), tl.load(tail + 2 * right + 1)
     left1, left0 = tl.load(tail + 2 * left), tl.load(tail + 2 * left + 1)
-    a = tl.cumsum(tl.reshape(right1, [LEVELS, BLOCK]), axis=0, reverse=True) + tl.cumsum(tl.reshape(left1, [LEVELS, BLOCK]), axis=0)
+    a = tl.cumsum(tl.reshape(right1, [LEVELS, BLOCK]), axis=0, reverse=True) + tl.cumsum(
+        tl.reshape(left1, [LEVELS, BLOCK]), axis=0
+    )
     b = tl.cumsum(tl.reshape(right0, [LEVELS, BLOCK]) * (2.0 * up - 1.0), axis=0, reverse=True)
     b += tl.cumsum(tl.reshape(left0, [LEVELS, BLOCK]) * (2.0 * down - 1.0), axis=0)
     big = scale[None, :]
@@ -156,7 +165,8 @@ def _values(row, tail, total, z, scale, n, top, halvings, LEVELS: tl.constexpr, 
 def _search(value, tails, energy, weight, share, scale_out, zero_out, objective_out, first, period, n, steps, t, top, halvings, smallest,
             largest, LEVELS: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr, SYMMETRIC: tl.constexpr,
             DTYPE: tl.constexpr):  # fmt: skip
-    """One item: the first best (S, Z), s ascending, then Z ascending (symmetric: K/2, then K/2 - 1, which is a negative S)."""
+    """One item: the first best (S, Z), s ascending, then Z ascending (symmetric: K/2, then K/2 - 1, which is a negative
+    S)."""
     item = tl.program_id(0).to(tl.int64)
     row, tail, total = value + item * n, tails + item * (2 * n + 4), tl.load(energy + item)
     lo = tl.minimum(tl.load(row).to(tl.float64), 0.0)
@@ -195,7 +205,10 @@ def _search(value, tails, energy, weight, share, scale_out, zero_out, objective_
     zero_point = tl.where((width > 0.0) | SYMMETRIC, zero_point, 0)
     tl.store(scale_out + item, scale.to(tl.float32))
     tl.store(zero_out + item, zero_point.to(tl.uint8))
-    tl.store(objective_out + item, _literal(weight + item * n, share + ((first + item) % period) * n, scale, zero_point, n, LEVELS, SCAN))
+    tl.store(
+        objective_out + item,
+        _literal(weight + item * n, share + ((first + item) % period) * n, scale, zero_point, n, LEVELS, SCAN),
+    )
 
 
 @triton.jit
@@ -234,10 +247,32 @@ def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shr
         energy = torch.empty(count, dtype=torch.float64, device=weight.device)
         launch(_tails, triton.cdiv(count, SCAN // scan), value, order, importance, tails, energy, r, period, count, n,
                ROWS=SCAN // scan, BLOCK=scan, num_warps=4)  # fmt: skip
-        launch(_search, count, value, tails, energy, part, importance, scale[r:], zero_point[r:], objective[r:], r, period, n, steps,
-               shrink_steps(steps, shrink), 1 << (n.bit_length() - 1), n.bit_length(), *SCALE_LIMITS[dtype], LEVELS=levels,
-               BLOCK=scales_at_once(levels), SCAN=scan, SYMMETRIC=symmetric, DTYPE=DTYPES[dtype],
-               num_warps=4 if levels <= 16 else 8)  # fmt: skip
+        launch(
+            _search,
+            count,
+            value,
+            tails,
+            energy,
+            part,
+            importance,
+            scale[r:],
+            zero_point[r:],
+            objective[r:],
+            r,
+            period,
+            n,
+            steps,
+            shrink_steps(steps, shrink),
+            1 << (n.bit_length() - 1),
+            n.bit_length(),
+            *SCALE_LIMITS[dtype],
+            LEVELS=levels,
+            BLOCK=scales_at_once(levels),
+            SCAN=scan,
+            SYMMETRIC=symmetric,
+            DTYPE=DTYPES[dtype],
+            num_warps=4 if levels <= 16 else 8,
+        )
     return scale.view(rows, groups), zero_point.view(rows, groups), objective.view(rows, groups)
 
 

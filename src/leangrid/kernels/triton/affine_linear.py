@@ -1,4 +1,5 @@
-"""x W^T for W[i, j] = round((code[i, j] - Z[i, g]) S[i, g]), g = j // group_size, the codes packed as they are stored."""
+"""x W^T for W[i, j] = round((code[i, j] - Z[i, g]) S[i, g]), g = j // group_size, the codes packed as they are
+stored."""
 
 import torch
 from jaxtyping import Float
@@ -14,7 +15,8 @@ def affine_linear(x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, b
 
     Args:
         x, words, bits, splits: as in ``lut_linear``.
-        scale: S [rows, groups], float32, float16 or bfloat16. zero_point: Z, u8 [rows, groups], 0 .. 2^bits - 1, unpacked.
+        scale: S [rows, groups], float32, float16 or bfloat16. zero_point: Z, u8 [rows, groups], 0 .. 2^bits - 1,
+        unpacked.
         group_size: columns a group; divides the columns.
         stored_dtype: what W is rounded to, as readers of the file do; the dtype of ``scale`` where None.
 
@@ -27,9 +29,18 @@ def affine_linear(x: Tensor, words: Tensor, scale: Tensor, zero_point: Tensor, b
     check("affine_linear", x, words, bits, scale=scale, zero_point=zero_point)
     stored, cols = stored_dtype or scale.dtype, x.shape[1]
     if group_size < 1 or cols % group_size or scale.shape[1] * group_size != cols or zero_point.shape != scale.shape:
-        raise ShapeError(f"affine_linear: scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}, groups of {group_size}, "
-                         f"{cols} columns", "group_size")  # fmt: skip
+        raise ShapeError(
+            f"affine_linear: scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}, groups of {group_size}, "
+            f"{cols} columns",
+            "group_size",
+        )
     if scale.dtype not in FLOATS or stored not in FLOATS or zero_point.dtype != torch.uint8:
-        raise ShapeError(f"affine_linear: scale {scale.dtype}, zero_point {zero_point.dtype}, stored as {stored}", "affine_linear")
+        raise ShapeError(
+            f"affine_linear: scale {scale.dtype}, zero_point {zero_point.dtype}, stored as {stored}", "affine_linear"
+        )
     scale = scale.contiguous()
-    return product(x, Packed(words.contiguous(), scale, scale, zero_point.contiguous(), cols, bits, stored, True, group_size), splits)
+    return product(
+        x,
+        Packed(words.contiguous(), scale, scale, zero_point.contiguous(), cols, bits, stored, True, group_size),
+        splits,
+    )

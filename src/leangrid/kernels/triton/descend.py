@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float32, Integer, UInt8
 from torch import Tensor
 
-from leangrid.kernels.torch_sweep import BETTER
+from leangrid.kernels.plain.sweep import BETTER
 from leangrid.kernels.triton.nearest import (
     FEW,
     LAUNCH,
@@ -75,8 +75,23 @@ def descend_levels(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor,
     rows, cols = codes.shape
     if codes.numel():
         with torch.cuda.device_of(codes):
-            descend_kernel[(triton.cdiv(rows, ROWS),)](gradient, hessian, codes, levels, levels, codes, codes, new, delta, rows, cols, 1,
-                                                       BETTER, **level_kind(levels), **LAUNCH)  # fmt: skip
+            descend_kernel[(triton.cdiv(rows, ROWS),)](
+                gradient,
+                hessian,
+                codes,
+                levels,
+                levels,
+                codes,
+                codes,
+                new,
+                delta,
+                rows,
+                cols,
+                1,
+                BETTER,
+                **level_kind(levels),
+                **LAUNCH,
+            )
     return new, delta
 
 
@@ -102,6 +117,21 @@ def _groups(
     rows, cols = codes.shape
     if codes.numel():
         with torch.cuda.device_of(codes):
-            descend_kernel[(triton.cdiv(rows, ROWS),)](gradient, hessian, codes, scale, scale, second, group, new, delta, rows, cols,
-                                                       scale.shape[1], BETTER, **kind, **LAUNCH)  # fmt: skip
+            descend_kernel[(triton.cdiv(rows, ROWS),)](
+                gradient,
+                hessian,
+                codes,
+                scale,
+                scale,
+                second,
+                group,
+                new,
+                delta,
+                rows,
+                cols,
+                scale.shape[1],
+                BETTER,
+                **kind,
+                **LAUNCH,
+            )
     return new, delta

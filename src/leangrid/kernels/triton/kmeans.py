@@ -1,11 +1,12 @@
-"""Weighted k-means on a GPU: torch sorts and sums, one program a row runs the dynamic program or Lloyd; the twin is torch_kmeans.py.
+"""Weighted k-means on a GPU: torch sorts and sums, one program a row runs the dynamic program or Lloyd; the twin is
+kernels/plain/kmeans.py.
 
-Sorting, prefix sums and the final rounding are the twin's own tensor code. The dynamic program keeps its layers in one kernel: a layer
-finds the best splits of all prefixes at halving strides, so that the splits already found bound the range of each new one, n candidates a
-stride in all. First strides have few prefixes with long ranges, last ones many with short ranges: the tile is 4 x 128, 32 x 16 or 256 x 2
-prefixes by candidates. Lloyd bisects both ends of every level's interval at once and stops by itself; nothing waits for the host.
-Arithmetic is float64, one division a candidate.
-"""
+Sorting, prefix sums and the final rounding are the twin's own tensor code. The dynamic program keeps its layers in one
+kernel: a layer finds the best splits of all prefixes at halving strides, so that the splits already found bound the
+range of each new one, n candidates a stride in all. First strides have few prefixes with long ranges, last ones many
+with short ranges: the tile is 4 x 128, 32 x 16 or 256 x 2 prefixes by candidates. Lloyd bisects both ends of every
+level's interval at once and stops by itself; nothing waits for the host. Arithmetic is float64, one division a
+candidate."""
 
 from typing import no_type_check
 
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leangrid.kernels.torch_kmeans import SortedRows, centroids, chunked, filled, finish, start
+from leangrid.kernels.plain.kmeans import SortedRows, centroids, chunked, filled, finish, start
 from leangrid.kernels.triton.device import launch
 
 CHUNK_ELEMENTS = 1 << 22  # weights handled at once: sums, costs and temporaries take some 120 bytes each
@@ -33,7 +34,8 @@ def _part(s0, s1, s2):
 @no_type_check
 def _strides(p0, p1, p2, done, best, split, before, n, top, begin, end, FIRST: tl.constexpr, PREFIXES: tl.constexpr,
              CANDIDATES: tl.constexpr):  # fmt: skip
-    """The strides begin..end-1 of a layer, top >> stride apart: best [n + 1] the least cost of every such prefix, split [n + 1] where.
+    """The strides begin..end-1 of a layer, top >> stride apart: best [n + 1] the least cost of every such prefix, split
+    [n + 1] where.
 
     ``before`` holds the splits of one cluster fewer: the last cluster never starts earlier than there.
     """
@@ -80,8 +82,23 @@ def _layer(p0, p1, p2, done, best, split, before, n, top, strides, FIRST: tl.con
 
 @triton.jit(do_not_specialize=["n", "top", "strides", "layers"])
 @no_type_check
-def _dp(p0, p1, p2, costs, splits, bounds, n, top, strides, layers, WIDE: tl.constexpr, COARSE: tl.constexpr, FINE: tl.constexpr):
-    """One row: costs f64 [rows, 2, n + 1] and splits i32 [rows, layers, n + 1] are its workspace, bounds i32 [rows, layers + 3]."""
+def _dp(
+    p0,
+    p1,
+    p2,
+    costs,
+    splits,
+    bounds,
+    n,
+    top,
+    strides,
+    layers,
+    WIDE: tl.constexpr,
+    COARSE: tl.constexpr,
+    FINE: tl.constexpr,
+):
+    """One row: costs f64 [rows, 2, n + 1] and splits i32 [rows, layers, n + 1] are its workspace, bounds i32 [rows,
+    layers + 3]."""
     row, size = tl.program_id(0).to(tl.int64), n + 1
     p0, p1, p2, costs = p0 + row * size, p1 + row * size, p2 + row * size, costs + row * 2 * size
     splits, bounds = splits + row * layers * size, bounds + row * (layers + 3)
@@ -131,7 +148,8 @@ def _rank(value, x, n, top, halvings):
 @triton.jit(do_not_specialize=["n", "top", "halvings", "levels", "iterations"])
 @no_type_check
 def _lloyd(value, p0, p1, p2, current, out, n, top, halvings, levels, iterations, K: tl.constexpr):
-    """One row: current f64 [rows, 2, levels] holds the start in its first half and alternates; out f64 [rows, levels]."""
+    """One row: current f64 [rows, 2, levels] holds the start in its first half and alternates; out f64 [rows,
+    levels]."""
     row, size = tl.program_id(0).to(tl.int64), n + 1
     value, p0, p1, p2 = value + row * n, p0 + row * size, p1 + row * size, p2 + row * size
     current, out = current + row * 2 * levels, out + row * levels
@@ -155,7 +173,8 @@ def _lloyd(value, p0, p1, p2, current, out, n, top, halvings, levels, iterations
         low, high = tl.load(value + tl.minimum(left, n - 1)), tl.load(value + tl.maximum(right - 1, 0))
         mean = tl.minimum(tl.maximum(s1 / tl.where(s0 > 0.0, s0, 1.0) + centre, low), high)
         level = tl.where(moved > 0, tl.where(s0 > 0.0, mean, level), level)
-        # The first level without importance moves to the far end of the costliest interval, and to its place in the order.
+        # The first level without importance moves to the far end of the costliest interval, and to its place in the
+        # order.
         empty = tl.min(tl.where(used & (s0 <= 0.0), k, K), axis=0)
         worst = tl.max(cost, axis=0)
         source = k == tl.min(tl.where(cost == worst, k, K), axis=0)
@@ -182,8 +201,25 @@ def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Tensor, 
             costs = torch.empty(count, 2, n + 1, dtype=torch.float64, device=weight.device)
             splits = torch.empty(count, levels - 2, n + 1, dtype=torch.int32, device=weight.device)
             strides = (n + 1).bit_length()
-            launch(_dp, count, rows.p0, rows.p1, rows.p2, costs, splits, bounds, n, 1 << (strides - 1), strides, levels - 2, WIDE=WIDE,
-                   COARSE=COARSE, FINE=FINE, num_warps=4, num_stages=1)  # fmt: skip
+            launch(
+                _dp,
+                count,
+                rows.p0,
+                rows.p1,
+                rows.p2,
+                costs,
+                splits,
+                bounds,
+                n,
+                1 << (strides - 1),
+                strides,
+                levels - 2,
+                WIDE=WIDE,
+                COARSE=COARSE,
+                FINE=FINE,
+                num_warps=4,
+                num_stages=1,
+            )
         return finish(rows, filled(centroids(rows, bounds.long())[0]))
 
     return chunked(weight, importance, levels, solve, min(CHUNK_ELEMENTS, CHUNK_SPLITS // levels))
@@ -197,8 +233,24 @@ def kmeans_lloyd(weight: Tensor, importance: Tensor, levels: int, iterations: in
         current = torch.empty(count, 2, levels, dtype=torch.float64, device=weight.device)
         current[:, 0] = start(rows, levels)
         out = torch.empty(count, levels, dtype=torch.float64, device=weight.device)
-        launch(_lloyd, count, rows.value, rows.p0, rows.p1, rows.p2, current, out, n, 1 << (n.bit_length() - 1), n.bit_length(), levels,
-               iterations, K=triton.next_power_of_2(levels), num_warps=1, num_stages=1)  # fmt: skip
+        launch(
+            _lloyd,
+            count,
+            rows.value,
+            rows.p0,
+            rows.p1,
+            rows.p2,
+            current,
+            out,
+            n,
+            1 << (n.bit_length() - 1),
+            n.bit_length(),
+            levels,
+            iterations,
+            K=triton.next_power_of_2(levels),
+            num_warps=1,
+            num_stages=1,
+        )
         return finish(rows, out)
 
     return chunked(weight, importance, levels, solve, CHUNK_ELEMENTS)

@@ -1,11 +1,11 @@
 """P^T H P of every row on a GPU, P the one-hot matrix of its codes, without ever storing P or P^T H.
 
-The torch twin multiplies one-hot rows with H in float32: 2 rows K n^2 operations, 2.2e12 for a 4096 x 4096 layer with 16 levels, tens of
-milliseconds without tensor cores, and float32 is needed. Here H is split into three bfloat16 terms that add up to its 24 bits: products
-with zeros and ones are exact, tensor cores add in float32. H is symmetric, so only tiles J <= I are multiplied:
-A = S + S^T, S = sum_I (sum_{J<I} P_J^T H_JI + P_I^T H_II / 2) P_I, which makes 1.5 of those products at bfloat16's rate, some
-16 times float32's. The last product with P_I is a masked sum, in float64 over I.
-"""
+The torch twin multiplies one-hot rows with H in float32: 2 rows K n^2 operations, 2.2e12 for a 4096 x 4096 layer with
+16 levels, tens of milliseconds without tensor cores, and float32 is needed. Here H is split into three bfloat16 terms
+that add up to its 24 bits: products with zeros and ones are exact, tensor cores add in float32. H is symmetric, so only
+tiles J <= I are multiplied: A = S + S^T, S = sum_I (sum_{J<I} P_J^T H_JI + P_I^T H_II / 2) P_I, which makes 1.5 of
+those products at bfloat16's rate, some 16 times float32's. The last product with P_I is a masked sum, in float64 over
+I."""
 
 from typing import Any, no_type_check
 
@@ -15,11 +15,15 @@ import triton.language as tl
 from jaxtyping import Float32, Float64, UInt8
 from torch import Tensor
 
-from leangrid.kernels import torch_sweep
+from leangrid.kernels.plain import sweep
 from leangrid.kernels.triton.packed import interpreted
 
 M, N, J = 128, 128, 64  # (row, level) pairs, columns i and columns j of a tile
-LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}  # two stages fit the 99 KiB of an L40S
+LAUNCH: dict[str, Any] = {
+    "num_warps": 8,
+    "num_stages": 2,
+    "enable_fp_fusion": True,
+}  # two stages fit the 99 KiB of an L40S
 PANEL = 4096  # columns of H split at once
 MOST_LEVELS = 16  # beyond, accumulators spill
 
@@ -50,7 +54,9 @@ def level_gram_kernel(panel, codes, out, rows, n, begin, width, levels, TERMS: t
                 part = tl.load(panel + tl.full([], term, tl.int64) * n * width + spot, mask=mask, other=0.0)
                 acc = tl.dot(hot, part, acc, input_precision="ieee")
         column = begin + inner
-        here = tl.load(codes + base[:, None] + column[None, :], mask=live[:, None] & (inner < width)[None, :], other=255).to(tl.int32)
+        here = tl.load(
+            codes + base[:, None] + column[None, :], mask=live[:, None] & (inner < width)[None, :], other=255
+        ).to(tl.int32)
         for k in range(0, levels):
             mass = tl.sum(tl.where(here == k, acc, 0.0), 1).to(tl.float64)
             total += tl.where((index == k)[None, :], mass[:, None], 0.0)
@@ -60,7 +66,8 @@ def level_gram_kernel(panel, codes, out, rows, n, begin, width, levels, TERMS: t
 
 
 def terms(panel: Float32[Tensor, "n width"]) -> Tensor:
-    """[3, n, width] bfloat16 with the panel as its sum; for the interpreter, which cannot multiply bfloat16, the panel itself."""
+    """[3, n, width] bfloat16 with the panel as its sum; for the interpreter, which cannot multiply bfloat16, the panel
+    itself."""
     if interpreted():
         return panel[None].contiguous()
     high = panel.bfloat16()
@@ -69,11 +76,13 @@ def terms(panel: Float32[Tensor, "n width"]) -> Tensor:
     return torch.stack([high, middle, (rest - middle.float()).bfloat16()])
 
 
-def level_gram(hessian: Float32[Tensor, "n n"], codes: UInt8[Tensor, "rows n"], levels: int) -> Float64[Tensor, "rows k k"]:
+def level_gram(
+    hessian: Float32[Tensor, "n n"], codes: UInt8[Tensor, "rows n"], levels: int
+) -> Float64[Tensor, "rows k k"]:
     """See ``leangrid.kernels.level_gram``; inputs checked there. More than 16 levels a row run in the torch twin."""
     rows, n = codes.shape
     if levels > MOST_LEVELS or codes.numel() == 0:
-        return torch_sweep.level_gram(hessian, codes, levels)
+        return sweep.level_gram(hessian, codes, levels)
     out = torch.zeros(rows, levels, levels, dtype=torch.float64, device=hessian.device)
     wide = max(4, triton.next_power_of_2(levels))
     with torch.cuda.device_of(hessian):

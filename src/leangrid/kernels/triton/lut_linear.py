@@ -12,7 +12,8 @@ def lut_linear(x: Tensor, words: Tensor, lut: Tensor, bits: int, splits: int | N
 
     Args:
         x: float32, float16 or bfloat16 [m, cols]; any strides, any m >= 0.
-        words: int32 [rows, ceil(cols b / 32)], code i of a row in bits [i b, (i+1) b) of the row's stream, least significant first.
+        words: int32 [rows, ceil(cols b / 32)], code i of a row in bits [i b, (i+1) b) of the row's stream, least
+        significant first.
         lut: the levels [rows, 2^bits], float32, float16 or bfloat16.
         bits: b, one of 2, 3, 4, 8.
         splits: over columns, of batches 2..64; None chooses by the number of processors.

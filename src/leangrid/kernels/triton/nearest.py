@@ -1,9 +1,8 @@
 """Device functions that the sweep and the descent share: the nearest level of a row, and the level of a code.
 
-Four kinds of grid, chosen at compile time (KIND): AFFINE, levels S (q - Z) of the column's group; OFFSET, levels S q + B likewise; FEW,
-up to 16 levels of the row in registers, four lanes a row; MANY, up to 256 levels found by bisection, which costs eight dependent loads
-instead of 256 registers.
-"""
+Four kinds of grid, chosen at compile time (KIND): AFFINE, levels S (q - Z) of the column's group; OFFSET, levels S q +
+B likewise; FEW, up to 16 levels of the row in registers, four lanes a row; MANY, up to 256 levels found by bisection,
+which costs eight dependent loads instead of 256 registers."""
 
 from typing import no_type_check
 
@@ -24,7 +23,13 @@ def level_kind(levels: Tensor) -> dict[str, int]:
     """The compile-time arguments that belong to levels [rows, K]."""
     count = levels.shape[1]
     few = count <= MOST_IN_REGISTERS
-    return {"KIND": 2 if few else 3, "K": count, "WIDTH": max(4, triton.next_power_of_2(count)), "R": ROWS, "C": COLUMNS}
+    return {
+        "KIND": 2 if few else 3,
+        "K": count,
+        "WIDTH": max(4, triton.next_power_of_2(count)),
+        "R": ROWS,
+        "C": COLUMNS,
+    }
 
 
 def affine_kind(bits: int) -> dict[str, int]:
@@ -84,7 +89,9 @@ def nearest(x, s, z, value, lower, levels, row, live, K: tl.constexpr, WIDTH: tl
     else:
         base = levels + row.to(tl.int64) * K
         code = tl.zeros_like(row)
-        for halving in range(1, 9):  # not unrolled: the sixteen columns already are, and the compiler would need minutes
+        for halving in range(
+            1, 9
+        ):  # not unrolled: the sixteen columns already are, and the compiler would need minutes
             step = WIDTH >> halving
             probe = code + step
             inside = live & (probe < K) & (probe > code)

@@ -1,21 +1,23 @@
 """Products with a weight that stays packed, on a GPU: what lut_linear and affine_linear share.
 
-A *packet* is what one lane unpacks: the 32/b codes of a word at 8, 4 and 2 bits; at 3 bits the 8 codes of three bytes, cut from the one
-or two words they lie in. Three kernels, by the number m of rows of x:
+A *packet* is what one lane unpacks: the 32/b codes of a word at 8, 4 and 2 bits; at 3 bits the 8 codes of three bytes,
+cut from the one or two words they lie in. Three kernels, by the number m of rows of x:
 
-* m = 1, ``gemv_kernel``: bound by memory where the SM keeps up. A lane holds one packet a step and the x of its columns in registers, used
-  for R rows, so every load of codes is 128 consecutive bytes a warp and nothing goes through shared memory before the last sum.
-* m <= 64, ``gemm_kernel``: weights dequantized into tl.dot tiles, the weight as the left operand (its many rows fill the tile's 16 or 64
-  rows, x its narrow side); few rows are split over columns too, partial sums added in a fixed order, so the result never varies.
+* m = 1, ``gemv_kernel``: bound by memory where the SM keeps up. A lane holds one packet a step and the x of its columns
+  in registers, used for R rows, so every load of codes is 128 consecutive bytes a warp and nothing goes through shared
+  memory before the last sum.
+* m <= 64, ``gemm_kernel``: weights dequantized into tl.dot tiles, the weight as the left operand (its many rows fill
+  the tile's 16 or 64 rows, x its narrow side); few rows are split over columns too, partial sums added in a fixed
+  order, so the result never varies.
 * more: ``dequantize_kernel`` a tile of rows at a time, then torch's product.
 
-Looking up lut[row, code]: by pointer. The tables of a program's rows are one or two cache lines that stay in L1, and a lane's loads are
-independent. Counted in the machine code of the gemv loop (sm_90, Triton 3.9): 6.9 instructions a 4-bit code, 9.5 for affine g128.
-tl.gather on a register tile became select chains (175 a code, with spills); a tree of 15 selects costs twice the load; Triton has no
-shuffle. An SM issues 128 lane instructions a cycle: 19 codes. An A100 needs 20-26 to keep up with its memory, an L40S 5, an H200 41.
-Sums are float32. Affine weights are round((code - Z) S) to the stored dtype, as every reader of the file computes them, from a float
-f = 1 + code/K built by bits: f K S - (K + Z) S where S has 16 bits, (f - (1 + Z/K)) K S else; both round no more than the definition.
-"""
+Looking up lut[row, code]: by pointer. The tables of a program's rows are one or two cache lines that stay in L1, and a
+lane's loads are independent. Counted in the machine code of the gemv loop (sm_90, Triton 3.9): 6.9 instructions a 4-bit
+code, 9.5 for affine g128. tl.gather on a register tile became select chains (175 a code, with spills); a tree of 15
+selects costs twice the load; Triton has no shuffle. An SM issues 128 lane instructions a cycle: 19 codes. An A100 needs
+20-26 to keep up with its memory, an L40S 5, an H200 41. Sums are float32. Affine weights are round((code - Z) S) to the
+stored dtype, as every reader of the file computes them, from a float f = 1 + code/K built by bits: f K S - (K + Z) S
+where S has 16 bits, (f - (1 + Z/K)) K S else; both round no more than the definition."""
 
 import os
 from collections.abc import Iterator
@@ -44,19 +46,26 @@ def packet(stream, t, live, width, BITS: tl.constexpr):
     """Packets t of the rows that ``stream`` points to, as uint32: code i in bits [i b, (i+1) b)."""
     if BITS == 3:
         word, shift = (t * 24) >> 5, (t * 24) & 31
-        low = tl.load(stream + word, mask=live & (word < width), other=0, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
-        high = tl.load(stream + word + 1, mask=live & (word + 1 < width) & (shift > 8), other=0).to(tl.uint32, bitcast=True)
+        low = tl.load(stream + word, mask=live & (word < width), other=0, eviction_policy="evict_first").to(
+            tl.uint32, bitcast=True
+        )
+        high = tl.load(stream + word + 1, mask=live & (word + 1 < width) & (shift > 8), other=0).to(
+            tl.uint32, bitcast=True
+        )
         shift = shift.to(tl.uint32)
         out = (low >> shift) | ((high << (31 - shift)) << 1)  # twice, since a shift by 32 is undefined
     else:
-        out = tl.load(stream + t, mask=live & (t < width), other=0, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
+        out = tl.load(stream + t, mask=live & (t < width), other=0, eviction_policy="evict_first").to(
+            tl.uint32, bitcast=True
+        )
     return out
 
 
 @triton.jit
 @no_type_check
 def group_scale(scale, zero, base, t, live, cols, groups, K: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr):
-    """K S of the packets' groups, and what stands for their Z: (K + Z) S where S has 16 bits, so that it is exact; else 1 + Z/K."""
+    """K S of the packets' groups, and what stands for their Z: (K + Z) S where S has 16 bits, so that it is exact; else
+    1 + Z/K."""
     spot = base * groups + t * P // GROUP
     mask = live & (t * P < cols)
     step = tl.load(scale + spot, mask=mask, other=0.0).to(tl.float32) * K
@@ -150,7 +159,25 @@ def gemv_kernel(x, words, lut, scale, zero, y, rows, cols, width, groups, BITS: 
         else:
             step, origin = 0.0, 0.0
         for i in tl.static_range(P):
-            w = level(i, packed, table, step, origin, scale, zero, base, t[None, :], live, cols, groups, BITS, P, GROUP, KIND, STORED)
+            w = level(
+                i,
+                packed,
+                table,
+                step,
+                origin,
+                scale,
+                zero,
+                base,
+                t[None, :],
+                live,
+                cols,
+                groups,
+                BITS,
+                P,
+                GROUP,
+                KIND,
+                STORED,
+            )
             acc += w.to(tl.float32) * xs[i][None, :]
     tl.store(y + row, tl.sum(acc, 1).to(y.dtype.element_ty), mask=row < rows)
 
@@ -190,8 +217,28 @@ def weights(stream, lut, scale, zero, base, t, live, cols, width, groups, BITS: 
 def two(FIRST: tl.constexpr, STEP: tl.constexpr, args, BITS: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
         STORED: tl.constexpr):  # fmt: skip
     packed, table, step, origin, scale, zero, base, t, live, cols, groups = args
-    a = level(FIRST, packed, table, step, origin, scale, zero, base, t, live, cols, groups, BITS, P, GROUP, KIND, STORED)
-    b = level(FIRST + STEP, packed, table, step, origin, scale, zero, base, t, live, cols, groups, BITS, P, GROUP, KIND, STORED)
+    a = level(
+        FIRST, packed, table, step, origin, scale, zero, base, t, live, cols, groups, BITS, P, GROUP, KIND, STORED
+    )
+    b = level(
+        FIRST + STEP,
+        packed,
+        table,
+        step,
+        origin,
+        scale,
+        zero,
+        base,
+        t,
+        live,
+        cols,
+        groups,
+        BITS,
+        P,
+        GROUP,
+        KIND,
+        STORED,
+    )
     return tl.join(a, b)
 
 
@@ -223,7 +270,9 @@ def gemm_kernel(x, words, lut, scale, zero, y, m, rows, cols, width, groups, spa
         t = (start + tl.arange(0, T))[None, :]
         w = weights(stream, lut, scale, zero, base, t, live, cols, width, groups, BITS, P, GROUP, KIND, STORED, DTYPE)
         column = (start * P + tl.arange(0, T * P))[:, None]
-        xt = tl.load(x + item.to(tl.int64)[None, :] * cols + column, mask=(item < m)[None, :] & (column < cols), other=0.0)
+        xt = tl.load(
+            x + item.to(tl.int64)[None, :] * cols + column, mask=(item < m)[None, :] & (column < cols), other=0.0
+        )
         acc = tl.dot(w, xt.to(DTYPE), acc, input_precision="ieee")
     spot = (tl.program_id(1) * m + item).to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(y + spot, acc.to(y.dtype.element_ty), mask=(item < m)[None, :] & live)
@@ -237,15 +286,17 @@ def dequantize_kernel(words, lut, scale, zero, out, rows, cols, width, groups, B
     live = (row < rows)[:, None]
     base = tl.minimum(row, rows - 1).to(tl.int64)[:, None]
     t = (tl.program_id(1) * T + tl.arange(0, T))[None, :]
-    w = weights(words + base * width, lut, scale, zero, base, t, live, cols, width, groups, BITS, P, GROUP, KIND, STORED, DTYPE)
+    w = weights(
+        words + base * width, lut, scale, zero, base, t, live, cols, width, groups, BITS, P, GROUP, KIND, STORED, DTYPE
+    )
     column = (tl.program_id(1) * T * P + tl.arange(0, T * P))[None, :]
     tl.store(out + base * cols + column, w, mask=live & (column < cols))
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A packed weight [rows, cols], contiguous: the stream, and lut [rows, K] or scale and zero_point [rows, groups]; what a kind lacks
-    may be any tensor of as many rows."""
+    """A packed weight [rows, cols], contiguous: the stream, and lut [rows, K] or scale and zero_point [rows, groups];
+    what a kind lacks may be any tensor of as many rows."""
 
     words: Tensor
     lut: Tensor
@@ -268,8 +319,16 @@ class Packed:
     def fixed(self) -> dict[str, Any]:
         """What the kernels know at compile time, and how they are launched."""
         group = WHOLE if self.group == self.cols else self.group
-        return {"BITS": self.bits, "P": PACKET[self.bits], "GROUP": group, "KIND": int(self.affine), "STORED": FLOATS[self.stored],
-                "num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}  # fmt: skip
+        return {
+            "BITS": self.bits,
+            "P": PACKET[self.bits],
+            "GROUP": group,
+            "KIND": int(self.affine),
+            "STORED": FLOATS[self.stored],
+            "num_warps": 4,
+            "num_stages": 3,
+            "enable_fp_fusion": True,
+        }
 
     @property
     def grid(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -298,8 +357,8 @@ def product(x: Tensor, weight: Packed, splits: int | None = None) -> Tensor:
 
 
 def _gemv(x: Tensor, weight: Packed) -> Tensor:
-    """Rows a program: few enough that four programs or more meet on every SM at the sizes of language models, where one pass over
-    the columns is long enough to leave splitting it to the batched kernel."""
+    """Rows a program: few enough that four programs or more meet on every SM at the sizes of language models, where one
+    pass over the columns is long enough to leave splitting it to the batched kernel."""
     rows, packets = len(weight.words), triton.cdiv(weight.cols, PACKET[weight.bits])
     y = x.new_empty(1, rows)
     tile = 8 if rows >= 8192 else 4 if rows >= 2048 else 2
@@ -312,7 +371,9 @@ def _gemm(x: Tensor, weight: Packed, splits: int | None) -> Tensor:
     rows, m, lanes = len(weight.words), len(x), PACKET[weight.bits]
     wide = max(16, triton.next_power_of_2(m))
     dtype = weight.stored if weight.stored == x.dtype else torch.float32
-    if interpreted():  # the interpreter multiplies bfloat16 operands as if their bits were integers; float32 holds them exactly
+    if (
+        interpreted()
+    ):  # the interpreter multiplies bfloat16 operands as if their bits were integers; float32 holds them exactly
         dtype = torch.float32
     tile, step = (32, 256 // lanes) if wide == 16 else (64, 128 // lanes)
     if dtype == torch.float32:  # no tensor cores: smaller tiles, or the operands fill the registers
@@ -324,8 +385,9 @@ def _gemm(x: Tensor, weight: Packed, splits: int | None) -> Tensor:
     span = triton.cdiv(steps, min(max(1, splits), steps)) * step
     splits = triton.cdiv(packets, span)
     y = torch.empty(splits, m, rows, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    gemm_kernel[(triton.cdiv(rows, tile), splits)](x, *weight.grid, y, m, *weight.sizes, span, **weight.fixed, DTYPE=FLOATS[dtype], R=tile,
-                                                   T=step, M=wide)  # fmt: skip
+    gemm_kernel[(triton.cdiv(rows, tile), splits)](
+        x, *weight.grid, y, m, *weight.sizes, span, **weight.fixed, DTYPE=FLOATS[dtype], R=tile, T=step, M=wide
+    )
     return y[0] if splits == 1 else y.sum(0).to(x.dtype)
 
 
@@ -361,9 +423,12 @@ def _processors(device: torch.device) -> int:
 
 
 def check(op: str, x: Tensor, words: Tensor, bits: int, **grid: Tensor) -> None:
-    """ShapeError, before anything is launched, for what no kernel can take; ``grid`` tensors have one row a row of words."""
+    """ShapeError, before anything is launched, for what no kernel can take; ``grid`` tensors have one row a row of
+    words."""
     if bits not in PACKET:
-        raise ShapeError(f"{op}: no kernel for {bits} bits", op, f"Use {', '.join(map(str, PACKET))} bits, or the layer's torch path")
+        raise ShapeError(
+            f"{op}: no kernel for {bits} bits", op, f"Use {', '.join(map(str, PACKET))} bits, or the layer's torch path"
+        )
     if x.ndim != 2 or x.dtype not in FLOATS:
         raise ShapeError(f"{op}: x is {x.dtype} {tuple(x.shape)}", op, "Give a matrix of float32, float16 or bfloat16")
     width = -(-x.shape[1] * bits // 32)
@@ -376,4 +441,6 @@ def check(op: str, x: Tensor, words: Tensor, bits: int, **grid: Tensor) -> None:
     if any(tensor.device != x.device for tensor in (words, *grid.values())):
         raise ShapeError(f"{op}: x is on {x.device}, the weight on {words.device}", op, "Move them to one device")
     if x.device.type != "cuda" and not interpreted():
-        raise ShapeError(f"{op}: x is on {x.device}", op, "The Triton kernels need a CUDA device (or TRITON_INTERPRET=1)")
+        raise ShapeError(
+            f"{op}: x is on {x.device}", op, "The Triton kernels need a CUDA device (or TRITON_INTERPRET=1)"
+        )

@@ -1,21 +1,23 @@
 """The in-block sweep on a GPU: one launch for a block of columns, a tile of rows a program.
 
-What bounds it: 128 columns one after another, each a chain of look-up, division and update of about 200 cycles, so some 20 us a block
-however few rows there are, and next to it the arithmetic. Three layouts were weighed for 4096 rows x 128 columns:
+What bounds it: 128 columns one after another, each a chain of look-up, division and update of about 200 cycles, so some
+20 us a block however few rows there are, and next to it the arithmetic. Three layouts were weighed for 4096 rows x 128
+columns:
 
-* a row a lane: no exchange between lanes, but 128 registers of weights and one warp an SM; reading column j out of registers costs a
-  select and an add for each of the 128, as much as the update itself;
-* a row a warp (what Triton makes of a [rows, 128] tile): five shuffles to read a column, and look-up and division repeated in 32
-  lanes: about 70 warp instructions a row and column;
-* this one: sixteen columns at a time. A [8, 16] tile is four lanes a row: two shuffles read a column, look-up and division are
-  repeated only four times, and a program is one warp, so nothing waits for other warps (4096 rows: 512 warps for the 528 schedulers of
-  an H200). Before its sixteen columns a tile applies the errors of all earlier columns, which this program has just written; those
-  updates do not depend on each other, so their loads overlap, and only the triangle j < k is computed. About 17 warp instructions
-  a row and column (counted in the machine code for sm_90; no spills, no shared memory).
+* a row a lane: no exchange between lanes, but 128 registers of weights and one warp an SM; reading column j out of
+  registers costs a select and an add for each of the 128, as much as the update itself;
+* a row a warp (what Triton makes of a [rows, 128] tile): five shuffles to read a column, and look-up and division
+  repeated in 32 lanes: about 70 warp instructions a row and column;
+* this one: sixteen columns at a time. A [8, 16] tile is four lanes a row: two shuffles read a column, look-up and
+  division are repeated only four times, and a program is one warp, so nothing waits for other warps (4096 rows: 512
+  warps for the 528 schedulers of an H200). Before its sixteen columns a tile applies the errors of all earlier columns,
+  which this program has just written; those updates do not depend on each other, so their loads overlap, and only the
+  triangle j < k is computed. About 17 warp instructions a row and column (counted in the machine code for sm_90; no
+  spills, no shared memory).
 
-A rank-16 tl.dot would be cheaper still, but it sums in another order: here every weight sees its updates in column order, products
-and sums rounded apart, divisions IEEE, so the bits are those of torch_sweep (subnormal numbers included; a zero may lose its sign).
-"""
+A rank-16 tl.dot would be cheaper still, but it sums in another order: here every weight sees its updates in column
+order, products and sums rounded apart, divisions IEEE, so the bits are those of sweep (subnormal numbers included; a
+zero may lose its sign)."""
 
 from typing import no_type_check
 
@@ -25,7 +27,17 @@ import triton.language as tl
 from jaxtyping import Float32, Integer, UInt8
 from torch import Tensor
 
-from leangrid.kernels.triton.nearest import FEW, LAUNCH, ROWS, affine_kind, column_grid, level_kind, level_tile, nearest, offset_kind
+from leangrid.kernels.triton.nearest import (
+    FEW,
+    LAUNCH,
+    ROWS,
+    affine_kind,
+    column_grid,
+    level_kind,
+    level_tile,
+    nearest,
+    offset_kind,
+)
 
 
 @triton.jit
@@ -74,8 +86,21 @@ def sweep_levels(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"
     rows, cols = codes.shape
     if codes.numel():
         with torch.cuda.device_of(codes):
-            sweep_kernel[(triton.cdiv(rows, ROWS),)](weight, upper, levels, levels, codes, codes, codes, errors, rows, cols, 1,
-                                                     **level_kind(levels), **LAUNCH)  # fmt: skip
+            sweep_kernel[(triton.cdiv(rows, ROWS),)](
+                weight,
+                upper,
+                levels,
+                levels,
+                codes,
+                codes,
+                codes,
+                errors,
+                rows,
+                cols,
+                1,
+                **level_kind(levels),
+                **LAUNCH,
+            )
     return codes, errors
 
 
@@ -93,12 +118,15 @@ def sweep_offset(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"
     return _groups(weight, upper, scale, offset, group, offset_kind(bits))
 
 
-def _groups(weight: Tensor, upper: Tensor, scale: Tensor, second: Tensor, group: Tensor, kind: dict[str, int]) -> tuple[Tensor, Tensor]:
+def _groups(
+    weight: Tensor, upper: Tensor, scale: Tensor, second: Tensor, group: Tensor, kind: dict[str, int]
+) -> tuple[Tensor, Tensor]:
     """A grid of groups: ``second`` is what it holds beside the scale, a zero point or an offset."""
     codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
     rows, cols = codes.shape
     if codes.numel():
         with torch.cuda.device_of(codes):
-            sweep_kernel[(triton.cdiv(rows, ROWS),)](weight, upper, scale, scale, second, group, codes, errors, rows, cols,
-                                                     scale.shape[1], **kind, **LAUNCH)  # fmt: skip
+            sweep_kernel[(triton.cdiv(rows, ROWS),)](
+                weight, upper, scale, scale, second, group, codes, errors, rows, cols, scale.shape[1], **kind, **LAUNCH
+            )
     return codes, errors

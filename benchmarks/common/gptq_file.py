@@ -1,0 +1,71 @@
+"""GPTQModel's checkpoint -> a plain one with its dequantized weights, so that the evaluator that measures us measures
+it too.
+
+A linear of [rows, cols] is stored as qweight int32 [cols / 8, rows] (eight 4-bit codes of a column in a word, least
+significant first), qzeros int32 [groups, rows / 8], scales float16 [groups, rows] and g_idx int32 [cols], the group of
+each column: W[r, c] = scales[g, r] * (code[r, c] - zero[g, r]), g = g_idx[c]. Files of format "gptq" hold zero - 1 (mod
+16), "gptq_v2" the zero itself. Source of the layout: the file itself, and GPTQModel's own kernel, whose answer race.py
+compares with what is written here."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leangrid.formats.bit_stream import unpack
+from leangrid.storage import safetensors
+
+_BITS = 4
+_ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0}
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, zero_offset: int) -> Tensor:
+    """float32 [rows, cols] of one linear."""
+    rows, cols = scales.shape[1], g_idx.numel()
+    codes = unpack(qweight.T.contiguous(), _BITS, cols).float()
+    zeros = (unpack(qzeros.contiguous(), _BITS, rows).int() + zero_offset) & (2**_BITS - 1)
+    group = g_idx.long()
+    return scales.float().T[:, group] * (codes - zeros.float().T[:, group])
+
+
+def dequantize(directory: Path, out: Path) -> None:
+    """Write the model in ``directory`` to ``out`` as a float32 checkpoint; SystemExit where its layout is not the one
+    above."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    stated = config.pop("quantization_config")
+    form = stated.get("checkpoint_format")
+    if stated.get("bits") != _BITS or form not in _ZERO_OFFSET:
+        raise SystemExit(
+            f"{directory}: {stated.get('bits')} bits in format {form!r}; only 4 bits in {', '.join(_ZERO_OFFSET)} are read"
+        )
+    stored: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        stored |= safetensors.load(file)
+    tensors = plain(stored, _ZERO_OFFSET[form])
+    out.mkdir(parents=True)
+    safetensors.save(out / "model.safetensors", tensors, {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (directory / name).is_file():
+            shutil.copyfile(directory / name, out / name)
+
+
+def plain(stored: dict[str, Any], zero_offset: int) -> dict[str, Tensor]:
+    """The tensors of a file by their usual names, float32, its quantized linears dequantized."""
+    layers = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
+    parts = {f"{layer}.{part}" for layer in layers for part in _PARTS}
+    tensors = {name: tensor.float() for name, tensor in stored.items() if name not in parts}
+    for layer in layers:
+        tensors[f"{layer}.weight"] = weight(*(stored[f"{layer}.{part}"] for part in _PARTS), zero_offset).contiguous()
+    return tensors
+
+
+def agreement(ours: Tensor, theirs: Tensor) -> float:
+    """Mean KL(theirs || ours) of two answers, logits [tokens, vocabulary]: near 0 where a file was read as its maker
+    reads it."""
+    first, second = (torch.log_softmax(logits.double(), dim=-1) for logits in (theirs, ours))
+    return float((first.exp() * (first - second)).sum(-1).mean())

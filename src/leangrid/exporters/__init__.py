@@ -1,0 +1,1 @@
+"""The same codes in another engine's container or file."""

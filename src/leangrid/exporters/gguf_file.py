@@ -1,0 +1,210 @@
+"""A finished result as one GGUF file for llama.cpp: the exact weights, the header, the tokenizer."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from leangrid.block_types import BLOCK_TYPES, BlockType
+from leangrid.errors import CheckpointError, FormatError
+from leangrid.exporters.result_reader import Finished
+from leangrid.formats import FORMATS, gguf_repack
+from leangrid.grids import AffineGrid
+from leangrid.models import gguf as existing
+from leangrid.models import gguf_names
+from leangrid.models.gguf_names import GgufModel
+from leangrid.models.gguf_vocab import vocabulary
+from leangrid.models.tokenizer import load_tokenizer
+from leangrid.progress import Event, Progress
+from leangrid.storage import files, gguf
+from leangrid.storage.gguf import PLAIN_TYPES, Field, TensorEntry
+from leangrid.storage.safetensors import TensorInfo
+
+FILE = "model.gguf"
+_FLOAT32 = PLAIN_TYPES["F32"]
+# llama.cpp's general.file_type, by the type of most quantized weights; only shown to people.
+_FILE_TYPES = {
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K": 12,
+    "Q4_K": 15,
+    "Q5_K": 17,
+    "Q6_K": 18,
+}
+_NOT_TAKEN = ("GGUF.", "split.", "quantize.", "general.file_type", "general.quantization_version", "general.alignment")
+# Fields in which a file may differ from ours and still be of the same model.
+_FREE = ("context_length", "vocab_size")
+
+
+def write(finished: Finished, staged: Path, like: Path | None, progress: Progress | None = None) -> float:
+    """Write ``staged``/model.gguf; return the stored bits per quantized weight.
+
+    ``like``: an existing GGUF file of the same model, whose header and tokenizer are taken; None: both are made from
+    the checkpoint.
+
+    Raises:
+        ArchitectureError, FormatError, CheckpointError: something that llama.cpp cannot be told exactly; nothing is
+        written then.
+    """
+    model = gguf_names.describe(finished.checkpoint.config, _title(finished))
+    kinds = _types(finished)
+    notices = list(model.notices)
+    fields = _taken(like, model, _embeddings(finished)) if like else _made(finished, model, notices)
+    counts = [kind.name for kind in kinds.values()]
+    fields |= {"general.file_type": Field("uint32", _FILE_TYPES[max(set(counts), key=counts.count)]),
+               "general.quantization_version": Field("uint32", 2)}  # fmt: skip
+    entries = _entries(finished, model, kinds)
+    if finished.beyond:
+        notices.append(
+            f"left out, since llama.cpp's {model.arch} has no place for them: {', '.join(sorted(finished.beyond)[:3])}"
+            + (f" and {len(finished.beyond) - 3} more" if len(finished.beyond) > 3 else "")
+        )
+    if not finished.predicts:
+        notices.append(
+            "the model has no language-model head: llama.cpp takes the embeddings for one, so use the file for embeddings only"
+        )
+    if progress is not None:
+        for message in notices:
+            progress(Event("notice", message=message))
+    files.require_space(staged, sum(entry.nbytes for entry in entries.values()))
+    gguf.save(staged / FILE, fields, entries)
+    stored = sum(rows * kinds[name].row_bytes(cols) for name, (rows, cols) in finished.layers.items())
+    return round(8 * stored / sum(rows * cols for rows, cols in finished.layers.values()), 4)
+
+
+def _title(finished: Finished) -> str:
+    source = str(finished.manifest.get("source_name") or finished.directory.name)
+    return source.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _types(finished: Finished) -> dict[str, BlockType]:
+    """The block type of each quantized linear; FormatError for the first that none holds exactly, scales included."""
+    if finished.format is FORMATS["gguf"]:  # block bytes already
+        return {
+            name: BLOCK_TYPES[finished.scheme.block or ""].fitting(cols) for name, (_, cols) in finished.layers.items()
+        }
+    kinds = {}
+    for name, (rows, cols) in finished.layers.items():
+        reason = gguf_repack.refuse(finished.schemes[name], name, rows, cols, finished.architecture.layer)
+        if reason:
+            raise FormatError(reason)
+        kinds[name] = gguf_repack.block_type(finished.schemes[name], cols)
+    for stored in [f"{name}.weight_scale" for name in finished.layers]:
+        if stored in finished.checkpoint.tensors:  # other containers hold scales in float16 already
+            gguf_repack.check_scale(finished.checkpoint.read(stored, check=False), stored)
+    return kinds
+
+
+def _embeddings(finished: Finished) -> int:
+    """Rows of the embedding: how many tokens the model knows."""
+    return next(
+        info.shape[0] for name, info in finished.checkpoint.tensors.items() if name.endswith("embed_tokens.weight")
+    )
+
+
+def _made(finished: Finished, model: GgufModel, notices: list[str]) -> dict[str, Field]:
+    """The header from config.json and the tokenizer."""
+    tokenizer = load_tokenizer(finished.directory)
+    if tokenizer is None:
+        raise CheckpointError(
+            "there is no tokenizer to put into the file", finished.directory, "Add its files, or use --like FILE.gguf"
+        )
+    tokens, more = vocabulary(tokenizer, _embeddings(finished))
+    notices += more
+    return {**model.fields, **tokens}
+
+
+def _taken(like: Path, model: GgufModel, embeddings: int) -> dict[str, Field]:
+    """The header of ``like``; CheckpointError where it is of another model."""
+    found = {key: field for key, field in existing.header(like).items() if not key.startswith(_NOT_TAKEN)}
+    way_out = "Give a GGUF file of this very model, or leave --like out"
+    for key, field in model.fields.items():
+        other = found.get(key)
+        if key == "general.name" or key.endswith(_FREE) or other is None:
+            continue
+        same = (
+            math.isclose(field.value, other.value, rel_tol=1e-6)
+            if field.kind == "float32"
+            else field.value == other.value
+        )
+        if not same:
+            raise CheckpointError(f"its {key} is {other.value!r}, this model's {field.value!r}", like, way_out)
+    tokens = found.get("tokenizer.ggml.tokens")
+    if tokens is None or len(tokens.value) != embeddings:
+        count = "no" if tokens is None else len(tokens.value)
+        raise CheckpointError(f"it has {count} tokens, this model {embeddings} embeddings", like, way_out)
+    return {**model.fields, **found}
+
+
+def _entries(finished: Finished, model: GgufModel, kinds: Mapping[str, BlockType]) -> dict[str, TensorEntry]:
+    """Every tensor of the file by llama.cpp's name, block by block; nothing is read yet."""
+    entries: dict[str, TensorEntry] = {}
+    for name, info in finished.others().items():
+        if name in finished.beyond:
+            continue
+        entries[model.tensor_name(name)] = _plain_entry(finished, model, name, info)
+    for name, (rows, cols) in finished.layers.items():
+        kind = kinds[name]
+        make = _Layer(finished, kind, name, model.row_order(f"{name}.weight", rows))
+        entries[model.tensor_name(f"{name}.weight")] = TensorEntry(
+            (rows, cols), kind.number, rows * kind.row_bytes(cols), make
+        )
+    for name, tensor in model.extra.items():
+        entries[name] = TensorEntry(tuple(tensor.shape), _FLOAT32, 4 * tensor.numel(), lambda tensor=tensor: tensor)
+    return dict(sorted(entries.items(), key=lambda item: _position(item[0])))
+
+
+def _position(name: str) -> tuple[int, int, str]:
+    block = re.match(r"blk\.(\d+)\.", name)
+    return (
+        (1, int(block[1]), name)
+        if block
+        else (0 if name.startswith(("token_embd", gguf_names.ROPE_FREQS)) else 2, 0, name)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """Makes the block bytes of a quantized linear when its turn comes."""
+
+    finished: Finished
+    kind: BlockType
+    name: str
+    order: Tensor | None
+
+    def __call__(self) -> Tensor:
+        codes, grid = self.finished.layer(self.name)
+        if self.finished.format is FORMATS["gguf"]:
+            packed = FORMATS["gguf"].pack(codes, grid, self.finished.dtype, self.finished.scheme)["weight"]
+            return packed if self.order is None else packed[self.order]
+        if not isinstance(grid, AffineGrid):
+            raise FormatError(f"{type(grid).__name__} is no affine grid", self.name)
+        packed = gguf_repack.pack_affine(self.kind, codes, grid)
+        return packed if self.order is None else packed[self.order]
+
+
+def _plain_entry(finished: Finished, model: GgufModel, name: str, info: TensorInfo) -> TensorEntry:
+    """Vectors in float32, matrices as they are stored: what llama.cpp's operators take."""
+    if info.dtype not in PLAIN_TYPES:
+        raise FormatError(
+            f"GGUF holds no {info.dtype} weights", name, "Quantize a float32, float16 or bfloat16 checkpoint"
+        )
+    vector = len(info.shape) == 1
+    order = model.row_order(name, info.shape[0])
+    shift = 1.0 if model.norm_plus_one and name.endswith("norm.weight") else 0.0
+
+    def make() -> Tensor:
+        tensor = finished.checkpoint.read(name)
+        if order is not None:
+            tensor = tensor[order]
+        return (tensor.float() + shift) if vector else tensor.contiguous()
+
+    number = _FLOAT32 if vector else PLAIN_TYPES[info.dtype]
+    return TensorEntry(info.shape, number, math.prod(info.shape) * (4 if vector else info.torch_dtype.itemsize), make)

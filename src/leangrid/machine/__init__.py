@@ -1,0 +1,1 @@
+"""What this machine has: memory, devices, arithmetic, and where time and operations went."""

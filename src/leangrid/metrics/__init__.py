@@ -1,0 +1,1 @@
+"""How far two models are apart, as functions of logits and embeddings."""

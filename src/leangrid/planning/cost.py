@@ -1,0 +1,191 @@
+"""The model of cost: seconds of each stage from operations and rates. docs/performance.md has the formulas and how near
+they come.
+
+Operations are counts of shapes; rates are measured where the device is here, and stated where it is only described.
+"""
+
+import re
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from leangrid.errors import LeangridError
+from leangrid.machine import flops
+from leangrid.machine.arithmetic import products
+from leangrid.machine.devices import accelerated, usable_bytes, wait
+from leangrid.machine.stopwatch import STAGES
+from leangrid.models.skeleton import Skeleton
+from leangrid.planning.placement import Placement
+from leangrid.planning.sizes import LayerSize, hidden_size, state_bytes
+from leangrid.recipe import Recipe
+
+_REPLAYED = 2.6  # forward passes that replaying takes instead of one: up to each group, and once to the end
+# One thread with the native kernels: benchmarks/cost_model.py on AVX-512; AVX2 takes about twice as long.
+_GRID_SECONDS_A_WEIGHT = {"affine": 3.5e-8, "offset": 6e-8, "superblock": 3.5e-7, "nonuniform": 4.5e-8}
+# Shares of a large product's rate that the stages reach (the same benchmark): sweeps in blocks with their descents, the
+# baseline's sweep and losses, factorizations, the correction's products, forward passes; LeanQuant-Exact in float64.
+_SOLVE, _BASELINE, _FACTOR, _CORRECT, _FORWARD, _EXACT = 0.4, 0.6, 0.36, 0.8, 0.7, 0.125
+_SUMS_PANEL = 512  # columns of the squares in which Hessians are summed
+_DISK, _READ = 5e8, 2e9  # bytes/s that a commit reaches: written, hashed, synced; and that reading reaches
+_F32 = 4
+
+# Of a device that is only described. Products on 16-bit and TF32 units relative to float32: the ratios of NVIDIA's 48
+# GB cards (RTX A6000 38.7, 77, 155 TFLOP/s; L40S 91.6, 183, 362: their data sheets, dense); larger ratios on A100 and
+# H100.
+_STATED_TFLOPS, _TF32, _HALF = 30.0, 2.0, 4.0
+_ATTAINED = 0.7  # share of a data sheet's rate that a large product reaches
+_THREAD, _GRID_SHARE = (
+    1e11,
+    0.25,
+)  # float32 FLOP/s of the CPU thread behind the grids' seconds; what a GPU makes of its own there
+_LINK = 2.4e9  # bytes/s between ranks: gloo between two processes of one host (docs/log.md)
+_DESCRIBED = re.compile(
+    r"(?:(?P<count>[1-9]\d{0,3})x)?(?P<memory>\d{1,5}(?:\.\d+)?)gi?b(?:@(?P<rate>\d{1,6}(?:\.\d+)?)tf)?", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the sums divide by.
+
+    Attributes:
+        forward, sums, algebra: FLOP/s of large products in forward passes, in the Hessians' sums, in float32.
+        threads: CPU threads' worth of speed at the grids.
+        disk, read: bytes/s of commits and of reading. link: bytes/s between ranks. ranks: how many share the work.
+        assumed: whether they are stated, not measured.
+    """
+
+    forward: float
+    sums: float
+    algebra: float
+    threads: float
+    disk: float = _DISK
+    read: float = _READ
+    link: float = _LINK
+    ranks: int = 1
+    assumed: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Described:
+    """``count`` accelerators that are not here, each of ``memory`` bytes and ``flops`` float32 FLOP/s by its data
+    sheet."""
+
+    count: int
+    memory: int
+    flops: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Described | None":
+        """``2x48GB`` or ``80GB@67TF``; None where ``text`` names a device in torch's way. LeangridError for anything
+        between.
+
+        A GB is 2^30 bytes, as makers of cards count.
+        """
+        match = _DESCRIBED.fullmatch(text.strip())
+        if match is None:
+            if text[:1].isdigit():
+                raise LeangridError(
+                    f"'{text}' describes no device",
+                    "--device",
+                    "Use 48GB, 2x48GB or 2x48GB@90TF: count, memory, float32 rate",
+                )
+            return None
+        memory, rate = float(match["memory"]), float(match["rate"] or _STATED_TFLOPS)
+        if not memory or not rate:
+            raise LeangridError(
+                f"'{text}' describes a device without memory or speed", "--device", "Use 48GB, 2x48GB or 2x48GB@90TF"
+            )
+        return cls(int(match["count"] or 1), int(memory * 2**30), rate * 1e12)
+
+    @property
+    def usable(self) -> int:
+        """Bytes of one that a run may take."""
+        return usable_bytes(self.memory)
+
+    def rates(self, recipe: Recipe) -> Rates:
+        """What is assumed of them."""
+        half, attained = recipe.products == "bfloat16", _ATTAINED * self.flops
+        fast = _TF32 * attained if recipe.products != "float32" else attained
+        return Rates(_HALF * attained if half else fast, fast, attained, attained * _GRID_SHARE / _THREAD,
+                     ranks=self.count, assumed=True)  # fmt: skip
+
+
+def measured(skeleton: Skeleton, recipe: Recipe, device: str) -> Rates:
+    """Of a device that is here, in less than a second."""
+    with products(recipe.products):
+        forward, sums = _gemm_rate(device, skeleton.compute_dtype), _gemm_rate(device)
+    algebra = _gemm_rate(device)
+    threads = algebra * _GRID_SHARE / _THREAD if accelerated(device) else float(torch.get_num_threads())
+    return Rates(forward, sums, algebra, threads)
+
+
+def _gemm_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of ``device`` in a quarter second of the product that dominates a run."""
+    size = 8192 if accelerated(device) else 1024
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    _ = a @ b
+    wait(device)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < 0.25:
+        _ = a @ b
+        wait(device)
+        count += 1
+    return count * 2 * size**3 / (time.perf_counter() - begin)
+
+
+def seconds(
+    skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placement: Placement, rates: Rates
+) -> dict[str, float]:
+    """Estimated seconds by stage and ``total``; with several ranks also ``exchange``."""
+    streams, tokens, blocks = 2 if recipe.correct else 1, recipe.samples * recipe.length, len(skeleton.blocks)
+    weights, states = sum(layer.rows * layer.cols for layer in layers), state_bytes(skeleton, recipe, tokens)
+    before, after = sum(layer.bytes_before for layer in layers), sum(layer.bytes_after for layer in layers)
+    groups = [_shape(skeleton, index, group) for index in range(blocks) for group in skeleton.groups(index)]
+    attention = blocks * 2 * recipe.length * hidden_size(skeleton)  # of a token
+    forward, algebra = _FORWARD * rates.forward, rates.algebra
+    solved = sum(
+        (0 if recipe.parsed.method == "rtn" else flops.sweep(la.rows, la.cols))
+        + flops.refine(la.rows, la.cols, recipe.refine or 0)
+        for la in layers
+    )
+    baseline = sum(flops.sweep(la.rows, la.cols) + flops.layer_loss(la.rows, la.cols) for la in layers)
+    passes = _REPLAYED if placement.replay else 1
+    again = (
+        (len(skeleton.architecture.groups) + 1) * blocks * states if placement.disk_streams else 0
+    )  # for each group and the way out
+    shared = {
+        "calibrate": passes * streams * tokens * (2 * weights + attention) / forward,
+        "hessian": sum(flops.hessian(tokens, cols, streams, min(_SUMS_PANEL, cols)) for _, cols in groups) / rates.sums,
+        "grid": weights * _GRID_SECONDS_A_WEIGHT[recipe.parsed.grid] / rates.threads,
+        "solve": solved / (_SOLVE * algebra),
+        "baseline": baseline / (_BASELINE * algebra),
+    }
+    if recipe.parsed.exact:
+        shared["solve"] += sum(flops.exact(la.rows, la.cols) for la in layers) / (_EXACT * algebra)
+    # Not shared: every rank needs the factor and the correction whole, and one of them writes.
+    corrected = sum(flops.correction(rows, cols, True) for rows, cols in groups) * (streams - 1)
+    alone = {
+        "load": (before + again) / rates.read,
+        "factor": sum(flops.factor(cols, True) for _, cols in groups) / (_FACTOR * algebra)
+        + corrected / (_CORRECT * algebra),
+        "save": (2 * after + (1 + placement.disk_streams) * blocks * states) / rates.disk,
+        "check": (before + after) / rates.read,
+    }
+    if rates.ranks > 1:  # through rank 0, one rank after another: H and G there and back, and what was solved
+        moved = sum(streams * _F32 * cols**2 for _, cols in groups) * 2 + before
+        alone["exchange"] = moved * (rates.ranks - 1) / rates.link
+    stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
+    return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
+
+
+def _shape(skeleton: Skeleton, index: int, group: tuple[str, ...]) -> tuple[int, int]:
+    """Rows of all linears of a group, and its columns."""
+    shapes = [skeleton.shape(f"{skeleton.block_name(index)}.{name}") for name in group]
+    return sum(rows for rows, _ in shapes), shapes[0][1]

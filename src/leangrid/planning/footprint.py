@@ -1,0 +1,316 @@
+"""How much memory a run needs at its peak, as sums of named parts: what the plan prints and the placement is chosen by.
+
+Everything that is alive together stands in one phase; the peak is the largest phase. Sizes are bytes of tensors, as
+torch.cuda.max_memory_allocated counts them. Counts that a formula does not give (how many copies a factorization holds)
+are measured by tests/unit/test_footprint.py, which holds these sums against the live tensors of real runs.
+
+Symbols: T calibration tokens, t tokens a forward pass, h hidden size, S streams, and for a group of linears n columns,
+R rows in all, r rows of its tallest.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from leangrid import kernels
+from leangrid.machine.arithmetic import compute_dtype
+from leangrid.machine.devices import accelerated, available_bytes
+from leangrid.metrics.perplexity import CHUNK
+from leangrid.models.skeleton import Skeleton
+from leangrid.planning.placement import Placement
+from leangrid.planning.sizes import GATE_LENGTH, GATE_WINDOWS
+from leangrid.recipe import Recipe
+from leangrid.solve.in_place import PANEL, TILE_BYTES
+
+_F32 = 4
+TOKENS_A_BATCH = {"cpu": 1024, "cuda": 16384}  # full-speed products; on the CPU small enough for the cache
+# Matrices of the Hessian's size at once. Plain: finish copies H; factorize holds two permuted, damped, flipped, L, I,
+# U.
+_FINISH, _FACTOR, _SOLVE = 4, 8, 3
+_LEAN_FACTOR, _LEAN_PANELS, _LEAN_SOLVE = 2, 3, 3
+# Float32 copies of a layer's weights, of a tile of its rows where lean: target, sweep, codes, the refinement's two
+# states.
+_LAYER, _LAYER_SWEPT = 9, 5
+_NORMAL_CHUNK, _NORMAL = 1 << 27, 3  # bytes of the normal equations that a refit solves at once; with ridge and factor
+_GRAM = 6 * _F32 << 25  # level_gram on a device: chunks of one-hot codes in float32 and float64, and their products
+_NORM = 3  # float32 copies of a batch's hidden states inside a norm
+
+
+@dataclass
+class Footprint:
+    """Bytes by phase and part on the device, and what waits in host memory meanwhile (nothing apart on the CPU)."""
+
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return max(sum(parts.values()) for parts in self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """Its name."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def host_peak(self) -> int:
+        """Bytes that wait on the host."""
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of linears: its columns, the rows of all, the rows of the tallest."""
+
+    cols: int
+    rows: int
+    tallest: int
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What decides the sums: shapes, tokens, bytes a number."""
+
+    groups: tuple[Group, ...]
+    hidden: int
+    vocabulary: int
+    samples: int
+    length: int
+    streams: int
+    itemsize: int  # of weights and hidden states as they are computed
+    stored_itemsize: int
+    packed: int  # bytes of a quantized block
+    accelerated: bool
+    refined: bool = True
+    group_size: int = 0  # columns of an affine grid; 0: whole rows
+    levels: int = 0  # of a non-uniform grid
+    head: bool = True  # the quality gate compares logits; of other models their states
+    tiled: bool = False  # Hessians take 16-bit inputs as they are: no copy in float32
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Demand":
+        """From a skeleton and a settled recipe."""
+        groups = []
+        for shapes in skeleton.four_groups():
+            groups.append(
+                Group(max(cols for _, cols in shapes), sum(rows for rows, _ in shapes), max(rows for rows, _ in shapes))
+            )
+        vocabulary, hidden = skeleton.base.get_input_embeddings().weight.shape  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        weights = sum(g.rows * g.cols for g in groups)
+        itemsize = compute_dtype(recipe.products, skeleton.dtype).itemsize
+        bits = max(scheme.fitting(group.cols).bits for scheme in recipe.schemes for group in groups)
+        group_size = min((scheme.group_size for scheme in recipe.schemes if scheme.group_size), default=0)
+        return cls(
+            tuple(groups),
+            hidden,
+            vocabulary,
+            samples,
+            length,
+            2 if recipe.correct else 1,
+            itemsize,
+            skeleton.dtype.itemsize,
+            weights * (bits + 1) // 8,
+            accelerated(device),
+            bool(recipe.refine),
+            group_size,
+            recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0,
+            skeleton.causal,
+            kernels.outer_takes_bfloat16(device),
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+    @property
+    def weights(self) -> int:
+        """Bytes of a block's linears."""
+        return self.itemsize * sum(g.rows * g.cols for g in self.groups)
+
+    @property
+    def states(self) -> int:
+        """Bytes of the hidden states of all streams between two blocks."""
+        return self.streams * self.tokens * self.hidden * self.itemsize
+
+    def held(self, number: int) -> int:
+        """Bytes a token that a pass holds while it stands at group ``number`` (at its end: what it gives out).
+
+        Every architecture of the table has four groups: into attention, out of it, into the MLP, out of it. A pass
+        standing at one holds the group's input, the norm's output or the states that led there, and past attention a
+        new residual."""
+        if number == len(self.groups):
+            return self.itemsize * self.hidden
+        group = self.groups[number]
+        if number == 0:
+            return self.itemsize * group.cols
+        before = self.groups[number - 1]
+        if number == 1:  # turned by the rotary tables, queries and keys have the states' dtype again
+            return self.itemsize * (before.cols + before.rows) + self.itemsize * group.cols
+        through = self.itemsize * (self.hidden + (group.cols if number == 2 else before.cols))
+        return through if number == 2 else through + self.itemsize * group.cols
+
+    def transient(self, number: int, tokens: int) -> int:
+        """Bytes that one batch of ``tokens`` needs for a moment on the way to group ``number``, beyond what it holds
+        there."""
+        norm = _NORM * self.hidden * _F32 if self.itemsize < _F32 else self.hidden * self.itemsize
+        if number == 0:
+            return tokens * norm
+        made = self.groups[number - 1].rows * self.itemsize
+        return tokens * max(norm, made)
+
+
+def footprint(work: Demand, placement: Placement) -> Footprint:
+    """The sums for one placement."""
+    result = Footprint(host=_host(work, placement) if work.accelerated else {})
+    tokens = min(placement.windows, work.samples) * work.length
+    away = placement.disk_streams or (placement.host_streams and work.accelerated)
+    streams = 0 if away else work.states
+    base = {"weights": work.weights, "streams": streams}
+    if work.accelerated and not placement.lean:
+        base["next block"] = work.weights
+    result.phases["embedding"] = {
+        "table": work.vocabulary * work.hidden * (work.itemsize + (0 if work.accelerated else work.stored_itemsize)),
+        "streams": streams // work.streams,
+        "batch": work.transient(0, tokens),
+    }
+    if placement.host_block and work.accelerated:
+        return result
+    for number, group in enumerate(work.groups):
+        waiting = base | _waiting(work, placement, number)
+        moving = base | _moving(work, placement, number, tokens)
+        result.phases[f"forward {number}"] = moving
+        if number in placement.host_groups and work.accelerated:
+            continue
+        square, both = _F32 * group.cols**2, work.streams
+        converted = tokens * group.cols * _F32 * both if work.itemsize < _F32 and not work.tiled else 0
+        held = moving if placement.replay else waiting
+        result.phases[f"hessian {number}"] = held | {"H and G": both * square, "batch in float32": converted}
+        for phase, parts in _algebra(work, placement, group).items():
+            result.phases[f"{phase} {number}"] = waiting | parts
+    result.phases["forward out"] = base | _moving(work, placement, len(work.groups), tokens)
+    if work.head and not work.accelerated:
+        result.phases["check"] = _check(work)
+    return result
+
+
+def _check(work: Demand) -> dict[str, int]:
+    """The quality gate at its end: the head's table as it is read and as it computes, logits of its windows and of one
+    more, a few chunks in float32. On a device the logits wait in host memory, and a block there is larger than the
+    table."""
+    window = min(work.length, GATE_LENGTH) * work.vocabulary
+    table = work.vocabulary * work.hidden * (work.itemsize + work.stored_itemsize)
+    return {
+        "table": table,
+        "logits": (min(work.samples, GATE_WINDOWS) + 1) * window * work.itemsize,
+        "chunks": 5 * min(window, CHUNK * work.vocabulary) * _F32,
+    }
+
+
+def _waiting(work: Demand, placement: Placement, number: int) -> dict[str, int]:
+    """What is held while group ``number`` is solved: all passes at that group, or the replaced weights beside the
+    original ones."""
+    if not placement.replay:
+        return {"activations": work.streams * work.tokens * work.held(number)}
+    if placement.lean and work.accelerated:
+        return {}  # parked on the host
+    return {"new weights": _new_weights(work, number)}
+
+
+def _new_weights(work: Demand, number: int) -> int:
+    """Replayed with two streams, the new weights of the groups before ``number`` stand beside the original ones."""
+    return work.itemsize * sum(g.rows * g.cols for g in work.groups[:number]) * (work.streams - 1)
+
+
+def _moving(work: Demand, placement: Placement, number: int, tokens: int) -> dict[str, int]:
+    """What is held while passes are on their way to group ``number`` (to the block's end where there is none)."""
+    out = number == len(work.groups)
+    if placement.replay:  # one pass from the block's input on, and the other stream's input of the same batch
+        widest = max(tokens * work.held(n) + work.transient(n, tokens) for n in range(number + 1))
+        other = work.itemsize * tokens * (work.hidden if out else work.groups[number].cols) * (work.streams - 1)
+        away = placement.disk_streams or (placement.host_streams and work.accelerated)
+        leaving = work.states if out and not away else 0
+        read = work.itemsize * tokens * work.hidden if away else 0
+        parts = {"one pass": widest + read, "other stream's input": other, "streams out": leaving}
+        return parts | {"new weights": _new_weights(work, number)}
+    most = max(
+        work.held(number), work.held(number - 1) if number else 0
+    )  # batch after batch changes from the one to the other
+    before = work.groups[number - 1] if number else Group(0, 0, 0)
+    activations = work.streams * work.tokens * most
+    return {
+        "activations": activations,
+        "batch": work.transient(number, tokens),
+        "new weights": work.itemsize * before.rows * before.cols,
+    }
+
+
+def _algebra(work: Demand, placement: Placement, group: Group) -> dict[str, dict[str, int]]:
+    """The phases of one group's algebra after its sums."""
+    square, layer = _F32 * group.cols**2, _F32 * group.tallest * group.cols
+    cross = work.streams - 1
+    copies = _LAYER if work.refined else _LAYER_SWEPT
+    if placement.lean:
+        moves = cross * (group.rows >= group.cols)  # M stays; W (G - H) waits on the host
+        panels = max(_LEAN_PANELS * _F32 * min(PANEL, group.cols) * group.cols, square)
+        new = group.rows * group.cols * (1 + work.itemsize)
+        tile = min(layer, max(TILE_BYTES, _F32 * group.cols))
+        return {
+            "factor": {"H, U": (_LEAN_FACTOR + moves) * square, "panels, then H damped": panels},
+            "solve": {"H, U, damped": (_LEAN_SOLVE + moves) * square, "tile": copies * tile, "codes, new weights": new}
+            | _refit(work, group.cols, tile // (_F32 * group.cols)),
+        }
+    return {
+        "finish": {"H and G": (_FINISH + cross) * square},
+        "factor": {"H, G and the factorization": (_FACTOR + cross) * square},
+        "solve": {"H, U, damped, M": (_SOLVE + cross) * square, "layer": copies * layer}
+        | _refit(work, group.cols, group.tallest),
+    }
+
+
+def _refit(work: Demand, cols: int, rows: int) -> dict[str, int]:
+    """The normal equations of the grids of ``rows`` rows that are solved together."""
+    if not work.refined:
+        return {}
+    unknowns = work.levels or (cols // work.group_size if work.group_size else 1)
+    equations = rows * unknowns**2 * 8
+    gram = min(_GRAM, 6 * _F32 * rows * cols * work.levels) if work.accelerated and work.levels else 0
+    return {"normal equations": _NORMAL * (equations if work.levels else min(equations, _NORMAL_CHUNK)) + gram}
+
+
+def _host(work: Demand, placement: Placement) -> dict[str, int]:
+    """What waits in host memory beside a device."""
+    parts = {
+        "next block": work.weights,
+        "packed block": work.packed,
+        "table": work.vocabulary * work.hidden * work.stored_itemsize,
+    }
+    if placement.host_streams and not placement.disk_streams:
+        parts["streams in and out"] = 2 * work.states
+    if placement.host_groups or placement.host_block:
+        alone = replace(placement, host_groups=(), host_block=False)
+        parts["algebra"] = max(sum(p.values()) for g in work.groups for p in _algebra(work, alone, g).values())
+    if placement.lean and work.streams == 2:
+        parts["new weights"] = _new_weights(work, len(work.groups))
+        parts["folded"] = max((_F32 * g.rows * g.cols for g in work.groups if g.rows < g.cols), default=0)
+    return parts
+
+
+def choose(
+    skeleton: Skeleton,
+    recipe: Recipe,
+    samples: int,
+    length: int,
+    device: str,
+    budget: int | None = None,
+    host_budget: int | None = None,
+) -> tuple[Placement, Footprint]:
+    """The first placement that fits ``budget`` bytes on the device and ``host_budget`` beside it (what is free there,
+    where None), else the thriftiest."""
+    work = Demand.of(skeleton, recipe, samples, length, device)
+    budget = available_bytes(device) if budget is None else budget
+    host_budget = available_bytes("cpu") if host_budget is None else host_budget
+    first = Placement(max(1, min(samples, TOKENS_A_BATCH["cuda" if work.accelerated else "cpu"] // length)))
+    every = [(option, footprint(work, option)) for option in first.options()]
+    here = [found for found in every if found[1].peak <= budget] or every[-1:]
+    return next(
+        (found for found in here if found[1].host_peak <= host_budget), min(here, key=lambda found: found[1].host_peak)
+    )

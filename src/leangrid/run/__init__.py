@@ -1,0 +1,1 @@
+"""One run from a checkpoint to a finished result."""

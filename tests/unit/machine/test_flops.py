@@ -1,0 +1,70 @@
+"""Operations counted where they are done, against counts by hand and against a walk that does more of them."""
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from math_problems import layer
+
+from leangrid.machine import flops
+from leangrid.models.skeleton import Skeleton
+from leangrid.planning.placement import Placement
+from leangrid.recipe import Recipe
+from leangrid.run.quantize import quantize
+from leangrid.solve.layer import solve_linear
+from leangrid.storage.source import open_source
+
+WINDOWS = tiny_models.tokens(6, 48)
+
+
+def test_a_factor_and_its_inverse_need_two_thirds_of_a_cube() -> None:
+    assert flops.factor(30, done=False) == pytest.approx(2 / 3 * 30**3)
+    assert flops.factor(30, done=True) > flops.factor(30, done=False)
+    assert flops.hessian(100, 10, streams=1) == pytest.approx(2 * 100 * 55)  # the triangle has 55 entries
+    assert flops.hessian(100, 10, streams=2) == pytest.approx(2 * 100 * 155)
+    assert flops.refine(4, 8, 0) == 0
+
+
+@pytest.mark.parametrize("scheme", ["W4A16_G32", "NU4"])
+@pytest.mark.parametrize("correct", [0.0, 0.5])
+def test_a_run_says_what_it_needed_and_what_it_did(scheme: str, correct: float, tmp_path: Path) -> None:
+    source = tiny_models.save(tiny_models.NAMES[0], tmp_path / "source")
+    recipe = Recipe(scheme=scheme, correct=correct, guard=False)
+    once = quantize(source, tmp_path / "once", recipe, windows=WINDOWS).flops
+    again = quantize(
+        source, tmp_path / "again", recipe, windows=WINDOWS, placement=Placement(windows=6, replay=True)
+    ).flops
+    skeleton = Skeleton(open_source(source))
+    shapes = [skeleton.shape(n) for i in range(len(skeleton.blocks)) for n in skeleton.linear_names(i)]
+    streams, tokens = 2 if correct else 1, WINDOWS.numel()
+    assert once["needed"]["calibrate"] == sum(2 * streams * tokens * rows * cols for rows, cols in shapes)
+    assert (
+        once["done"]["calibrate"] == once["needed"]["calibrate"]
+    )  # the paused walk multiplies once a token and stream
+    assert again["done"]["calibrate"] > 1.5 * again["needed"]["calibrate"]
+    assert once["needed"] == again["needed"]
+    assert "baseline" not in once["needed"] and once["done"]["baseline"] > 0
+    for counted in (once, again):
+        for kind, stages in counted.items():
+            assert stages["total"] == pytest.approx(sum(v for k, v in stages.items() if k != "total")), kind
+        assert all(counted["done"][stage] >= count * (1 - 1e-12) for stage, count in counted["needed"].items())
+
+
+def test_the_guard_is_work_that_was_not_needed() -> None:
+    w, matrix, factor = layer(64, 96)
+    rows, cols = w.shape
+    counted = [
+        solve_linear(
+            w, factor, matrix, Recipe(scheme="W4A16", p=16, refine=0, guard=guard).resolved(), torch.float32
+        ).flops["solve"]
+        for guard in (False, True)
+    ]
+    assert counted[0] == flops.sweep(rows, cols)
+    assert counted[1] >= counted[0]
+
+
+def test_exact_counts_the_inverse_of_each_row() -> None:
+    w, matrix, factor = layer(6, 24)
+    solved = solve_linear(w, factor, matrix, Recipe(scheme="NU3_EXACT", guard=False).resolved(), torch.float32)
+    assert solved.flops["solve"] == flops.exact(6, 24) == 6 * 24**3 / 3
