@@ -27,7 +27,7 @@ STS ?=
 SQUAD ?= .models/minilm_squad
 TASKS_DIR ?=
 RESULTS := benchmarks/results
-KEEP := $(BIN)/python benchmarks/lines.py $(RESULTS)
+KEEP := $(BIN)/python benchmarks/common/lines.py $(RESULTS)
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: help setup models demo check format test test-slow test-gpu interop bench race experiments docs clean

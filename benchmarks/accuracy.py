@@ -1,12 +1,14 @@
-"""What does a scheme cost in answers? Accuracy of the original and of each scheme on lm-evaluation-harness's tasks, one
-JSON line each.
+"""What does each scheme cost in task accuracy? The original and each scheme on the tasks of lm-evaluation-harness.
 
     python benchmarks/local_tasks.py downloads my-tasks
-    python benchmarks/accuracy.py --tasks-dir my-tasks --calibration c4.jsonl [--limit 250] [--out benchmarks/results/accuracy.jsonl]
+    python benchmarks/accuracy.py --tasks-dir my-tasks --calibration c4.jsonl --limit 250 \\
+        --out benchmarks/results/accuracy.jsonl
 
 Without --tasks-dir the tasks come from the hub. Every model answers the same documents (the first --limit of each task)
-in float32, packed layers as they are, by `leangrid eval --tasks`. "original" among --schemes stands for the model
-itself."""
+in float32 by ``leangrid eval --tasks``, quantized layers packed as they are stored. "original" among --schemes stands
+for the model itself. One JSON line for each scheme: accuracy and standard error of each task, "mean_accuracy" in
+percent and "mean_stderr".
+"""
 
 import argparse
 import shutil
@@ -29,13 +31,12 @@ _TASKS = "arc_easy,hellaswag,piqa,winogrande"
 _SCHEMES = "original,NU4,W4A16_G64,GPTQ4_G64,NU3,W3A16_G64,GPTQ3_G64"
 
 
-def answered(model: Path, asked: Tasks, device: str = "cpu") -> dict[str, Any]:
+def measure_accuracy(model: Path, asked: Tasks, device: str = "cpu") -> dict[str, Any]:
     """The figures of each task, their mean accuracy in percent and its standard error.
 
-    Raises:
-        quantize_process.Failed: a task failed, or has no accuracy; it says which and why.
+    quantize_process.Failed is raised where a task failed or has no accuracy; it says which and why.
     """
-    found = evaluate(model, tasks=asked, device=device)["tasks"]
+    found = evaluate(model, tasks=asked, device=device).tasks
     if failed := [f"{name}: {figures['error']}" for name, figures in found.items() if "error" in figures]:
         raise quantize_process.Failed("; ".join(failed))
     if without := [name for name, figures in found.items() if "acc" not in figures or figures["stderr"] is None]:
@@ -45,14 +46,14 @@ def answered(model: Path, asked: Tasks, device: str = "cpu") -> dict[str, Any]:
             "mean_stderr": 100 * sum(value**2 for value in deviations) ** 0.5 / len(found)}  # fmt: skip
 
 
-def quantized(work: Workload, recipe: Recipe, asked: Tasks, folder: Path, threads: int | None) -> dict[str, Any]:
-    """Quantize by the defaults, ask, delete."""
+def measure_scheme(work: Workload, recipe: Recipe, asked: Tasks, folder: Path, threads: int | None) -> dict[str, Any]:
+    """Quantize by ``recipe``, measure the accuracy, delete the result."""
     out = folder / "out"
     result = quantize_process.quantize(
         work.source, out, recipe.model_dump(exclude={"calibration"}), work.windows_file, threads
     )
     try:
-        found = answered(out, asked)
+        found = measure_accuracy(out, asked)
     finally:
         shutil.rmtree(out)  # or the next scheme would find the directory taken
     return found | {name: result[name] for name in ("bits_per_weight", "bytes", "rescues")}
@@ -92,10 +93,10 @@ def main() -> None:
                 head = {"benchmark": "accuracy", "model": work.name, "scheme": scheme, "variant": "default",
                         "base": {"tasks": options.tasks, "documents": options.limit}}  # fmt: skip
                 if scheme == "original":
-                    yield head, partial(answered, work.source, asked)
+                    yield head, partial(measure_accuracy, work.source, asked)
                 else:
                     learned = {"recipe": recipes[scheme].model_dump(), "windows_sha256": work.windows_sha256}
-                    yield head | learned, partial(quantized, work, recipes[scheme], asked, folder, options.threads)
+                    yield head | learned, partial(measure_scheme, work, recipes[scheme], asked, folder, options.threads)
 
         run_each(tasks(), options.out)
 

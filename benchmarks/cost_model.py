@@ -1,12 +1,12 @@
-"""How near does the model of cost come? Predicted over measured seconds by stage, for blocks of known shapes on this
-machine.
+"""How near does the plan's time come to the measured one? Stage by stage, for blocks of known shapes on this machine.
 
     # SmolLM2's shape and a wider one, some minutes
     python benchmarks/cost_model.py --out benchmarks/results/cost_model.jsonl
 
-Two random blocks in a model's shape, one thread, go through ``leangrid.quantize``; ``leangrid.plan`` of the same says
-what each stage should take (docs/performance.md has the formulas). One JSON line a model and scheme; stages under 0.05
-s are left out of the ratios."""
+Two random blocks in a model's shape go through ``leangrid.quantize`` with one thread; ``leangrid.plan`` of the same
+says what each stage should take (docs/performance.md has the formulas). One JSON line for each model and scheme:
+"planned_seconds", "seconds" and their ratios "planned_over_measured", which leave out stages under 0.05 s.
+"""
 
 import argparse
 import tempfile
@@ -25,9 +25,9 @@ _LEAST = 0.05  # seconds
 
 
 def measure(model: str, scheme: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One model in one scheme, as the fields of its line."""
+    """The fields of the line of one model in one scheme."""
     source = checkpoint(folder / "source", model, options.blocks, "cpu")
-    recipe = leangrid.Recipe.build(scheme=scheme, samples=options.samples, length=options.length)
+    recipe = leangrid.Recipe(scheme=scheme, samples=options.samples, length=options.length)
     windows = torch.randint(512, (options.samples, options.length), generator=torch.Generator().manual_seed(0))
     planned = leangrid.plan(source, recipe, threads=1, out=folder / "out")
     placement = Placement.from_json(planned.placement)

@@ -1,15 +1,18 @@
-"""How fast do quantized models answer on a CPU? Prints JSON lines: one a layer shape, one a model.
+"""How fast do quantized models generate on a CPU? One JSON line for each layer shape, or for each model.
 
     python benchmarks/decode_cpu.py layers [--threads 1] [--shapes 576x576 4096x4096]
     python benchmarks/decode_cpu.py models --packed out/NU4 out/W4A16_G64 --source MODEL.gguf [--llama-python PYTHON]
 
-``layers``: microseconds of one product at 1, 4 and 16 tokens, packed at 4, 3 and 2 bits beside torch's dense one in
-float32 and bfloat16. Copies of each layer, 256 MB of them as float32, take turns, so weights come from memory or the
-last cache as in a model; the rate counts the bytes of the packed weight, and ``of_memory`` compares it with what torch
-reads when it sums half a gigabyte. ``models``: tokens a second after the prompt. Everyone answers the same prompt
-greedily with the same threads, one after the other, ``--repeats`` times; the median counts. Dense bfloat16 is
-transformers' own forward; llama.cpp is the released build in the package xllamacpp, on the source file as it is and as
-Q4_K_M (llama_worker.py). Its Python is made if ``--llama-python`` names none; "no" skips it."""
+``layers`` measures the microseconds of one product at 1, 4 and 16 tokens, packed at 4, 3 and 2 bits, beside torch's
+dense one in float32 and bfloat16. The calls go round copies of each layer (256 MB of them as float32), so that weights
+come from memory or the last cache as in a model. The rate counts the bytes of the packed weight, and ``of_memory`` is
+its share of the rate at which torch sums half a gigabyte.
+
+``models`` measures tokens a second after the prompt. All answer the same prompt greedily with the same threads, one
+after the other, --repeats times; the median counts. Dense bfloat16 is the forward pass of transformers. llama.cpp is
+the released build in the package xllamacpp, on the source file as it is and as Q4_K_M (common/llama_worker.py). Its
+Python is made where --llama-python names none; --llama-python no leaves llama.cpp out.
+"""
 
 import argparse
 import json
@@ -29,7 +32,7 @@ from torch.nn import functional
 from common.llama_python import WORKER, llama_python
 from common.machine import ROOT, provenance
 from leangrid import kernels
-from leangrid.data.sampling import stream
+from leangrid.data.sampling import stream_tokens
 from leangrid.evaluation.opened import open_model
 from leangrid.inference.native_step import native_step
 from leangrid.kernels import packed
@@ -51,13 +54,13 @@ def best_of(repeats: int, work: Callable[[], object]) -> float:
 
 
 def memory_rate() -> float:
-    """Bytes a second that torch reads when it sums half a gigabyte."""
+    """The rate, in bytes a second, at which torch sums half a gigabyte."""
     big = torch.ones(1 << 27)
     return big.numel() * 4 / best_of(5, big.sum)
 
 
 def products(rows: int, cols: int) -> dict[str, tuple[int, Callable[[int, torch.Tensor], object]]]:
-    """Name -> (bytes of the weight, product with copy i)."""
+    """Name -> (bytes of the weight, a function of i and the inputs: the product with copy i of the layer)."""
     copies = max(2, (1 << 28) // (rows * cols * 4))
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, cols, generator=generator)
@@ -91,6 +94,8 @@ def products(rows: int, cols: int) -> dict[str, tuple[int, Callable[[int, torch.
 
 
 def measure_layer(rows: int, cols: int, repeats: int, memory: float) -> dict[str, Any]:
+    """For each kind of weight the microseconds of a product at each of TOKENS, GB/s at one token, and the share of
+    ``memory``."""
     table: dict[str, Any] = {}
     for name, (size, product) in products(rows, cols).items():
         line: dict[str, Any] = {}
@@ -105,7 +110,8 @@ def measure_layer(rows: int, cols: int, repeats: int, memory: float) -> dict[str
 
 
 class Ours:
-    """A model of transformers: ``native`` steps through the extension, else through the model's own forward pass."""
+    """A model of transformers. ``native``: it generates with the extension's step, else with the model's own forward
+    pass."""
 
     def __init__(self, path: str, native: bool, dtype: torch.dtype = torch.float32, kernels_: str = "") -> None:
         opened = open_model(path, dense=False)
@@ -113,9 +119,10 @@ class Ours:
         self.prompt = opened.tokenizer(PROMPT)["input_ids"]
 
     def rate(self, tokens: int) -> float:
+        """Tokens a second of ``tokens`` tokens after the prompt."""
         before = os.environ.get("LEANGRID_KERNELS", "")
         os.environ["LEANGRID_KERNELS"] = self.kernels
-        answer = stream(self.model, self.prompt, tokens + 1, native_step=native_step if self.native else None)
+        answer = stream_tokens(self.model, self.prompt, tokens + 1, native_step=native_step if self.native else None)
         next(answer)  # the prompt's pass, and what is prepared once
         begin = time.perf_counter()
         count = sum(1 for _ in answer)
@@ -133,6 +140,7 @@ class Llama:
         )
 
     def rate(self, tokens: int) -> float:
+        """Tokens a second of ``tokens`` tokens after the prompt, as llama.cpp itself measures them."""
         if self.process.stdin is None or self.process.stdout is None:
             raise SystemExit("llama.cpp's worker has no pipes")
         print(json.dumps({"prompt": PROMPT, "tokens": tokens}), file=self.process.stdin, flush=True)
@@ -147,6 +155,7 @@ class Llama:
 
 
 def subjects(args: argparse.Namespace, stack: ExitStack) -> dict[str, Ours | Llama]:
+    """Name -> model, of all that are compared."""
     found: dict[str, Ours | Llama] = {}
     for path in args.packed:
         found[Path(path).name] = Ours(path, native=True)
@@ -169,6 +178,7 @@ def subjects(args: argparse.Namespace, stack: ExitStack) -> dict[str, Ours | Lla
 
 
 def compare_models(args: argparse.Namespace) -> None:
+    """Measure all in turn, --repeats times, and print one line each."""
     with ExitStack() as stack, torch.no_grad():
         rates: dict[str, list[float]] = {}
         everyone = subjects(args, stack)

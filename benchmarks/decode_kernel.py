@@ -1,13 +1,14 @@
-"""How near do the Triton decode kernels come to the memory's speed? The linears of Llama-3-8B, LUT and affine beside
-dense bfloat16 torch.
+"""How near do the Triton products with packed weights come to the memory bandwidth of the GPU? Shapes of Llama-3-8B.
 
     python benchmarks/decode_kernel.py [--bits 4 3 2] [--batch 1 4 16] [--rows-by-cols 4096x4096 ...]
-    TRITON_INTERPRET=1 python benchmarks/decode_kernel.py --check          (no GPU: tiny shapes, right or wrong, no time)
+    # no GPU: tiny shapes, compared with the dense product, no times
+    TRITON_INTERPRET=1 python benchmarks/decode_kernel.py --check
 
-One JSON line a case: microseconds, GB/s of the bytes that must move (codes, tables, x, y), ``roofline``: that bandwidth
-over the one a device copy reaches here, and ``dense``: dense time over ours. A case is a CUDA graph of calls on
-different weights, half a gigabyte of them, so no call finds its weight in the cache and no launch waits for Python; the
-median of several replays counts."""
+One JSON line for each case: microseconds, GB/s of the bytes that must move (codes, tables, inputs, outputs),
+``roofline``: that bandwidth over the one of a copy on this device, and ``dense``: the time of torch's dense bfloat16
+product over ours. A case is a CUDA graph of calls on different weights, half a gigabyte of them, so no call finds its
+weight in the cache and no launch waits for Python. The median of several replays counts.
+"""
 
 import argparse
 import os
@@ -34,16 +35,16 @@ REPLAYS = 20
 
 @dataclass(frozen=True)
 class Case:
-    """``calls``, each on weights of its own, the ``bytes`` one of them must move, and the error against the dense
-    product."""
+    """``calls``, each on weights of its own; the ``bytes`` that one of them must move; and the relative error against
+    the dense product."""
 
     calls: Sequence[Callable[[], Tensor]]
     bytes: int
     error: float
 
 
-def packed(kind: str, rows: int, cols: int, bits: int, batch: int, copies: int, device: str) -> Case:
-    """The kernel of ``kind`` on random codes in bfloat16."""
+def packed_case(kind: str, rows: int, cols: int, bits: int, batch: int, copies: int, device: str) -> Case:
+    """The product of ``kind`` with random codes, in bfloat16."""
     from leangrid.kernels.triton.affine_linear import affine_linear
     from leangrid.kernels.triton.lut_linear import lut_linear
 
@@ -69,8 +70,8 @@ def packed(kind: str, rows: int, cols: int, bits: int, batch: int, copies: int, 
     return Case(calls, moved, error)
 
 
-def dense(rows: int, cols: int, batch: int, copies: int) -> Case:
-    """torch on bfloat16 weights."""
+def dense_case(rows: int, cols: int, batch: int, copies: int) -> Case:
+    """torch's product with bfloat16 weights."""
     x = torch.randn(batch, cols, device="cuda", dtype=torch.bfloat16)
     weights = [torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
     calls = [partial(torch.nn.functional.linear, x, weight) for weight in weights]
@@ -78,7 +79,7 @@ def dense(rows: int, cols: int, batch: int, copies: int) -> Case:
 
 
 def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
-    """Median time of a call in a CUDA graph of all of them."""
+    """The median time of a call, in a CUDA graph of all calls."""
     for call in calls[:2]:
         call()  # compiles
     torch.cuda.synchronize()
@@ -104,17 +105,17 @@ def copy_bandwidth() -> float:
     return 2 * WORKING_SET / (microseconds([lambda: target.copy_(source)] * 4) * 1e-6)
 
 
-def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One line a case."""
+def measure_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The fields of one line for each case."""
     bandwidth = copy_bandwidth()
     for shape in args.rows_by_cols or SHAPES:
         rows, cols = map(int, shape.split("x"))
         for batch in args.batch:
-            base = microseconds(dense(rows, cols, batch, max(2, WORKING_SET // (2 * rows * cols))).calls)
+            base = microseconds(dense_case(rows, cols, batch, max(2, WORKING_SET // (2 * rows * cols))).calls)
             for bits in args.bits:
                 copies = max(2, WORKING_SET // (rows * cols * bits // 8))
                 for kind in KINDS:
-                    case = packed(kind, rows, cols, bits, batch, copies, "cuda")
+                    case = packed_case(kind, rows, cols, bits, batch, copies, "cuda")
                     time = microseconds(case.calls)
                     speed = case.bytes / (time * 1e-6)
                     yield {
@@ -132,15 +133,15 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     }
 
 
-def checked(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Tiny shapes, wherever the kernels run: the relative error, no time."""
+def check_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Tiny shapes on any device: the relative errors, without times. The program ends where one is 0.01 or more."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for shape in args.rows_by_cols or TINY:
         rows, cols = map(int, shape.split("x"))
         for bits in args.bits:
             for batch in args.batch:
                 for kind in KINDS:
-                    error = packed(kind, rows, cols, bits, batch, 1, device).error
+                    error = packed_case(kind, rows, cols, bits, batch, 1, device).error
                     if not error < 0.01:
                         sys.exit(f"{kind} {shape} at {bits} bits, batch {batch}: relative error {error:.3g}")
                     yield {
@@ -163,13 +164,14 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() and not (args.check and os.environ.get("TRITON_INTERPRET") == "1"):
         sys.exit(
-            "decode_kernel: no CUDA device here; TRITON_INTERPRET=1 with --check tests the same kernels on the CPU, without times"
+            "decode_kernel: no CUDA device here; "
+            "TRITON_INTERPRET=1 with --check tests the same kernels on the CPU, without times"
         )
     import triton
 
     source = provenance()
     source["versions"]["triton"] = triton.__version__
-    for line in checked(args) if args.check else measured(args):
+    for line in check_cases(args) if args.check else measure_cases(args):
         print(text({"benchmark": "decode_kernel", **line, **source}), flush=True)
 
 

@@ -1,13 +1,14 @@
-"""Does LeanQuant-Exact earn its time on an encoder? SQuAD F1 of each method at 4 and 3 bits, the paper's BERT table;
-one JSON line each.
+"""Is LeanQuant-Exact worth its time on an encoder? SQuAD F1 of each method at 4 and 3 bits (the paper's BERT table).
 
     python benchmarks/squad_finetune.py xquad.en.json .models/minilm_squad
     python benchmarks/encoder.py .models/minilm_squad [--schemes NU4_EXACT,...] [--out FILE]
 
-MODEL is what squad_finetune.py left, with MODEL-data beside it: the articles it never saw are asked (`leangrid eval
---tasks squad`), contexts it was trained on calibrate. Exact and blocked go by the paper (no correction, no refit, no
-guarded rows), so that they differ in the order of elimination alone; `default` is what leangrid does by itself. Each
-quantization runs in a process of its own."""
+MODEL is what squad_finetune.py wrote, with MODEL-data beside it: the model answers questions on articles that it was
+not trained on (``leangrid eval --tasks squad``), and contexts that it was trained on calibrate. Exact and blocked runs
+follow the paper (no correction, no refit, no guarded rows), so that they differ only in the order of elimination;
+``default`` is the recipe that leangrid uses by itself. Each quantization runs in a process of its own. One JSON line
+for each run: F1, exact match, losses and seconds.
+"""
 
 import argparse
 import shutil
@@ -33,23 +34,23 @@ _METHODS = {"gptq": "GPTQ", "rtn": "rounding"}
 
 
 def recipe_of(text: str, work: Workload) -> tuple[str, Recipe]:
-    """``NU4`` or ``NU4:default`` as the method's name and its resolved recipe."""
+    """The method's name and the resolved recipe of ``NU4`` (by the paper's procedure) or ``NU4:default``."""
     scheme, _, kind = text.partition(":")
     parsed = Scheme.parse(scheme)
     name = _METHODS.get(parsed.method) or ("exact" if parsed.exact else "blocked")
     return (kind or name), work.recipe(scheme, {} if kind else _PLAIN)
 
 
-def measured(model: Path, data: Path) -> dict[str, Any]:
-    """F1, exact match and how many questions."""
-    found = evaluate(model, tasks=Tasks(("squad",), data))["tasks"]["squad"]
+def measure_answers(model: Path, data: Path) -> dict[str, Any]:
+    """F1, exact match, their standard errors, and the number of questions."""
+    found = evaluate(model, tasks=Tasks(("squad",), data)).tasks["squad"]
     if "error" in found:
         raise SystemExit(found["error"])
     return {key: found[key] for key in ("f1", "stderr", "exact_match", "exact_match_stderr", "n")}
 
 
 class Encoder:
-    """The model, what calibrates it, and what it answers before it is quantized."""
+    """The model, its calibration, and what it reaches before it is quantized."""
 
     def __init__(self, model: Path, samples: int, length: int, folder: Path, threads: int | None) -> None:
         self.folder, self.threads, data = (
@@ -59,15 +60,15 @@ class Encoder:
         )
         self.work = Workload.open(model, str(data / "train.txt"), samples, length, 0, folder)
         self.asked = data / "heldout"
-        self.original = measured(model, self.asked)
+        self.original = measure_answers(model, self.asked)
 
     def line(self, method: str, recipe: Recipe) -> dict[str, Any]:
-        """One run, without where it comes from."""
+        """The fields of one run's line, without its provenance."""
         out = self.folder / "out"
         result = quantize_process.quantize(
             self.work.source, out, recipe.model_dump(exclude={"calibration"}), self.work.windows_file, self.threads
         )
-        found = measured(out, self.asked)
+        found = measure_answers(out, self.asked)
         shutil.rmtree(out)
         return {
             "benchmark": "encoder",

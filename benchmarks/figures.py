@@ -1,7 +1,8 @@
-"""Draw docs/figures from benchmarks/results: one SVG for each variable of scaling.py, the same bytes for the same
-lines.
+"""Draws docs/figures from the lines of scaling.py: one SVG for each variable, the same bytes for the same lines.
 
-python benchmarks/figures.py [--results benchmarks/results/scaling.jsonl] [--out docs/figures]
+    python benchmarks/figures.py [--results benchmarks/results/scaling.jsonl] [--out docs/figures]
+
+Of several base points in the lines the largest is drawn.
 """
 
 import argparse
@@ -43,7 +44,8 @@ STYLE = {
 
 
 def draw(variable: str, found: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Seconds over the values of one variable, a line for each stage with its exponent, both axes logarithmic."""
+    """Draw seconds over the values of one variable, one line for each stage with its exponent, both axes
+    logarithmic."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained", facecolor="white")
         axes = figure.add_subplot()
@@ -74,7 +76,7 @@ def draw(variable: str, found: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def all_figures(found: Sequence[Mapping[str, Any]], out: Path) -> list[Path]:
-    """One file a variable that was measured; of several base points the largest is drawn."""
+    """Draw one file for each variable that was measured, from the largest base point, and return the paths."""
     scaling = [line for line in found if line["benchmark"] == "scaling"]
     if not scaling:
         raise SystemExit("no lines of scaling.py: python benchmarks/scaling.py --out benchmarks/results/scaling.jsonl")

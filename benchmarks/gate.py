@@ -1,10 +1,12 @@
-"""What does the quality gate take of a run, and what does it see? Prints one JSON line for each amount of calibration.
+"""What does the quality gate cost a run, and what does it notice? One JSON line for each amount of calibration text.
 
-    python benchmarks/gate.py --source MODEL --calibration c4.jsonl --amounts 16x1024 4x32 [--scheme W4A16_G64] [--out FILE.jsonl]
+    python benchmarks/gate.py --source MODEL --calibration c4.jsonl --amounts 16x1024 4x32 [--scheme W4A16_G64] \\
+        [--out FILE.jsonl]
 
-Each run is a process of its own. ``check_seconds`` are the gate's, of ``seconds``; ``seen``, ``unseen`` and their
-``rounding`` are the distances from the original on the calibration's text and on text that it did not hold;
-``warnings`` what a user is told."""
+Each run is a process of its own. ``check_seconds`` are the gate's part of ``seconds``. ``seen`` and ``unseen`` are the
+distances from the original on the calibration text and on text that was not in it, with that of plain rounding;
+``warnings`` are what a user is told.
+"""
 
 import argparse
 import json
@@ -17,7 +19,7 @@ from common.machine import provenance
 
 
 def measure(source: str, calibration: str, scheme: str, samples: int, length: int) -> dict[str, Any]:
-    """One run, and what its gate took and found."""
+    """One run: its seconds and memory, and the findings of its quality gate."""
     import leangrid
 
     recipe = leangrid.Recipe(scheme=scheme, calibration=calibration, samples=samples, length=length)

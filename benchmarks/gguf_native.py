@@ -1,16 +1,21 @@
-"""Our grids in llama.cpp's block types against llama.cpp's own quantizer with its importance matrix, type by type.
-Prints JSON lines.
+"""How near do our grids in llama.cpp's block types come to the original, beside llama.cpp's own quantizer?
 
-    python benchmarks/gguf_native.py layers --source DIR --calibration c4.jsonl --types Q4_0 Q4_K --out benchmarks/results/gguf_native.jsonl
-    python benchmarks/gguf_native.py models --source DIR --calibration c4.jsonl --text wiki.test.raw --windows 12 --types Q4_0 Q4_K
+    python benchmarks/gguf_native.py layers --source DIR --calibration c4.jsonl --types Q4_0 Q4_K \\
+        --out benchmarks/results/gguf_native.jsonl
+    python benchmarks/gguf_native.py models --source DIR --calibration c4.jsonl --text wiki.test.raw --windows 12 \\
+        --types Q4_0 Q4_K
 
-``layers``: tr(E H E^T)/2 of every linear, H of the original model's inputs, no layer knows of another's error; sums
-over the layers of one width. ``leangrid`` is the whole treatment (grid, sweep, refit), ``min-max GPTQ`` and ``min-max``
-the baselines, ``llama.cpp`` what ``ggml_quantize_chunk`` of the released library makes with the mean squared inputs of
-the same tokens as its importance matrix, ``llama.cpp plain`` without one. ``models``: the whole model, as ``leangrid
-quantize`` makes it and with every one of the same linears replaced by llama.cpp's bytes, dequantized; embeddings, head
-and norms stay as they are. Same types layer by layer, same calibration windows, one evaluator (quality.py). llama.cpp
-runs in a Python of its own that has xllamacpp and gguf (llama_worker.py)."""
+``layers``: tr(E H E^T)/2 of every linear, where H is that of the original model's inputs, so that no layer sees the
+error of another; one JSON line for each type and width, summed over its layers. ``leangrid`` is the whole procedure
+(grid, sweep, refit), ``min-max GPTQ`` and ``min-max`` are the baselines, ``llama.cpp`` is ``ggml_quantize_chunk`` of
+the released library with the mean squared inputs of the same tokens as its importance matrix, ``llama.cpp plain`` the
+same without one.
+
+``models``: the whole model, as ``leangrid quantize`` makes it, and with each of the same linears replaced by
+llama.cpp's weights; embeddings, head and norms stay as they are. Both have the same type in each layer, the same
+calibration windows and one evaluator (common/original.py). llama.cpp runs in a Python of its own that has xllamacpp and
+gguf (common/llama_worker.py).
+"""
 
 import argparse
 import gc
@@ -39,12 +44,12 @@ from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
 from leangrid.solve.factor import factorize
 from leangrid.solve.hessian import Hessian
-from leangrid.solve.layer import loss, solve_linear
+from leangrid.solve.layer import layer_loss, solve_linear
 from leangrid.storage.source import open_source
 
 
 class Llama:
-    """llama.cpp's quantizer, one matrix after the other."""
+    """llama.cpp's quantizer, in a process of its own, one matrix after the other."""
 
     def __init__(self, python: Path, folder: Path) -> None:
         self.process = subprocess.Popen(
@@ -74,7 +79,8 @@ class Llama:
 
 
 def importance(hessian: Hessian) -> Tensor:
-    """Mean squared inputs, as llama.cpp's imatrix tool collects them: H = 2/N X^T X."""
+    """Mean squared inputs, float32 [cols], as llama.cpp's imatrix tool collects them: the diagonal of H/2, where H =
+    2/N X^T X."""
     return hessian.matrix.diagonal() / 2
 
 
@@ -82,7 +88,7 @@ def importance(hessian: Hessian) -> Tensor:
 def layer_lines(
     work: Workload, types: list[str], llama: Llama, names: list[str], only: str
 ) -> Iterator[dict[str, Any]]:
-    """One line a type and width: sums of losses over the layers."""
+    """The fields of one line for each type and width: the losses, summed over the layers."""
     model, _ = leangrid.load(work.source, dtype=torch.float32)
     taken = [name for name in names if only in name]
     found = collect_hessians(model, taken, work.windows)
@@ -97,7 +103,7 @@ def layer_lines(
                 continue
             factors.setdefault(name, factorize(hessian.matrix, recipe.damping, recipe.act_order))
             result = solve_linear(weight, factors[name], hessian.matrix, recipe)
-            theirs = {name: loss(llama.quantized(weight, kind, share), weight, hessian.matrix)
+            theirs = {name: layer_loss(llama.quantized(weight, kind, share), weight, hessian.matrix)
                       for name, share in (("llama.cpp", importance(hessian)), ("llama.cpp plain", None))}  # fmt: skip
             values = {
                 "leangrid": result.loss,
@@ -121,7 +127,7 @@ def layer_lines(
 
 @torch.no_grad()
 def llama_checkpoint(work: Workload, kind: str, llama: Llama, found: dict[str, Hessian], out: Path) -> float:
-    """The source with every quantized linear as llama.cpp rounds it, float32; its bits a weight."""
+    """Write the source with every quantized linear as llama.cpp rounds it, in float32, and return its bits a weight."""
     model, tokenizer = leangrid.load(work.source, dtype=torch.float32)
     stored = weights = 0
     for name, hessian in found.items():
@@ -139,7 +145,7 @@ def llama_checkpoint(work: Workload, kind: str, llama: Llama, found: dict[str, H
 def model_lines(
     work: Workload, args: argparse.Namespace, llama: Llama, names: list[str], folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """Two lines a type: ours, llama.cpp's."""
+    """The fields of two lines for each type: our result and llama.cpp's."""
     model, _ = leangrid.load(work.source, dtype=torch.float32)
     found = collect_hessians(model, names, work.windows)
     del model

@@ -1,17 +1,18 @@
-"""How long does one block of a large model take on a GPU, where does the time go, and what memory does it need?
+"""How long does one block of a large model take on a GPU, where does the time go, and how much memory does it need?
 
     python benchmarks/gpu_block.py --model llama-3-8b --scheme W4A16_G128 --out benchmarks/results/gpu_block.jsonl
-    # as on a card of 48 GiB; 40 GB of disk
+    # as on a card of 48 GiB; writes 40 GB to disk
     python benchmarks/gpu_block.py --model llama-3.1-405b --blocks 1 --card 48
-    # the plan's sums for it, without a GPU
+    # only what the plan says, without a GPU
     python benchmarks/gpu_block.py --model llama-3.1-405b --planned 2x48GB
-    # runs anywhere: is the script sound?
+    # a small run on a CPU, to test the script
     python benchmarks/gpu_block.py --model tiny --device cpu
 
-Random weights in the model's shapes, two blocks of them as a checkpoint on disk, go through ``leangrid.quantize``
-itself on 128 windows of 2,048 tokens. The model's embeddings and norms carry outlier channels, as real activations do.
-Blocks are alike, so the whole model is the last block's time (weights read ahead, both streams different, states saved)
-times its number of blocks. One JSON line."""
+Two random blocks in the model's shapes are written as a checkpoint and go through ``leangrid.quantize`` itself, on 128
+windows of 2,048 tokens. Embeddings and norms have outlier channels, as real activations do. Blocks are alike, so the
+time of the whole model is that of the last block (weights read ahead, both streams different, states saved) times the
+number of blocks: "projected_hours". One JSON line: seconds by stage and block, peak memory, and the plan's memory.
+"""
 
 import argparse
 import itertools
@@ -33,33 +34,32 @@ import leangrid
 from common import lines
 from common.machine import provenance
 from common.random_model import MODELS, checkpoint
-from leangrid.planning.footprint import Demand, Footprint, choose, footprint
+from leangrid.planning.footprint import Demand, Footprint, choose_placement, sum_footprint
 from leangrid.planning.placement import Placement
-from leangrid.planning.settle import open_model
+from leangrid.planning.resolve import open_model
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 
 
-def planned(
+def plan_run(
     source: Path, recipe: Recipe, windows: torch.Tensor, device: str, card: float | None
 ) -> tuple[Placement, Footprint, Recipe]:
-    """What the plan chooses for this device, or for a card of ``card`` GiB, and its sums."""
+    """The placement that the plan chooses for this device, or for a card of ``card`` GiB, the plan's memory, and the
+    resolved recipe."""
     _, skeleton, settled = open_model(source, recipe, device)
     if card is None:
-        return *choose(skeleton, settled, *windows.shape, device), settled
-    placement, _ = choose(skeleton, settled, *windows.shape, device, budget=int(0.94 * card * 2**30))
-    return placement, footprint(Demand.of(skeleton, settled, *windows.shape, device), placement), settled
+        return *choose_placement(skeleton, settled, *windows.shape, device), settled
+    placement, _ = choose_placement(skeleton, settled, *windows.shape, device, budget=int(0.94 * card * 2**30))
+    return placement, sum_footprint(Demand.of(skeleton, settled, *windows.shape, device), placement), settled
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One run, as the fields of its line."""
+    """The fields of the line of one run."""
     source = checkpoint(folder / "source", options.model, options.blocks, options.device)
     vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
     windows = torch.randint(vocabulary, (options.samples, options.length), generator=torch.Generator().manual_seed(0))
-    recipe = Recipe.build(
-        scheme=options.scheme, damping=options.damping, samples=options.samples, length=options.length
-    )
-    placement, sums, settled = planned(source, recipe, windows, options.device, options.card)
+    recipe = Recipe(scheme=options.scheme, damping=options.damping, samples=options.samples, length=options.length)
+    placement, sums, settled = plan_run(source, recipe, windows, options.device, options.card)
     times, notices = [time.perf_counter()], []
 
     def told(event: Event) -> None:
@@ -96,11 +96,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def sums(options: argparse.Namespace) -> dict[str, Any]:
-    """What the plan says of cards that are not here, as the fields of a line."""
-    recipe = Recipe.build(
-        scheme=options.scheme, damping=options.damping, samples=options.samples, length=options.length
-    )
+def describe_plan(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the line for cards that are not here: what the plan says of them."""
+    recipe = Recipe(scheme=options.scheme, damping=options.damping, samples=options.samples, length=options.length)
     found = leangrid.plan(None, recipe, device=options.planned, shape=options.model)
     phase = found.memory["peak_phase"]
     return {
@@ -148,7 +146,7 @@ def main() -> None:
             "scheme": options.scheme,
             "variant": f"planned, {options.planned}",
         }
-        lines.show(line | sums(options) | provenance(), options.out)
+        lines.show(line | describe_plan(options) | provenance(), options.out)
         return
     if options.device.startswith("cuda"):
         if not torch.cuda.is_available():

@@ -1,16 +1,18 @@
-"""How much does a fused, de-duplicated affine search save? The comparison of the paper's Table 5, on one layer; prints
-one JSON line.
+"""How much does a fused, de-duplicated affine search save? The comparison of the paper's Table 5 on one layer.
 
-    python benchmarks/grid_search.py [--rows 4096] [--cols 4096] [--bits 4] [--steps 2048] [--group 128] [--enumerated 4096]
+    python benchmarks/grid_search.py [--rows 4096] [--cols 4096] [--bits 4] [--steps 2048] [--group 128] \\
+        [--enumerated 4096]
 
-``enumeration`` is the search as torch code says it: for each of the t^2 candidates (168,100 at 4 bits and T = 2048)
-quantize all weights, sum the weighted squares, keep the better pair a row; float32, all rows at once. Against it:
-``torch`` (the same optimum from distinct (S, Z) and prefix sums, our twin), ``cpu`` (C++, one thread) and ``triton``
-(where there is a GPU). All must reach the same objectives.
+``enumeration`` is the search as plain torch code does it: for each of the t^2 candidates (168,100 at 4 bits and T =
+2048) quantize all weights, sum the weighted squares, keep the better pair of each row; float32, all rows at once. It is
+compared with ``torch`` (the same optimum from distinct (S, Z) and prefix sums), ``cpu`` (C++, one thread) and
+``triton`` (where there is a GPU). All must reach the same objectives.
 
-On a GPU the default layer is 4096 x 4096; on a CPU 64 x 4096, of which 4 rows are enumerated (64 take minutes, and less
-a row: the fixed cost of 2 million small torch calls is then shared). Times are given a row. The best of the repeats
-counts: seconds on a GPU, CPU seconds of one thread without; the enumeration, being long, runs once."""
+On a GPU the default layer is 4096 x 4096. On a CPU it is 64 x 4096, of which 4 rows are enumerated: all 64 take
+minutes, though less for each row, since the fixed cost of 2 million small torch calls is then shared. The best of the
+repeats counts (seconds on a GPU, CPU seconds of one thread otherwise); the enumeration, being long, runs once. One JSON
+line with the microseconds a row of each.
+"""
 
 import argparse
 import os
@@ -30,8 +32,8 @@ Pairs = tuple[Tensor, Tensor]
 
 
 def enumeration(weight: Tensor, share: Tensor, bits: int, steps: int, t: int) -> Pairs:
-    """Scale and zero point f32 [items] of the best of the t^2 candidates of each row; weight f32 [items, n], share f32
-    [items or 1, n]."""
+    """Scale and zero point, float32 [items] each, of the best of the t^2 candidates of each row. ``weight`` is float32
+    [items, n], ``share`` (the importances) float32 [items or 1, n]."""
     top = 2**bits - 1
     lo, hi = weight.amin(1, keepdim=True).clamp(max=0.0), weight.amax(1, keepdim=True).clamp(min=0.0)
     step = (hi - lo) / steps
@@ -51,14 +53,14 @@ def enumeration(weight: Tensor, share: Tensor, bits: int, steps: int, t: int) ->
 
 
 def objective(weight: Tensor, share: Tensor, pairs: Pairs, bits: int) -> Tensor:
-    """sum g (quant(w) - w)^2 a row, f64."""
+    """sum_j g_j (quant(w_j) - w_j)^2 of each row, float64 [items]."""
     scale, zero = pairs[0].double()[:, None], pairs[1].double()[:, None]
     code = torch.round(weight.double() / scale + zero).clamp(0, 2**bits - 1)
     return (share.double() * (scale * (code - zero) - weight.double()) ** 2).sum(1)
 
 
-def seconds(work: Callable[[], Pairs], repeats: int, device: torch.device) -> tuple[float, Pairs]:
-    """Of the fastest call, and what the last one gave."""
+def time_best(work: Callable[[], Pairs], repeats: int, device: torch.device) -> tuple[float, Pairs]:
+    """The seconds of the fastest call, after one to warm up, and what the last call returned."""
     times, out = [], work()
     for _ in range(repeats):
         begin = _clock(device)
@@ -67,7 +69,8 @@ def seconds(work: Callable[[], Pairs], repeats: int, device: torch.device) -> tu
     return min(times), out
 
 
-def once(work: Callable[[], Pairs], device: torch.device) -> tuple[float, Pairs]:
+def time_once(work: Callable[[], Pairs], device: torch.device) -> tuple[float, Pairs]:
+    """The seconds of one call, and what it returned."""
     begin = _clock(device)
     out = work()
     return _clock(device) - begin, out
@@ -80,7 +83,8 @@ def _clock(device: torch.device) -> float:
     return time.process_time()
 
 
-def measured(args: argparse.Namespace, device: torch.device) -> dict[str, object]:
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, object]:
+    """The measured fields of the line. SystemExit where the searches reach different objectives."""
     g = torch.Generator().manual_seed(0)
     weight = (
         torch.randn(args.rows, args.cols, generator=g)
@@ -98,7 +102,7 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, object
         def search() -> Pairs:
             return kernels.affine_search(here, importance, args.bits, args.steps, shrink, group)[:2]
 
-        spent, pairs = seconds(search, args.repeats, where)
+        spent, pairs = time_best(search, args.repeats, where)
         return spent / args.rows, (pairs[0].cpu().reshape(-1), pairs[1].cpu().float().reshape(-1))
 
     few = min(args.enumerated, args.rows)
@@ -108,7 +112,7 @@ def measured(args: argparse.Namespace, device: torch.device) -> dict[str, object
         if group < args.cols
         else share.float()[None].to(device)
     )
-    spent, pairs = once(lambda: enumeration(items, shares, args.bits, args.steps, t), device)
+    spent, pairs = time_once(lambda: enumeration(items, shares, args.bits, args.steps, t), device)
     reached = {
         "enumeration": objective(items.cpu(), shares.cpu(), pairs=(pairs[0].cpu(), pairs[1].cpu()), bits=args.bits)
     }
@@ -166,7 +170,7 @@ def main() -> None:
         "group": args.group,
         "device": device.type,
     }
-    print(text(line | measured(args, device) | provenance()))
+    print(text(line | measure(args, device) | provenance()))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,26 @@
-"""Does every engine read what we write? Each format in its engine, beside our own model of the same result. One JSON
-line a case.
+"""Does every engine read what we write? Each format in its engine, beside our own model of the same result.
 
-    # every engine that installs here: make interop
+    # every engine that installs here; make interop does this
     python benchmarks/interop.py
     # two of them, on results that are already there
     python benchmarks/interop.py --engines vllm,onnx --models results/
 
 An engine is tests/interop/engines/ENGINE.txt (its packages, pinned) and run_ENGINE.py, which runs in an environment of
-its own in .peers/ and knows nothing of leangrid, but for the engines whose list says ``# with: leangrid``: there our
-plugin is what is tested. A case is a result of ``leangrid quantize``, exported to the engine's container where it is
-another one, opened by the engine and by ``leangrid.load``.
+its own in .peers/. It does not have leangrid, except for the engines whose list says ``# with: leangrid``: there our
+plugin is what is tested. A case is a result of ``leangrid quantize``, exported to the engine's container where that is
+another one, opened by the engine and by ``leangrid.load``. One JSON line for each case:
 
 * max_logit_difference, kl: over all tokens of the prompt, from our model in the engine's dtype (float32 unless its
-runner says otherwise).
-* greedy_equal: the next 32 tokens are the same. Where they are not, ``margin`` is our model's logit of its own token
-  less its logit of the engine's, at the first place where they differ: a small one is a tie that rounding decides, a
-  large one a model that was read wrongly.
-* weights_equal: whether every quantized linear as the engine itself dequantizes it (llama.cpp does, where asked) is
-ours bit for bit.
-* state: ok; differs (other weights, or kl or margin above what the engine's arithmetic explains); or why there is no
-  figure: not installed, failed, refused.
+  runner says otherwise).
+* greedy_equal: whether the next 32 tokens are the same. Where they are not, ``margin`` is our model's logit of its own
+  token less its logit of the engine's, at the first place where they differ: a small margin is a tie that rounding
+  decides, a large one a model that was read wrongly.
+* weights_equal: whether every quantized linear, as the engine itself dequantizes it, is ours bit for bit (llama.cpp
+  only).
+* state: ok; differs (other weights, or kl or margin above what the engine's arithmetic explains); or the reason why
+  there is no figure: not installed, failed, refused.
 
-Exit 1 where a case differs or fails.
+The exit code is 1 where a case differs or fails.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from common.environment import Environment, EnvironmentFailed
 from common.interop_models import Models, Ours, llama_weights
 from common.machine import ROOT, provenance
 from leangrid.errors import LeangridError
-from leangrid.exporters.result_reader import Finished
+from leangrid.inference.result_reader import ResultReader
 
 ENGINES = ROOT / "tests" / "interop" / "engines"
 NEW = 32
@@ -49,7 +48,8 @@ BOUNDS = {"float32": (1e-6, 0.01), "float16": (1e-3, 0.1), "bfloat16": (5e-3, 0.
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine reads: (scheme, container, model) each. ``why``: what its arithmetic does to the figures."""
+    """What an engine reads: ``cases`` of (scheme, container, model). ``why`` says how its arithmetic differs from
+    ours."""
 
     cases: tuple[tuple[str, str, str], ...]
     why: str
@@ -144,8 +144,9 @@ KNOWN: dict[str, Engine] = {
 }
 
 
-def compared(ours: Ours, theirs: dict[str, Any], logits: torch.Tensor | None) -> dict[str, Any]:
-    """The figures of a case: our model's answer beside the engine's."""
+def compare_answers(ours: Ours, theirs: dict[str, Any], logits: torch.Tensor | None) -> dict[str, Any]:
+    """The figures of a case, from our model's answer and the engine's. ``logits`` float32 [prompt, vocab or more] are
+    the engine's; None where it gives none."""
     found: dict[str, Any] = {}
     if logits is not None:
         mine, other = ours.logits.double(), logits[:, : ours.logits.shape[1]].double()  # engines pad the vocabulary
@@ -170,22 +171,24 @@ def compared(ours: Ours, theirs: dict[str, Any], logits: torch.Tensor | None) ->
 
 
 def verdict(found: dict[str, Any], engine: Engine) -> str:
-    """ok or differs."""
+    """ "ok", or "differs" where a figure is above what the engine's arithmetic explains."""
     kl, margin = engine.bounds or BOUNDS[found["dtype"]]
     near = found.get("kl", 0.0) <= kl and (found["greedy_equal"] or found.get("margin", margin) < margin)
     return "ok" if near and found.get("weights_equal", True) else "differs"
 
 
 def equal_weights(directory: Path, file: Path) -> bool:
-    """Whether ``file`` holds every quantized linear of the result as llama.cpp keeps it, bit for bit."""
+    """Whether ``file`` holds every quantized linear of the result bit for bit as llama.cpp stores it."""
     theirs = load_file(file)
-    return all(torch.equal(theirs[name], weight.flatten()) for name, weight in llama_weights(Finished.open(directory)))
+    return all(
+        torch.equal(theirs[name], weight.flatten()) for name, weight in llama_weights(ResultReader.verified(directory))
+    )
 
 
 def run_case(
     name: str, case: tuple[str, str, str], models: Models, settings: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
-    """One line without its provenance."""
+    """The fields of the line of one case, without its provenance."""
     scheme, container, model = case
     about = models.about(scheme, container, model)
     environment = environment_of(name, settings)
@@ -209,7 +212,7 @@ def run_case(
     dtype = theirs.get("dtype", "float32")
     logits = load_file(folder / "logits.safetensors")["logits"] if (folder / "logits.safetensors").is_file() else None
     rounds = theirs.get("rounds", KNOWN[name].rounds)
-    found = {"dtype": dtype} | compared(
+    found = {"dtype": dtype} | compare_answers(
         Ours.of(directory, models.prompt(model), NEW, getattr(torch, dtype), rounds), theirs, logits
     )
     if (folder / "weights.safetensors").is_file():
@@ -225,12 +228,12 @@ def run_case(
 
 
 def environment_of(name: str, settings: argparse.Namespace) -> Environment:
-    """Where an engine lives, and its runner."""
+    """The environment of an engine, with its runner."""
     return Environment(name, settings.environments.absolute(), ENGINES)
 
 
 def installed(name: str, settings: argparse.Namespace) -> str | None:
-    """Why an engine's environment is not there; None where it is."""
+    """The reason why an engine's environment does not exist; None where it does."""
     environment = environment_of(name, settings)
     try:
         if not settings.no_build:
@@ -243,7 +246,7 @@ def installed(name: str, settings: argparse.Namespace) -> str | None:
 
 
 def run(names: list[str], settings: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """All cases of all engines, each line printed (and kept) as it is found."""
+    """Run all cases of all engines; each line is printed, and added to --out, as soon as it is measured."""
     origin, done = provenance(), []
     models = Models(settings.models, folder)
     for name in names:

@@ -1,13 +1,13 @@
-"""How fast are the CPU kernels? One thread, microseconds a row, every instruction set of this machine; prints one JSON
-line.
+"""How fast are the CPU kernels? One thread, on every instruction set of this machine. Prints one JSON line.
 
     python benchmarks/kernels_cpu.py [--rows 64] [--cols 4096] [--repeats 5]
 
-Rows are heavy-tailed (Gaussian times log-normal), importances spread over four decades. ``*_g64`` and ``*_g128`` are
-microseconds a GROUP (scale rounded to bfloat16 unless said), ``*_576`` and ``*_1536`` a row of that many columns,
-``sweep_*`` and ``descend_*`` a row of one 128-column block, ``level_gram`` a row of n columns, ``exact_*`` a row of
-LeanQuant-Exact. The best of the repeats counts, in CPU time of the process: other work on the machine only ever adds
-time."""
+The line holds microseconds a row. Exceptions: ``*_g64`` and ``*_g128`` are microseconds a group (scale rounded to
+bfloat16 unless the name says otherwise), ``*_576`` and ``*_1536`` a row of that many columns, ``sweep_*`` and
+``descend_*`` a row of one block of 128 columns, ``exact_*`` a row of LeanQuant-Exact. Rows are heavy-tailed (Gaussian
+times log-normal), importances spread over four decades. The best of the repeats counts, in CPU time of the process:
+other work on the machine only ever adds time.
+"""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def best_of(repeats: int, work: Callable[[], object]) -> float:
 
 
 def cases(rows: int, cols: int) -> dict[str, tuple[Callable[[], object], float]]:
-    """Name -> (call, how many rows or groups it handles)."""
+    """Name -> (call, number of rows or groups that it processes)."""
     g = torch.Generator().manual_seed(0)
 
     def heavy(*shape: int) -> Tensor:
@@ -79,7 +79,7 @@ def cases(rows: int, cols: int) -> dict[str, tuple[Callable[[], object], float]]
 
 
 def small_cases() -> dict[str, tuple[Callable[[], object], float]]:
-    """The sizes of a model of 135M weights: groups of 64 and rows of 576 and 1536, whatever --rows and --cols say."""
+    """The sizes of a model of 135M weights, groups of 64 and rows of 576 and 1536, whatever --rows and --cols are."""
     g = torch.Generator().manual_seed(1)
     weight = torch.randn(64, 4608, generator=g) * torch.exp(0.5 * torch.randn(64, 4608, generator=g)) * 0.02
     share = 10.0 ** (-4 * torch.rand(4608, generator=g, dtype=torch.float64))

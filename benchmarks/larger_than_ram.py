@@ -1,18 +1,19 @@
-"""Does a model of several times the memory go through under a hard limit, and how near was the plan?
+"""Does a model of several times the memory go through under a hard limit, and how near was the plan's peak?
 
     # 6 GB of weights, 2 GiB of memory
     python benchmarks/larger_than_ram.py --out benchmarks/results/larger_than_ram.jsonl
-    # two minutes: is the script sound?
+    # two minutes, to test the script
     python benchmarks/larger_than_ram.py --gigabytes 1.5 --limit 1.3
     # the same under a control group's limit
     systemd-run --scope -p MemoryMax=2G python benchmarks/larger_than_ram.py
 
-Random bfloat16 weights, many blocks of 24 MB, are written block by block; a process of its own, limited before it
-imports anything, plans and quantizes them. The limit is RLIMIT_DATA, hard: the kernel refuses every private writable
-page beyond it (heap, anonymous and private mappings, what torch's allocator and threads take), touched or not. Mapped
-files and page cache do not count, and a control group's limit, which counts both but takes page cache back, is stricter
-only where pages cannot be taken back. One JSON line: the plan's peak, VmHWM (with mapped files), the peaks of RssAnon
-and VmData (sampled), seconds, and the bytes of the weights."""
+Random bfloat16 weights, many blocks of 24 MB, are written block by block. A process of its own, limited before it
+imports anything, plans and quantizes them. The limit is RLIMIT_DATA: the kernel refuses every private writable page
+beyond it (heap, anonymous and private mappings, what torch's allocator and threads take), touched or not. Mapped files
+and page cache do not count. A control group's limit counts both but reclaims page cache, so it is stricter only where
+pages cannot be reclaimed. One JSON line: the plan's peak, VmHWM (with mapped files), the peaks of RssAnon and VmData
+(sampled), seconds, and the bytes of the weights.
+"""
 
 import argparse
 import json
@@ -35,7 +36,7 @@ def _status(*fields: str) -> list[int]:
 
 
 class Sampler(threading.Thread):
-    """The largest RssAnon and VmData seen, fifty times a second."""
+    """Records the largest RssAnon and VmData, fifty times a second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -47,8 +48,8 @@ class Sampler(threading.Thread):
             self.peaks = [max(pair) for pair in zip(self.peaks, _status("RssAnon", "VmData"), strict=True)]
 
 
-def limited(options: argparse.Namespace) -> dict[str, Any]:
-    """In the limited process: plan, quantize, and what was used."""
+def run_limited(options: argparse.Namespace) -> dict[str, Any]:
+    """Set the limit, plan, quantize, and return the measured fields. This runs in a process of its own."""
     limit = int(options.limit * GIB)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import torch
@@ -57,7 +58,7 @@ def limited(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(options.threads)
     start = _status("VmHWM", "VmData")
-    recipe = leangrid.Recipe.build(
+    recipe = leangrid.Recipe(
         scheme=options.scheme,
         samples=options.samples,
         length=options.length,
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
     options = parser.parse_args()
     if options.limited:
-        print(json.dumps(limited(options)))
+        print(json.dumps(run_limited(options)))
         return
     from common import lines
     from common.machine import provenance

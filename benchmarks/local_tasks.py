@@ -1,11 +1,12 @@
-"""Published task files -> a directory for ``leangrid eval --tasks-dir``, for machines without a network.
+"""Makes a directory for ``leangrid eval --tasks-dir`` from published task files, for machines without a network.
 
     python benchmarks/local_tasks.py DATA OUT
 
 DATA holds any of: hellaswag*.jsonl (Zellers et al.'s file), piqa*.jsonl with piqa*labels.lst (Bisk et al.'s),
-*arc_easy*.jsonl (query, choices, gold), *winogrande*.jsonl (context_options, continuation, gold). OUT gets each as
-documents in the shape its yaml in benchmarks/tasks reads, and the yaml. The texts that the model sees are those of
-lm-evaluation-harness; HellaSwag's are cleaned by its own function."""
+*arc_easy*.jsonl (query, choices, gold), *winogrande*.jsonl (context_options, continuation, gold). OUT gets the
+documents of each in the shape that its yaml in benchmarks/tasks reads, and the yaml. The model sees the same texts as
+in lm-evaluation-harness; those of HellaSwag are cleaned by the harness's own function.
+"""
 
 import argparse
 import json
@@ -16,20 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from leangrid.errors import LeangridError, TaskError
-from leangrid.evaluation.tasks.files import read_json_lines, read_text, the_file
+from leangrid.evaluation.tasks.data_files import find_file, read_json_lines, read_text
 
 YAML = Path(__file__).with_name("tasks")
 Rows = Iterator[dict[str, Any]]
 
 
 def arc_easy(data: Path) -> Rows:
-    for row in read_json_lines(the_file("arc_easy", data, "*arc_easy*.jsonl")):
+    for row in read_json_lines(find_file("arc_easy", data, "*arc_easy*.jsonl")):
         yield {"query": row["query"], "choices": row["choices"], "gold": row["gold"]}
 
 
 def hellaswag(data: Path) -> Rows:
     clean: Callable[[str], str] = import_module("lm_eval.tasks.hellaswag.utils").preprocess
-    for row in read_json_lines(the_file("hellaswag", data, "hellaswag*.jsonl")):
+    for row in read_json_lines(find_file("hellaswag", data, "hellaswag*.jsonl")):
         context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
         yield {
             "query": clean(context),
@@ -39,8 +40,8 @@ def hellaswag(data: Path) -> Rows:
 
 
 def piqa(data: Path) -> Rows:
-    rows = read_json_lines(the_file("piqa", data, "piqa*.jsonl"))
-    file = the_file("piqa", data, "piqa*labels.lst")
+    rows = read_json_lines(find_file("piqa", data, "piqa*.jsonl"))
+    file = find_file("piqa", data, "piqa*labels.lst")
     labels = read_text(file).split()
     if len(labels) != len(rows):
         raise TaskError(
@@ -53,7 +54,7 @@ def piqa(data: Path) -> Rows:
 
 
 def winogrande(data: Path) -> Rows:
-    for row in read_json_lines(the_file("winogrande", data, "*winogrande*.jsonl")):
+    for row in read_json_lines(find_file("winogrande", data, "*winogrande*.jsonl")):
         yield {"context_options": row["context_options"], "continuation": row["continuation"], "gold": row["gold"]}
 
 
@@ -66,7 +67,8 @@ TASKS: dict[str, Callable[[Path], Rows]] = {
 
 
 def convert(data: Path, out: Path) -> dict[str, int]:
-    """Write what ``data`` holds into ``out``; documents of each task. LeangridError for a file that does not fit."""
+    """Write the documents of ``data`` to ``out`` and return task -> number of documents. LeangridError is raised for a
+    file that is not as described above."""
     written = {}
     for name, rows in TASKS.items():
         if not any(data.glob(f"*{name}*.jsonl")):

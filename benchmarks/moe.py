@@ -1,21 +1,21 @@
-"""A mixture of experts through the tool: tokens per expert, distance from the original. One JSON line for each run, on
-stdout and in --out.
+"""How well is a mixture of experts quantized, and what does the shared prior change for experts with few tokens?
 
-    python benchmarks/moe.py --text wiki.train.paragraphs-4444.txt --evaluate wiki.test.raw --model DIR --out benchmarks/results/moe.jsonl
+    python benchmarks/moe.py --text wiki.train.paragraphs-4444.txt --evaluate wiki.test.raw --model DIR \\
+        --out benchmarks/results/moe.jsonl
 
-No checkpoint of a real mixture fits here, so the model is small and made here, once, in DIR: transformers' Qwen3-MoE
-with 64 experts and 8 of them a token, trained on the first part of the text until its routers route (--steps), with a
-byte-level BPE of the same text. It is bfloat16, as checkpoints are. Calibration is the text's rest, what is measured on
-is another file.
+No checkpoint of a real mixture fits here, so a small model is made, once, in DIR: transformers' Qwen3-MoE with 64
+experts, 8 of them for each token, trained on the first part of the text (--steps), with a byte-level BPE of the same
+text. It is bfloat16, as checkpoints are. The rest of the text calibrates; the measurements are on another file.
 
-Two sizes of calibration: --samples windows, and --few, where experts have fewer tokens than their linears have columns.
-There three variants differ in the Hessian of such an expert alone (expert_sums.py):
+There are two sizes of calibration: --samples windows, and --few, where experts have fewer tokens than their linears
+have columns. With few windows three variants differ in the Hessian of such an expert (run/experts.py):
 
-* prior: its own sum blended with the prior, the Hessian of what all experts read, as the tool does;
-* own: its own sum, however few tokens are in it (without any, the prior);
-* weights: the identity, so that nothing but the expert's weights counts.
+* prior: its own sum blended with the prior, the Hessian of what all experts read, as ``leangrid quantize`` does;
+* own: its own sum, however few tokens are in it (where there is none, the prior);
+* weights: the identity, so that only the expert's weights count.
 
-Each quantization runs in a process of its own.
+Each quantization runs in a process of its own. One JSON line for each run: KL, perplexity, losses, and the tokens of
+the experts.
 """
 
 import argparse
@@ -50,9 +50,9 @@ STARVING = ("NU4", "W4A16", "NU3")  # those that are run with few tokens too
 _BATCH, _TRAINED = 4, 0.9  # windows of a step; share of the text that is trained on, the rest calibrates
 
 
-def made(directory: Path, text: Path, steps: int) -> Path:
-    """The checkpoint in ``directory``, with calibration.txt and training.json beside it; trained where it is not there
-    yet."""
+def make_model(directory: Path, text: Path, steps: int) -> Path:
+    """The checkpoint in ``directory``, with calibration.txt and training.json beside it; it is trained where it does
+    not exist yet."""
     source = directory / "source"
     if (directory / "training.json").is_file():
         return source
@@ -90,7 +90,8 @@ def _tokenizer(text: str) -> transformers.PreTrainedTokenizerFast:
 
 
 def _trained(ids: torch.Tensor, steps: int) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
-    """AdamW over random windows, the balancing loss of the routers included, as the family is trained."""
+    """The trained model and its training figures: AdamW on random windows, with the balancing loss of the routers, as
+    such models are trained."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -144,8 +145,9 @@ def _trained(ids: torch.Tensor, steps: int) -> tuple[transformers.PreTrainedMode
     return model.eval(), figures
 
 
-def filled(fill: str, own: HessianSum, prior: Hessian | None, name: str) -> Hessian:
-    """``experts.blended`` with another Hessian for an expert that has fewer tokens than columns."""
+def blend_otherwise(fill: str, own: HessianSum, prior: Hessian | None, name: str) -> Hessian:
+    """``experts.blended`` with another Hessian, chosen by ``fill``, for an expert that has fewer tokens than
+    columns."""
     as_ever = blended(own, prior, name)
     if not as_ever.blended or (fill == "own" and not own.tokens):
         return as_ever
@@ -154,16 +156,16 @@ def filled(fill: str, own: HessianSum, prior: Hessian | None, name: str) -> Hess
     return replace(as_ever, matrix=torch.eye(len(as_ever.matrix)))
 
 
-def runs(schemes: Sequence[str]) -> Iterator[tuple[str, str, str]]:
-    """(calibration, scheme, fill) of every run: fills matter where experts starve."""
+def list_runs(schemes: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """(calibration, scheme, fill) of every run. Fills are compared only where experts have few tokens."""
     yield from (("enough", scheme, "prior") for scheme in schemes)
     yield from (("few", scheme, fill) for scheme in schemes if scheme in STARVING for fill in FILLS)
 
 
-def measured(
+def measure_run(
     work: Workload, original: CausalOriginal, scheme: str, fill: str, folder: Path, threads: int | None
 ) -> dict[str, Any]:
-    """Quantize, measure, delete."""
+    """Quantize, measure, delete the result."""
     out, recipe = folder / "out", work.recipe(scheme, {}).model_dump(exclude={"calibration"})
     program = [quantize_process.__file__] if fill == "prior" else [__file__, "--fill", fill]
     shutil.rmtree(folder / "out.partial", ignore_errors=True)  # of a run that failed
@@ -203,7 +205,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    source = made(options.model, options.text, options.steps)
+    source = make_model(options.model, options.text, options.steps)
     training = json.loads((options.model / "training.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as temporary:
         folder, works = Path(temporary), {}
@@ -217,7 +219,7 @@ def main() -> None:
         )
 
         def tasks() -> Tasks:
-            for calibration, scheme, fill in runs(options.schemes.split(",")):
+            for calibration, scheme, fill in list_runs(options.schemes.split(",")):
                 if options.only not in (None, calibration) or (
                     calibration == "few" and fill not in options.fills.split(",")
                 ):
@@ -238,14 +240,14 @@ def main() -> None:
                     **original.about,
                     "training": training,
                 }
-                yield head, partial(measured, work, original, scheme, fill, folder, options.threads)
+                yield head, partial(measure_run, work, original, scheme, fill, folder, options.threads)
 
         run_each(tasks(), options.out)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--fill"]:  # a child of ``measured``: one run of the tool with that fill
-        experts.blended = partial(filled, sys.argv[2])
+        experts.blended = partial(blend_otherwise, sys.argv[2])
         quantize_process.main()
     else:
         main()

@@ -2,13 +2,15 @@
 
     # the demo model, its own samples, Python's documentation
     python benchmarks/quality.py
-    python benchmarks/quality.py --source DIR --calibration c4.jsonl --samples 16 --length 1024 --text wiki.test.raw --windows 12 \\
-        --schemes W4A16_G64,NU4 --variants default,nocorrect,norefine,paper --out benchmarks/results/quality.jsonl
+    python benchmarks/quality.py --source DIR --calibration c4.jsonl --samples 16 --length 1024 --text wiki.test.raw \\
+        --windows 12 --schemes W4A16_G64,NU4 --variants default,nocorrect,norefine,paper \\
+        --out benchmarks/results/quality.jsonl
 
 A causal model is measured by perplexity, KL per token and top-1 agreement on the first windows x length tokens of the
-text (Frantar procedure); an encoder by the STS Benchmark (--text sts-test.csv). The original is run once for all. Each
-quantization runs in a process of its own, with the same calibration windows. A baseline (GPTQ..., RTN...) skips the
-variants that do not change it. """
+text (Frantar et al.'s procedure); an encoder by the STS Benchmark (--text sts-test.csv). The original is run once for
+all. Each quantization runs in a process of its own, with the same calibration windows. A baseline (GPTQ..., RTN...)
+leaves out the variants that do not change it (common/variants.py).
+"""
 
 import argparse
 import gc
@@ -33,8 +35,8 @@ from leangrid.recipe import Recipe, Scheme
 _SCHEMES = "W4A16_G64,GPTQ4_G64,W3A16_G64,GPTQ3_G64,NU4,NU3"
 
 
-def runs(work: Workload, schemes: list[str], chosen: dict[str, dict[str, str]]) -> Iterator[tuple[str, Recipe]]:
-    """Every (variant, resolved recipe), without those that would repeat the work of an earlier one of their scheme."""
+def list_runs(work: Workload, schemes: list[str], chosen: dict[str, dict[str, str]]) -> Iterator[tuple[str, Recipe]]:
+    """Every (variant, resolved recipe), without those that give the same result as an earlier one of their scheme."""
     for scheme in schemes:
         seen: set[str] = set()
         for name, fields in chosen.items():
@@ -46,8 +48,10 @@ def runs(work: Workload, schemes: list[str], chosen: dict[str, dict[str, str]]) 
             yield ("default" if baseline else name), recipe
 
 
-def measured(work: Workload, original: Original, recipe: Recipe, folder: Path, threads: int | None) -> dict[str, Any]:
-    """Quantize, measure, delete."""
+def measure_result(
+    work: Workload, original: Original, recipe: Recipe, folder: Path, threads: int | None
+) -> dict[str, Any]:
+    """Quantize, measure, delete the result."""
     out = folder / "out"
     result = quantize_process.quantize(
         work.source, out, recipe.model_dump(exclude={"calibration"}), work.windows_file, threads
@@ -112,7 +116,7 @@ def main() -> None:
             source, options.calibration, options.samples, options.length, options.seed, folder, options.name
         )
         todo = list(
-            runs(work, [scheme for scheme in options.schemes.split(",") if scheme], chosen)
+            list_runs(work, [scheme for scheme in options.schemes.split(",") if scheme], chosen)
         )  # a wrong scheme is told now
         original = open_original(
             work.source, options.text, options.windows, options.evaluation_length or options.length
@@ -129,7 +133,7 @@ def main() -> None:
                         "threads": options.threads or torch.get_num_threads(), **original.about}  # fmt: skip
                 print(f"{number} of {len(todo)}: {recipe.scheme} {variant}", file=sys.stderr, flush=True)
                 if lines.identity(head | origin) not in done:
-                    yield head, partial(measured, work, original, recipe, folder, options.threads)
+                    yield head, partial(measure_result, work, original, recipe, folder, options.threads)
 
         run_each(tasks(), options.out)
 

@@ -1,11 +1,14 @@
-"""How long does quantizing take, where does the time go, and how much memory? One JSON line for each scheme.
+"""How long does quantizing take, where does the time go, and how much memory does it need? One line a scheme.
 
-    python benchmarks/quantize_time.py                                                        # the demo model
-    python benchmarks/quantize_time.py --source DIR --schemes W4A16_G64 NU4 NU4@paper GPTQ4_G64 --rounds 3 --out FILE.jsonl
+    # the demo model
+    python benchmarks/quantize_time.py
+    python benchmarks/quantize_time.py --source DIR --schemes W4A16_G64 NU4 NU4@paper GPTQ4_G64 --rounds 3 \\
+        --out benchmarks/results/quantize_time.jsonl
 
 Every run is a process of its own on the same windows. The schemes take turns (A B C A B C ...), so that a machine that
-slows down slows all of them; a line holds the medians over the rounds, every round's total, and the ratio to the first
-scheme (median over the rounds of the ratio within a round). SCHEME@VARIANT takes a variant of variants.py."""
+slows down slows all of them. A line holds the medians over the rounds, the total of every round, and the ratio to the
+first scheme (the median of the ratios within each round). SCHEME@VARIANT takes a variant of common/variants.py.
+"""
 
 import argparse
 import sys
@@ -22,7 +25,7 @@ from common.workload import Workload, default_source
 from leangrid.recipe import Recipe
 
 
-def recipes(work: Workload, texts: list[str]) -> dict[tuple[str, str], Recipe]:
+def parse_schemes(work: Workload, texts: list[str]) -> dict[tuple[str, str], Recipe]:
     """(scheme, variant) -> resolved recipe, in the order given."""
     found = {}
     for text in texts:
@@ -34,8 +37,8 @@ def recipes(work: Workload, texts: list[str]) -> dict[tuple[str, str], Recipe]:
     return found
 
 
-def summary(results: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of several runs of one scheme, against the runs of the first scheme in the same rounds."""
+def summarize(results: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over several runs of one scheme, and ratios to the runs of the first scheme in the same rounds."""
     totals = [result["seconds"]["total"] for result in results]
     ratios = [total / other["seconds"]["total"] for total, other in zip(totals, first, strict=True)]
     stages = {
@@ -76,7 +79,7 @@ def main() -> None:
         work = Workload.open(
             source, options.calibration, options.samples, options.length, options.seed, folder, options.name
         )
-        chosen = recipes(work, options.schemes)
+        chosen = parse_schemes(work, options.schemes)
         results: dict[tuple[str, str], list[dict[str, Any]]] = {key: [] for key in chosen}
         for turn in range(options.rounds):
             for number, (key, recipe) in enumerate(chosen.items()):
@@ -100,7 +103,7 @@ def main() -> None:
             "recipe": chosen[scheme, variant].model_dump(),
             "windows_sha256": work.windows_sha256,
             "threads": options.threads or torch.get_num_threads(),
-            **summary(every, first),
+            **summarize(every, first),
         } | origin
         lines.show(line, options.out)
 

@@ -1,24 +1,23 @@
-"""leangrid against GPTQModel and llm-compressor: the same model, token ids, threads and machine, in turn. One JSON line
-an entrant.
+"""leangrid beside GPTQModel and llm-compressor: the same model, token ids, threads and machine, taking turns.
 
     # the demo model, its own samples, Python's documentation
     python benchmarks/race.py
     python benchmarks/race.py --calibration c4.jsonl --text wiki.test.raw --rounds 3 --out benchmarks/results/race.jsonl
 
-The peers' environments are built in .peers/ (about 1.5 GB each, from the package index) unless they stand. Every
-quantization is a process of its own, held to the same cores; the entrants take turns (A B C A B C ...), so that a
+The environments of the peers are built in .peers/ (about 1.5 GB each, from the package index) unless they are there.
+Every quantization is a process of its own, held to the same cores. The entrants take turns (A B C A B C ...), so that a
 machine that slows down slows all of them. All get the same windows of token ids, and each peer's runner fails unless
-its model saw exactly those. 4 bits, groups of 64, asymmetric, damping 0.01 for all; everything else is each one's
-default, or stands in the line's "recipe".
+its model saw exactly those. All quantize to 4 bits in groups of 64, asymmetric, with damping 0.01; everything else is
+the default of each, or is in the line's "recipe". One JSON line for each entrant:
 
 * seconds: the quantize call alone. leangrid's also reads the checkpoint and writes the result; a peer's model is loaded
-  before and saved after. with_files: loading and saving counted for all. speedup_over: a peer's seconds over this
-  entrant's, median of the rounds' ratios.
-* cpu_seconds: of that call, user and system; peak_ram_bytes: of the whole process; both the worst or median of the
-rounds.
-* kl_mean, perplexity: every result by the evaluator of ``leangrid eval``, against the original in float32. GPTQModel's
-  file is dequantized first (gptq_file.py). kernel_kl is the distance between a peer's own answer to one window and what
-  the evaluator sees: a file read wrongly would show there, and above 0.01 stops the race.
+  before and saved after. with_files counts loading and saving for all. speedup_over: the seconds of each peer over this
+  entrant's, the median of the ratios within each round.
+* cpu_seconds: user and system seconds of that call, median of the rounds. peak_ram_bytes: of the whole process, the
+  largest of the rounds.
+* kl_mean, perplexity: every result by the evaluator of ``leangrid eval``, against the original in float32. The file of
+  GPTQModel is dequantized first (common/gptq_file.py). kernel_kl is the distance between a peer's own answer to one
+  window and what the evaluator sees: it would show a file that is read wrongly, and above 0.01 it stops the race.
 """
 
 import argparse
@@ -56,7 +55,7 @@ OURS = {"leangrid-paper": "paper", "leangrid": "default"}
 
 @dataclass(frozen=True)
 class Settings:
-    """What every entrant gets."""
+    """What every entrant is given."""
 
     work: Workload
     folder: Path
@@ -65,7 +64,8 @@ class Settings:
 
 
 class Entrant:
-    """One quantizer with its settings; ``runs`` holds a measurement a round, the first round's result stays on disk."""
+    """One quantizer with its settings. ``runs`` holds a measurement for each round; the result of the first round stays
+    on disk."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name, self.settings = name, settings
@@ -79,7 +79,7 @@ class Entrant:
             self.recipe = PEERS[name][1]
 
     def run(self) -> dict[str, Any]:
-        """Quantize once more."""
+        """Quantize once more and add the measurement to ``runs``."""
         out = self.out if not self.runs else self.settings.folder / f"{self.name}-{len(self.runs)}"
         begin = time.perf_counter()
         found = self._leangrid(out) if self.peer is None else self._peer(self.peer, out)
@@ -115,7 +115,7 @@ class Entrant:
                         "cpu_seconds": found["cpu_seconds"]["quantize"]}  # fmt: skip
 
     def readable(self) -> Path:
-        """A directory that the evaluator opens, checked against the peer's own answer; SystemExit where they differ."""
+        """A directory that the evaluator opens, compared with the peer's own answer; SystemExit where they differ."""
         if self.peer is None:
             return self.out
         directory = self.out
@@ -133,8 +133,8 @@ class Entrant:
         return directory
 
 
-def summary(runs: list[dict[str, Any]], peers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over the rounds, and against each of ``peers`` the median of the ratios within a round."""
+def summarize(runs: list[dict[str, Any]], peers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians over the rounds, and for each of ``peers`` the median of the ratios within a round."""
     kept = {
         "seconds": round(median(run["seconds"] for run in runs), 3),
         "rounds_seconds": [run["seconds"] for run in runs],
@@ -156,16 +156,17 @@ def summary(runs: list[dict[str, Any]], peers: dict[str, list[dict[str, Any]]]) 
     return kept | {name: runs[0][name] for name in once_said if name in runs[0]}
 
 
-def held_to(threads: int) -> None:
-    """This process and all it starts: the first ``threads`` of its cores, and as many threads in every math library."""
+def limit_threads(threads: int) -> None:
+    """Limit this process and all that it starts to the first ``threads`` of its cores, and every math library to as
+    many threads."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ.update(threads_environment(threads))
     torch.set_num_threads(threads)
 
 
-def figures(entrants: list[Entrant], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """KL and perplexity of every first result, by one evaluator on one text."""
+def evaluate_results(entrants: list[Entrant], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """KL and perplexity of the first result of each, by one evaluator on one text."""
     readable: list[str | Path] = [entrant.readable() for entrant in entrants]
     found = evaluate_many(
         readable, entrants[0].settings.work.source, options.text, length=options.length, windows=options.windows
@@ -182,8 +183,9 @@ def figures(entrants: list[Entrant], options: argparse.Namespace) -> list[dict[s
         "top1_agreement",
     )
     sizes = [sum(file.stat().st_size for file in entrant.out.glob("*.safetensors")) for entrant in entrants]
-    return [{"text": Path(options.text).name, "weight_bytes": size} | {name: row[name] for name in names}
-            for size, row in zip(sizes, found, strict=True)]  # fmt: skip
+    text = Path(options.text).name
+    return [{"text": text, "weight_bytes": size} | {name: getattr(evaluation, name) for name in names}
+            for size, evaluation in zip(sizes, found, strict=True)]  # fmt: skip
 
 
 def main() -> None:
@@ -214,13 +216,13 @@ def main() -> None:
     for name in dict.fromkeys(PEERS[peer][0] for peer in peers):
         Peer(name, options.environments.absolute()).build()
     origin = provenance()  # of the whole machine, before this process keeps to a part of it
-    held_to(options.threads)
+    limit_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
         run(options, peers, Path(temporary), origin)
 
 
 def run(options: argparse.Namespace, peers: list[str], folder: Path, origin: dict[str, Any]) -> None:
-    """All rounds, the evaluation, and the lines."""
+    """All rounds, then the evaluation, then the lines."""
     source = options.source or default_source()
     work = Workload.open(
         source, options.calibration, options.samples, options.length, options.seed, folder, options.name
@@ -235,7 +237,7 @@ def run(options: argparse.Namespace, peers: list[str], folder: Path, origin: dic
                 file=sys.stderr,
                 flush=True,
             )
-    measured = figures(entrants, options)
+    measured = evaluate_results(entrants, options)
     for entrant, quality in zip(entrants, measured, strict=True):
         rivals = {other.name: other.runs for other in entrants if other.peer is not None and other is not entrant}
         line = {
@@ -249,7 +251,7 @@ def run(options: argparse.Namespace, peers: list[str], folder: Path, origin: dic
             "calibration_tokens": work.windows.numel(),
             "threads": options.threads,
             **quality,
-            **summary(entrant.runs, rivals),
+            **summarize(entrant.runs, rivals),
         } | origin
         lines.show(line, options.out)
 

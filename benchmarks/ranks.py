@@ -1,13 +1,15 @@
-"""What do several ranks cost and give on one machine? One JSON line for each number of ranks.
+"""What do several ranks cost and save on one machine? One JSON line for each number of ranks.
 
-    python benchmarks/ranks.py                                                                   # the demo model
+    # the demo model
+    python benchmarks/ranks.py
     python benchmarks/ranks.py --source DIR --counts 1,2,4 --samples 8 --length 512 --out benchmarks/results/ranks.jsonl
 
-Each run is started by torchrun (one rank by Python itself) with one thread a rank, one after the other, on the same
-windows. --twice runs one of the counts a second time and says whether the bytes are the same; a line holds both times,
-and the sha256 over all of the result's weight files. Losses are held against those of the first count, layer by layer.
-Bytes are those that the ranks send each other, memory is each process's own peak. The KL is the quality gate's, on its
-windows."""
+Each run is started by torchrun (a single rank by Python itself) with one thread a rank, one run after the other, on the
+same windows. --twice runs one of the counts a second time: the line then holds both times and says whether the bytes
+are the same, by the sha256 of all weight files. Losses are compared with those of the first count, layer by layer.
+"sent_bytes" are those that the ranks send each other, memory is the peak of each process, and the KL is that of the
+quality gate.
+"""
 
 import argparse
 import hashlib
@@ -23,8 +25,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from common import lines, quantize_process
+from common import lines
 from common.machine import provenance
+from common.quantize_process import own_peak
 from common.workload import Workload, default_source
 
 
@@ -41,7 +44,7 @@ class Sent:
 
 
 def worker(job: dict[str, Any]) -> None:
-    """One rank: the run, and what this process used, into the job's folder."""
+    """One rank: quantize, and write what this process used and got into the job's folder."""
     import leangrid
     from leangrid.cli.progress_bar import Terminal
     from leangrid.storage import safetensors
@@ -54,18 +57,18 @@ def worker(job: dict[str, Any]) -> None:
         result = leangrid.quantize(
             job["source"],
             job["out"],
-            leangrid.Recipe.build(**job["recipe"]),
+            leangrid.Recipe(**job["recipe"]),
             windows=windows,
             threads=1,
             progress=terminal,
         )
     used = {"seconds": round(time.perf_counter() - begin, 2), "cpu_seconds": round(time.process_time() - processor, 2),
-            "peak_ram_bytes": quantize_process.own_peak() or result.peak_ram_bytes, "sent_bytes": sent.bytes}  # fmt: skip
-    Path(job["folder"], f"{rank}.json").write_text(json.dumps({"used": used, "result": result.to_json()}))
+            "peak_ram_bytes": own_peak() or result.peak_ram_bytes, "sent_bytes": sent.bytes}  # fmt: skip
+    Path(job["folder"], f"{rank}.json").write_text(json.dumps({"used": used, "result": result.to_dict()}))
 
 
 def run(job: dict[str, Any], count: int, folder: Path) -> list[dict[str, Any]]:
-    """Start ``count`` ranks; what each of them used and got."""
+    """Start ``count`` ranks and return what each of them used and got."""
     folder.mkdir()
     torchrun = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     told = folder / "job.json"
@@ -80,8 +83,8 @@ def run(job: dict[str, Any], count: int, folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
-def weights_sha256(out: Path) -> str:
-    """Over the names and bytes of all weight files."""
+def hash_weights(out: Path) -> str:
+    """The sha256 over the names and bytes of all weight files."""
     digest = hashlib.sha256()
     for path in sorted(out.glob("*.safetensors")):
         digest.update(path.name.encode())
@@ -90,19 +93,19 @@ def weights_sha256(out: Path) -> str:
     return digest.hexdigest()
 
 
-def losses(out: Path) -> dict[str, float]:
+def read_losses(out: Path) -> dict[str, float]:
     """Name -> loss of every layer."""
     found = (json.loads(line) for line in (out / "records.jsonl").read_text(encoding="utf-8").splitlines())
     return {record["name"]: record["loss"] for record in found}
 
 
-def summary(
+def summarize(
     runs: list[list[dict[str, Any]]], outs: list[Path], first: tuple[float, dict[str, float]] | None
 ) -> dict[str, Any]:
-    """One line's figures from the runs of one count and their results; ``first``: seconds and losses of the first
-    count."""
+    """The figures of one line, from the runs of one count and their results. ``first`` holds the seconds and losses of
+    the first count; None for the first count itself."""
     used, result = [rank["used"] for rank in runs[0]], runs[0][0]["result"]
-    hashes, mine = [weights_sha256(out) for out in outs], losses(outs[0])
+    hashes, mine = [hash_weights(out) for out in outs], read_losses(outs[0])
     figures = {
         "ranks": len(used),
         "seconds": used[0]["seconds"],
@@ -164,8 +167,8 @@ def main() -> None:
         for count in map(int, options.counts.split(",")):
             folders = [folder / f"{count}-{turn}" for turn in range(2 if count == options.twice else 1)]
             runs = [run(job, count, one) for one in folders]
-            figures = summary(runs, [one / "out" for one in folders], first)
-            first = first or (figures["seconds"], losses(folders[0] / "out"))
+            figures = summarize(runs, [one / "out" for one in folders], first)
+            first = first or (figures["seconds"], read_losses(folders[0] / "out"))
             line = {
                 "benchmark": "ranks",
                 "model": work.name,

@@ -1,15 +1,16 @@
-"""How does the cost of each stage grow? One variable at a time around a base point; one JSON line for each stage and
-variable.
+"""How does the cost of each stage grow? One JSON line for each stage and variable; the others stay at a base point.
 
     # then benchmarks/figures.py draws docs/figures
     python benchmarks/scaling.py --out benchmarks/results/scaling.jsonl
-    python benchmarks/scaling.py --stages affine sweep --small               # a look, in seconds
+    # two stages around a small base point, in seconds
+    python benchmarks/scaling.py --stages affine sweep --small
 
-One thread, CPU seconds of the process, the best of the repeats: other work on the machine only ever adds time.
+One thread; CPU seconds of the process, the best of the repeats: other work on the machine only ever adds time.
 ``exponent`` is the slope of log(seconds) over log(value) by least squares, ``exponent_end`` that of the last two points
-alone, ``exponent_flops`` the slope that the counted operations (cost below) have at the same points. For bits the value
-is the number of levels 2^bits. Weights are heavy-tailed, the Hessian is low-rank plus a diagonal that falls over two
-decades: what real layers look like, but random."""
+alone, ``exponent_flops`` the slope that the counted operations (the ``*_cost`` functions below) have at the same
+points. For bits the value is the number of levels 2^bits. Weights are heavy-tailed; the Hessian is low-rank plus a
+diagonal that falls over two decades, which is random but resembles that of real layers.
+"""
 
 import argparse
 import functools
@@ -46,7 +47,7 @@ ENOUGH_SECONDS, MOST_CALLS = 0.1, 20  # a short call is repeated more often than
 
 @dataclass(frozen=True)
 class Point:
-    """One problem: a weight [rows, cols], so many calibration tokens, T, bits and group size."""
+    """One problem: a weight [rows, cols], the number of calibration tokens, T (``steps``), bits and group size."""
 
     rows: int = 512
     cols: int = 1024
@@ -69,8 +70,8 @@ SMALL = Point(rows=128, cols=512, tokens=1024)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage has to do: floating-point operations (None where comparisons and look-ups are the work) and bytes of
-    main memory."""
+    """What a stage has to do: floating-point operations (None where it mainly compares and looks up), and bytes of main
+    memory."""
 
     flops: float | None
     bytes: float
@@ -78,7 +79,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Stage:
-    """``prepare`` gives the call that is timed; ``variables`` are those the stage depends on."""
+    """``prepare`` returns the call that is timed; ``variables`` are those the stage depends on."""
 
     variables: tuple[str, ...]
     prepare: Callable[[Point], Callable[[], object]]
@@ -158,13 +159,13 @@ def _pack(at: Point) -> Callable[[], object]:
 
 
 def _linear(at: Point) -> Callable[[], object]:
-    recipe = Recipe.build(scheme=f"W{at.bits}A16_G{at.group_size}", steps=at.steps).resolved()
+    recipe = Recipe(scheme=f"W{at.bits}A16_G{at.group_size}", steps=at.steps).resolved()
     w, made, matrix = weight(at.rows, at.cols), factor(at.cols), hessian(at.cols)
     return lambda: solve_linear(w, made, matrix, recipe, torch.bfloat16)
 
 
 def hessian_cost(at: Point, panel: int = PANEL, size: int = 4) -> Cost:
-    """Of the upper triangle in panels of columns; ``size`` bytes an activation."""
+    """The cost of the upper triangle in panels of columns, with ``size`` bytes for each activation."""
     panels = [(min(panel, at.cols - start), at.cols - start) for start in range(0, at.cols, panel)]
     elements = sum(width * right for width, right in panels)
     return Cost(2.0 * at.tokens * elements, float(size * at.tokens * at.cols + 8 * elements))
@@ -183,7 +184,7 @@ def _trailing(cols: int) -> int:
 
 
 def _inside(cols: int) -> int:
-    """Pairs of columns of one block, the kernel's share."""
+    """Pairs of columns of the same block, which the kernel updates."""
     return sum((width := min(BLOCK, cols - start)) * (width - 1) // 2 for start in range(0, cols, BLOCK))
 
 
@@ -221,7 +222,7 @@ def _refine_cost(at: Point, rounds: int, state: float, refit: float) -> Cost:
 
 
 def elements_cost(read: float, written: float) -> Callable[[Point], Cost]:
-    """Bytes an element of the weight; no arithmetic that a GEMM would do."""
+    """The cost of a stage that reads and writes so many bytes for each weight, without products."""
     return lambda at: Cost(None, at.rows * at.cols * (read + written))
 
 
@@ -266,15 +267,15 @@ def best_of(repeats: int, work: Callable[[], object]) -> float:
 
 
 def slope(values: list[float], results: list[float]) -> float:
-    """Of log(result) over log(value), by least squares: the exponent e of result = c value^e."""
+    """The exponent e of result = c value^e: the slope of log(result) over log(value) by least squares."""
     x, y = [math.log(value) for value in values], [math.log(result) for result in results]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
 
 
 def limits(repeats: int) -> dict[str, float]:
-    """What this machine gives one thread at best: a float32 GEMM in GFLOP/s, a copy of memory in GB/s (read and
-    written)."""
+    """What one thread reaches at best on this machine: a float32 GEMM in GFLOP/s, and a copy of memory in GB/s (read
+    and written)."""
     a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
     source = torch.randn(1 << 26)
     target = torch.empty_like(source)
@@ -282,8 +283,9 @@ def limits(repeats: int) -> dict[str, float]:
             "copy_gb": round(8e-9 * source.numel() / best_of(repeats, lambda: target.copy_(source)), 2)}  # fmt: skip
 
 
-def measured(name: str, variable: str, base: Point, repeats: int) -> dict[str, Any]:
-    """One line: the seconds of ``name`` over the values of ``variable``, the rest as in ``base``."""
+def measure_stage(name: str, variable: str, base: Point, repeats: int) -> dict[str, Any]:
+    """The fields of one line: the seconds of stage ``name`` over the values of ``variable``, the rest as in
+    ``base``."""
     stage = STAGES[name]
     values = [value for value in VALUES[variable] if variable != "group_size" or base.cols % value == 0]
     points = [replace(base, **{variable: value}) for value in values]
@@ -331,7 +333,7 @@ def main() -> None:
         for name in options.stages:
             if variable not in STAGES[name].variables:
                 continue
-            found = measured(name, variable, base, options.repeats)
+            found = measure_stage(name, variable, base, options.repeats)
             if "gflops" in found:
                 found["share_of_gemm"] = round(found["gflops"] / best["gemm_gflops"], 3)
             line = {"benchmark": "scaling", "threads": 1, "kernels": kernels.backend(), **found, **best} | origin

@@ -1,12 +1,12 @@
-"""No question: makes a BERT-shaped model that answers questions, for benchmarks/encoder.py. No such checkpoint is in a
-package registry.
+"""Trains a BERT-shaped model that answers questions, for encoder.py; no package registry has such a checkpoint.
 
     python benchmarks/squad_finetune.py FILE.json OUT [--source .models/minilm] [--held-out 12] [--epochs 4]
 
-The sentence encoder MiniLM gets a span head and is trained on a SQuAD 1.1 file (XQuAD's English part has 1,190
-questions on 48 articles). Articles are shuffled by --seed; the last --held-out of them are never trained on and end as
-OUT-data/heldout, the contexts of the others as OUT-data/train.txt (calibration). AdamW, linear warm-up and decay, the
-embeddings of words fixed. One thread: about half an hour."""
+The sentence encoder MiniLM gets a span head and is trained on a SQuAD 1.1 file (the English part of XQuAD has 1,190
+questions on 48 articles). Articles are shuffled by --seed; the last --held-out of them are not trained on and are
+written to OUT-data/heldout, the contexts of the others to OUT-data/train.txt (calibration). AdamW, linear warm-up and
+decay, the word embeddings fixed. About half an hour with one thread.
+"""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ _RATE, _WARM = 1e-4, 0.1
 
 
 def split(path: Path, held_out: int, seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The file's articles to train on, and those held out."""
+    """The articles of the file to train on, and those held out."""
     articles = json.loads(path.read_text(encoding="utf-8"))["data"]
     if not 0 < held_out < len(articles):
         raise SystemExit(f"{path} has {len(articles)} articles: hold out 1 to {len(articles) - 1}")
@@ -49,8 +49,8 @@ def write_data(folder: Path, trained: list[dict[str, Any]], held: list[dict[str,
 
 
 def labelled(tokenizer: Any, questions: list[squad.Question]) -> tuple[dict[str, Tensor], Tensor]:
-    """Windows as the model reads them, and the first and last token of each one's answer; [CLS] twice where it is not
-    in the window."""
+    """Windows of tokens as the model reads them, and int64 [windows, 2]: the first and last token of each one's answer,
+    or twice 0, that of [CLS], where the answer is not in the window."""
     windows = squad.windows_of(tokenizer, questions)
     owners, offsets = windows.pop("overflow_to_sample_mapping"), windows.pop("offset_mapping")
     spans = torch.zeros(len(owners), 2, dtype=torch.long)

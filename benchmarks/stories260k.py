@@ -1,17 +1,19 @@
-"""llama2.c's stories260K as a Hugging Face checkpoint: a trained model of 260,000 real float32 weights, for claims
-about quality.
+"""llama2.c's stories260K as a Hugging Face checkpoint: a trained model of 260,000 float32 weights.
+
+It is small enough to measure quality within minutes.
 
     python benchmarks/stories260k.py stories260K.bin tok512.bin OUT [--text stories.txt]
 
 The binary ("version 0", karpathy/llama2.c, export.py legacy_export): 7 int32 (dim, hidden_dim, layers, heads, kv_heads,
 vocabulary, negative where the classifier is its own, sequence length), then float32 tensors, each for all layers at
-once. Its RoPE turns neighbouring pairs (2i, 2i+1) of a head; transformers turns (i, i + half), so the rows of q and k
-are permuted. The tokenizer is sentencepiece BPE with byte fallback; ``encode`` below is llama2.c's own loop, and every
-story of a sample is compared with it before anything is believed.
+once. Its RoPE rotates neighbouring pairs (2i, 2i+1) of a head; transformers rotates (i, i + half), so the rows of q and
+k are permuted. The tokenizer is sentencepiece BPE with byte fallback. ``encode`` below is llama2.c's own loop, and the
+converted tokenizer is compared with it on every story of a sample.
 
-``--text`` (stories with <|endoftext|> between them) also leaves OUT/calibration.txt and OUT/evaluation.txt, the first
-and second half of the stories, each opened by <s> as in training, and prints the model's perplexity on the second and a
-story of its own."""
+--text (stories with <|endoftext|> between them) also writes OUT/calibration.txt and OUT/evaluation.txt, the first and
+second half of the stories, each opened by <s> as in training, and prints the model's perplexity on the second half and
+a story that it generates.
+"""
 
 import argparse
 import json
@@ -32,7 +34,8 @@ SEPARATOR = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """tok512.bin: pieces by id, with plain spaces, and the score by which pairs merge (higher first)."""
+    """The content of tok512.bin: pieces by id, with plain spaces, and the score by which pairs are merged (higher
+    first)."""
 
     pieces: list[bytes]
     scores: list[float]
@@ -89,7 +92,7 @@ class Vocabulary:
 
 
 def read_model(path: Path) -> tuple[LlamaConfig, dict[str, Tensor]]:
-    """The config and the state dict under transformers' names."""
+    """The config, and the state dict under the names of transformers."""
     raw = path.read_bytes()
     dim, hidden, layers, heads, kv_heads, vocabulary, positions = struct.unpack_from("<7i", raw)
     values, at = torch.from_numpy(np.frombuffer(raw, "<f4", offset=28).copy()), 0
@@ -158,13 +161,13 @@ def stories(text: str) -> list[str]:
 
 
 def different(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[str]:
-    """The texts whose ids differ from llama2.c's."""
+    """Those of ``texts`` whose ids differ from llama2.c's."""
     return [text for text in texts if tokenizer.encode(text, add_special_tokens=False) != vocabulary.encode(text)]
 
 
 @torch.no_grad()
 def perplexity(model: LlamaForCausalLM, ids: list[int], windows: int, length: int) -> float:
-    """On the first ``windows`` x ``length`` tokens, non-overlapping."""
+    """The perplexity on the first ``windows`` x ``length`` tokens, in windows that do not overlap."""
     tokens = torch.tensor(ids[: windows * length]).view(-1, length)
     logits = model(input_ids=tokens).logits[:, :-1]
     return math.exp(

@@ -1,27 +1,31 @@
-"""Fill the generated tables of README.md, docs and experiments from the committed result lines: their numbers are never
-typed.
+"""Writes the generated tables of README.md, docs and experiments from the committed result lines, so that no number in
+them is typed.
 
-    python benchmarks/table.py            # rewrites the pages
-    python benchmarks/table.py --check    # exit 1 where it is not up to date
+    # rewrites the pages
+    python benchmarks/table.py
+    # exit 1 where a table is not up to date
+    python benchmarks/table.py --check
 
-A table stands between two comments; the first says which file, which lines and which columns. A list has one row a
-line:
+A table stands between two comments; the first says which file, which lines and which columns. A list has one row for
+each line:
 
     <!-- table: quality.jsonl model=SmolLM2-135M-Instruct | scheme, bits_per_weight:.2f, kl_mean:.3f -->
     <!-- end -->
 
 A pivot has one row for each scheme (or whatever its second part names) and one column for each variant; the last part
-is what a cell shows, several values with a slash between them. A head of its own is written NAME=HEAD:
+is what a cell shows, several values with a slash between them. NAME=HEAD gives a column another head:
 
-    <!-- pivot: quality.jsonl model=stories260K | scheme, bits_per_weight:.2f=bits | variant: default, paper |
-    kl_mean:.3f --> <!-- end -->
+    <!-- pivot: quality.jsonl model=stories260K | scheme, bits:.2f | variant: default, paper | kl_mean:.3f -->
+    <!-- end -->
 
-With a question mark (``table?:``, ``pivot?:``) the lines may be missing still: "Not run yet" stands there until they
-are measured.
+With a question mark (``table?:``, ``pivot?:``) the lines may be missing: "Not run yet" stands there until they are
+measured.
 
-Lines are chosen by equal fields and keep the order of the file; a field inside another is written recipe.p, a value
-with spaces in double quotes: machine.cpu="AMD EPYC". A file lies in benchmarks/results, or where its path from the
-project's root says."""
+Lines are chosen by equal fields and keep the order of the file. A field inside another is written recipe.p, a value
+with spaces in double quotes: machine.cpu="AMD EPYC", several values with commas: scheme=NU4,NU3. A list with a third
+part, ``once: engine, scheme``, shows only the last of all lines that agree in these fields. A file lies in
+benchmarks/results, or, with a slash in its name, where its path from the project's root says.
+"""
 
 import argparse
 import json
@@ -35,6 +39,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     "README.md",
+    "docs/quality.md",
+    "docs/serving.md",
     "docs/performance.md",
     "docs/choosing.md",
     "docs/tasks.md",
@@ -45,14 +51,15 @@ PAGES = (
 )
 RESULTS = ROOT / "benchmarks" / "results"
 MARKER = re.compile(
-    r"(?P<open><!-- (?P<kind>table|pivot)(?P<planned>\??): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n).*?(?P<close><!-- end -->)",
+    r"(?P<open><!-- (?P<kind>table|pivot)(?P<planned>\??): (?P<file>[^\s|>]+)(?P<rest>[^>]*?)-->\n)"
+    r".*?(?P<close><!-- end -->)",
     re.DOTALL,
 )
 Line = dict[str, Any]
 
 
 class Column:
-    """``name:format=head``: a field of the line, how it is written, and what stands above it."""
+    """A column, written ``name:format=head``: a field of the line, its format, and the head of the column."""
 
     def __init__(self, text: str) -> None:
         body, _, head = text.strip().partition("=")
@@ -65,7 +72,7 @@ class Column:
 
 
 def field(line: Line, name: str) -> Any:
-    """``line["a"]["b"]`` for ``a.b``, of a list by number as in ``a.0``; None where there is none."""
+    """``line["a"]["b"]`` for ``a.b``; an element of a list by its number, as in ``a.0``; None where there is none."""
     value: Any = line
     for part in name.split("."):
         if isinstance(value, list):
@@ -75,7 +82,7 @@ def field(line: Line, name: str) -> Any:
     return value
 
 
-def rows(file: str, where: str, results: Path = RESULTS, planned: bool = False) -> list[Line]:
+def read_rows(file: str, where: str, results: Path = RESULTS, planned: bool = False) -> list[Line]:
     """The JSON lines of ``file`` (or the "rows" of a .json file) whose fields equal every ``name=value`` in ``where``.
 
     SystemExit where there is none, unless the table is ``planned``.
@@ -90,21 +97,29 @@ def rows(file: str, where: str, results: Path = RESULTS, planned: bool = False) 
         if file.endswith(".json")
         else [json.loads(line) for line in text.splitlines() if line.strip()]
     )
-    chosen = [line for line in lines if all(str(field(line, name)) == value for name, value in wanted.items())]
+    chosen = [
+        line for line in lines if all(str(field(line, name)) in value.split(",") for name, value in wanted.items())
+    ]
     if not chosen and not planned:
         raise SystemExit(f"no line of {file} has {where.strip() or 'anything'}")
     return chosen
 
 
-def listed(lines: Sequence[Line], columns: str) -> list[list[str]]:
-    """Head and one row a line."""
+def list_rows(lines: Sequence[Line], columns: str, once: str = "") -> list[list[str]]:
+    """Head and one row a line; with ``once: NAME, NAME`` only the last of all lines that agree in these fields."""
     chosen = [Column(text) for text in columns.split(",")]
+    if once:
+        word, _, names = once.strip().partition(":")
+        if word != "once":
+            raise SystemExit(f"cannot read {once.strip()}")
+        keys = [name.strip() for name in names.split(",")]
+        lines = list({tuple(str(field(line, key)) for key in keys): line for line in lines}.values())
     return [[column.head for column in chosen], *([column.cell(line) for column in chosen] for line in lines)]
 
 
-def pivoted(lines: Sequence[Line], row_columns: str, across: str, values: str) -> list[list[str]]:
-    """Head and one row for each value of the first row column; where two lines meet in one cell, the later one
-    shows."""
+def pivot_rows(lines: Sequence[Line], row_columns: str, across: str, values: str) -> list[list[str]]:
+    """The head, and one row for each value of the first row column. Where two lines belong in one cell, the later one
+    is shown."""
     left, shown = [Column(text) for text in row_columns.split(",")], [Column(text) for text in values.split(",")]
     name, _, names = across.strip().partition(":")
     tops = [Column(text) for text in names.split(",")]
@@ -119,17 +134,17 @@ def pivoted(lines: Sequence[Line], row_columns: str, across: str, values: str) -
     return table
 
 
-def rendered(text: str, results: Path = RESULTS) -> str:
-    """``text`` with every table written anew."""
+def render(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every table written again from the results."""
 
     def fresh(found: re.Match[str]) -> str:
         where, *parts = found["rest"].split("|")
-        if len(parts) != (1 if found["kind"] == "table" else 3):
+        if len(parts) not in ((1, 2) if found["kind"] == "table" else (3,)):
             raise SystemExit(f"cannot read {found['open'].strip()}")
-        lines = rows(found["file"], where, results, bool(found["planned"]))
+        lines = read_rows(found["file"], where, results, bool(found["planned"]))
         if not lines:
             return f"{found['open']}*Not run yet.*\n{found['close']}"
-        table = listed(lines, *parts) if found["kind"] == "table" else pivoted(lines, *parts)
+        table = list_rows(lines, *parts) if found["kind"] == "table" else pivot_rows(lines, *parts)
         numeric = (
             [re.fullmatch(r"[-+0-9._,%/ einf]*", cell) is not None for cell in table[1]]
             if len(table) > 1
@@ -148,7 +163,7 @@ def main() -> None:
     options = parser.parse_args()
     for page in (ROOT / name for name in PAGES):
         before = page.read_text(encoding="utf-8")
-        after = rendered(before)
+        after = render(before)
         if options.check and after != before:
             sys.exit(f"{page.relative_to(ROOT)} is not up to date: python benchmarks/table.py")
         if after != before:

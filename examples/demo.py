@@ -1,9 +1,12 @@
-"""The main job on a real model: SmolLM2-135M-Instruct nine ways, one table, and the 4-bit model answers a question.
+"""Quantizes SmolLM2-135M-Instruct nine ways, compares the results in a table, and lets a 4-bit model answer a question.
 
-`make demo` runs it. Everything it leaves is in demo/: the original as a checkpoint, nine finished results, and
-summary.json (the table it printed). Run it again and what is finished is kept; stop it anywhere and the same command
-goes on from there."""
+    make demo
 
+It writes only to demo/: the original as a checkpoint, nine results, and summary.json (the figures of the table).
+Finished results are kept when it runs again, and a run that was stopped continues.
+"""
+
+import argparse
 import json
 import subprocess
 import sys
@@ -18,8 +21,8 @@ from rich.table import Table
 
 import leangrid
 from leangrid.cli.progress_bar import Terminal
-from leangrid.data.calibration import windows_hash
-from leangrid.data.sampling import sample
+from leangrid.data.calibration import hash_windows
+from leangrid.data.sampling import sample_windows
 from leangrid.evaluation import evaluate_many
 from leangrid.machine.memory import peak_bytes
 from leangrid.models.gguf import dequantize
@@ -30,23 +33,21 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"
 SOURCE = DEMO / "source"
 SCHEMES = ("W4A16_G64", "GPTQ4_G64", "RTN4_G64", "NU4", "GPTQ4", "RTN4", "NU3", "GPTQ3", "RTN3")
-SAMPLES, LENGTH, SEED = (
-    8,
-    512,
-    0,
-)  # few, so that a slow processor ends in a quarter of an hour; `leangrid quantize` takes 128 x 2048
+# Few windows, so that a slow processor needs a quarter of an hour; `leangrid quantize` takes 128 x 2048.
+SAMPLES, LENGTH, SEED = 8, 512, 0
 EVALUATION_WINDOWS = 8
 PROMPT = "What is the capital of France, and what is it known for?"
 STARTED = time.perf_counter()
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     transformers.utils.logging.disable_progress_bar()
     (DEMO / "seconds").mkdir(parents=True, exist_ok=True)
     prepare_source()
-    windows = calibration()
-    rows = evaluation([quantize(scheme, windows) for scheme in SCHEMES])
-    show(rows)
+    windows = make_windows()
+    rows = evaluate_rows([quantize(scheme, windows) for scheme in SCHEMES])
+    print_table(rows)
     answer = ask(DEMO / "W4A16_G64")
     opened = [
         opens_in_transformers(DEMO / "W4A16_G64", needs_leangrid=False),
@@ -59,7 +60,7 @@ def main() -> None:
             "samples": SAMPLES,
             "length": LENGTH,
             "seed": SEED,
-            "sha256": windows_hash(windows),
+            "sha256": hash_windows(windows),
         },
         "rows": rows,
         "prompt": PROMPT,
@@ -91,9 +92,8 @@ def prepare_source() -> None:
     dequantize(published, SOURCE)
 
 
-def calibration() -> torch.Tensor:
-    """8 x 512 tokens that the model wrote itself: no text of ours enters, so the evaluation below is on text it has not
-    seen."""
+def make_windows() -> torch.Tensor:
+    """Calibration windows, int64 [8, 512], that the model generated: the evaluation is on text it has not seen."""
     path = DEMO / f"windows-{SAMPLES}x{LENGTH}-seed{SEED}.safetensors"
     if path.is_file():
         say("calibration windows are here")
@@ -108,7 +108,7 @@ def calibration() -> torch.Tensor:
             shown = done * 10 // total
             say(f"  sampled {done:,} of {total:,} tokens", passing=done < total)
 
-    windows = sample(model, tokenizer, SAMPLES, LENGTH, SEED, progress=progress)
+    windows = sample_windows(model, tokenizer, SAMPLES, LENGTH, SEED, progress=progress)
     safetensors.save(path, {"windows": windows}, {})
     return windows
 
@@ -117,7 +117,7 @@ def quantize(scheme: str, windows: torch.Tensor) -> dict[str, Any]:
     """demo/SCHEME and its figures. A finished directory of the same job is kept, an unfinished one is resumed."""
     recipe = leangrid.Recipe(scheme=scheme, calibration="self", samples=SAMPLES, length=LENGTH, seed=SEED)
     took = DEMO / "seconds" / f"{scheme}.json"
-    if finished(DEMO / scheme, recipe, windows) and took.is_file():
+    if is_finished(DEMO / scheme, recipe, windows) and took.is_file():
         say(f"{scheme}: demo/{scheme} is finished and whole")
     else:
         say(f"{scheme} -> demo/{scheme}")
@@ -132,12 +132,13 @@ def quantize(scheme: str, windows: torch.Tensor) -> dict[str, Any]:
         for label, key in (("loss", "loss"), ("min-max", "loss_minmax"), ("rounding", "loss_rounding"))
     )
     say(
-        f"{scheme}: {row['bits_per_weight']:.2f} bits a weight, {losses}, {row['rescues']} rescues, {row['seconds']['total']:.0f} s"
+        f"{scheme}: {row['bits_per_weight']:.2f} bits a weight, {losses}, "
+        f"{row['rescues']} rescues, {row['seconds']['total']:.0f} s"
     )
     return row
 
 
-def finished(directory: Path, recipe: leangrid.Recipe, windows: torch.Tensor) -> bool:
+def is_finished(directory: Path, recipe: leangrid.Recipe, windows: torch.Tensor) -> bool:
     """True where ``directory`` is whole and was made by the same recipe, version, source and windows."""
     if not (directory / "manifest.json").is_file() or not leangrid.verify(directory):
         return False
@@ -152,14 +153,15 @@ def finished(directory: Path, recipe: leangrid.Recipe, windows: torch.Tensor) ->
         recipe.resolved().fingerprint(),
         leangrid.__version__,
         open_source(SOURCE).fingerprint,
-        windows_hash(windows),
+        hash_windows(windows),
     )
 
 
-def evaluation(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def evaluate_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with perplexity, KL and top-1 against the original, on the English text that ships with Python."""
     say(
-        f"evaluating the original and {len(rows)} results on {EVALUATION_WINDOWS} x {LENGTH} tokens of Python's own documentation"
+        f"evaluating the original and {len(rows)} results "
+        f"on {EVALUATION_WINDOWS} x {LENGTH} tokens of Python's own documentation"
     )
     directories = [DEMO / row["name"] for row in rows]
     with Terminal() as progress:
@@ -176,10 +178,10 @@ def evaluation(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "sha256_of_text",
         "tokens",
     )
-    return [row | {key: figures[key] for key in keys} for row, figures in zip(rows, found, strict=True)]
+    return [row | {key: getattr(figures, key) for key in keys} for row, figures in zip(rows, found, strict=True)]
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[dict[str, Any]]) -> None:
     """The table, on stdout."""
     table = Table(title=f"SmolLM2-135M-Instruct, original perplexity {rows[0]['reference_perplexity']:.2f}")
     for head in (
@@ -212,7 +214,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(
         "GPTQ: the same solver on a min-max grid. RTN: rounding. KL and top-1 are against the original model.\n"
-        "loss: sum over layers of tr(E H E^T)/2; GPTQ's and RTN's beside it are theirs on the very same Hessians and targets.",
+        "loss: sum over layers of tr(E H E^T)/2; those of GPTQ and RTN are on the same Hessians and targets.",
         flush=True,
     )
 
@@ -252,7 +254,8 @@ def opens_in_transformers(directory: Path, needs_leangrid: bool) -> dict[str, An
     same = json.loads(done.stdout.splitlines()[-1]) == ours
     how = "import leangrid, then " if needs_leangrid else ""
     say(
-        f"{how}AutoModelForCausalLM.from_pretrained('demo/{directory.name}'): {'same predictions' if same else 'OTHER PREDICTIONS'}"
+        f"{how}AutoModelForCausalLM.from_pretrained('demo/{directory.name}'): "
+        f"{'same predictions' if same else 'OTHER PREDICTIONS'}"
     )
     if not same:
         sys.exit(f"demo/{directory.name}: transformers and leangrid.load predict different tokens. This is a bug.")

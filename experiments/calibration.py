@@ -1,4 +1,4 @@
-"""How much calibration text, and which: KL and perplexity of the defaults at 4 bits."""
+"""How much calibration text, and which? KL and perplexity of the defaults at 4 bits."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""LeanQuant-Exact on an encoder (the paper's BERT table): benchmarks/encoder.py, a run a line, F1 on SQuAD's questions.
+"""Is LeanQuant-Exact worth its time on an encoder (the paper's BERT table)? F1 on SQuAD's questions.
 
-The model is what benchmarks/squad_finetune.py trains: MiniLM with a span head.
+The runs are those of benchmarks/encoder.py, one line each. The model is what benchmarks/squad_finetune.py trains:
+MiniLM with a span head.
 """
 
 from collections.abc import Iterator
@@ -24,18 +25,18 @@ def tasks(bench: Bench) -> Iterator[Task]:
             "scheme": scheme,
             "variant": kind or "paper",
         }
-        yield Measurement(head, lambda run=run: measured(bench, bench.size.squad, run))
+        yield Measurement(head, lambda run=run: measure(bench, bench.size.squad, run))
 
 
-def measured(bench: Bench, model: Path, run: str) -> dict[str, Any]:
-    encoder = opened(bench, model)
+def measure(bench: Bench, model: Path, run: str) -> dict[str, Any]:
+    encoder = open_encoder(bench, model)
     found = encoder.line(*recipe_of(run, encoder.work))
     return found | {"method": found["variant"]}
 
 
 @cache
-def opened(bench: Bench, model: Path) -> Encoder:
-    """The model and its own answers, once for all lines."""
+def open_encoder(bench: Bench, model: Path) -> Encoder:
+    """The model and its own answers, made once for all lines."""
     folder = bench.folder / "encoder"
     folder.mkdir()
     return Encoder(model, SAMPLES, LENGTH, folder, bench.threads)

@@ -1,5 +1,4 @@
-"""Group sizes at 4 and 3 bits: what shorter groups buy, and what they cost in bits, beside min-max GPTQ in the same
-groups."""
+"""What do shorter groups gain at 4 and 3 bits, and cost in bits? Beside min-max GPTQ in the same groups."""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,7 @@
-"""Sum of loss errors: tr(E H E^T)/2 over all layers, ours beside min-max GPTQ and rounding on the same Hessians
-(records.jsonl).
+"""How large is the sum of the loss errors, tr(E H E^T)/2 over all layers, beside min-max GPTQ and rounding?
 
-The paper's procedure, so that the grid is all that differs: whole rows, p = 4, no correction, no refit, no guard.
+All three are on the same Hessians (records.jsonl). The runs follow the paper's procedure, so that only the grid
+differs: whole rows, p = 4, no correction, no refit, no guard.
 """
 
 from collections.abc import Iterator

@@ -1,5 +1,4 @@
-"""The exponent p of g_j = U_jj^-p, with the guard and without it, on the whole model (the paper's ablation over p, and
-ours).
+"""Which exponent p of g_j = U_jj^-p is best on the whole model, with the guard and without it (the paper's ablation)?
 
 "guard" and "no-guard" are the defaults otherwise; "paper" has no correction, no refit and no guard.
 """

@@ -1,12 +1,15 @@
-"""Run the paper's experiments, line by line: ``make experiments SIZE=small``, or some of them by name.
+"""Runs the paper's experiments, line by line: ``make experiments SIZE=small``, or some of them by name.
 
-    python experiments/run.py --size small --c4 c4.jsonl --wikitext wiki.test.raw --sts STS                 # all
-    python experiments/run.py power start --size small --stories .models/stories260k                        # two
+    # all
+    python experiments/run.py --size small --c4 c4.jsonl --wikitext wiki.test.raw --sts STS
+    # two of them
+    python experiments/run.py power start --size small --stories .models/stories260k
 
-Each line goes to experiments/results/NAME.jsonl as soon as it is measured. A line that this kind of processor and this
-version of leangrid have made is kept, so the same command goes on where it was stopped (--again measures anew); lines
-of another processor stay beside it. Data by name (c4, wikitext2) are fetched; everything else is a path.
-experiments/README.md shows the lines: python benchmarks/table.py."""
+Each line is added to experiments/results/NAME.jsonl as soon as it is measured. A line that this kind of processor and
+this version of leangrid have made is not measured again, so the same command continues where it was stopped (--again
+measures anew); lines of another processor stay beside it. Data given by name (c4, wikitext2) are fetched; everything
+else is a path. ``python benchmarks/table.py`` writes the lines into experiments/README.md.
+"""
 
 import argparse
 import importlib
@@ -37,7 +40,7 @@ EXPERIMENTS = (
 SHOWN = ("benchmark", "model", "scheme", "bits", "variant", "steps")
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     from measure.sizes import SIZES, Data
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,10 +62,10 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def missing(
+def list_missing(
     path: Path, tasks: Iterable[Any], options: argparse.Namespace, ours: Callable[[dict[str, Any]], bool]
 ) -> Iterator[Any]:
-    """The tasks without a line of ours that says all of their head; a line says more, found by measuring."""
+    """The tasks that have no line yet, on this kind of processor by this version, with all fields of their head."""
     from common import lines
 
     for task in tasks:
@@ -72,8 +75,8 @@ def missing(
             yield task
 
 
-def line_of(task: Any, again: bool, ours: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """The task's line, measured, or taken from another experiment that measured the same here."""
+def make_line(task: Any, again: bool, ours: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """The line of ``task``: measured, or with the figures of another experiment's line of the same recipe."""
     from common.machine import provenance
     from measure.whole_model import WholeModel
 
@@ -91,7 +94,7 @@ def main() -> None:
     from measure.sizes import Data, size
     from measure.whole_model import RESULTS, Bench
 
-    options = arguments()
+    options = parse_arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
     data = Data(**{name: getattr(options, name) for name in vars(Data())})
@@ -106,13 +109,13 @@ def main() -> None:
             print(f"left out: {sentence}", file=sys.stderr)
         for name in options.names or EXPERIMENTS:
             path = RESULTS / f"{name}.jsonl"
-            for task in missing(path, importlib.import_module(name).tasks(bench), options, ours):
+            for task in list_missing(path, importlib.import_module(name).tasks(bench), options, ours):
                 shown = " ".join(str(task.head[key]) for key in SHOWN if key in task.head)
                 print(shown, file=sys.stderr, flush=True)
                 if options.list:
                     continue
                 try:
-                    lines.add(path, line_of(task, options.again, ours))
+                    lines.add(path, make_line(task, options.again, ours))
                 except Exception:  # one line that cannot be made does not cost the others
                     traceback.print_exc()
                     failed.append(shown)

@@ -1,7 +1,8 @@
-"""Fused against unfused affine search (the paper's Table 5): benchmarks/grid_search.py, at each number of bits.
+"""How much does the fused affine search save at each number of bits (the paper's Table 5)?
 
-There the paper's unfused search is what torch does candidate by candidate, and ours the de-duplicated search in C++ or
-Triton."""
+The measurement is benchmarks/grid_search.py: the paper's unfused search in torch, candidate by candidate, beside ours,
+de-duplicated in C++ or Triton.
+"""
 
 import json
 import subprocess
@@ -23,10 +24,10 @@ def tasks(bench: Bench) -> Iterator[Task]:
                 "group": group,
                 "device": bench.size.device,
             }
-            yield Measurement(head, lambda b=bits, g=group: measured(b, g))
+            yield Measurement(head, lambda b=bits, g=group: measure(b, g))
 
 
-def measured(bits: int, group: int) -> dict[str, Any]:
+def measure(bits: int, group: int) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "benchmarks" / "grid_search.py"), "--bits", str(bits), "--group", str(group)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])

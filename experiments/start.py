@@ -1,9 +1,10 @@
-"""Where the k-means of a non-uniform grid begins: uniform, k-means++, ours, or no start to choose (the optimum).
+"""Where should the k-means of a non-uniform grid begin: uniform, k-means++, our start, or no start (the optimum)?
 
-"uniform" and "k-means++" are scikit-learn's Lloyd iteration from that start, one run, a call a row, as the authors'
-code does it (it takes the first for up to 8 levels, the second for 16); "lloyd" is ours (``search = "lloyd"``),
-"optimal" the dynamic program. The paper's procedure around it: p = 4, no refit, no guard. Objectives are relative to
-the optimum's."""
+"uniform" and "k-means++" are scikit-learn's Lloyd iteration from that start, one run and one call for each row, as in
+the authors' code (it takes the first for up to 8 levels, the second for 16). "lloyd" is ours (``search = "lloyd"``),
+"optimal" the dynamic program. The procedure around it is the paper's: p = 4, no refit, no guard. Objectives are
+relative to that of the optimum.
+"""
 
 from collections.abc import Iterator
 from time import process_time
@@ -15,7 +16,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from leangrid.grids import NonuniformGrid, fit_nonuniform
-from leangrid.solve.layer import row_losses
+from leangrid.solve.layer import layer_loss
 from leangrid.solve.sweep import sweep
 from measure.layers import Layer, each
 from measure.whole_model import Bench, Task
@@ -25,25 +26,25 @@ POWER = 4.0
 
 
 def tasks(bench: Bench) -> Iterator[Task]:
-    return each(bench, "start", "variant", STARTS, measured)
+    return each(bench, "start", "variant", STARTS, measure)
 
 
-def measured(layers: list[Layer], bits: int, start: str) -> dict[str, Any]:
+def measure(layers: list[Layer], bits: int, start: str) -> dict[str, Any]:
     objective = best = loss = spent = 0.0
     for layer in layers:
         weights = layer.factor.loss_error_weights(POWER)
         begin = process_time()
-        grid = fitted(layer.weight, weights, 2**bits, start)
+        grid = fit_from(layer.weight, weights, 2**bits, start)
         spent += process_time() - begin
         objective += layer.objective(grid, weights)
         best += layer.objective(fit_nonuniform(layer.weight, weights, 2**bits), weights)
         codes = sweep(layer.weight, layer.factor, grid).codes
-        loss += float(row_losses(grid.dequantize(codes), layer.weight, layer.matrix).sum())
+        loss += layer_loss(grid.dequantize(codes), layer.weight, layer.matrix)
     return {"layers": len(layers), "objective": objective / best, "loss": loss, "grid_cpu_seconds": round(spent, 3)}
 
 
-def fitted(weight: Tensor, weights: Tensor, levels: int, start: str) -> NonuniformGrid:
-    """The grid of a layer from one start."""
+def fit_from(weight: Tensor, weights: Tensor, levels: int, start: str) -> NonuniformGrid:
+    """The grid of a layer by k-means from one start."""
     if start in ("lloyd", "optimal"):
         return fit_nonuniform(weight, weights, levels, start)  # pyright: ignore[reportArgumentType]
     found = torch.empty(len(weight), levels)

@@ -1,7 +1,7 @@
-"""T, the steps of the affine search: grid objective, layer loss after the sweep, CPU seconds of the grid, over the
-layers of some blocks.
+"""How many steps T does the affine search need? Grid objective, layer loss after the sweep, CPU seconds.
 
-The paper's procedure: whole rows, p = 4, no refit, no guard; objectives are relative to those of T = 2048.
+Over the layers of some blocks, by the paper's procedure: whole rows, p = 4, no refit, no guard. Objectives are relative
+to those of T = 2048.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ STEPS = (16, 64, 256, 1024, 2048, 4096)
 
 
 def tasks(bench: Bench) -> Iterator[Task]:
-    return each(bench, "steps", "steps", STEPS, measured)
+    return each(bench, "steps", "steps", STEPS, measure)
 
 
-def measured(layers: list[Layer], bits: int, steps: int) -> dict[str, Any]:
-    recipe = Recipe.build(scheme=f"W{bits}A16", **{**KNOWN["paper"], "steps": str(steps)}).resolved()
+def measure(layers: list[Layer], bits: int, steps: int) -> dict[str, Any]:
+    recipe = Recipe(scheme=f"W{bits}A16", **{**KNOWN["paper"], "steps": str(steps)}).resolved()
     objective = best = loss = minmax = spent = 0.0
     for layer in layers:
         weights = layer.factor.loss_error_weights(recipe.p or 0.0)

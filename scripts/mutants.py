@@ -1,8 +1,12 @@
-"""``python scripts/mutants.py [NAME ...]``: take one protection away at a time, in a copy; a test must fail each time.
+"""Does a test notice when a protection is missing? Removes one at a time in a copy of the tree and runs its tests.
 
-Prints a Markdown row for each: what was removed and the first test that noticed. Exit 1 where none did.
+    python scripts/mutants.py [NAME ...]
+
+Prints a row of a Markdown table for each: what was removed, and the first test that failed. The exit code is 1 where no
+test failed.
 """
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -65,7 +69,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "verify": Mutant(
         "the hash check of verify",
-        "storage/writer.py",
+        "storage/manifest.py",
         'return [] if files.hash_file(path) == entry.get("sha256") else',
         "return [] if True else",
         "faults/test_storage.py::test_verify_finds_any_damage_to_any_file",
@@ -86,15 +90,16 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "pickle": Mutant(
         "the refusal of pickles",
-        "storage/source.py",
+        "storage/shards.py",
         "        raise _no_weights(directory)",
-        "        import pickle\n        [pickle.loads(p.read_bytes()) for p in directory.iterdir() if p.suffix in _PICKLES]\n"
+        "        import pickle\n"
+        "        [pickle.loads(p.read_bytes()) for p in directory.iterdir() if p.suffix in PICKLES]\n"
         "        raise _no_weights(directory)",
         "faults/test_source.py",
     ),
     "paths": Mutant(
         "plain names in an index",
-        "storage/source.py",
+        "storage/shards.py",
         "not isinstance(name, str) or not _SHARD_NAME.fullmatch(name) or",
         "not isinstance(name, str) or",
         "faults/test_source.py",
@@ -144,13 +149,13 @@ MUTANTS: dict[str, Mutant] = {
     "rounding": Mutant(
         "worse than rounding is not kept",
         "solve/layer.py",
-        'if not value <= loss_rounding and self.scheme.method != "rtn":',
+        'if not result.loss <= rounding.loss and method != "rtn":',
         "if False:",
         "unit/solve/test_layer.py",
     ),
     "gate": Mutant(
         "the quality gate's limit",
-        "run/quality_gate.py",
+        "gate/quality.py",
         'return "error" not in quality and value is not None and allowed is not None and value <= allowed',
         "return True",
         "faults/test_quality_gate.py",
@@ -158,15 +163,17 @@ MUTANTS: dict[str, Mutant] = {
     "values": Mutant(
         "values of a loaded result are checked",
         "inference/transformers_quantizer.py",
-        "                self.format.check(dict(layer.named_buffers()), self.schemes[name], "
-        "(layer.out_features, layer.in_features), name)\n",
+        "                self.format.check(\n"
+        "                    dict(layer.named_buffers()), self.schemes[name], "
+        "(layer.out_features, layer.in_features), name\n"
+        "                )\n",
         "",
         "interop/test_transformers.py",
     ),
 }
 
 
-def noticed(mutant: Mutant, folder: Path) -> str | None:
+def find_failing_test(mutant: Mutant, folder: Path) -> str | None:
     """The first failing test without this protection, or None."""
     for name in COPIED:
         source, target = ROOT / name, folder / name
@@ -199,11 +206,13 @@ def main(names: list[str]) -> int:
     print("| removed | noticed by |\n| --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         for name in names or MUTANTS:
-            first = noticed(MUTANTS[name], Path(folder))
+            first = find_failing_test(MUTANTS[name], Path(folder))
             missed += first is None
             print(f"| {MUTANTS[name].what} | {'nothing' if first is None else f'`{first}`'} |", flush=True)
     return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MUTANTS))
+    raise SystemExit(main(parser.parse_args().names))

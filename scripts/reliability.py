@@ -1,9 +1,12 @@
-"""``python scripts/reliability.py``: rewrite the table of docs/reliability.md, fault by fault with its tests, from the
-tests' markers.
+"""Writes the table of docs/reliability.md: each fault, and the tests that cover it.
 
-A test says which row it covers by ``@pytest.mark.fault("C1")`` (or ``pytestmark`` for its whole file).
-tests/test_reliability.py holds the table against the markers."""
+    python scripts/reliability.py
 
+A test names the faults it covers by ``@pytest.mark.fault("C1")``, or by ``pytestmark`` for its whole file.
+tests/test_reliability.py compares the page with the markers.
+"""
+
+import argparse
 import ast
 import re
 from pathlib import Path
@@ -82,7 +85,7 @@ FAULTS: dict[str, str] = {
 OPEN: dict[str, str] = {}
 
 
-def marked() -> dict[str, list[tuple[str, str]]]:
+def read_markers() -> dict[str, list[tuple[str, str]]]:
     """Fault id -> (file under tests/, test name), in the order of files and lines."""
     found: dict[str, list[tuple[str, str]]] = {}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
@@ -115,9 +118,9 @@ def _ids(node: ast.AST) -> list[str]:
     return [argument.value for call in calls for argument in call.args if isinstance(argument, ast.Constant)]
 
 
-def table() -> str:
+def render_table() -> str:
     """The rows of the page."""
-    tests = marked()
+    tests = read_markers()
     lines = ["| | fault | tests |", "| --- | --- | --- |"]
     for fault, name in FAULTS.items():
         by_file: dict[str, list[str]] = {}
@@ -129,12 +132,13 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def page() -> str:
+def render_page() -> str:
     """docs/reliability.md with today's table."""
     text = PAGE.read_text(encoding="utf-8")
-    return re.sub(r"(?s)(<!-- faults -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table() + m[2], text, count=1)
+    return re.sub(r"(?s)(<!-- faults -->\n).*?(\n<!-- end -->)", lambda m: m[1] + render_table() + m[2], text, count=1)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    PAGE.write_text(render_page(), encoding="utf-8")
     print(f"{PAGE.relative_to(ROOT)}: {len(FAULTS) - len(OPEN)} of {len(FAULTS)} faults have tests")

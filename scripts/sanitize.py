@@ -1,8 +1,12 @@
-"""``python scripts/sanitize.py``: the C++ extension under AddressSanitizer and UBSan, in the kernels' own tests.
+"""Runs the tests of the kernels with the C++ extension built under AddressSanitizer and UBSan.
 
-Builds it with GCC's sanitizers in a temporary folder, puts it into a copy of the package, and runs the tests with
-libasan loaded first. Any report ends the run with an error. About five minutes."""
+    python scripts/sanitize.py
 
+The extension is built with GCC's sanitizers in a temporary folder and put into a copy of the package; the tests run
+with libasan loaded first. Any report ends the run with an error. About five minutes.
+"""
+
+import argparse
 import os
 import shutil
 import subprocess
@@ -12,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
-    "tests/unit/kernels/test_ops.py",
+    "tests/unit/kernels/test_native.py",
     "tests/unit/kernels/test_sums.py",
     "tests/unit/kernels/test_checks.py",
     "tests/unit/kernels/test_packed.py",
@@ -32,6 +36,7 @@ def run(*command: object, **environment: str) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     compiler = os.environ.get("CXX", "g++")
     asan = subprocess.run(
         [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True

@@ -1,9 +1,12 @@
-"""``python scripts/screenshots.py RESULT``: docs/figures/report-1280.png and report-390.png, the report of a result in
-Chromium.
+"""Makes docs/figures/report-1280.png and report-390.png: the report of a result, in Chromium, 1280 and 390 pixels wide.
 
-The first HEIGHT pixels of each, in 256 colours: a page of flat colours loses little, and the files stay small.
+    python scripts/screenshots.py RESULT
+
+Each shows the first HEIGHT pixels in 256 colours: the page has few colours, so it loses little, and the files stay
+small.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -15,16 +18,19 @@ sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "src")]
 
 from browser import browser, find  # noqa: E402
 
-from leangrid.report.views import rewrite  # noqa: E402
+from leangrid.report.views import rewrite_report  # noqa: E402
 
 HEIGHT = {1280: 2560, 390: 2560}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="a directory that leangrid quantize wrote")
+    options = parser.parse_args()
     program = find()
     if program is None:
         raise SystemExit("no Chromium here: name one in $CHROMIUM")
-    page = rewrite(Path(sys.argv[1])).resolve()
+    page = rewrite_report(options.result).resolve()
     with tempfile.TemporaryDirectory() as folder, browser(program) as opened:
         for width, height in HEIGHT.items():
             opened.open(page.as_uri(), width)

@@ -1,8 +1,9 @@
-"""mkdocs hooks: pages that lie outside docs/, and links that leave it.
+"""mkdocs hooks: the site also gets the pages outside docs/, and links between files become links between pages.
 
-README.md and its kin are pages of the site too, under the names of PAGES. A link between two pages of the repository
-becomes a link between two pages of the site; a link to any other file of it (a test, a result) becomes its name, since
-a site has no such file. What does not exist ends the build."""
+README.md and the other files of PAGES are pages of the site under other names. A link to a page of the repository
+becomes a link to its page of the site. A link to any other file (a test, a result) becomes plain text, since the site
+does not have the file. A link to a file that does not exist ends the build.
+"""
 
 import os
 import posixpath

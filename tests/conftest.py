@@ -9,15 +9,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by huggingface_hub and datasets when they are imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
+import type_checks
 
-install_import_hook(
-    "leangrid", "beartype.beartype"
-)  # before the first import of leangrid: checks every annotated shape and type
+type_checks.install()
 
 import hypothesis
 import pytest
@@ -91,6 +90,19 @@ def in_memory(tmp_path: Path) -> Iterator[Path]:
         yield Path(directory)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """fsync returns at once, in this process and in those that are forked from it. Which files a run syncs, and in
+    which order, is checked from its calls (tests/support/power_loss.py); no test cuts the power of this machine."""
+
+    def fsync(file: int | Any) -> None:
+        os.fstat(file if isinstance(file, int) else file.fileno())  # OSError where it is not open
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
+
+
 def _fetched(folder: str, pattern: str) -> Path:
     found = sorted((ROOT / ".models" / folder).glob(pattern))
     if not found:
@@ -130,17 +142,14 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """``bench("machine")`` -> benchmarks/machine.py, imported as the scripts import it; ``bench("peers/seen")``
-    likewise."""
-    folder = ROOT / "benchmarks"
+    """``bench("common.machine")`` -> benchmarks/common/machine.py, imported as the scripts import it;
+    ``bench("measure.sizes")`` -> experiments/measure/sizes.py, ``bench("seen")`` -> benchmarks/peers/seen.py."""
+    folders = [ROOT / "benchmarks" / "peers", ROOT / "experiments", ROOT / "benchmarks"]
     before = set(sys.modules)
-
-    def load(name: str) -> ModuleType:
-        monkeypatch.syspath_prepend(str((folder / name).parent))
-        return importlib.import_module(Path(name).name)
-
-    monkeypatch.syspath_prepend(str(folder))
-    yield load
-    for name in set(sys.modules) - before:
-        if (folder / f"{name}.py").is_file() or (folder / "peers" / f"{name}.py").is_file():
+    for folder in folders:
+        monkeypatch.syspath_prepend(str(folder))
+    yield importlib.import_module
+    for name in set(sys.modules) - before:  # another test gets them new: some are changed by monkeypatch
+        file = getattr(sys.modules[name], "__file__", None)
+        if file is not None and any(Path(file).is_relative_to(folder) for folder in folders):
             del sys.modules[name]

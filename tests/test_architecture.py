@@ -1,6 +1,10 @@
-"""The house rules of ARCHITECTURE.md, read from its own tree and held by ast: floors, arrows, fences, lengths."""
+"""The rules of ARCHITECTURE.md, read from its own table and held by ast: folders, arrows, fences, lengths.
+
+``python tests/test_architecture.py [SRC]`` counts: files at the top, folders, arrows between files, arrows between
+folders. """
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -22,13 +26,14 @@ LONG_FUNCTIONS: dict[str, str] = {}
 
 ONLY_IN = {
     "triton": ("kernels/triton/",),
-    "transformers": ("models/", "data/", "load.py", "hf_quantizer.py"),
-    "tokenizers": ("models/", "data/", "load.py", "hf_quantizer.py"),
+    "transformers": ("models/", "data/", "inference/load.py", "inference/transformers_quantizer.py"),
+    "tokenizers": ("models/", "data/"),
     "matplotlib": ("report/",),
     "jinja2": ("report/",),
-    "vllm": ("vllm_plugin.py", "vllm_linear.py"),
-    "onnx": ("onnx_export.py",),
-    "lm_eval": ("evaluate/harness.py",),
+    "typer": ("cli/",),
+    "vllm": ("inference/vllm_linear.py",),
+    "onnx": ("exporters/onnx_model.py",),
+    "lm_eval": ("evaluation/tasks/harness.py",),
     "pickle": (),
     "marshal": (),
     "shelve": (),
@@ -48,7 +53,8 @@ MATH_IMPORTS = {
     "functools",
     "itertools",
 }
-MATH_IMPORTS |= {"time", "types", "typing"}
+MATH_IMPORTS |= {"types", "typing"}
+MATHEMATICS = ("kernels", "grids", "solve")
 KERNEL_IMPORTS = MATH_IMPORTS | {"os", "warnings", "importlib"}  # which build runs is chosen by the environment
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "pickle.load", "pickle.loads", "os.system", "os.popen"}
 WRITING_CALLS = {
@@ -65,18 +71,21 @@ WRITING_CALLS = {
 WRITING_METHODS = {"write_text", "write_bytes", "touch", "unlink", "rmdir", "mkdir", "symlink_to", "hardlink_to"}
 
 
-def floors() -> dict[str, int]:
-    """``file -> floor`` from the tree in ARCHITECTURE.md; braces name several files."""
-    found: dict[str, int] = {}
-    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("```")[1]
-    for name, floor in re.findall(r"^  (\S+)\s+(\d)  \S", text, re.MULTILINE):
-        head, _, rest = name.partition("{")
-        names, _, tail = rest.partition("}")
-        found |= {head + part + tail: int(floor) for part in names.split(",")}
-    return found
+def folders() -> dict[str, list[str]]:
+    """``folder -> its files`` from the table in ARCHITECTURE.md, lowest first; "" is the top."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(?:leangrid/)?([a-z/]*?)/?` \|[^|]*\| ([^|]*) \|$", text, re.MULTILINE)
+    return {folder: re.findall(r"[\w.]+", names) for folder, names in rows}
 
 
-FLOORS = floors()
+FOLDERS = folders()
+ORDER = {folder: floor for floor, folder in enumerate(dict.fromkeys(name.partition("/")[0] for name in FOLDERS))}
+ENTRANCES = ("__init__.py", "__main__.py")  # of the package: they lead to everything
+
+
+def folder_of(file: str) -> str:
+    """The first folder that ``file`` lies in; "" at the top."""
+    return file.partition("/")[0] if "/" in file else ""
 
 
 def dotted(node: ast.AST) -> str:
@@ -87,32 +96,51 @@ def dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def imports(file: str) -> set[str]:
-    """Every module a file imports, anywhere in it, as full dotted names (``from a import b`` gives a and a.b)."""
+def imported(tree: ast.AST) -> set[str]:
+    """Every module that is imported anywhere in a file, as full dotted names (``from a import b`` gives a and a.b)."""
     found: set[str] = set()
-    for node in ast.walk(TREES[file]):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute here"
+            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
             found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
+def targets(tree: ast.AST, files: set[str]) -> set[str]:
+    """Of the package's ``files`` those that a file imports."""
+    paths = {name.removeprefix("leangrid.").replace(".", "/") for name in imported(tree) if name.startswith("leangrid.")}
+    return {path + tail for path in paths for tail in (".py", "/__init__.py")} & files
+
+
 def ours(file: str) -> set[str]:
     """The files of this package that ``file`` imports."""
-    paths = {name.removeprefix("leangrid.").replace(".", "/") for name in imports(file) if name.startswith("leangrid.")}
-    return {path + tail for path in paths for tail in (".py", "/__init__.py")} & set(FILES) - {file}
+    return targets(TREES[file], set(FILES)) - {file}
 
 
-def test_the_tree_names_every_file() -> None:
-    assert sorted(FLOORS) == sorted(FILES)
+def test_the_table_names_every_file_and_no_other() -> None:
+    there: dict[str, set[str]] = {}
+    for file in FILES:
+        there.setdefault(Path(file).parent.as_posix().removeprefix("."), set()).add(Path(file).stem)
+    for folder, files in there.items():
+        named = set(FOLDERS.get(folder, [])) | ({"__init__"} if folder else set())
+        assert named == files, f"{folder or 'the top'}: {sorted(named ^ files)}"
+    assert FOLDERS.keys() == there.keys()
+
+
+def test_what_lies_at_the_top_is_for_everybody() -> None:
+    users = {file: {folder_of(other) for other in FILES if file in ours(other)} for file in FILES if "/" not in file}
+    for file, folders in users.items():
+        assert file in ENTRANCES or len(folders) > 2, f"{file} is for {sorted(folders)}: it belongs there"
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_arrows_point_down(file: str) -> None:
-    above = [other for other in ours(file) if FLOORS.get(other, 0) > FLOORS.get(file, 9)]
-    assert not above, f"{file} imports from a higher floor"
+    if file in ENTRANCES:
+        return
+    above = [other for other in ours(file) if other in ENTRANCES or ORDER[folder_of(other)] > ORDER[folder_of(file)]]
+    assert not above, f"{file} imports from a higher folder"
 
 
 def test_no_circles() -> None:
@@ -126,13 +154,12 @@ def test_no_circles() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_imports_stay_behind_their_fences(file: str) -> None:
-    tops = {name.split(".")[0] for name in imports(file)} - {"leangrid"}
+    tops = {name.split(".")[0] for name in imported(TREES[file])} - {"leangrid"}
     for module, homes in ONLY_IN.items():
         assert module not in tops or file.startswith(homes), f"{module} belongs in {homes or 'no file'}"
-    if FLOORS.get(file) in (1, 2):
-        assert tops - {"triton"} <= (KERNEL_IMPORTS if FLOORS[file] == 1 else MATH_IMPORTS), (
-            "mathematics: tensors in, tensors out"
-        )
+    if folder_of(file) in MATHEMATICS:
+        allowed = KERNEL_IMPORTS if folder_of(file) == "kernels" else MATH_IMPORTS
+        assert tops - {"triton"} <= allowed, "mathematics: tensors in, tensors out"
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -206,3 +233,23 @@ def environment() -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+
+
+def counts(source: Path) -> dict[str, int]:
+    """What the folders of a package ``leangrid`` in ``source`` look like, in numbers."""
+    trees = {path.relative_to(source).as_posix(): ast.parse(path.read_text()) for path in source.rglob("*.py")}
+    inside = set(trees) - set(ENTRANCES)
+    arrows = {(file, other) for file in inside for other in targets(trees[file], inside) if other != file}
+    between = {(folder_of(a), folder_of(b)) for a, b in arrows if folder_of(a) != folder_of(b)}
+    return {
+        "files": len(trees),
+        "files at the top": sum("/" not in file for file in trees),
+        "folders": len({folder_of(file) for file in trees} - {""}),
+        "arrows between files": len(arrows),
+        "arrows between folders": len(between),
+        "pairs of folders that import each other": sum((b, a) in between for a, b in between) // 2,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(counts(Path(sys.argv[1]) if sys.argv[1:] else SRC)))

@@ -68,7 +68,7 @@ def test_links_lead_to_pages_and_headings(name: str) -> None:
     ("source", "before", "after"),
     [
         ("docs/reliability.md", "[a](../tests/test_docs.py): b", "a: b"),  # a site has no tests
-        ("docs/serving.md", "[t](../README.md#where-it-runs)", "[t](readme.md#where-it-runs)"),
+        ("docs/serving.md", "[t](../README.md#quality)", "[t](readme.md#quality)"),
         ("README.md", "[theory](docs/theory.md)", "[theory](theory.md)"),
         ("README.md", "[decisions](docs/decisions)", "decisions"),
         ("docs/decisions/0001-greenlet-for-the-block-walk.md", "[log](../log.md)", "[log](../log.md)"),

@@ -1,96 +1,163 @@
-"""The README cannot lie: its commands and names exist, its links lead somewhere; the theory names code that exists."""
+"""The commands, options, Python names, schemes and file names in the pages exist. Their links and anchors are tested in
+test_docs.py, their generated tables in unit/benchmarks/test_table.py."""
 
+import ast
 import importlib
+import inspect
 import re
+import runpy
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import leangrid
+
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (
-    "README.md",
-    "ARCHITECTURE.md",
-    "benchmarks/README.md",
-    "experiments/README.md",
-    "docs/index.md",
-    "docs/performance.md",
-    "docs/serving.md",
-    "docs/tasks.md",
-)
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+OUTSIDE = ("README.md", "ARCHITECTURE.md", "benchmarks/README.md", "experiments/README.md")
+PAGES = (*OUTSIDE, *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))))
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS["README.md"]
+# Where a file that a page names may be. docs/log.md names files of the time of its entries.
+FOLDERS = (ROOT, ROOT / "src" / "leangrid", ROOT / "benchmarks", ROOT / "benchmarks/common", ROOT / "experiments")
+HISTORY = ("docs/log.md",)
 
 
-def blocks(language: str, page: str = "README.md") -> list[str]:
-    """The fenced blocks of a language."""
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    """Page and text of every fenced block of a language."""
+    for page, text in TEXTS.items():
+        for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            yield page, block
 
 
 def commands(program: str) -> list[list[str]]:
-    """Every shell line of the pages that runs ``program``, split into words."""
-    lines = [line for page in PAGES for block in blocks("bash", page) for line in block.splitlines()]
-    parts = [part.strip() for line in lines for part in re.split(r"&&|;", line.split("  #")[0])]
-    return [shlex.split(part) for part in parts if part.startswith(program + " ")]
+    """The words behind ``program`` in every shell line of the pages that runs it."""
+    found: list[list[str]] = []
+    for _, block in blocks("bash"):
+        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+            for part in re.split(r"&&|;", re.sub(r"\s#.*", "", line)):
+                words = shlex.split(part)
+                for at, word in enumerate(words[:-1]):
+                    if word == program and (at == 0 or words[at - 1] == "-m"):
+                        found.append(words[at + 1 :])
+    return found
 
 
-def test_make_targets_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-    named = {words[1] for words in commands("make")} | set(re.findall(r"`make ([a-z-]+)`", README))
-    assert named and named <= targets
+def cli() -> Any:
+    typer: Any = importlib.import_module("typer")
+    return typer.main.get_command(importlib.import_module("leangrid.cli.app").app)
 
 
-def test_leangrid_commands_and_options_exist() -> None:
-    typer = importlib.import_module("typer")
-    known = typer.main.get_command(importlib.import_module("leangrid.cli.app").app).commands
-    used = commands("leangrid")
-    assert used
-    for words in used:
-        assert words[1] in known, words
-        options = {name for parameter in known[words[1]].params for name in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= options, words
-    mentioned = set(re.findall(r"`(--[a-z-]+)[ `]", README))
-    assert mentioned <= {name for command in known.values() for parameter in command.params for name in parameter.opts}
+LEANGRID = [words for words in commands("leangrid") if words[0] in cli().commands]
 
 
-def test_python_names_exist() -> None:
-    leangrid = importlib.import_module("leangrid")
-    for block in blocks("python"):
-        compile(block, "README.md", "exec")
-        for name in re.findall(r"leangrid\.(\w+)\(", block):
-            assert callable(getattr(leangrid, name))
-
-
-def test_schemes_parse() -> None:
-    from leangrid.recipe import Scheme
-
-    schemes = re.findall(r"`((?:W\dA16|NU\d|GPTQ\d|RTN\d)\w*)`", README)
-    assert len(schemes) > 5
-    for scheme in schemes:
-        Scheme.parse(scheme)
+def test_there_are_commands_to_test() -> None:
+    assert len(LEANGRID) > 15
+    assert all(words[0] in cli().commands for words in commands("leangrid"))
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        if not target.startswith("http"):
-            assert (ROOT / page).parent.joinpath(target.split("#")[0]).exists(), f"{page}: {target}"
+def test_commands_in_the_text_exist(page: str) -> None:
+    for line in re.findall(r"`leangrid (\w[^`\n]*)`", re.sub(r"(?s)```.*?```", "", TEXTS[page])):
+        words = line.split()
+        known = {name for option in cli().commands[words[0]].params for name in option.opts}
+        assert {word for word in words if word.startswith("--")} <= known, f"{page}: {line}"
 
 
-def test_tables_are_there() -> None:
-    # That they are up to date is tested beside the benchmarks, whose lines they show.
-    assert README.count("<!-- table:") + README.count("<!-- pivot:") >= 2
+@pytest.mark.parametrize("words", LEANGRID, ids=" ".join)
+def test_the_command_line_parses(words: list[str]) -> None:
+    cli().commands[words[0]].make_context(words[0], words[1:])  # raises what a user would see; runs nothing
 
 
-def test_theory_names_code_that_exists() -> None:
-    text = (ROOT / "docs" / "theory.md").read_text(encoding="utf-8")
-    named = re.findall(r"`([\w/]+)\.py(?:: (\w+)(?:\.(\w+))?)?`", text)
-    assert len(named) > 10
-    for file, name, member in named:
-        found = importlib.import_module(f"leangrid.{file.replace('/', '.')}")
-        for part in filter(None, (name, member)):
-            found = getattr(found, part)
+@pytest.mark.parametrize("page", PAGES)
+def test_options_that_the_text_names_exist(page: str) -> None:
+    if page in (*HISTORY, "benchmarks/README.md", "experiments/README.md") or page.startswith("docs/decisions/"):
+        return  # these name options of scripts and of other programs as well
+    known = {name for command in cli().commands.values() for option in command.params for name in option.opts}
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py"))
+    text = re.sub(r"(?s)```.*?```", "", TEXTS[page])
+    named = set(re.findall(r"`(--[a-z-]+)[ `]", text))
+    assert {name for name in named - known if f'"{name}"' not in scripts} <= {"--dtype", "--no-deps"}, page
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {words[0] for words in commands("make")}
+    named |= {target for text in TEXTS.values() for target in re.findall(r"`make ([a-z-]+)", text)}
+    assert named and named <= targets
+
+
+def test_scripts_and_their_options_exist() -> None:
+    runs = [words for python in ("python", ".venv/bin/python") for words in commands(python) if words[0] != "-m"]
+    assert runs
+    for words in runs:
+        script = ROOT / words[0]
+        assert script.is_file(), words
+        code = "".join(path.read_text(encoding="utf-8") for path in script.parent.rglob("*.py"))
+        assert all(f'"{word}"' in code for word in words if word.startswith("--")), words
+
+
+@pytest.mark.parametrize("block", [pytest.param(block, id=page) for page, block in blocks("python")])
+def test_python_blocks_name_what_exists(block: str, tmp_path: Path) -> None:
+    tree = ast.parse(block)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and re.fullmatch(r"leangrid\.\w+", ast.unparse(node.func)):
+            function = getattr(leangrid, ast.unparse(node.func).partition(".")[2])
+            inspect.signature(function).bind(*node.args, **{keyword.arg or "": None for keyword in node.keywords})
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("leangrid"):
+            assert all(hasattr(importlib.import_module(node.module or ""), name.name) for name in node.names)
+    if "torch.randn" in block:  # tensors alone: it runs as it stands
+        (tmp_path / "block.py").write_text(block, encoding="utf-8")
+        runpy.run_path(str(tmp_path / "block.py"))
+
+
+def test_schemes_parse() -> None:
+    for text in (README, TEXTS["docs/choosing.md"], TEXTS["docs/formats.md"], TEXTS["docs/serving.md"]):
+        schemes = re.findall(r"`((?:W\d+A16|NU\d|GPTQ\d|RTN\d|Q\d_[K0-9])(?:_\w+)?)`", text)
+        assert len(schemes) > 2
+        for scheme in schemes:
+            leangrid.Scheme.parse(scheme)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY])
+def test_files_and_names_in_code_exist(page: str) -> None:
+    """``folder/file.py`` anywhere; ``folder/file.py: Name.member`` in the source; ``tests/file.py::test``."""
+    for file, test, name in re.findall(
+        r"`([\w./-]+\.(?:py|h|cpp|toml|jsonl|jinja))(?:::(\w+))?(?:: ([\w.]+))?`", TEXTS[page]
+    ):
+        if not (ROOT / file.partition("/")[0]).is_dir() and not (ROOT / "src/leangrid" / file).parent.is_dir():
+            continue  # of another project
+        here = [folder / file for folder in FOLDERS if (folder / file).is_file()]
+        if "/" in file or name:
+            assert here, f"{page}: {file}"
+        if test:
+            assert f"def {test}(" in here[0].read_text(encoding="utf-8"), f"{page}: {file}::{test}"
+        if name:
+            found: Any = importlib.import_module(f"leangrid.{file.removesuffix('.py').replace('/', '.')}")
+            for part in name.split("."):
+                assert hasattr(found, part), f"{page}: {file}: {name}"
+                found = getattr(found, part)
+
+
+def test_kernels_in_the_theory_exist() -> None:
     kernels = importlib.import_module("leangrid.kernels")
-    for pattern in re.findall(r"`kernels\.(\w+\*?)`", text):
+    patterns = re.findall(r"`kernels\.(\w+\*?)`", TEXTS["docs/theory.md"])
+    assert patterns
+    for pattern in patterns:
         assert any(re.fullmatch(pattern.replace("*", r"\w+"), name) for name in dir(kernels)), pattern
+
+
+def test_the_readme_is_short_and_shows_measured_numbers() -> None:
+    assert len(README.splitlines()) <= 125
+    assert README.count("<!-- table:") == 1
+
+
+def test_the_output_that_the_readme_shows_has_the_rows_of_the_program() -> None:
+    printed = (ROOT / "src/leangrid/report/text.py").read_text(encoding="utf-8")
+    outputs = re.findall(r"^```(\w*)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in outputs if not language for line in block.splitlines()]
+    labels = [line.split("  ")[0] for line in lines if "  " in line]
+    assert len(labels) > 15
+    assert [label for label in labels if f'"{label}"' not in printed] == []

@@ -1,1 +1,1 @@
-"""What several benchmarks share: the workload, the process that quantizes, the result lines and where they come from."""
+"""What several benchmarks share: the workload, the process that quantizes, result lines and where they come from."""

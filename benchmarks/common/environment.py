@@ -1,8 +1,9 @@
-"""Another project's environment: built once from its pinned list, and one process of its own for each job.
+"""The Python environment of another project: built once from its pinned list, and one process in it for each job.
 
-Two comments in a list are read: ``# without: NAME ...`` is uninstalled afterwards (what the list's packages ask for and
-a CPU cannot load), ``# with: leangrid`` installs this project without its dependencies (the list names those that are
-needed); where it changed since, it alone is installed again."""
+Two comments in a list are read. ``# without: NAME ...`` is uninstalled afterwards (packages that the others ask for and
+a CPU cannot load). ``# with: leangrid`` installs this project without its dependencies (the list names those that are
+needed); where only this project has changed since, only it is installed again.
+"""
 
 import hashlib
 import json
@@ -20,7 +21,7 @@ TAIL = 30  # lines of a failed process's log that are shown
 
 
 class EnvironmentFailed(SystemExit):
-    """It cannot be installed, or its runner failed: the message ends with its last words."""
+    """The environment cannot be installed, or its runner failed. The message ends with the last lines of the log."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Environment:
         return self.home / f"{self.name}.txt"
 
     def build(self) -> None:
-        """Make the environment, unless it stands and was made from the same list; EnvironmentFailed with pip's last
-        words."""
+        """Make the environment, unless it exists and was made from the same list. EnvironmentFailed carries pip's last
+        lines."""
         wanted = [_digest(files) for files in ([self.packages], _own_files() if self.has_leangrid else []) if files]
         stamp = self.environments / self.name / ".built-from"
         found = stamp.read_text(encoding="ascii").split("\n") if stamp.is_file() else []
@@ -89,11 +90,8 @@ class Environment:
         return [*steps, self._leangrid] if self.has_leangrid else steps
 
     def run(self, job: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """Give a job (with "threads") to the runner, in a process that works in ``folder``; what it wrote to the job's
-        "result".
-
-        EnvironmentFailed with its last words where it fails.
-        """
+        """Run the runner on ``job`` (with its "threads") in a process that works in ``folder``, and return the JSON
+        that it wrote. EnvironmentFailed carries its last lines where it fails."""
         result, log = folder / f"{self.name}.json", folder / f"{self.name}.log"
         result.unlink(missing_ok=True)
         with log.open("w", encoding="utf-8") as stream:
@@ -113,7 +111,7 @@ class Environment:
 
 
 def threads_environment(threads: int) -> dict[str, str]:
-    """What holds every math library of a process to ``threads``, and to the CPU."""
+    """The environment variables that limit every math library of a process to ``threads`` and hide the GPUs."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     return dict.fromkeys(names, str(threads)) | {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -135,7 +133,7 @@ def _digest(paths: list[Path]) -> str:
 
 
 def _own_files() -> list[Path]:
-    """What an installation of this project is made from."""
+    """The files that an installation of this project is made from."""
     kinds = {".py", ".cpp", ".h", ".hpp"}
     sources = [path for path in (ROOT / "src").rglob("*") if path.suffix in kinds]
     return [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", *sorted(sources)]

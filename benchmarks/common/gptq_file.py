@@ -1,11 +1,11 @@
-"""GPTQModel's checkpoint -> a plain one with its dequantized weights, so that the evaluator that measures us measures
-it too.
+"""Converts a checkpoint of GPTQModel to one with dense weights, so that one evaluator measures all results.
 
 A linear of [rows, cols] is stored as qweight int32 [cols / 8, rows] (eight 4-bit codes of a column in a word, least
 significant first), qzeros int32 [groups, rows / 8], scales float16 [groups, rows] and g_idx int32 [cols], the group of
 each column: W[r, c] = scales[g, r] * (code[r, c] - zero[g, r]), g = g_idx[c]. Files of format "gptq" hold zero - 1 (mod
-16), "gptq_v2" the zero itself. Source of the layout: the file itself, and GPTQModel's own kernel, whose answer race.py
-compares with what is written here."""
+16), files of "gptq_v2" the zero itself. Source of the layout: the files themselves, and GPTQModel's own kernel, whose
+answer race.py compares with that of the checkpoint written here.
+"""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, zero_offset: int) -> Tensor:
-    """float32 [rows, cols] of one linear."""
+    """The dense weight of one linear, float32 [rows, cols]."""
     rows, cols = scales.shape[1], g_idx.numel()
     codes = unpack(qweight.T.contiguous(), _BITS, cols).float()
     zeros = (unpack(qzeros.contiguous(), _BITS, rows).int() + zero_offset) & (2**_BITS - 1)
@@ -33,14 +33,15 @@ def weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, zero_
 
 
 def dequantize(directory: Path, out: Path) -> None:
-    """Write the model in ``directory`` to ``out`` as a float32 checkpoint; SystemExit where its layout is not the one
-    above."""
+    """Write the model in ``directory`` to ``out`` as a float32 checkpoint. SystemExit where its layout is not the one
+    described above."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     stated = config.pop("quantization_config")
     form = stated.get("checkpoint_format")
     if stated.get("bits") != _BITS or form not in _ZERO_OFFSET:
         raise SystemExit(
-            f"{directory}: {stated.get('bits')} bits in format {form!r}; only 4 bits in {', '.join(_ZERO_OFFSET)} are read"
+            f"{directory}: {stated.get('bits')} bits in format {form!r}; "
+            f"only 4 bits in {', '.join(_ZERO_OFFSET)} are read"
         )
     stored: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
@@ -55,7 +56,7 @@ def dequantize(directory: Path, out: Path) -> None:
 
 
 def plain(stored: dict[str, Any], zero_offset: int) -> dict[str, Tensor]:
-    """The tensors of a file by their usual names, float32, its quantized linears dequantized."""
+    """The tensors of a file in float32 under the names of a plain checkpoint, its quantized linears dequantized."""
     layers = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
     parts = {f"{layer}.{part}" for layer in layers for part in _PARTS}
     tensors = {name: tensor.float() for name, tensor in stored.items() if name not in parts}
@@ -65,7 +66,7 @@ def plain(stored: dict[str, Any], zero_offset: int) -> dict[str, Tensor]:
 
 
 def agreement(ours: Tensor, theirs: Tensor) -> float:
-    """Mean KL(theirs || ours) of two answers, logits [tokens, vocabulary]: near 0 where a file was read as its maker
-    reads it."""
+    """The mean KL(theirs || ours) of two answers, logits [tokens, vocabulary]. It is near 0 where a file was read as
+    its maker reads it."""
     first, second = (torch.log_softmax(logits.double(), dim=-1) for logits in (theirs, ours))
     return float((first.exp() * (first - second)).sum(-1).mean())

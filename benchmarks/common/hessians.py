@@ -12,7 +12,8 @@ from leangrid.solve.hessian import Hessian, HessianSum
 
 @contextmanager
 def sum_inputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, HessianSum]]:
-    """While open, every token that passes one of the linears is added to its sums."""
+    """A context that yields name -> HessianSum. While it is open, the inputs of these linears are added to their
+    sums."""
     sums: dict[str, HessianSum] = {}
     hooks = []
     for name in names:
@@ -30,6 +31,7 @@ def sum_inputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, Hessian
 
 @torch.no_grad()
 def collect_hessians(model: Any, names: list[str], windows: Tensor) -> dict[str, Hessian]:
+    """Run ``model`` on ``windows`` int64 [samples, length]; the Hessian of each linear in ``names``."""
     with sum_inputs(model, names) as sums:
         for window in windows:
             model(input_ids=window[None].to(model.device))

@@ -1,5 +1,6 @@
-"""What interop.py shows to the engines: results of ``leangrid quantize``, each made once and kept, and our own answers
-to a prompt."""
+"""What interop.py gives to the engines: results of ``leangrid quantize``, each made once and kept, and our own model's
+answers to a prompt.
+"""
 
 import json
 from collections.abc import Iterator
@@ -13,10 +14,10 @@ from torch import Tensor
 
 import leangrid
 from common.workload import default_source
-from leangrid.data.sampling import sample
+from leangrid.data.sampling import sample_windows
 from leangrid.exporters.export import WHOLE
-from leangrid.exporters.result_reader import Finished
 from leangrid.inference.layers import AffineLinear
+from leangrid.inference.result_reader import ResultReader
 from leangrid.models.gguf import dequantize
 from leangrid.models.gguf_names import describe
 from leangrid.storage import safetensors
@@ -29,8 +30,8 @@ SEARCHED = frozenset({"mlx"})  # containers whose asymmetric grids no other resu
 
 @dataclass(frozen=True)
 class Ours:
-    """``leangrid.load``'s answer: ``logits`` float32 [prompt, vocab], the ``tokens`` that follow greedily, ``steps``
-    their logits."""
+    """What ``leangrid.load``'s model answers: ``logits`` float32 [prompt, vocab], the ``tokens`` that follow greedily,
+    ``steps`` float32 [tokens, vocab], the logits each was chosen from, and ``ends``, the ids that end a text."""
 
     logits: Tensor
     tokens: list[int]
@@ -40,7 +41,7 @@ class Ours:
     @classmethod
     @torch.no_grad()
     def of(cls, directory: Path, prompt: list[int], new: int, dtype: torch.dtype, rounds: bool) -> Self:
-        """Open ``directory`` in ``dtype`` and decode; what the model itself would stop at is not a stop here.
+        """Open ``directory`` in ``dtype`` and decode ``new`` tokens greedily, past any token that ends a text.
 
         ``rounds`` False: affine weights are S (q - Z) in float32, not rounded to the model's own dtype.
         """
@@ -61,27 +62,27 @@ class Ours:
         )
 
     def until_end(self, tokens: list[int]) -> list[int]:
-        """``tokens`` up to the first that ends a text: engines stop there."""
+        """``tokens`` before the first one that ends a text: engines stop there."""
         stop = next((i for i, token in enumerate(tokens) if token in self.ends), len(tokens))
         return tokens[:stop]
 
 
 @dataclass(frozen=True)
 class Models:
-    """Results in ``kept``/MODEL/SCHEME[-CONTAINER], made where they are not there yet; exports in ``exported``, thrown
-    away."""
+    """Results in ``kept``/MODEL/SCHEME[-CONTAINER], made where they do not exist yet. Exports are written to
+    ``folder``, which is temporary."""
 
     kept: Path
     folder: Path
 
     def about(self, scheme: str, container: str, model: str) -> dict[str, Any]:
-        """What a line says of a case before it runs."""
+        """The fields of a case's line that are known before it runs."""
         parsed = leangrid.Scheme.parse(scheme)
         return {"model": model, "scheme": scheme, "format": container, "bits": parsed.bits, "group": parsed.group_size,
                 "symmetric": parsed.symmetric}  # fmt: skip
 
     def source(self, model: str) -> Path:
-        """The checkpoint that was quantized."""
+        """The checkpoint that is quantized."""
         source = self.kept / model / "source"
         if not (source / "config.json").is_file():
             (self.kept / model).mkdir(parents=True, exist_ok=True)
@@ -92,8 +93,8 @@ class Models:
         return source
 
     def result(self, scheme: str, container: str, model: str) -> Path:
-        """The finished result, in its scheme's own container; where ``container`` has a grid of its own (SEARCHED), in
-        that."""
+        """The finished result in the default container of its scheme, or in ``container`` where that has grids of its
+        own (SEARCHED)."""
         own = container in SEARCHED and not leangrid.Scheme.parse(scheme).symmetric
         out = self.kept / model / (f"{scheme}-{container}" if own else scheme)
         if not (out / "manifest.json").is_file():
@@ -103,7 +104,7 @@ class Models:
         return out
 
     def exported(self, scheme: str, container: str, model: str) -> Path:
-        """What the engine opens."""
+        """The directory or file that the engine opens."""
         result = self.result(scheme, container, model)
         own = json.loads((result / "manifest.json").read_bytes())["recipe"]["format"]
         if (
@@ -116,20 +117,21 @@ class Models:
         return out
 
     def prompt(self, model: str) -> list[int]:
-        """Token ids."""
+        """The token ids of PROMPT."""
         return transformers.AutoTokenizer.from_pretrained(self.source(model))(PROMPT).input_ids
 
     def _windows(self, model: str) -> Tensor:
-        """Calibration tokens, sampled from the model itself once."""
+        """Calibration windows int64 [SAMPLES, LENGTH], sampled once from the model itself."""
         file = self.kept / model / "windows.safetensors"
         if not file.is_file():
             opened, tokenizer = leangrid.load(self.source(model), dtype=torch.float32)
-            safetensors.save(file, {"windows": sample(opened, tokenizer, SAMPLES, LENGTH, SEED)}, {})
+            safetensors.save(file, {"windows": sample_windows(opened, tokenizer, SAMPLES, LENGTH, SEED)}, {})
         return safetensors.load(file)["windows"]
 
 
-def llama_weights(result: Finished) -> Iterator[tuple[str, Tensor]]:
-    """Name in a GGUF file and weight, float32 [rows, cols], rows in llama.cpp's order: of every quantized linear."""
+def llama_weights(result: ResultReader) -> Iterator[tuple[str, Tensor]]:
+    """The name in a GGUF file and the weight, float32 [rows, cols] with rows in llama.cpp's order, of every quantized
+    linear."""
     model = describe(result.checkpoint.config, "")
     for name, (rows, _) in result.layers.items():
         codes, grid = result.layer(name)
@@ -138,7 +140,7 @@ def llama_weights(result: Finished) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tiny(model: str, directory: Path) -> None:
-    """``model`` with random weights, bfloat16, and the real model's tokenizer."""
+    """Write ``model`` with random bfloat16 weights and the real model's tokenizer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         Models(directory.parents[1], directory).source("SmolLM2-135M-Instruct")
     )
@@ -167,14 +169,15 @@ def _tiny(model: str, directory: Path) -> None:
 
 
 def _llama(sizes: dict[str, Any]) -> transformers.PreTrainedModel:
-    """Two blocks with shapes that the real model lacks: columns that divide by 256 (and 128), a head of its own."""
+    """Two blocks with shapes that the real model does not have: columns that divide by 256 (and 128), an untied
+    head."""
     return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**sizes, num_hidden_layers=2, tie_word_embeddings=False)
     )
 
 
 def _gemma3(sizes: dict[str, Any]) -> transformers.PreTrainedModel:
-    """Six blocks: five that look back 16 tokens, which generation leaves behind, and one that sees everything."""
+    """Six blocks: five attend to the last 16 tokens, fewer than are generated; one attends to all."""
     config = transformers.Gemma3TextConfig(**sizes, num_hidden_layers=6, sliding_window=16, query_pre_attn_scalar=64)
     return transformers.Gemma3ForCausalLM(config)
 

@@ -1,7 +1,8 @@
-"""Results on disk: one JSON object a line. A run of the same thing replaces its line, anything else is added below.
+"""Result files: one JSON object a line. A measurement that is made again replaces its line, any other is appended.
 
-# shows the lines and keeps them
-python benchmarks/kernels_cpu.py | python benchmarks/lines.py benchmarks/results/kernels_cpu.jsonl
+As a script it prints the lines of its standard input and adds those that are JSON to the file it is given:
+
+    python benchmarks/kernels_cpu.py | python benchmarks/common/lines.py benchmarks/results/kernels_cpu.jsonl
 """
 
 import json
@@ -40,26 +41,26 @@ _IDENTITY = (
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines; none where there is no file yet."""
+    """All lines of ``path``; an empty list where there is no such file."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def identity(line: Mapping[str, Any]) -> str:
-    """Equal for two runs of one measurement on one kind of processor: its name and its instruction sets, since names
-    repeat."""
+    """A text that is equal for two runs of one measurement on one kind of processor (its name and instruction sets; the
+    name alone does not tell processors apart)."""
     return json.dumps([line.get(name) for name in _IDENTITY] + processor(line), sort_keys=True)
 
 
 def processor(line: Mapping[str, Any]) -> list[Any]:
-    """Its name and its instruction sets; not how many cores the run was given."""
+    """The processor's name and instruction sets, without the number of cores."""
     machine = line.get("machine", {})
     return [machine.get("cpu"), machine.get("isa")]
 
 
 def text(line: Mapping[str, Any]) -> str:
-    """One line of strict JSON: a figure that is not finite (a model that broke) becomes null."""
+    """``line`` as strict JSON. A figure that is not finite becomes null."""
     return json.dumps({name: _plain(value) for name, value in line.items()}, allow_nan=False, ensure_ascii=False)
 
 
@@ -72,7 +73,8 @@ def _plain(value: Any) -> Any:
 
 
 def add(path: Path, line: Mapping[str, Any]) -> None:
-    """Put ``line`` in the place of its earlier run, or at the end; the file is never seen half written."""
+    """Replace the earlier line of the same measurement with ``line``, or append it. The file is replaced at once, so
+    that a reader never sees half of it."""
     kept, fresh = read(path), dict(line)
     places = [index for index, old in enumerate(kept) if identity(old) == identity(fresh)]
     for index in places[:1]:

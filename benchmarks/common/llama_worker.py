@@ -1,13 +1,14 @@
-"""llama.cpp on the same model: runs in a Python of its own that has xllamacpp and gguf (decode_cpu.py makes it and
-calls this).
+"""llama.cpp on the same model. Runs in a Python of its own that has xllamacpp and gguf (llama_python.py makes it).
 
-    python benchmarks/llama_worker.py quantize SOURCE.gguf OUT.gguf     prints one JSON line: how many tensors got which type
-    python benchmarks/llama_worker.py serve MODEL.gguf THREADS          a JSON line {"prompt", "tokens"} in, the timings out
-    python benchmarks/llama_worker.py blocks                            {"type", "weight", "importance", "out"} in, .npy files
+    llama_worker.py quantize SOURCE.gguf OUT.gguf    prints one JSON line: how many tensors got which type
+    llama_worker.py serve MODEL.gguf THREADS         reads JSON lines {"prompt", "tokens"}, prints the timings of each
+    llama_worker.py blocks                           reads JSON lines {"type", "weight", "importance", "out"} with the
+                                                     paths of .npy files, writes "out", prints its size in bytes
 
-``quantize`` writes the mix that llama.cpp calls Q4_K_M with llama.cpp's own ``ggml_quantize_chunk``: the package
-exports that function, but not the whole-file quantizer. Rows that are no multiple of 256 fall back as llama.cpp's do:
-Q4_K to Q5_0, Q6_K to Q8_0."""
+``quantize`` writes the mix of types that llama.cpp calls Q4_K_M, with llama.cpp's own ``ggml_quantize_chunk``: the
+package exports that function, but not the quantizer of whole files. Rows whose length is no multiple of 256 get the
+types that llama.cpp gives them: Q5_0 instead of Q4_K, Q8_0 instead of Q6_K.
+"""
 
 import collections
 import ctypes
@@ -24,7 +25,8 @@ _FALLBACK = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
 
 
 def type_of(name: str, cols: int, block: int, blocks: int) -> Type:
-    """What Q4_K_M stores a matrix in: the output in six bits, and half of the values and of the down projections."""
+    """The type in which Q4_K_M stores a matrix: six bits for the output and for half of the value and down projections,
+    four for the rest."""
     more = block < blocks // 8 or block >= 7 * blocks // 8 or (block - blocks // 8) % 3 == 2
     six = name in ("token_embd.weight", "output.weight") or (more and (".attn_v." in name or ".ffn_down." in name))
     wanted = Type.Q6_K if six else Type.Q4_K
@@ -32,8 +34,8 @@ def type_of(name: str, cols: int, block: int, blocks: int) -> Type:
 
 
 def packed(weight: np.ndarray, kind: Type, importance: np.ndarray | None = None) -> np.ndarray:
-    """The bytes of ``weight`` float32 [rows, cols] by ``ggml_quantize_chunk``; ``importance`` float32 [cols], the mean
-    squared inputs."""
+    """The bytes of ``weight`` float32 [rows, cols] by ``ggml_quantize_chunk``. ``importance`` float32 [cols] holds the
+    mean squared inputs; None: no importance matrix."""
     chunk = ctypes.CDLL(xllamacpp.xllamacpp.__file__).ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
     chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
@@ -46,7 +48,7 @@ def packed(weight: np.ndarray, kind: Type, importance: np.ndarray | None = None)
 
 
 def blocks() -> None:
-    """One matrix a line: from .npy to .npy, there and back through the type."""
+    """Read one job a line; write the matrix after rounding to the type as .npy."""
     for line in sys.stdin:
         asked = json.loads(line)
         kind = Type[asked["type"]]
@@ -62,7 +64,7 @@ def blocks() -> None:
 
 
 def quantize(source: str, out: str) -> dict[str, int]:
-    """Types of the matrices written, and how many of each."""
+    """Write ``out`` and return type -> number of matrices."""
     reader = gguf.GGUFReader(source)
     fields: dict[str, Any] = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     architecture = fields["general.architecture"].contents()
@@ -91,7 +93,7 @@ def quantize(source: str, out: str) -> dict[str, int]:
 
 
 def serve(model: str, threads: int) -> None:
-    """One answer a line, until the input ends."""
+    """Print the timings of one answer for each line, until the input ends."""
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.n_ctx, settings.n_parallel, settings.verbosity = model, 2048, 1, 0
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads

@@ -1,4 +1,4 @@
-"""Where a number comes from: the command, the versions, the machine and the date that stand in every JSON line."""
+"""The command, versions, machine and date that every result line holds."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ _FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "a
 
 
 def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """{"command", "versions", "machine", "date"} of this process; ``arguments`` instead of ``sys.argv``."""
+    """{"command", "versions", "machine", "date"} of this process. ``arguments`` replaces ``sys.argv``."""
     return {
         "command": command(sys.argv if arguments is None else arguments),
         "versions": versions(),
@@ -32,13 +32,13 @@ def provenance(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def command(arguments: Sequence[str]) -> str:
-    """The command line as a person types it in the project's root. Of a path outside the project only its last name
-    stays: the folders of a machine mean nothing elsewhere, and what the file held is in the line as a sha256."""
+    """The command line as a person types it in the project's root. Of a path outside the project only the last name is
+    kept: its folders mean nothing on another machine, and the line has the sha256 of what was read."""
     return shlex.join(["python", *(shown(argument) for argument in arguments)])
 
 
 def shown(argument: str) -> str:
-    """A path inside the project from its root, a path outside it by its last name, anything else as it is."""
+    """``argument`` with a path inside the project written from its root, and a path outside it by its last name."""
     if "=" in argument and argument.startswith("--"):
         option, _, value = argument.partition("=")
         return f"{option}={shown(value)}"
@@ -49,7 +49,8 @@ def shown(argument: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, of the packages that decide the numbers, and the commit ("+" where files differ from it)."""
+    """The versions of Python and of the packages that decide the numbers, and the commit (with "+" where files differ
+    from it)."""
     found = {"python": platform.python_version(), "leangrid": leangrid.__version__, "commit": _commit()}
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -73,7 +74,8 @@ def _commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, instruction sets, memory in GiB, and the GPU where there is one."""
+    """Processor, number of cores that this process may use, instruction sets, memory in GiB, and the GPU where there is
+    one."""
     facts = _cpuinfo()
     flags = set(facts.get("flags", facts.get("Features", "")).split())
     found = {
@@ -88,7 +90,7 @@ def machine() -> dict[str, Any]:
 
 
 def _cpuinfo() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo; empty where there is no such file."""
+    """The fields of the first processor in /proc/cpuinfo; empty where there is no such file."""
     path = Path("/proc/cpuinfo")
     if not path.is_file():
         return {}

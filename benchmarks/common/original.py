@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import leangrid
-from leangrid.data.calibration import affixes, check_vocabulary, cut, tokenize
-from leangrid.data.corpora import joined
+from leangrid.data.calibration import check_vocabulary, cut_windows, find_affixes, tokenize_text
+from leangrid.data.corpora import read_joined_text
 from leangrid.evaluation.tasks.sts import Pairs, correlation, embed
 from leangrid.metrics.divergence import Reference, divergence
 from leangrid.metrics.embedding import cosine_distance
@@ -34,9 +34,9 @@ class CausalOriginal:
 
     def __init__(self, model: Any, tokenizer: Any, text: str, windows: int, length: int, device: str = "cpu") -> None:
         self.device = device
-        whole, around = joined(text), affixes(tokenizer)
-        ids = tokenize(tokenizer, whole, around)
-        self.windows = cut(ids, length, around)[:windows].clone()
+        whole, around = read_joined_text(text), find_affixes(tokenizer)
+        ids = tokenize_text(tokenizer, whole, around)
+        self.windows = cut_windows(ids, length, around)[:windows].clone()
         if len(self.windows) < windows:
             raise SystemExit(
                 f"{text}: {len(ids)} tokens are {len(self.windows)} windows of {length}, {windows} are asked for"

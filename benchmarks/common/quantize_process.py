@@ -1,8 +1,8 @@
-"""One quantization in a process of its own, so that its peak memory is its own: a JSON job on stdin, the result's JSON
-on stdout.
+"""One quantization in a process of its own, so that its peak memory is its own.
 
-quality.py, quantize_time.py and the experiments start it. The job: {"source", "out", "recipe": {...}, "windows":
-FILE.safetensors, "threads": n or null, "device"}."""
+The process reads a JSON job from stdin and prints the result as JSON on stdout. The job: {"source", "out", "recipe":
+{...}, "windows": FILE.safetensors, "threads": n or null, "device"}.
+"""
 
 import json
 import resource
@@ -14,8 +14,8 @@ from typing import Any
 
 
 class Failed(RuntimeError):
-    """One measurement could not be made: its process did not finish (its own words are on stderr), or what it left
-    cannot be judged."""
+    """One measurement could not be made: the process did not finish (its messages are on stderr), or its result cannot
+    be measured."""
 
 
 def quantize(
@@ -27,13 +27,11 @@ def quantize(
     device: str = "cpu",
     program: Sequence[str] = (__file__,),
 ) -> dict[str, Any]:
-    """Start this file and return what ``leangrid quantize --json`` would print. The child's progress goes to our
+    """Quantize in a process of its own and return what ``leangrid quantize --json`` prints. Its progress is shown on
     stderr.
 
-    ``program`` is another file that ends in ``main`` here, with its arguments.
-
-    Raises:
-        Failed: it was refused or stopped.
+    ``program`` is the script that runs, with its arguments; another one must end in ``main`` of this file. Failed is
+    raised where the process ends with an error.
     """
     job = {
         "source": str(source),
@@ -52,8 +50,8 @@ def quantize(
 
 
 def own_peak() -> int | None:
-    """Largest resident size since this program began. getrusage's ru_maxrss would be that of the process that started
-    us, where that was larger: Linux carries it through exec. None where the system does not tell."""
+    """The largest resident size of this process in bytes, since its program began; None where the system does not say.
+    (getrusage's ru_maxrss would include the process that started us: Linux carries it through exec.)"""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
@@ -79,7 +77,7 @@ def main() -> None:
             result = leangrid.quantize(
                 job["source"],
                 job["out"],
-                leangrid.Recipe.build(**job["recipe"]),
+                leangrid.Recipe(**job["recipe"]),
                 windows=windows,
                 threads=job["threads"],
                 device=job["device"],
@@ -88,7 +86,7 @@ def main() -> None:
     except LeangridError as error:
         raise SystemExit(f"leangrid: {error}") from error
     used = {"cpu_seconds": round(cpu_seconds() - begin, 3), "process_cpu_seconds": round(cpu_seconds(), 3)}
-    print(json.dumps(result.to_json() | used | {"peak_ram_bytes": own_peak() or result.peak_ram_bytes}))
+    print(json.dumps(result.to_dict() | used | {"peak_ram_bytes": own_peak() or result.peak_ram_bytes}))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ _OUTLIERS, _OUTLIER = 0.005, 20.0  # share of channels, and how much larger they
 
 
 def checkpoint(directory: Path, model: str, blocks: int, device: str, seed: int = 0) -> Path:
-    """Write ``blocks`` random blocks of ``model`` with a small embedding in bfloat16, one shard each; never more than
-    one in memory."""
+    """Write a checkpoint with ``blocks`` random blocks of ``model`` and a small embedding in bfloat16, one shard for
+    each block, and return ``directory``. Only one block is in memory at a time."""
     shapes = {"vocab_size": VOCABULARY, **_LLAMA, **MODELS[model], "num_hidden_layers": blocks}
     shapes.pop("layers")
     config = transformers.LlamaConfig(dtype="bfloat16", **shapes)

@@ -1,4 +1,4 @@
-"""What a scheme is compared with: the same scheme by other recipes, each under a name of its own."""
+"""The recipes that a scheme is compared with, by name: the defaults, parts switched off, the paper's procedure."""
 
 from leangrid.recipe import Recipe, Scheme
 
@@ -17,7 +17,8 @@ _GRID_FIELDS = {"p", "steps", "search", "guard"}
 
 
 def parse(texts: list[str]) -> dict[str, dict[str, str]]:
-    """``default,paper`` and ``quarter:correct=0.25,refine=2``, one after the other, as name -> recipe fields."""
+    """Name -> recipe fields, from texts such as ``default,paper`` (names of KNOWN) and
+    ``quarter:correct=0.25,refine=2``."""
     found: dict[str, dict[str, str]] = {}
     for text in texts:
         name, colon, fields = text.partition(":")
@@ -36,7 +37,7 @@ def parse(texts: list[str]) -> dict[str, dict[str, str]]:
 
 
 def does(recipe: Recipe) -> str:
-    """Equal for two resolved recipes that do the same work."""
+    """A text that is equal for two resolved recipes that give the same result."""
     ignored = _GRID_FIELDS if Scheme.parse(recipe.scheme).method != "leanquant" else set()
     ignored = ignored | ({"search"} if recipe.parsed.grid != "nonuniform" else {"steps"})
     return recipe.model_dump_json(exclude=ignored)

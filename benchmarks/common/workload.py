@@ -1,5 +1,4 @@
-"""What quality.py and quantize_time.py work on: a source directory, its name in the tables, and one set of calibration
-windows."""
+"""The model that is quantized, its name in the tables, and one set of calibration windows for all runs."""
 
 import random
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from transformers.utils import logging as transformers_logging
 
 import leangrid
 from common.machine import ROOT
-from leangrid.data.calibration import windows, windows_hash
-from leangrid.data.sampling import sample
+from leangrid.data.calibration import hash_windows, make_windows
+from leangrid.data.sampling import sample_windows
 from leangrid.evaluation.tasks.sts import Pairs
 from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.models.tokenizer import load_tokenizer
@@ -24,7 +23,7 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Workload:
-    """A source and the windows every run on it is calibrated with; ``windows_file`` holds them for the processes that
+    """A source and the windows that calibrate every run on it. ``windows_file`` holds them for the processes that
     quantize."""
 
     name: str
@@ -38,11 +37,10 @@ class Workload:
     def open(
         cls, source: Path, calibration: str, samples: int, length: int, seed: int, folder: Path, name: str | None = None
     ) -> "Workload":
-        """Dequantize a .gguf file (once, into ``folder``) and make the windows.
+        """Make the windows, and dequantize ``source`` into ``folder`` where it is a .gguf file.
 
-        Args:
-            calibration: what ``leangrid quantize --calibration`` takes, or an STS Benchmark .csv file: its sentences in
-            shuffled order.
+        ``calibration`` is what ``leangrid quantize --calibration`` takes, or an STS Benchmark .csv file, whose
+        sentences are shuffled.
         """
         directory, shown = source, source.stem.split(".")[0] if is_gguf(source) else source.resolve().name
         if is_gguf(source):
@@ -56,28 +54,28 @@ class Workload:
 
         def drawn(samples: int, length: int, seed: int) -> Tensor:
             model, tokenizer = leangrid.load(directory, dtype=torch.float32)
-            return sample(model, tokenizer, samples, length, seed)
+            return sample_windows(model, tokenizer, samples, length, seed)
 
-        tokens = windows(recipe, load_tokenizer(directory), drawn)
+        tokens = make_windows(recipe, load_tokenizer(directory), drawn)
         file = folder / "windows.safetensors"
         safetensors.save(file, {"windows": tokens}, {})
         return cls(name or shown, directory, Path(calibration).name, tokens, file, seed)
 
     @property
     def windows_sha256(self) -> str:
-        """Of the calibration windows, as the manifest of a result states it."""
-        return windows_hash(self.windows)
+        """The hash of the calibration windows that the manifest of a result holds."""
+        return hash_windows(self.windows)
 
     def recipe(self, scheme: str, fields: dict[str, str]) -> Recipe:
-        """The recipe with every default of its scheme written out."""
+        """The resolved recipe of ``scheme`` with these ``fields``."""
         samples, length = self.windows.shape
-        return Recipe.build(
+        return Recipe(
             scheme=scheme, calibration=self.calibration, samples=samples, length=length, seed=self.seed, **fields
         ).resolved()
 
 
 def default_source() -> Path:
-    """The demo model; SystemExit with the way to get it."""
+    """The demo model's .gguf file; SystemExit says how to get it where it is missing."""
     found = sorted((ROOT / ".models" / "smollm2").glob("*.gguf"))
     if not found:
         raise SystemExit(".models/smollm2 is not here: make models, or give --source")

@@ -1,8 +1,9 @@
-"""What a peer's runner measures besides its answer: the token ids that really went in, CPU seconds, peak memory. Needs
-torch alone.
+"""What a peer's runner measures besides its answer: the token ids that went in, CPU seconds and peak memory.
 
-The runners are started by race.py with the Python of the peer's own environment, one process a quantization: a JSON job
-on stdin, the result as JSON in the file that the job names (peers print on stdout)."""
+It needs only torch and safetensors. race.py starts the runners with the Python of the peer's own environment, one
+process for each quantization: a JSON job on stdin, the result as JSON in the file that the job names (peers print on
+stdout).
+"""
 
 import json
 import resource
@@ -20,8 +21,8 @@ from torch import Tensor
 
 
 class Tokens:
-    """Every batch of ids that any embedding of the process looked up, by way of torch's own class: peers copy and
-    rebuild models."""
+    """Records every batch of ids that any embedding of the process looks up. It replaces the method of torch's own
+    class, since peers copy and rebuild models."""
 
     def __init__(self) -> None:
         self.batches: list[Tensor] = []
@@ -34,11 +35,8 @@ class Tokens:
         torch.nn.Embedding.forward = recorded  # type: ignore[method-assign]
 
     def check(self, windows: Tensor) -> int:
-        """Tokens in all passes; RuntimeError unless every pass saw exactly ``windows``: nothing padded, cut, dropped or
-        tokenized anew.
-
-        The order is free: sums over tokens do not know it.
-        """
+        """The number of tokens in all passes. RuntimeError unless every pass saw exactly ``windows``, in any order:
+        nothing padded, cut, dropped or tokenized again."""
         if not self.batches:
             raise RuntimeError("the model was never run on the calibration windows")
         if any(batch.shape[-1] != windows.shape[1] for batch in self.batches):
@@ -83,15 +81,15 @@ def peak_bytes() -> int:
 
 
 def job() -> tuple[dict[str, Any], Tensor]:
-    """The job on stdin and its windows, int64 [windows, length]; torch is held to the job's threads."""
+    """The job on stdin, and its windows, int64 [windows, length]. torch is limited to the job's threads."""
     read = json.load(sys.stdin)
     torch.set_num_threads(read["threads"])
     return read, load_file(read["windows"])["windows"]
 
 
 def finish(read: dict[str, Any], watch: Stopwatch, tokens: int, package: str, logits: Any) -> None:
-    """Write the result; then ``logits()``, the peer's own answer to the first window, to check how others read its
-    file."""
+    """Write the result, and the logits that ``logits()`` returns: the peer's own answer to the first window, with which
+    our reading of its file is compared."""
     result = {
         "seconds": watch.seconds,
         "cpu_seconds": watch.cpu_seconds,

@@ -1,5 +1,4 @@
-"""Weights and Hessians of some blocks of the original model, for experiments that need no whole model: tensors, nothing
-else."""
+"""Weights and Hessians of some blocks of the original model, for experiments that need only layers."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from measure.whole_model import Bench, Measurement, Task
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """``weight`` float32 [rows, cols], ``matrix`` = H of the original's inputs, undamped, and its factor."""
+    """``weight`` float32 [rows, cols]; ``matrix``, the undamped Hessian H float32 [cols, cols] of the original's
+    inputs; and its factor."""
 
     name: str
     weight: Tensor
@@ -29,7 +29,7 @@ class Layer:
     factor: Factor
 
     def objective(self, grid: Grid, weights: Tensor) -> float:
-        """sum_j g_j (nearest(w_j) - w_j)^2 over the layer's rows, float64."""
+        """sum_j g_j (nearest(w_j) - w_j)^2 over all rows, in float64; ``weights`` is g [cols]."""
         error = grid.dequantize(grid.nearest(self.weight)).double() - self.weight.double()
         return float((error.square() * weights).sum())
 
@@ -37,7 +37,8 @@ class Layer:
 def each(
     bench: Bench, benchmark: str, field: str, values: Sequence[Any], measured: Callable[[list[Layer], int, Any], Any]
 ) -> Iterator[Task]:
-    """``measured(layers, bits, value)`` for every subject, 4, 3 and 2 bits, and value of the line's ``field``."""
+    """One task for every subject, 4, 3 and 2 bits, and each of ``values`` in the line's ``field``: ``measured(layers,
+    bits, value)`` returns the measured fields."""
     for subject in bench.size.subjects:
         for bits in (4, 3, 2):
             for value in values:
@@ -49,12 +50,12 @@ def each(
                     field: value,
                     "base": {"blocks": list(subject.blocks), "samples": subject.samples, "length": subject.length},
                 }
-                yield Measurement(head, lambda s=subject, b=bits, v=value: measured(of_blocks(bench, s), b, v))
+                yield Measurement(head, lambda s=subject, b=bits, v=value: measured(load_layers(bench, s), b, v))
 
 
 @cache
 @torch.no_grad()
-def of_blocks(bench: Bench, subject: Subject) -> list[Layer]:
+def load_layers(bench: Bench, subject: Subject) -> list[Layer]:
     """The linears of the subject's blocks."""
     work = bench.original(subject).workload(subject)
     skeleton = Skeleton(open_source(work.source))

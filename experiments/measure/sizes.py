@@ -1,5 +1,6 @@
-"""What each SIZE runs on: models, calibration, texts. ``small``: two cores, a good hour; ``paper``: the paper's set-up,
-on a GPU."""
+"""The models, calibration and texts of each SIZE. ``small`` takes a good hour on two cores; ``paper`` is the paper's
+set-up, on a GPU.
+"""
 
 import json
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from common.workload import default_source
 
 @dataclass(frozen=True)
 class Data:
-    """Where texts and the two models without a registry package are, as ``run.py`` was told; a corpus by name is
+    """Where the texts and the models without a registry package are, as ``run.py`` was told. A corpus given by name is
     fetched."""
 
     c4: str = "c4"
@@ -25,7 +26,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, what calibrates it, and the texts it is measured on (their first ``windows`` x ``evaluation_length``
+    """A model, its calibration, and the texts that it is measured on (their first ``windows`` x ``evaluation_length``
     tokens)."""
 
     name: str
@@ -60,7 +61,7 @@ class Size:
 
 
 def size(name: str, data: Data, folder: Path) -> Size:
-    """``folder`` takes what has to be made, such as the two halves of a local C4 file."""
+    """The size ``name``. Files that have to be made, such as the two halves of a local C4 file, go to ``folder``."""
     if name not in SIZES:
         raise SystemExit(f"'{name}' is no size: {', '.join(SIZES)}")
     return SIZES[name](data, folder)
@@ -136,7 +137,8 @@ def small(data: Data, folder: Path) -> Size:
     squad = Path(data.squad) if Path(data.squad).is_dir() else None
     if squad is None:
         left_out.append(
-            f"MiniLM on SQuAD: {data.squad} is not here; benchmarks/squad_finetune.py trains it, --squad says where it is"
+            f"MiniLM on SQuAD: {data.squad} is not here; benchmarks/squad_finetune.py trains it, "
+            "--squad says where it is"
         )
     return Size("small", "cpu", tuple(subjects), tuple(left_out), _folder(data.tasks_dir), squad)
 
@@ -173,7 +175,8 @@ SIZES = {"small": small, "paper": paper}
 
 
 def halves(c4: str, folder: Path) -> tuple[str, str]:
-    """What calibrates and what is evaluated on: the corpus' own splits, or the two halves of a local .jsonl file."""
+    """The text that calibrates and the text that is evaluated on: the corpus' own splits, or the two halves of a local
+    .jsonl file."""
     if not c4.endswith(".jsonl"):
         return c4, c4
     documents = [line for line in Path(c4).read_text(encoding="utf-8").splitlines() if line.strip()]

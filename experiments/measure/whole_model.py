@@ -1,5 +1,4 @@
-"""Whole models: quantized by a recipe, measured on every text of their subject. Most experiments are lists of
-recipes."""
+"""Whole models: quantized by a recipe, measured on every text of their subject. Most experiments are lists of them."""
 
 import json
 import shutil
@@ -43,7 +42,8 @@ _MEASURED = (
 
 
 class Task(Protocol):
-    """One line of an experiment: ``head`` says what is measured, ``measure`` measures it."""
+    """One line of an experiment. ``head`` holds the fields that say what is measured; ``measure`` returns the
+    others."""
 
     @property
     def head(self) -> dict[str, Any]: ...
@@ -51,7 +51,7 @@ class Task(Protocol):
 
 
 class Measurement(NamedTuple):
-    """A task whose work is not a whole model's."""
+    """A task that is a function."""
 
     head: dict[str, Any]
     work: Any
@@ -71,11 +71,11 @@ class WholeModel:
 
     @property
     def out(self) -> Path:
-        """Where the result lies until the next one."""
+        """The folder of the result, which the next one replaces."""
         return self.bench.folder / "out"
 
     def quantized(self) -> dict[str, Any]:
-        """Quantize into ``out``; what ``leangrid quantize --json`` says of it."""
+        """Quantize into ``out`` and return what ``leangrid quantize --json`` prints."""
         work = self.bench.original(self.subject).workload(self.subject)
         shutil.rmtree(self.out, ignore_errors=True)
         fields = self.recipe.model_dump(exclude={"calibration"})
@@ -89,14 +89,15 @@ class WholeModel:
         found = (
             original.figures(self.out)
             | {name: result[name] for name in _KEPT}
-            | {"losses": by_kind(self.out / "records.jsonl")}
+            | {"losses": sum_by_kind(self.out / "records.jsonl")}
         )
         cost = {name: result.get(name) for name in _COST} | {"threads": self.bench.threads}
         cost["evaluate_seconds"] = round(time.perf_counter() - begin, 1)
         return found | {"calibration_sha256": original.workload(self.subject).windows_sha256, "cost": cost}
 
     def elsewhere(self) -> dict[str, Any] | None:
-        """What another experiment measured of the same, with its command and machine."""
+        """The figures of another experiment's line of the same recipe, with its command and machine; None where there
+        is none."""
         wanted = json.dumps([self.head.get(name) for name in _SAME], sort_keys=True)
         for path in sorted(RESULTS.glob("*.jsonl")):
             for line in lines.read(path):
@@ -106,7 +107,7 @@ class WholeModel:
 
 
 class Original:
-    """The unquantized model, with its predictions on each text kept."""
+    """The unquantized model of a subject, with its predictions on each text."""
 
     def __init__(self, bench: "Bench", subject: Subject) -> None:
         self.bench, self.source = bench, locate_source(subject.source)
@@ -128,7 +129,8 @@ class Original:
         return self._workloads[subject]
 
     def figures(self, out: Path) -> dict[str, Any]:
-        """Those of the first text, "distance" (KL; of an encoder 1 - cosine), and under "texts" those of each."""
+        """The figures of the first text, "distance" (KL; of an encoder 1 - cosine), and under "texts" the figures of
+        each text."""
         model = None
         found: dict[str, dict[str, Any]] = {}
         for label, text in self.texts.items():
@@ -143,7 +145,7 @@ class Original:
 
 
 class Bench:
-    """One size, ready to measure. An original is opened once, when the first line that is not there yet needs it."""
+    """One size, ready to measure. An original is opened once, for the first line that needs it."""
 
     def __init__(self, size: Size, folder: Path, threads: int | None) -> None:
         self.size, self.folder, self.threads = size, folder, threads or torch.get_num_threads()
@@ -157,9 +159,10 @@ class Bench:
     def whole(
         self, experiment: str, subject: Subject, scheme: str, label: dict[str, Any] | None = None, **fields: Any
     ) -> WholeModel:
-        """A task: ``subject`` by ``scheme`` with these recipe fields; ``label`` is what the tables call it."""
+        """A task that quantizes ``subject`` by ``scheme`` with these recipe fields. ``label`` holds fields by which the
+        tables name it."""
         name = Path(subject.calibration).name
-        recipe = Recipe.build(
+        recipe = Recipe(
             scheme=scheme, calibration=name, samples=subject.samples, length=subject.length, **fields
         ).resolved()
         head = {
@@ -180,13 +183,13 @@ class Bench:
 
 
 def with_calibration(subject: Subject, **changes: Any) -> Subject:
-    """The same subject, calibrated otherwise."""
+    """The same subject with another calibration."""
     return replace(subject, **changes)
 
 
-def by_kind(records: Path) -> dict[str, dict[str, float]]:
-    """Of each kind of linear (q_proj ...), the sums over the blocks: ours, min-max GPTQ's, rounding's, and how many
-    layers they are."""
+def sum_by_kind(records: Path) -> dict[str, dict[str, float]]:
+    """For each kind of linear (q_proj ...) the number of layers and the sums of their losses: ours, min-max GPTQ's and
+    that of rounding."""
     sums: dict[str, dict[str, float]] = defaultdict(
         lambda: dict.fromkeys(("layers", "loss", "loss_minmax", "loss_rounding"), 0.0)
     )

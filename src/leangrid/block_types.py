@@ -1,7 +1,7 @@
-"""llama.cpp's block types: what each holds, and which one a narrow layer takes instead.
+"""llama.cpp's block types: what a block holds, and which type a layer with few columns has instead.
 
-A block holds ``cols`` codes q of one row and, for each group of ``group`` of them, what its reader multiplies out in
-float32:
+A block holds ``cols`` codes q of one row and, for each ``group`` of them, the numbers from which its reader computes
+the weights in float32:
 
     Q4_0 Q5_0 Q8_0    w = d (q - 2^(bits-1))             d float16
     Q4_1 Q5_1         w = d q + dmin                     d, dmin float16
@@ -18,12 +18,19 @@ from leangrid.errors import ShapeError
 
 @dataclass(frozen=True)
 class BlockType:
-    """One of ggml's types: its number in the file, ``cols`` codes of ``bits`` in ``nbytes`` bytes, one sub-scale each
-    ``group`` columns.
+    """One of ggml's types.
 
-    ``sc``, ``m``: smallest and largest integer of the sub-scales and sub-minima, None where the type has none;
-    ``minimum``: whether it holds ``dmin``; ``narrow``: the type of 32 columns a block, with at least as many bits, that
-    a layer takes whose columns 256 does not divide."""
+    Attributes:
+        name, number: its name, and its number in a GGUF file.
+        cols: codes of a block.
+        nbytes: bytes of a block.
+        bits: bits of a code.
+        group: columns that share a sub-scale.
+        minimum: whether it holds ``dmin``.
+        sc, m: smallest and largest integer of the sub-scales and of the sub-minima; None where the type has none.
+        narrow: the type with blocks of 32 columns and at least as many bits, for layers whose columns 256 does not
+            divide; None where the blocks have 32 columns already.
+    """
 
     name: str
     number: int
@@ -43,17 +50,17 @@ class BlockType:
 
     @property
     def bits_per_weight(self) -> float:
-        """Everything included."""
+        """Bits of a weight, everything in the block included."""
         return 8 * self.nbytes / self.cols
 
     def row_bytes(self, cols: int) -> int:
-        """Bytes of a row. ShapeError where the blocks do not divide it."""
+        """Bytes of a row of ``cols`` columns; ShapeError where the blocks do not divide it."""
         if cols % self.cols:
             raise ShapeError(f"{self.name} holds blocks of {self.cols} columns, which do not divide {cols}")
         return cols // self.cols * self.nbytes
 
     def fitting(self, cols: int) -> "BlockType":
-        """This type, or its narrow one for rows that blocks of 256 do not divide."""
+        """The type for rows of ``cols`` columns: this one, or its narrow one where its blocks do not divide them."""
         return BLOCK_TYPES[self.narrow] if self.narrow and cols % self.cols else self
 
 

@@ -1,17 +1,17 @@
-"""Every way leangrid says no. A message holds three things: what, where, and the way out.
+"""The errors that leangrid raises. A message says what is wrong, where, and what to do next.
 
-Exit codes (the command line's promise): 2 bad input, nothing written; 3 stopped, the same command resumes;
-4 finished, but with more rescues than allowed. Anything that is not a LeangridError is a bug of ours (1).
+Exit codes of the command line: 2 bad input, nothing written; 3 stopped, the same command resumes; 4 finished, but with
+more rescues than allowed or too far from the original. Anything that is not a LeangridError is a bug (1).
 """
 
 
 class LeangridError(Exception):
-    """One clear sentence for the user.
+    """Base of all errors that a user can do something about; its text is the three parts in one line.
 
     Args:
-        what: what is wrong, in the user's words.
-        where: the file, tensor, layer or option concerned.
-        way_out: what to do next, a command where there is one.
+        what: what is wrong.
+        where: the file, tensor, layer or option concerned; None where there is none.
+        way_out: what to do next, a command where there is one; None where there is nothing.
     """
 
     exit_code = 2
@@ -23,27 +23,27 @@ class LeangridError(Exception):
 
 
 class RecipeError(LeangridError):
-    """A scheme, option or recipe file that asks for something impossible."""
+    """A scheme, option or recipe file with a wrong or impossible value."""
 
 
 class CheckpointError(LeangridError):
-    """A source that is missing, damaged, hostile or not what its config says."""
+    """A source that is missing, damaged, unsafe to read, or not what its config says."""
 
 
 class ArchitectureError(LeangridError):
-    """A model type that the table in models/architectures.py does not hold."""
+    """A model type that is not in the table of models/architectures.py."""
 
 
 class CalibrationError(LeangridError):
-    """Too little text, no network, a tokenizer that does not fit, or a layer that saw no tokens."""
+    """Too little text, no network, a tokenizer that does not fit the model, or a layer without calibration tokens."""
 
 
 class ShapeError(LeangridError):
-    """Tensors whose shapes, dtypes or values an operation cannot take."""
+    """Tensors whose shapes, dtypes or values an operation does not accept."""
 
 
 class FormatError(LeangridError):
-    """A result that the asked-for container cannot hold exactly."""
+    """A container that is unknown or cannot hold a result exactly."""
 
 
 class OutputError(LeangridError):
@@ -55,26 +55,26 @@ class ResumeError(LeangridError):
 
 
 class VerifyError(LeangridError):
-    """A directory that differs from its manifest."""
+    """A directory that is no result, or differs from its manifest."""
 
 
 class NumericalError(LeangridError):
-    """A Hessian or weight on which no rung of the ladder gave a usable result."""
+    """A Hessian or weight for which no rescue gave a usable result."""
 
 
 class TaskError(LeangridError):
-    """A task that is not known, or whose data, judge or program is not there or not usable."""
+    """An unknown task, or one whose data, judge or program is missing or not usable."""
 
 
 class Interrupted(LeangridError):
-    """The run stopped early and kept all finished blocks; the same command resumes."""
+    """The run stopped early. All finished blocks are on disk; the same command resumes."""
 
     exit_code = 3
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line of at most 200 characters: its first, and those that a colon
-    announces; its type where it says nothing."""
+    """The message of another library's error in one line of at most 200 characters: its first line, and the next ones
+    where a line ends with a colon; the name of its type where it has no message."""
     if isinstance(error, KeyError) and len(error.args) == 1 and isinstance(error.args[0], str):
         return f"it does not know {error.args[0]!r}"[:200]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

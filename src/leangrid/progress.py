@@ -1,5 +1,4 @@
-"""What a long run says about itself while it works. The pipeline makes events; whoever called it decides what to
-show."""
+"""What a run reports while it works: it calls a function of the caller with an Event."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ class Event:
         stage: "notice" (``message`` is a sentence for the user), "load", "calibrate", "layer" (one linear is done),
             "block" (a whole block is done and committed), "save", "done"; "export" (one linear of ``blocks`` is
             written); "window" and "task" of an evaluation.
-        block: index of the block at work, from 0.
-        blocks: how many blocks there are; 0 while unknown.
-        layer: name of the linear layer at work, or "".
+        block: index of the current block, from 0; of an export the linear, of an evaluation the window from 1.
+        blocks: how many blocks (linears, windows) there are; 0 while unknown.
+        layer: name of the current linear, or ""; of an evaluation the model.
         loss: for "layer", tr(E H E^T)/2 of that layer; for "block", the sum over its layers.
-        tokens_per_second: calibration tokens that pass a block in one second; 0 while unknown.
-        memory_bytes: resident memory of the process now.
+        tokens_per_second: calibration tokens that a block is computed for in one second; 0 while unknown.
+        memory_bytes: resident memory of the process now; 0 while unknown.
         seconds_left: estimate for the rest of the run; negative while unknown.
-        message: a sentence that must reach the user, or "".
+        message: a sentence for the user, or "".
     """
 
     stage: str

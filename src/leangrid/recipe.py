@@ -1,107 +1,128 @@
-"""What to do, as one frozen value: validated once at the door, hashed into the manifest, never changed after.
+"""What to do, as one immutable value that is checked when it is made and hashed into the manifest.
 
-A scheme string names the whole idea: ``W4A16_G64`` affine, 4 bits, groups of 64; ``W4A16`` whole rows; ``NU3``
-non-uniform, 3 bits, whole rows; ``GPTQ4_G64`` and ``RTN4`` the min-max baselines through the same code path;
-suffix ``_SYM`` fixes the zero point in the middle, ``_EXACT`` asks for LeanQuant-Exact. ``Q4_K`` and its like are
-llama.cpp's block types as the grid itself, ``GPTQ_Q4_K`` and ``RTN_Q4_K`` their baselines.
-"""
+A scheme string names grid, bits and method: ``W4A16_G64`` affine, 4 bits, groups of 64; ``W4A16`` affine, one grid for
+each whole row; ``NU3`` non-uniform, 3 bits, whole rows; ``GPTQ4_G64`` and ``RTN4`` the min-max baselines through the
+same code path. The suffix ``_SYM`` fixes the zero point in the middle, ``_EXACT`` asks for LeanQuant-Exact (Algorithm 2
+of the paper). ``Q4_K`` and its like take one of llama.cpp's block types as the grid; ``GPTQ_Q4_K`` and ``RTN_Q4_K`` are
+their baselines."""
 
 import hashlib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import RecipeError
 
-GridKind = Literal["affine", "offset", "superblock", "nonuniform"]
+_Model = TypeVar("_Model", bound=BaseModel)
 Method = Literal["leanquant", "gptq", "rtn"]
 
 AFFINE_BITS, NONUNIFORM_BITS = (2, 3, 4, 5, 6, 8), (2, 3, 4)
-OFFSET_FORMATS = frozenset(
-    {"mlx"}
-)  # containers whose readers compute S q + B: B is a stored number, Z need not be an integer
+# Containers whose readers compute S q + B with a stored number B, so that the zero point need not be an integer.
+OFFSET_FORMATS = frozenset({"mlx"})
 
 _SCHEME = re.compile(r"^(?:W(?P<w>\d+)A16|NU(?P<nu>\d+)|GPTQ(?P<gptq>\d+)|RTN(?P<rtn>\d+))"
                      r"(?:_G(?P<group>\d+))?(?P<sym>_SYM)?(?P<exact>_EXACT)?$")  # fmt: skip
-
 _BLOCK = re.compile(r"^(?:(?P<method>GPTQ|RTN)_)?(?P<kind>Q\d_[01K])$")
-
 _METHODS: dict[str, Method] = {"w": "leanquant", "nu": "leanquant", "gptq": "gptq", "rtn": "rtn"}
 
 
-class _Checked(BaseModel):
-    """A model whose one refusal, by whatever door its fields come in, is a RecipeError of one sentence."""
+class _Validated(BaseModel):
+    """A frozen pydantic model that raises RecipeError, in one sentence, for wrong fields in whichever way it is made:
+    the constructor, ``model_validate``, ``model_validate_json`` and ``model_copy``."""
 
     @model_validator(mode="wrap")
     @classmethod
-    def _refuse(cls, fields: Any, inner: Any) -> Any:
+    def _raise_recipe_error(cls, fields: Any, inner: Any) -> Any:
         try:
             return inner(fields)
         except ValidationError as error:
-            raise _refusal(error, cls) from None
+            raise _recipe_error(error, cls) from None
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Any:
+        """As in pydantic; RecipeError also for text that is not JSON."""
         try:
             return super().model_validate_json(json_data, **options)
-        except ValidationError as error:  # no JSON at all
-            raise _refusal(error, cls) from None
+        except ValidationError as error:
+            raise _recipe_error(error, cls) from None
+
+    def model_copy(self: _Model, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _Model:
+        """A copy with the fields of ``update`` changed, validated as a new object is."""
+        return type(self)(**{**dict(self), **(update or {})})
 
 
-def _refusal(error: ValidationError, model: type[BaseModel]) -> RecipeError:
-    """The first field that is wrong, in one sentence."""
+def _recipe_error(error: ValidationError, model: type[BaseModel]) -> RecipeError:
+    """The first wrong field as a RecipeError: what is wrong, the value given, and the default or the known fields."""
     first = error.errors(include_url=False)[0]
     name, where = ".".join(str(part) for part in first["loc"]), model.__name__.lower()
+    known = f"Fields: {', '.join(model.model_fields)}"
     if first["type"] == "extra_forbidden":
         nearest = get_close_matches(name, model.model_fields, 1)
         hint = f"Did you mean {nearest[0]}? " if nearest else ""
-        return RecipeError(
-            f"'{name[:80]}' is no field of a {where}", where, f"{hint}Fields: {', '.join(model.model_fields)}"
-        )
-    given, field = (
-        " ".join(repr(first.get("input")).split()),
-        model.model_fields.get(str(first["loc"][0]) if first["loc"] else ""),
-    )
-    told = first["msg"].replace("Input should be", "must be").replace("Value error, ", "")
-    told = f"{name or f'a {where}'}{'' if told.startswith('must be') else ':'} {told}"
-    way_out = f"Fields: {', '.join(model.model_fields)}"
-    if field is not None and not field.is_required():
-        way_out = f"The default is {field.default!r}{f': {field.description}' if field.description else ''}"
-    return RecipeError(f"{told}, not {given[:77] + '...' if len(given) > 80 else given}", where, way_out)
+        return RecipeError(f"'{name[:80]}' is no field of a {where}", where, hint + known)
+    given = " ".join(repr(first.get("input")).split())
+    given = given[:77] + "..." if len(given) > 80 else given
+    problem = first["msg"].replace("Input should be", "must be").replace("Value error, ", "")
+    problem = f"{name or f'a {where}'}{'' if problem.startswith('must be') else ':'} {problem}"
+    field = model.model_fields.get(str(first["loc"][0]) if first["loc"] else "")
+    if field is None or field.is_required():
+        return RecipeError(f"{problem}, not {given}", where, known)
+    described = f": {field.description}" if field.description else ""
+    return RecipeError(f"{problem}, not {given}", where, f"The default is {field.default!r}{described}")
 
 
-class Scheme(_Checked):
-    """A parsed scheme string: which grid, how many bits, over how many columns, found how."""
+class Scheme(_Validated):
+    """A scheme string, parsed: the kind of grid, the bits, the columns that share a grid, and the method.
+
+    Attributes:
+        grid: ``affine`` (scale and integer zero point), ``nonuniform`` (2^bits free levels), ``offset`` (scale and
+            stored offset: MLX, llama.cpp's Q4_1) or ``superblock`` (llama.cpp's K types).
+        method: ``leanquant`` (the grid is learned on the inverse Hessian), ``gptq`` (min-max grid, GPTQ's sweep) or
+            ``rtn`` (min-max grid, rounding to nearest).
+        bits: bits of one code.
+        group_size: how many columns of a row share one grid; None: the whole row.
+        symmetric: whether the zero point is fixed in the middle of the codes.
+        exact: whether LeanQuant-Exact (Algorithm 2 of the paper) replaces the sweep.
+        block: llama.cpp's block type that the grid is; None: none.
+
+    Raises:
+        RecipeError: bits that the grid does not have, or parts that exclude each other.
+
+    Example:
+        >>> scheme = leangrid.Scheme.parse("W4A16_G64")
+        >>> scheme.grid, scheme.bits, scheme.group_size, scheme.name
+        ('affine', 4, 64, 'W4A16_G64')
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    grid: GridKind
+    grid: str
     method: Method
     bits: int
-    group_size: int | None  # None: one grid for the whole row
+    group_size: int | None
     symmetric: bool = False
     exact: bool = False
-    block: str | None = None  # llama.cpp's type
+    block: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
-        """Read ``text``; raise RecipeError naming what a scheme looks like."""
+        """Read a scheme string in any letter case; RecipeError with examples for anything else."""
         block = _BLOCK.match(text.upper())
         if block and block["kind"] in BLOCK_TYPES:
             return cls.of_block(BLOCK_TYPES[block["kind"]], _METHODS[(block["method"] or "w").lower()])
         match = _SCHEME.match(text.upper())
         if match is None:
-            raise RecipeError(
-                f"'{text}' is not a scheme", "--scheme", "Examples: W4A16_G64, W3A16, NU4, NU3, GPTQ4_G64, RTN4, Q4_K"
-            )
+            examples = "Examples: W4A16_G64, W3A16, NU4, NU3, GPTQ4_G64, RTN4, Q4_K"
+            raise RecipeError(f"'{text}' is not a scheme", "--scheme", examples)
         kind = next(k for k in ("w", "nu", "gptq", "rtn") if match[k])
-        scheme = cls(
+        return cls(
             grid="nonuniform" if kind == "nu" else "affine",
             method=_METHODS[kind],
             bits=int(match[kind]),
@@ -109,55 +130,77 @@ class Scheme(_Checked):
             symmetric=match["sym"] is not None,
             exact=match["exact"] is not None,
         )
-        scheme._check(text)
-        return scheme
 
     @classmethod
     def of_block(cls, kind: BlockType, method: Method = "leanquant") -> "Scheme":
-        """The grid of one of llama.cpp's block types."""
+        """The scheme whose grid is one of llama.cpp's block types."""
         grid = "superblock" if kind.sc else "offset" if kind.minimum else "affine"
         return cls(
             grid=grid, method=method, bits=kind.bits, group_size=kind.group, symmetric=not kind.minimum, block=kind.name
         )
 
+    @model_validator(mode="after")
+    def _check_parts(self) -> "Scheme":
+        allowed = NONUNIFORM_BITS if self.grid == "nonuniform" else AFFINE_BITS
+        if self.bits not in allowed:
+            what = f"{self.bits} bits are not available in '{self.name}'"
+            raise RecipeError(what, "--scheme", f"Choose one of {allowed}")
+        if self.grid == "nonuniform" and (self.group_size or self.symmetric):
+            what = f"non-uniform grids hold whole rows and have no zero point, but '{self.name}' asks for more"
+            raise RecipeError(what, "--scheme", f"Use NU{self.bits}, or an affine scheme such as W{self.bits}A16_G64")
+        if self.group_size is not None and self.group_size < 1:
+            what = f"a group of {self.group_size} columns in '{self.name}'"
+            raise RecipeError(what, "--scheme", "Use a group such as 64, or no _G for whole rows")
+        if self.exact and self.method != "leanquant":
+            raise RecipeError(f"'{self.name}' mixes a baseline with _EXACT", "--scheme", "Use W4A16_EXACT or NU4_EXACT")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The scheme string that ``parse`` reads as this scheme."""
+        if self.block is not None:
+            return self.block if self.method == "leanquant" else f"{self.method.upper()}_{self.block}"
+        learned = f"NU{self.bits}" if self.grid == "nonuniform" else f"W{self.bits}A16"
+        head = learned if self.method == "leanquant" else f"{self.method.upper()}{self.bits}"
+        group = "" if self.group_size is None else f"_G{self.group_size}"
+        return head + group + ("_SYM" if self.symmetric else "") + ("_EXACT" if self.exact else "")
+
+    @property
+    def levels(self) -> int:
+        """How many values a weight can take: 2^bits."""
+        return 2**self.bits
+
     def fitting(self, cols: int) -> "Scheme":
-        """What a layer of ``cols`` columns gets: this scheme, or the narrow type where superblocks do not divide the
-        row."""
+        """The scheme of a layer with ``cols`` columns: this one, or that of the narrow block type where blocks of 256
+        do not divide the row."""
         if self.block is None:
             return self
         return Scheme.of_block(BLOCK_TYPES[self.block].fitting(cols), self.method)
 
-    def _check(self, text: str) -> None:
-        allowed = NONUNIFORM_BITS if self.grid == "nonuniform" else AFFINE_BITS
-        if self.bits not in allowed:
-            raise RecipeError(f"{self.bits} bits are not available in '{text}'", "--scheme", f"Choose one of {allowed}")
-        if self.grid == "nonuniform" and (self.group_size or self.symmetric):
-            raise RecipeError(
-                f"non-uniform grids hold whole rows and have no zero point, but '{text}' asks for more",
-                "--scheme",
-                f"Use NU{self.bits}, or an affine scheme such as W{self.bits}A16_G64",
-            )
-        if self.group_size == 0:
-            raise RecipeError(
-                f"a group of 0 columns in '{text}'", "--scheme", "Use a group such as 64, or no _G for whole rows"
-            )
-        if self.exact and self.method != "leanquant":
-            raise RecipeError(f"'{text}' mixes a baseline with _EXACT", "--scheme", "Use W4A16_EXACT or NU4_EXACT")
 
-    @property
-    def levels(self) -> int:
-        """K = 2^bits."""
-        return 2**self.bits
-
-
-def _container(scheme: Scheme) -> str:
-    """Where a scheme lies unless told otherwise."""
+def _default_format(scheme: Scheme) -> str:
+    """The container of ``format="auto"``."""
     return "gguf" if scheme.block else "lut" if scheme.grid == "nonuniform" else "compressed-tensors"
 
 
-class Recipe(_Checked):
-    """Everything that decides the bytes of the result. ``None`` means: the default for this scheme (see
-    ``resolved``)."""
+class Recipe(_Validated):
+    """Everything that decides the bytes of a result; equal recipes on equal input give equal bytes.
+
+    Every field has a default, and None means the default of the scheme (``resolved`` writes it out). The fields are
+    those of a recipe file and, with dashes, options of ``leangrid quantize``; each is described beside its default in
+    the source. A recipe cannot be changed: ``model_copy(update={...})`` makes another.
+
+    Raises:
+        RecipeError: a wrong field, in whichever way the recipe is made.
+
+    Example:
+        >>> recipe = leangrid.Recipe(scheme="NU4", samples=64)
+        >>> recipe.model_copy(update={"seed": 1}).seed
+        1
+        >>> leangrid.Recipe(samples=0)
+        Traceback (most recent call last):
+        leangrid.errors.RecipeError: samples must be greater than or equal to 1, not 0 (recipe). The default is 128: ...
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -201,22 +244,22 @@ class Recipe(_Checked):
 
     @field_validator("samples", "length", "seed", "p", "steps", "correct", "refine", "damping", mode="before")
     @classmethod
-    def _number(cls, value: Any) -> Any:
+    def _refuse_bool(cls, value: Any) -> Any:
         if isinstance(value, bool):  # which pydantic takes for 0 or 1
             raise ValueError("must be a number")
         return value
 
     @field_validator("scheme")
     @classmethod
-    def _scheme(cls, value: str) -> str:
-        if value != "auto":
-            Scheme.parse(value)
-            return value.upper()
-        return value
+    def _check_scheme(cls, value: str) -> str:
+        if value == "auto":
+            return value
+        Scheme.parse(value)
+        return value.upper()
 
     @field_validator("layers")
     @classmethod
-    def _layers(cls, value: dict[str, str]) -> dict[str, str]:
+    def _check_layers(cls, value: dict[str, str]) -> dict[str, str]:
         for key, scheme in value.items():
             Scheme.parse(scheme)
             try:
@@ -228,92 +271,99 @@ class Recipe(_Checked):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, inner: Any) -> dict[str, Any]:
-        """As JSON; ``text_field`` only where it is given, so that recipes written before there was one keep their
-        fingerprint."""
+        """The fields as JSON values. ``text_field`` is left out where it is None: recipes that were written before the
+        field existed have the same fingerprint."""
         return {name: value for name, value in inner(self).items() if name != "text_field" or value is not None}
 
     @property
     def parsed(self) -> Scheme:
-        """The parsed scheme on the grid that the format stores; RecipeError while it is still ``auto``."""
+        """The parsed scheme, on the grid that the format stores; RecipeError while the scheme is still ``auto``."""
         scheme = Scheme.parse(self.scheme)
-        stored = scheme.grid == "affine" and not scheme.symmetric and self.format in OFFSET_FORMATS
-        return scheme.model_copy(update={"grid": "offset"}) if stored else scheme
+        stores_offsets = scheme.grid == "affine" and not scheme.symmetric and self.format in OFFSET_FORMATS
+        return scheme.model_copy(update={"grid": "offset"}) if stores_offsets else scheme
 
     @property
     def schemes(self) -> list[Scheme]:
         """The parsed scheme, then those of ``layers``."""
         return [self.parsed, *(Scheme.parse(scheme) for scheme in self.layers.values())]
 
-    def key_of(self, layer: str) -> str | None:
-        """The first entry of ``layers`` that names this layer: the end of its name, at a dot, or a pattern that matches
-        all of it."""
+    def find_key(self, layer: str) -> str | None:
+        """The first key of ``layers`` that names the layer: the end of its name, cut at a dot, or a pattern that
+        matches all of it. None where no key does."""
         for key in self.layers:
-            found = (
-                re.fullmatch(key[3:], layer) is not None if key.startswith("re:") else f".{layer}".endswith(f".{key}")
-            )
-            if found:
+            if key.startswith("re:"):
+                named = re.fullmatch(key[3:], layer) is not None
+            else:
+                named = f".{layer}".endswith(f".{key}")
+            if named:
                 return key
         return None
 
     def for_layer(self, layer: str) -> "Recipe":
-        """This recipe for one layer alone: with the scheme that ``layers`` has for it, else its own."""
-        key = self.key_of(layer)
-        return (
-            self
-            if not self.layers
-            else self.model_copy(update={"scheme": self.layers[key] if key else self.scheme, "layers": {}})
-        )
+        """This recipe with the scheme of one layer, by its full name, and with no ``layers``."""
+        if not self.layers:
+            return self
+        key = self.find_key(layer)
+        return self.model_copy(update={"scheme": self.layers[key] if key else self.scheme, "layers": {}})
 
     def scheme_for(self, cols: int) -> Scheme:
-        """The scheme of a layer with ``cols`` columns."""
+        """The scheme of a layer with ``cols`` columns (see ``Scheme.fitting``)."""
         return self.parsed.fitting(cols)
 
     def scheme_name(self, cols: int) -> str:
-        """Its name, as records show it."""
-        taken = self.scheme_for(cols).block
-        return self.scheme.replace(self.parsed.block or "", taken) if taken else self.scheme
+        """The name of the scheme of a layer with ``cols`` columns, as records show it."""
+        return self.scheme_for(cols).name
 
     def resolved(self, scheme: str | None = None) -> "Recipe":
-        """This recipe with every default of its scheme written out. ``scheme`` replaces ``auto``."""
+        """This recipe with every default of its scheme written out.
+
+        Args:
+            scheme: what replaces ``auto``; None: nothing.
+
+        Raises:
+            RecipeError: the scheme is still ``auto``, or ``layers`` has a scheme of another kind or method.
+        """
         name = scheme if scheme and self.scheme == "auto" else self.scheme
         parsed = Scheme.parse(name)
-        learned = parsed.method == "leanquant"
-        for key, other in ((key, Scheme.parse(value)) for key, value in self.layers.items()):
-            if parsed.grid != "affine" or (other.grid, other.method, other.exact) != (
-                parsed.grid,
-                parsed.method,
-                parsed.exact,
-            ):
-                what = f"layers mix schemes of one kind only, but '{key}' asks for {self.layers[key]} beside {name}"
+        self._refuse_mixed_kinds(name, parsed)
+        container = _default_format(parsed) if self.format == "auto" else self.format
+        return self.with_defaults(parsed).model_copy(update={"scheme": name, "format": container})
+
+    def with_defaults(self, scheme: Scheme) -> "Recipe":
+        """This recipe with ``p``, ``correct`` and ``refine`` as ``scheme`` has them by default, where they are None."""
+        learned = scheme.method == "leanquant"
+        defaults = {
+            "p": 4.0 if scheme.grid == "nonuniform" else 2.0,
+            "correct": 0.5 if learned else 0.0,
+            "refine": 1 if learned and not scheme.exact else 0,
+        }
+        return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    def _refuse_mixed_kinds(self, name: str, scheme: Scheme) -> None:
+        for key, value in self.layers.items():
+            other = Scheme.parse(value)
+            same = (other.grid, other.method, other.exact) == (scheme.grid, scheme.method, scheme.exact)
+            if scheme.grid != "affine" or not same:
+                what = f"layers mix schemes of one kind only, but '{key}' asks for {value} beside {name}"
                 raise RecipeError(what, "layers", "Use affine schemes of one method, such as W4A16_G64 with W8A16")
-        return self.model_copy(update={
-            "scheme": name,
-            "format": _container(parsed) if self.format == "auto" else self.format,
-            "p": self.p if self.p is not None else (4.0 if parsed.grid == "nonuniform" else 2.0),
-            "correct": self.correct if self.correct is not None else (0.5 if learned else 0.0),
-            "refine": self.refine if self.refine is not None else (1 if learned and not parsed.exact else 0),
-        })  # fmt: skip
 
     def fingerprint(self) -> str:
-        """sha256 of the recipe's canonical JSON: equal recipes, equal text."""
+        """The sha256, in hexadecimal, of the recipe's canonical JSON; equal recipes have equal fingerprints."""
         text = json.dumps(self.model_dump(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     @classmethod
-    def build(cls, **fields: Any) -> "Recipe":
-        """The recipe of these fields, as ``Recipe(**fields)``: RecipeError with the first field that is wrong, in one
-        sentence."""
-        return cls(**fields)
-
-    @classmethod
     def from_file(cls, path: str | Path, **overrides: Any) -> "Recipe":
-        """Read a TOML file; ``overrides`` (from flags) win over the file."""
+        """Read a recipe from a TOML file; ``overrides`` (such as command-line options) replace fields of the file.
+
+        Raises:
+            RecipeError: the file is missing or not TOML, or a field is wrong.
+        """
         try:
             fields = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError("no such recipe file", path, "Give the path of a .toml file") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-            raise RecipeError(
-                f"the recipe cannot be read: {error}", path, 'A recipe is TOML such as: scheme = "NU4"'
-            ) from None
-        return cls.build(**{**fields, **overrides})
+            way_out = 'A recipe is TOML such as: scheme = "NU4"'
+            raise RecipeError(f"the recipe cannot be read: {error}", path, way_out) from None
+        return cls(**{**fields, **overrides})

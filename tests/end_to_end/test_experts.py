@@ -13,14 +13,15 @@ from transformers import AutoModelForCausalLM
 import leangrid
 from leangrid.errors import CheckpointError
 from leangrid.models.skeleton import Skeleton
-from leangrid.models.walk import BlockWalk, Streams, embed
+from leangrid.models.streams import Streams, embed
+from leangrid.models.walk import BlockWalk
 from leangrid.recipe import Recipe
 from leangrid.report.records import read_records
 from leangrid.report.text import quantize_summary
 from leangrid.run.quantize import quantize
-from leangrid.storage.safetensors import read_header
+from leangrid.storage.manifest import list_differences
+from leangrid.storage.safetensors import read_tensor_infos
 from leangrid.storage.source import open_source
-from leangrid.storage.writer import verify
 
 WINDOWS = tiny_models.tokens(6, 48)
 
@@ -38,11 +39,11 @@ def test_every_expert_is_quantized_under_the_names_of_its_checkpoint(name: str, 
     source = tiny_models.save(name, tmp_path / "source")
     result = quantize(source, tmp_path / "out", Recipe(scheme=scheme), windows=WINDOWS)
     assert result.exit_code == 0 and 0 < result.loss < result.loss_rounding
-    assert verify(tmp_path / "out") == []
+    assert list_differences(tmp_path / "out") == []
     skeleton = Skeleton(open_source(source))
     linears = [n for i in range(len(skeleton.blocks)) for n in skeleton.linear_names(i)]
     assert result.layers == len(linears)
-    before, after = read_header(source / "model.safetensors"), read_header(tmp_path / "out" / "model.safetensors")
+    before, after = (read_tensor_infos(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     assert {n.rpartition(".")[0] for n in before} == {n.rpartition(".")[0] for n in after}
     assert {f"{n}.weight" for n in linears} <= set(before)
     same = {n for n, info in before.items() if n in after and after[n].dtype == info.dtype}
@@ -91,8 +92,8 @@ def test_experts_that_the_router_never_or_hardly_chooses(tmp_path: Path) -> None
     result = quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=tiny_models.tokens(1, 48))
     assert result.exit_code == 4  # experts without a token count against the limit of rescues
     everything = {"experts": 4, "min": 0, "median": 24, "max": 48, "starved": 2, "unseen": 2}
-    assert result.to_json()["experts"] == everything | {"blocks": [{"block": "model.layers.1", **everything}]}
-    summary = quantize_summary(result.to_json())
+    assert result.to_dict()["experts"] == everything | {"blocks": [{"block": "model.layers.1", **everything}]}
+    summary = quantize_summary(result.to_dict())
     assert "0 / 24 / 48 (least, median, most of 4)" in summary and "2, and 2 that saw no token" in summary
     assert "| `model.layers.1` | 4 | 0 | 24 | 48 | 2 | 2 |" in (tmp_path / "out" / "README.md").read_text()
     page = (tmp_path / "out" / "report.html").read_text()
@@ -138,7 +139,7 @@ def test_walks_that_pause_and_replay_give_the_model_and_the_same_bits(name: str,
         read: dict[bool, list[torch.Tensor]] = {False: [], True: []}
         for replay in (False, True):
             noise = torch.Generator().manual_seed(0)
-            with skeleton.block(index) as block:
+            with skeleton.load_block(index) as block:
                 walk = BlockWalk(block, skeleton.groups(index), calls, index, streams[replay], replay)
                 for group in walk:
                     for held in group:
@@ -190,10 +191,10 @@ def _save_fused(name: str, directory: Path) -> Path:
 @pytest.mark.parametrize("name", tiny_models.MIXTURES)
 def test_fused_experts_are_read_one_by_one(name: str, tmp_path: Path) -> None:
     fused, plain = _save_fused(name, tmp_path / "fused"), tiny_models.save(name, tmp_path / "plain")
-    assert any(n.endswith(".mlp.experts.gate_up_proj") for n in read_header(fused / "model.safetensors"))
+    assert any(n.endswith(".mlp.experts.gate_up_proj") for n in read_tensor_infos(fused / "model.safetensors"))
     ours, theirs = Skeleton(open_source(fused)), Skeleton(open_source(plain))
     assert ours.parameter_names() == theirs.parameter_names()
-    assert all(torch.equal(ours.stored(n), theirs.stored(n)) for n in theirs.parameter_names())
+    assert all(torch.equal(ours.read(n), theirs.read(n)) for n in theirs.parameter_names())
     assert any("one by one" in notice for notice in ours.checkpoint.notices) and not theirs.checkpoint.notices
 
 

@@ -15,8 +15,8 @@ from leangrid.models.skeleton import Skeleton
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run.quantize import quantize
+from leangrid.storage.manifest import list_differences
 from leangrid.storage.source import open_source
-from leangrid.storage.writer import verify
 
 WINDOWS = tiny_models.tokens(6, 48)
 
@@ -39,7 +39,7 @@ def test_nonuniform_result_of_every_architecture(name: str, tmp_path: Path) -> N
     skeleton = Skeleton(open_source(source))
     assert result.layers == sum(len(skeleton.linear_names(i)) for i in range(len(skeleton.blocks)))
     assert result.exit_code == 0 and 0 < result.loss < result.loss_rounding
-    assert verify(tmp_path / "out") == []
+    assert list_differences(tmp_path / "out") == []
     assert not (tmp_path / "out.partial").exists()
     model, _ = leangrid.load(tmp_path / "out")
     dense = tiny_models.build(name)
@@ -114,7 +114,7 @@ def test_an_unfinished_run_of_another_recipe_is_refused_until_restart(tmp_path: 
     with pytest.raises(ResumeError, match="damping"):
         quantize(source, tmp_path / "out", Recipe(scheme="NU4", damping=0.02), windows=WINDOWS)
     quantize(source, tmp_path / "out", Recipe(scheme="NU4", damping=0.02), windows=WINDOWS, restart=True)
-    assert verify(tmp_path / "out") == []
+    assert list_differences(tmp_path / "out") == []
 
 
 @pytest.mark.fault("C7")

@@ -11,7 +11,7 @@ from browser import NAMES, Browser, browser, find
 from report_facts import EVALUATION, RECORD, RUN_LOG, SAMPLE, directory, facts
 
 from leangrid.evaluation.compare import compare
-from leangrid.report.page import page
+from leangrid.report.page import render_page
 from leangrid.solve.rescue import Rescue
 
 pytestmark = [
@@ -43,9 +43,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     run = {**RUN_LOG, "sample": {**SAMPLE, "name": long}}
     made = {
-        "full": page(facts(records=records, evaluations=[EVALUATION])),
-        "empty": page(facts(records=[], run={}, quality={})),
-        "long": page(facts(f"org/{long}", records=hostile, evaluations=[evaluation], run=run, memory=[long])),
+        "full": render_page(facts(records=records, evaluations=[EVALUATION])),
+        "empty": render_page(facts(records=[], run={}, quality={})),
+        "long": render_page(facts(f"org/{long}", records=hostile, evaluations=[evaluation], run=run, memory=[long])),
     }
     for name, text in made.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
@@ -75,8 +75,8 @@ def test_a_page_in_a_browser(name: str, width: int, dark: bool, chromium: Browse
 
 def test_text_keeps_its_size_on_a_phone_and_stands_out(chromium: Browser, pages: dict[str, Path]) -> None:
     chromium.open(pages["full"].as_uri(), 390)
-    smallest = """Math.min(...[...document.querySelectorAll('main *:not(sup):not(sub)')].filter(e => e.textContent.trim())
-                  .map(e => parseFloat(getComputedStyle(e).fontSize)))"""
+    smallest = """Math.min(...[...document.querySelectorAll('main *:not(sup):not(sub)')]
+                  .filter(e => e.textContent.trim()).map(e => parseFloat(getComputedStyle(e).fontSize)))"""
     assert chromium.value(smallest) >= 12
     for dark in (False, True):
         chromium.open(pages["full"].as_uri(), 390, dark)
@@ -89,7 +89,10 @@ def test_text_keeps_its_size_on_a_phone_and_stands_out(chromium: Browser, pages:
 
 def test_a_broken_page_is_noticed(chromium: Browser, tmp_path: Path) -> None:
     """The checks above can fail: a page that is too wide, asks for a file and logs an error."""
-    text = '<!doctype html><body><div style="width:900px">x</div><img src="absent.png"><script>console.error("no")</script>'
+    text = (
+        '<!doctype html><body><div style="width:900px">x</div><img src="absent.png">'
+        '<script>console.error("no")</script>'
+    )
     (tmp_path / "bad.html").write_text(text)
     chromium.open((tmp_path / "bad.html").as_uri(), 390)
     assert len(chromium.requests) == 2 and chromium.complaints

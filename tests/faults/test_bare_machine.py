@@ -27,7 +27,8 @@ socket.socket.connect = subprocess.Popen.__init__ = os.system = os.posix_spawn =
 with warnings.catch_warnings(record=True) as heard:
     warnings.simplefilter("always")
     import leangrid
-    result = leangrid.quantize(sys.argv[1], sys.argv[2], leangrid.Recipe(scheme="NU4"), windows=tiny_models.tokens(2, 16), threads=1)
+    recipe, windows = leangrid.Recipe(scheme="NU4"), tiny_models.tokens(2, 16)
+    result = leangrid.quantize(sys.argv[1], sys.argv[2], recipe, windows=windows, threads=1)
     model, _ = leangrid.load(sys.argv[2])
     answer = model(tiny_models.tokens(1, 8)).logits
 notices = [str(w.message) for w in heard if "leangrid" in str(w.message)]

@@ -12,18 +12,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forked_ranks
 import pytest
 import tiny_models
 import torch
 
+from leangrid.cli.app import app
 from leangrid.cli.progress_bar import Terminal
-from leangrid.data.calibration import windows, windows_hash
+from leangrid.data.calibration import hash_windows, make_windows
 from leangrid.errors import CalibrationError, ResumeError
 from leangrid.evaluation import evaluate
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run.quantize import quantize
-from leangrid.storage.writer import verify
+from leangrid.storage.manifest import list_differences
 
 Tiny = Callable[..., Path]
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:leangrid runs without its C")
 
 
 def recipe(file: Path, samples: int = 4, length: int = 32, seed: int = 0) -> Recipe:
-    return Recipe.build(scheme="NU4", calibration=str(file), samples=samples, length=length, seed=seed)
+    return Recipe(scheme="NU4", calibration=str(file), samples=samples, length=length, seed=seed)
 
 
 def written(folder: Path, content: str | bytes, name: str = "text.txt") -> Path:
@@ -45,19 +47,19 @@ def test_too_little_text_is_an_error_with_have_and_need(tmp_path: Path) -> None:
     tokenizer = tiny_models.tokenizer()
     have = len(tokenizer("too short")["input_ids"])
     with pytest.raises(CalibrationError, match=rf"{have} tokens, 128 needed \(4 x 32\)"):
-        windows(recipe(written(tmp_path, "too short")), tokenizer)
+        make_windows(recipe(written(tmp_path, "too short")), tokenizer)
     rows = written(tmp_path, '{"text": "too short"}\n' + '{"text": ""}\n' * 9, "rows.jsonl")
     with pytest.raises(
         CalibrationError, match=rf"{have} tokens, 128 needed \(4 x 32\); 9 of 10 rows left out \(hold no text\)"
     ):
-        windows(recipe(rows), tokenizer)
+        make_windows(recipe(rows), tokenizer)
 
 
 @pytest.mark.fault("N13")
 @pytest.mark.parametrize("content", ["", "   \n", "\u200b\ufeff\n" * 500])
 def test_a_blank_text_is_refused(content: str, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="holds no text"):
-        windows(recipe(written(tmp_path, content)), tiny_models.tokenizer())
+        make_windows(recipe(written(tmp_path, content)), tiny_models.tokenizer())
 
 
 @pytest.mark.fault("N13")
@@ -67,8 +69,8 @@ def test_text_for_fewer_windows_says_for_how_many(tmp_path: Path) -> None:
     enough = len(tokenizer(file.read_text())["input_ids"]) // 32
     assert 0 < enough < 50
     with pytest.raises(CalibrationError, match=f"--samples {enough} "):
-        windows(recipe(file, samples=50), tokenizer)
-    assert windows(recipe(file, samples=enough), tokenizer).shape == (enough, 32)
+        make_windows(recipe(file, samples=50), tokenizer)
+    assert make_windows(recipe(file, samples=enough), tokenizer).shape == (enough, 32)
 
 
 @pytest.mark.fault("N13")
@@ -76,7 +78,7 @@ def test_text_for_fewer_windows_says_for_how_many(tmp_path: Path) -> None:
 def test_a_text_that_is_not_utf8_is_refused_by_place(name: str, tmp_path: Path) -> None:
     file = written(tmp_path, b'{"text": "abc\xff\xfe"}\n', name)
     with pytest.raises(CalibrationError, match=rf"not UTF-8 at byte 13.*{name}"):
-        windows(recipe(file), tiny_models.tokenizer())
+        make_windows(recipe(file), tiny_models.tokenizer())
 
 
 @pytest.mark.fault("N13")
@@ -86,11 +88,11 @@ def test_no_padding_token_is_ever_used_and_the_seed_fixes_the_hash(
     documents = [f"document {index} " * (index % 7) for index in range(200)]  # some are empty, none as long as a window
     file = written(tmp_path, "".join(json.dumps({"text": each}) + "\n" for each in documents), "text.jsonl")
     tokenizer = tiny_models.tokenizer()
-    found = windows(recipe(file, 16, 64), tokenizer)
+    found = make_windows(recipe(file, 16, 64), tokenizer)
     assert not (found == tokenizer.pad_token_id).any() and found.shape == (16, 64)
     monkeypatch.setattr("leangrid.data.corpora._embedded", lambda: tuple(documents))
     hashes = [
-        windows_hash(windows(Recipe(calibration="embedded", samples=16, length=64, seed=seed), tokenizer))
+        hash_windows(make_windows(Recipe(calibration="embedded", samples=16, length=64, seed=seed), tokenizer))
         for seed in (0, 0, 1)
     ]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -155,7 +157,7 @@ def test_a_tokenizer_swapped_between_two_runs_is_another_run(tiny: Tiny, tmp_pat
         quantize(source, tmp_path / "out", recipe(file))
     (source / "tokenizer_config.json").write_text(text)
     quantize(source, tmp_path / "out", recipe(file))
-    assert verify(tmp_path / "out") == []
+    assert list_differences(tmp_path / "out") == []
 
 
 @pytest.mark.fault("S12")
@@ -207,7 +209,7 @@ def test_conversations_go_through_the_model_s_template_and_the_manifest_says_so(
         event.message.startswith("calibration: 4 x 32 tokens of column 'messages' in the chat template")
         for event in events
     )
-    assert "an-id" not in told["first"] and verify(tmp_path / "out") == []
+    assert "an-id" not in told["first"] and list_differences(tmp_path / "out") == []
 
 
 @pytest.mark.fault("N13")
@@ -243,7 +245,7 @@ def test_a_text_that_is_refused_leaves_nothing(
     else:
         (tmp_path / name).mkdir()
     # Before the model is even opened, for that may take long.
-    monkeypatch.setattr("leangrid.run.open_run.open_model", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr("leangrid.run.inputs.open_model", lambda *_: pytest.fail("the model was opened"))
     with pytest.raises(CalibrationError):
         quantize(tiny("llama3"), tmp_path / "out", recipe(tmp_path / name))
     monkeypatch.setattr(
@@ -258,7 +260,7 @@ def test_evaluation_takes_the_same_files(tiny: Tiny, tmp_path: Path) -> None:
     source, file, events = chat_source(tiny, tmp_path), conversations(tmp_path), []
     found = evaluate(source, None, str(file), length=16, windows=3, progress=events.append)
     text = "[user] What are the words?\n[assistant] They are many, and these are some of them.\n" * 40
-    assert found["sha256_of_text"] == hashlib.sha256(text.encode()).hexdigest()
+    assert found.sha256_of_text == hashlib.sha256(text.encode()).hexdigest()
     assert [event.message for event in events if event.stage == "notice"] == [
         f"{file}: 1 of 41 rows left out (hold no text)",
         f"{file}: column 'messages' in the chat template of the model",
@@ -266,13 +268,13 @@ def test_evaluation_takes_the_same_files(tiny: Tiny, tmp_path: Path) -> None:
     body = written(tmp_path, '{"body": "words of a text "}\n' * 40, "body.jsonl")
     with pytest.raises(CalibrationError, match="there are: body"):
         evaluate(source, None, str(body), length=16, windows=3)
-    assert evaluate(source, None, str(body), length=16, windows=3, text_field="body")["tokens"] == 45
+    assert evaluate(source, None, str(body), length=16, windows=3, text_field="body").tokens == 45
 
 
 def test_the_column_is_part_of_the_recipe_only_where_it_is_given(tmp_path: Path) -> None:
-    plain, named = Recipe.build(), Recipe.build(text_field="body")
+    plain, named = Recipe(), Recipe(text_field="body")
     assert "text_field" not in plain.model_dump() and "text_field" not in json.loads(plain.model_dump_json())
-    assert plain.fingerprint() != named.fingerprint() and Recipe.build(**named.model_dump()) == named
+    assert plain.fingerprint() != named.fingerprint() and Recipe(**named.model_dump()) == named
     # Recipes that were written before there was such a field keep their fingerprint.
     fields = {name: value for name, value in vars(plain).items() if name != "text_field"}
     assert (
@@ -280,7 +282,7 @@ def test_the_column_is_part_of_the_recipe_only_where_it_is_given(tmp_path: Path)
         == hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     )
     with pytest.raises(CalibrationError, match="--text-field"):
-        windows(Recipe.build(calibration="self", text_field="body"), None)
+        make_windows(Recipe(calibration="self", text_field="body"), None)
 
 
 def command(tiny: Tiny, folder: Path, **environment: str) -> tuple[list[str], dict[str, str]]:
@@ -300,7 +302,7 @@ def test_a_locale_without_the_characters_does_not_stop_the_run(tiny: Tiny, tmp_p
     done = subprocess.run(arguments, env=environment, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"block 3/3" in done.stderr and b"O\\xf9 sont" in done.stderr
-    assert verify(tmp_path / "out") == []
+    assert list_differences(tmp_path / "out") == []
 
 
 @pytest.mark.fault("C14")
@@ -312,7 +314,7 @@ def test_readers_that_leave_do_not_stop_the_run(tiny: Tiny, tmp_path: Path) -> N
     process.stderr.readline()
     process.stderr.close()
     assert process.wait(120) == 0
-    assert verify(tmp_path / "out") == []
+    assert list_differences(tmp_path / "out") == []
 
 
 @pytest.mark.fault("C14")
@@ -325,13 +327,14 @@ def test_a_clock_that_jumps_does_not_stop_the_run(tiny: Tiny, tmp_path: Path, mo
             tiny("llama3"), tmp_path / "out", Recipe(scheme="NU4"), windows=tiny_models.tokens(2, 16), progress=terminal
         )
         assert terminal.alive
-    assert verify(tmp_path / "out") == []
+    assert list_differences(tmp_path / "out") == []
 
 
 @pytest.mark.fault("C4")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_resumable_and_prints_the_command(number: signal.Signals, tiny: Tiny, tmp_path: Path) -> None:
-    arguments, environment = command(tiny, tmp_path)
+    # It waits in its second block, so that the signal finds it there.
+    arguments, environment = command(tiny, tmp_path, LEANGRID_FAILPOINT="journal.after_block:2:sleep:60")
     process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     seen = ""
@@ -348,10 +351,10 @@ def test_a_signal_stops_resumable_and_prints_the_command(number: signal.Signals,
         and "Traceback" not in rest
     )
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
-    again = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert "block 1/3" not in again.stderr and "block 3/3" in again.stderr
-    assert verify(tmp_path / "out") == []
+    (again,) = forked_ranks.run(1, lambda _: app(arguments[3:]))  # the same command
+    assert again.status == 0, again.said
+    assert "block 1/3" not in again.said and "block 3/3" in again.said
+    assert list_differences(tmp_path / "out") == []
 
 
 def test_self_calibration_needs_no_text_at_all(tiny: Tiny, tmp_path: Path) -> None:

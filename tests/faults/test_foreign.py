@@ -1,5 +1,4 @@
-"""What people give instead of a checkpoint: each is refused by one sentence that names it, before work, with nothing
-written."""
+"""What people give instead of a checkpoint is refused with a message that names it, before anything is written."""
 
 import json
 import shutil
@@ -35,7 +34,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def refused(source: Path, *words: str) -> str:
-    """The sentence with which every door refuses it; nothing is written, and no weights are read for it."""
+    """The message with which every command refuses it; nothing is written, and no weights are read."""
     out = source.parent / "out"
     began = time.process_time()
     with pytest.raises((CheckpointError, ArchitectureError)) as caught:

@@ -1,5 +1,5 @@
-"""Out of memory in the middle of a block: one thing gives way after another, each is recorded, and the result is the
-same."""
+"""Out of memory in the middle of a block: the run takes one smaller placement after another, each is recorded, and the
+result is the same."""
 
 import json
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from live_bytes import LiveBytes
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-import leangrid.run.quantize as pipeline
 from leangrid.errors import Interrupted
 from leangrid.models.walk import BlockWalk
 from leangrid.planning.placement import Placement
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
+from leangrid.run import algebra
 from leangrid.run.quantize import quantize
 from leangrid.run.result import QuantizeResult
 from leangrid.solve import in_place
@@ -54,8 +54,13 @@ def exhaust(monkeypatch: pytest.MonkeyPatch) -> Exhaust:
 
 @pytest.fixture
 def two_memories(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the device were another place than the CPU: the ladder's last steps, and weights read ahead, are used."""
-    monkeypatch.setattr("leangrid.run.run.accelerated", lambda _: True)
+    """As if the device were another place than the CPU: the last reductions, and weights read ahead, are used."""
+    _pretend_own_memory(monkeypatch)
+
+
+def _pretend_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("run", "states"):
+        monkeypatch.setattr(f"leangrid.run.{module}.has_own_memory", lambda _: True)
 
 
 def _run(source: Path, out: Path, placement: Placement | None = None) -> tuple[QuantizeResult, list[str]]:
@@ -124,7 +129,7 @@ def test_a_failed_attempt_leaves_nothing_behind(
 ) -> None:
     after: list[int] = []
     with LiveBytes() as alive:
-        monkeypatch.setattr("leangrid.run.run.release_cached", lambda _: after.append(alive.now))
+        monkeypatch.setattr("leangrid.run.states.release_cached_memory", lambda _: after.append(alive.now))
         exhaust(BlockWalk, "_resume", lambda _self, one, group: group == 3 and len(after) < 1)
         quantize(source, tmp_path / "out", RECIPE, windows=WINDOWS, placement=Placement(3, replay=replay))
     states = WINDOWS.numel() * tiny_models.HIDDEN * 4  # of one stream: both are the same before the first block
@@ -134,8 +139,8 @@ def test_a_failed_attempt_leaves_nothing_behind(
 
 @pytest.mark.fault("R1")
 def test_the_lean_algebra_gives_way_before_the_device(source: Path, tmp_path: Path, exhaust: Exhaust) -> None:
-    _run(source, tmp_path / "expected", Placement(6, replay=True, lean=True))
-    failures = exhaust(pipeline, "factorize", lambda *_: True)
+    _run(source, tmp_path / "expected", Placement(6, replay=True, in_place=True))
+    failures = exhaust(algebra, "factorize", lambda *_: True)
     _, notices = _run(source, tmp_path / "out")
     assert failures == [2] and "three matrices" in notices[1]
     _same(tmp_path / "out", tmp_path / "expected")
@@ -146,7 +151,7 @@ def test_the_lean_algebra_gives_way_before_the_device(source: Path, tmp_path: Pa
 def test_one_group_moves_to_the_cpu_then_the_block(
     source: Path, tmp_path: Path, exhaust: Exhaust, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lean = Placement(6, replay=True, host_streams=True, lean=True)
+    lean = Placement(6, replay=True, host_streams=True, in_place=True)
     _run(source, tmp_path / "expected", lean)
     calls: list[int] = []
     real = in_place.factorize_in_place
@@ -162,8 +167,8 @@ def test_one_group_moves_to_the_cpu_then_the_block(
     assert len(notices) == 1 and "Hessian and factor of group 3 on the CPU" in notices[0]
     _same(tmp_path / "group", tmp_path / "expected")
     monkeypatch.undo()
-    monkeypatch.setattr("leangrid.run.run.accelerated", lambda _: True)
-    alone = Placement(1, replay=True, host_streams=True, lean=True)
+    _pretend_own_memory(monkeypatch)
+    alone = Placement(1, replay=True, host_streams=True, in_place=True)
     _run(source, tmp_path / "one by one", alone)
     left = [False] * 40 + [True] * 2  # in the middle of the second block, and at once when it begins again
     failures = exhaust(LlamaMLP, "forward", lambda *_: bool(left) and left.pop(0))
@@ -193,7 +198,7 @@ def test_the_end_of_the_ladder_is_one_sentence_and_the_run_goes_on(
 
     monkeypatch.setattr(LlamaMLP, "forward", full)
     with pytest.raises(
-        Interrupted, match=r"nothing is left to give way: a block needs about .* GiB \(model\.layers\.1\)"
+        Interrupted, match=r"no smaller way is left: a block needs about .* GiB \(model\.layers\.1\)"
     ) as stop:
         quantize(
             source,
@@ -229,6 +234,6 @@ def test_other_errors_are_not_taken_for_missing_memory(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(pipeline, "factorize", broken)
+    monkeypatch.setattr(algebra, "factorize", broken)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         _run(source, tmp_path / "out")

@@ -1,5 +1,5 @@
 """Row O11 of the fault table: what our own reader does wrong, on both sides of the gate, is seen by it
-(gate_original.py)."""
+(gate/original.py)."""
 
 import json
 import warnings
@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from leangrid.gate import original as gate_original
+from leangrid.gate import side_by_side
 from leangrid.machine import memory
 from leangrid.models import skeleton as skeletons
 from leangrid.models.original import open_original, tensors_of
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
-from leangrid.run import gate_original, gate_walk, open_run, publish
+from leangrid.run import inputs, publish
 from leangrid.run.quantize import quantize
 from leangrid.run.result import QuantizeResult
 from leangrid.storage.remote import Remote
@@ -59,7 +61,7 @@ def test_a_stored_head_that_is_thrown_away_ends_with_4(
     source = tied_with_another_head(tiny("llama3_tied"), tmp_path / "source")
     assert quantized(source, tmp_path).exit_code == 0
     monkeypatch.setattr(
-        Checkpoint, "equal", lambda *_: True
+        Checkpoint, "tensors_equal", lambda *_: True
     )  # the fault of issue 16: the config's word is taken for it
     result = quantize(source, tmp_path / "out", Recipe(scheme="NU4", steps=1), windows=WINDOWS, overwrite=True)
     assert result.exit_code == 4 and "otherwise than transformers: lm_head.weight is another" in result.quality["error"]
@@ -96,7 +98,7 @@ def test_what_the_gguf_importer_drops_ends_with_4(
     config = type(tiny_models.CONFIGS["llama2"]()).from_dict(given)
     fields = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     gguf_models.write(tmp_path / "m.gguf", gguf_models.build(config), fields=fields)
-    real = open_run.dequantize
+    real = inputs.dequantize
 
     def dequantize(path: Path, directory: Path) -> Any:
         dtype = real(path, directory)
@@ -104,7 +106,7 @@ def test_what_the_gguf_importer_drops_ends_with_4(
         return dtype
 
     if lost is not None:
-        monkeypatch.setattr(open_run, "dequantize", dequantize)
+        monkeypatch.setattr(inputs, "dequantize", dequantize)
     result = quantized(tmp_path / "m.gguf", tmp_path)
     if lost is None:
         assert result.exit_code == 0, result.quality
@@ -113,12 +115,12 @@ def test_what_the_gguf_importer_drops_ends_with_4(
 
 
 def _other_values(monkeypatch: pytest.MonkeyPatch, _source: Path) -> str:
-    real = Skeleton.stored
+    real = Skeleton.read
 
     def stored(self: Skeleton, name: str) -> Tensor:
         return real(self, name).roll(1, 0) if name.endswith("layers.1.self_attn.o_proj.weight") else real(self, name)
 
-    monkeypatch.setattr(Skeleton, "stored", stored)
+    monkeypatch.setattr(Skeleton, "read", stored)
     return "model.layers.1.self_attn.o_proj.weight is another"
 
 
@@ -135,8 +137,8 @@ def _other_config(monkeypatch: pytest.MonkeyPatch, _source: Path) -> str:
 
 
 def _other_pass(monkeypatch: pytest.MonkeyPatch, _source: Path) -> str:
-    real = gate_walk._through
-    monkeypatch.setattr(gate_walk, "_through", lambda *arguments: 1.1 * real(*arguments).roll(1, -1))
+    real = side_by_side._through
+    monkeypatch.setattr(side_by_side, "_through", lambda *arguments: 1.1 * real(*arguments).roll(1, -1))
     return "its outputs differ by"
 
 
@@ -160,12 +162,12 @@ def test_a_fault_that_both_walks_share_ends_with_4(
 @pytest.mark.parametrize("name", EVERY)
 def test_of_a_sound_model_nothing_differs(name: str, dtype: torch.dtype, tiny: Tiny) -> None:
     ours = opened(tiny(name, dtype), dtype)
-    hidden, _ = gate_walk.embed(ours, [WINDOWS[:2]], "cpu")
-    walked = gate_walk.walk(ours, opened(tiny(name, dtype), dtype), [WINDOWS[:2]], None, "cpu")
+    hidden, _ = side_by_side.embed(ours, [WINDOWS[:2]], "cpu")
+    walked = side_by_side.walk(ours, opened(tiny(name, dtype), dtype), [WINDOWS[:2]], None, "cpu")
     assert hidden and not any(walked.errors.values())
     with torch.no_grad(), gate_original.held_against(ours, "cpu") as reference:
         expected = reference.outputs(WINDOWS[:2], ours.causal, "cpu")
-        reference.compare(expected, gate_walk.outputs(ours, WINDOWS[:2], walked.original[0], "cpu"))
+        reference.compare(expected, side_by_side.outputs(ours, WINDOWS[:2], walked.original[0], "cpu"))
     assert reference.kind == "transformers" and reference.problems == []
     if dtype == torch.float32:
         with torch.no_grad():
@@ -186,9 +188,9 @@ def test_where_memory_is_short_tensors_are_compared(name: str, tiny: Tiny, monke
         assert reference.model is None and reference.problems == []
     assert reference.kind == ("tensors of 2 blocks" if sparse else "transformers' tensors")
     victim = f"{ours.linear_names(len(ours.blocks) - 1)[-1]}.weight"
-    real = Skeleton.stored
+    real = Skeleton.read
     monkeypatch.setattr(
-        Skeleton, "stored", lambda self, name: real(self, name).flip(0) if name == victim else real(self, name)
+        Skeleton, "read", lambda self, name: real(self, name).flip(0) if name == victim else real(self, name)
     )
     with gate_original.held_against(ours, "cpu") as reference:
         assert reference.problems == [f"{victim} is another"]
@@ -197,7 +199,7 @@ def test_where_memory_is_short_tensors_are_compared(name: str, tiny: Tiny, monke
 def test_what_cannot_be_compared_is_said(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = opened(tiny("llama2"))
     with monkeypatch.context() as patch, gate_original.held_against(ours, "cpu"):
-        patch.setattr(memory, "maps", lambda _size: False)
+        patch.setattr(memory, "can_map", lambda _size: False)
         with gate_original.held_against(ours, "cpu") as reference:
             assert reference.model is None and "may not map" in reference.kind
     ours.checkpoint.remote = object()  # type: ignore[attr-defined]

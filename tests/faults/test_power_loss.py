@@ -13,7 +13,7 @@ from tiny_run import digest, run, write_source
 from leangrid.errors import LeangridError
 from leangrid.storage import files
 from leangrid.storage.journal import partial_of
-from leangrid.storage.writer import amend, verify
+from leangrid.storage.manifest import amend_result, list_differences
 
 SOME = 120  # states of the fast suite, drawn with a seed; `make test-slow` takes all
 
@@ -34,7 +34,7 @@ def resumed(source: Path, root: Path, tree: Tree, expected: list[dict[str, str]]
     materialise(tree, root)
     try:
         if out.exists() and digest(out) not in expected:
-            return f"OUT is neither absent nor complete: {verify(out)}"
+            return f"OUT is neither absent nor complete: {list_differences(out)}"
         if out.exists() and not (partial_of(out) / "sealed.json").exists() and not options:
             # nothing is left to say who made OUT, which is complete: the same command would refuse to touch it
             return None
@@ -64,7 +64,7 @@ def test_the_power_may_fail_after_any_operation(
     options = {"overwrite": True} if overwrite else {}
     if overwrite:
         shutil.copytree(in_memory / "expected", disk / "out")
-        amend(disk / "out", {"older.txt": b"an older result"})
+        amend_result(disk / "out", {"older.txt": b"an older result"})
         expected.append(digest(disk / "out"))
     states = crashes(source, disk, monkeypatch, **options)
     assert len(states) > 500

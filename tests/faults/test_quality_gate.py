@@ -1,4 +1,4 @@
-"""Row O8 of the fault table: a result that was written, and is wrong, never ends with exit code 0 (gate.py)."""
+"""Row O8 of the fault table: a result that was written, and is wrong, never ends with exit code 0 (gate/quality.py)."""
 
 import json
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 import leangrid
 from leangrid import formats
 from leangrid.cli.app import app
+from leangrid.gate import quality
 from leangrid.metrics.divergence import divergence
 from leangrid.recipe import Recipe
-from leangrid.run import quality_gate
 from leangrid.run.quantize import quantize
 from leangrid.storage import failpoints, writer
-from leangrid.storage.writer import verify
+from leangrid.storage.manifest import list_differences
 
 Tiny = Callable[..., Path]
 WINDOWS = tiny_models.tokens(4, 48)
@@ -60,7 +60,7 @@ def test_the_gate_measures_what_transformers_would(name: str, tiny: Tiny, tmp_pa
     kept = json.loads((tmp_path / "out" / "manifest.json").read_text())["quality"]
     assert (
         kept == {key: value for key, value in result.quality.items() if key != "passed"}
-        and kept["limit"] == quality_gate.KL_LIMITS[3]
+        and kept["limit"] == quality.KL_LIMITS[3]
     )
 
 
@@ -85,8 +85,8 @@ def test_one_layer_with_shifted_zero_points_is_found_and_named(
     result = quantize(tiny("llama2"), tmp_path / "out", recipe, windows=WINDOWS, max_kl=limit)
     assert result.exit_code == 4 and not result.too_many_rescues
     assert result.quality["worst_layers"][0]["name"].endswith(layer)
-    assert layer in quality_gate.verdict(result.quality)
-    assert verify(tmp_path / "out") == []
+    assert layer in quality.verdict(result.quality)
+    assert list_differences(tmp_path / "out") == []
 
 
 def test_the_command_says_why_it_ends_with_4(tiny: Tiny, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_cannot_be_opened_again_is_said(
     monkeypatch.setattr(writer, "_add", add)
     result = quantize(tiny("llama2"), tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
     assert result.exit_code == 4 and "cannot be opened again" in result.quality["error"]
-    assert "cannot be opened again" in quality_gate.verdict(result.quality)
+    assert "cannot be opened again" in quality.verdict(result.quality)
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["quality"] == {"error": result.quality["error"]}
 
 
@@ -156,16 +156,14 @@ def test_a_run_killed_after_its_end_keeps_the_verdict(
 
 
 def test_predictions_that_are_not_finite_do_not_pass() -> None:
-    assert not quality_gate.passed(
+    assert not quality.passed(
         {"measure": "kl", "value": None, "limit": 1.0, "error": "the result's predictions are not finite"}
     )
-    assert not quality_gate.passed({}) and not quality_gate.passed({"value": float("nan"), "limit": 1.0})
-    assert quality_gate.passed({"value": 0.5, "limit": 1.0}) and not quality_gate.passed(
-        {"value": 0.5, "limit": 1.0}, limit=0.4
-    )
+    assert not quality.passed({}) and not quality.passed({"value": float("nan"), "limit": 1.0})
+    assert quality.passed({"value": 0.5, "limit": 1.0}) and not quality.passed({"value": 0.5, "limit": 1.0}, limit=0.4)
 
 
 def test_more_bits_are_allowed_less() -> None:
     for measure in ("kl", "cosine"):
-        limits = [quality_gate.default_limit(bits, measure) for bits in (2, 3, 4, 5, 6, 8)]
+        limits = [quality.default_limit(bits, measure) for bits in (2, 3, 4, 5, 6, 8)]
         assert limits == sorted(limits, reverse=True) and limits[-1] < 0.2

@@ -18,13 +18,13 @@ from tiny_run import digest
 from leangrid.errors import OutputError
 from leangrid.planning import footprint
 from leangrid.planning.placement import Placement
-from leangrid.planning.settle import open_model
+from leangrid.planning.resolve import open_model
 from leangrid.planning.sizes import disk_bytes, state_bytes
 from leangrid.recipe import Recipe
 from leangrid.report.views import TIMED
 from leangrid.run.quantize import quantize
-from leangrid.run.run import Run
-from leangrid.storage import files
+from leangrid.run.states import StatePlaces
+from leangrid.storage import disk, files
 from leangrid.storage.source import Checkpoint
 
 WINDOWS, RECIPE = tiny_models.tokens(6, 32), Recipe(scheme="NU4")
@@ -116,7 +116,7 @@ def _disk(monkeypatch: pytest.MonkeyPatch, free: dict[Path, int]) -> None:
         left = next(bytes_left for folder, bytes_left in free.items() if path.is_relative_to(folder))
         return shutil._ntuple_diskusage(left, 0, left)
 
-    monkeypatch.setattr(files.shutil, "disk_usage", usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", usage)
 
 
 def _asked(needed: int) -> int:
@@ -152,7 +152,7 @@ def test_the_disk_of_the_states_is_looked_at_itself(
 ) -> None:
     _, skeleton, settled = open_model(source, RECIPE)
     needed, states = disk_bytes(skeleton, settled, WINDOWS.numel()), tmp_path / "states"
-    monkeypatch.setattr(files, "same_disk", lambda _one, _other: False)
+    monkeypatch.setattr(disk, "same_disk", lambda _one, _other: False)
     _disk(monkeypatch, {states: _asked(needed.states) - 1, tmp_path: _asked(needed.result)})
     with pytest.raises(OutputError, match=rf"about {_asked(needed.states)} bytes needed") as caught:
         _run(source, tmp_path / "out", states=states)
@@ -167,7 +167,7 @@ def test_a_resumed_run_is_not_asked_for_space_that_it_has_taken(
     assert status_of(partial(_run, source, out, IN_MEMORY), "journal.after_state:2") == -9
     _, skeleton, settled = open_model(source, RECIPE)
     needed = sum(disk_bytes(skeleton, settled, WINDOWS.numel()))
-    taken = sum(files.bytes_in(tmp_path / "out.partial" / name) for name in ("blocks", "state"))
+    taken = sum(disk.bytes_in(tmp_path / "out.partial" / name) for name in ("blocks", "state"))
     assert 0 < taken < needed
     _disk(
         monkeypatch, {tmp_path: _asked(needed - taken // 2)}
@@ -179,14 +179,14 @@ def test_a_resumed_run_is_not_asked_for_space_that_it_has_taken(
 
 def test_the_next_block_alone_is_read_ahead(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
-    real = Checkpoint.expect
+    real = Checkpoint.prefetch
 
-    def expect(self: Checkpoint, names: Any) -> None:
+    def prefetch(self: Checkpoint, names: Any) -> None:
         asked.append(list(names))
         real(self, asked[-1])
 
     advised: list[int] = []
-    monkeypatch.setattr(Checkpoint, "expect", expect)
+    monkeypatch.setattr(Checkpoint, "prefetch", prefetch)
     monkeypatch.setattr(os, "posix_fadvise", lambda _fd, _start, size, _advice: advised.append(size))
     _run(source, tmp_path / "out", Placement(2))
     assert [{int(name.split(".")[2]) for name in names} for names in asked] == [{1}, {2}], (
@@ -198,16 +198,16 @@ def test_the_next_block_alone_is_read_ahead(source: Path, tmp_path: Path, monkey
 
 
 def test_out_of_memory_on_the_cpu_ends_on_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    last = Placement(1, replay=True, host_streams=True, lean=True)
-    expected, take, failed = _run(source, tmp_path / "expected", last), Run.take, []
+    last = Placement(1, replay=True, host_streams=True, in_place=True)
+    expected, get, failed = _run(source, tmp_path / "expected", last), StatePlaces.get, []
 
-    def starved(self: Run, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def starved(self: StatePlaces, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
         if not self.placement.disk_streams:
             failed.append(self.placement)
             raise torch.OutOfMemoryError("DefaultCPUAllocator: can't allocate memory")
-        return take(self, hidden, device)
+        return get(self, hidden, device)
 
-    monkeypatch.setattr(Run, "take", starved)
+    monkeypatch.setattr(StatePlaces, "get", starved)
     found = _run(source, tmp_path / "out", last)
     assert failed == [last]
     assert found["model.safetensors"] == expected["model.safetensors"]

@@ -1,4 +1,4 @@
-"""What a loader of the original reads is in the result, or the run is refused by name before it begins."""
+"""The result has every file that a loader of the original reads, or the run is refused before it begins."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from tiny_run import digest, run, write_source
 
 from leangrid.errors import CheckpointError
 from leangrid.storage.hub import locate_source
-from leangrid.storage.side_files import module_downloads, side_files
-from leangrid.storage.writer import verify
+from leangrid.storage.manifest import list_differences
+from leangrid.storage.side_files import find_side_files, list_module_patterns
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 READ = (
@@ -153,7 +153,7 @@ def test_a_link_that_leads_elsewhere_is_refused_by_name(
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).symlink_to(tmp_path / "gone" if target is None else write(tmp_path / target, text))
     with pytest.raises(CheckpointError, match=said):
-        side_files(source)
+        find_side_files(source)
 
 
 @pytest.mark.fault("O9")
@@ -164,21 +164,21 @@ def test_a_link_that_leads_elsewhere_is_refused_by_name(
 def test_a_pointer_of_git_lfs_is_named(source: Path, name: str) -> None:
     write(sentence(source, "Pooling", "Dense") / name, LFS)
     with pytest.raises(CheckpointError, match=f"{Path(name).name}.*Git LFS pointer.*git lfs pull"):
-        side_files(source)
+        find_side_files(source)
 
 
 def test_what_is_no_readable_file_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (source / "vocab.txt").mkdir()
     with pytest.raises(CheckpointError, match=r"'vocab\.txt' is not a file"):
-        side_files(source)
+        find_side_files(source)
     (source / "vocab.txt").rmdir()
     os.mkfifo(source / "vocab.txt")
     with pytest.raises(CheckpointError, match=r"'vocab\.txt' is not a file"):
-        side_files(source)
+        find_side_files(source)
     (source / "vocab.txt").unlink()
     monkeypatch.setattr("leangrid.storage.side_files._MOST_BYTES", 1)
     with pytest.raises(CheckpointError, match=r"'tokenizer\.json' has 2 bytes"):
-        side_files(source)
+        find_side_files(source)
 
 
 @pytest.mark.fault("O9")
@@ -192,7 +192,7 @@ def test_the_modules_of_sentence_transformers_are_copied_whole(source: Path, tmp
     ):
         write(source / "4_Router" / name, "{}")
     write(source / "4_Router" / "model.safetensors", "w")
-    found, notices = side_files(source)
+    found, notices = find_side_files(source)
     expected = {
         "tokenizer.json",
         "modules.json",
@@ -206,8 +206,8 @@ def test_the_modules_of_sentence_transformers_are_copied_whole(source: Path, tmp
     }
     assert set(found) == expected and any("x.py" in notice for notice in notices)
     run(source, tmp_path / "out")
-    assert expected <= set(digest(tmp_path / "out")) and verify(tmp_path / "out") == []
-    assert "2_Dense/*.safetensors" in module_downloads(source)
+    assert expected <= set(digest(tmp_path / "out")) and list_differences(tmp_path / "out") == []
+    assert "2_Dense/*.safetensors" in list_module_patterns(source)
 
 
 @pytest.mark.fault("O9")
@@ -217,20 +217,20 @@ def test_a_module_that_cannot_be_copied_is_refused_by_name(source: Path, tmp_pat
     with pytest.raises(
         CheckpointError, match=r"'2_Dense' has pickled weights only \(pytorch_model\.bin\).*as safetensors"
     ):
-        side_files(source)
+        find_side_files(source)
     (source / "2_Dense" / "pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="'2_Dense' has no weights"):
-        side_files(source)
+        find_side_files(source)
     (source / "2_Dense" / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"'2_Dense' has no config\.json"):
-        side_files(source)
+        find_side_files(source)
     (source / "2_Dense").rmdir()
     with pytest.raises(CheckpointError, match=r"'2_Dense', which modules\.json names, is not there"):
-        side_files(source)
+        find_side_files(source)
     write(tmp_path / "other" / "config.json", "{}")
     (source / "2_Dense").symlink_to(tmp_path / "other")
     with pytest.raises(CheckpointError, match="2_Dense"):
-        side_files(source)
+        find_side_files(source)
 
 
 @pytest.mark.fault("O9")
@@ -238,13 +238,13 @@ def test_a_module_that_cannot_be_copied_is_refused_by_name(source: Path, tmp_pat
 def test_a_modules_path_leads_nowhere_else(source: Path, path: str) -> None:
     write(source / "modules.json", json.dumps([{"idx": 0, "path": path, "type": "sentence_transformers.models.Dense"}]))
     with pytest.raises(CheckpointError, match=r"modules\.json.*no folder of the checkpoint"):
-        side_files(source)
+        find_side_files(source)
 
 
 @pytest.mark.parametrize("text", ["{}", "[3]", '[{"type": "x"}]', "[", "[" * 100_000])
 def test_a_damaged_list_of_modules_is_refused(source: Path, text: str) -> None:
     with pytest.raises(CheckpointError, match=r"modules\.json"):
-        side_files(write(source / "modules.json", text).parent)
+        find_side_files(write(source / "modules.json", text).parent)
 
 
 @pytest.mark.fault("O4")
@@ -254,7 +254,7 @@ def test_verify_misses_a_module_that_no_manifest_ever_held(
     sentence(source, "Pooling", "Dense", "Normalize")
     monkeypatch.setattr("leangrid.storage.side_files._add_module", lambda *_: None)  # as results were made before
     run(source, tmp_path / "out")
-    assert verify(tmp_path / "out") == ["2_Dense: named in modules.json, but not there"]
+    assert list_differences(tmp_path / "out") == ["2_Dense: named in modules.json, but not there"]
 
 
 def test_a_download_brings_the_folders_of_the_modules_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,4 @@
-"""Sources that are damaged or hostile: each row of the fault table is refused at the door, by a sentence that names
-what and where."""
+"""Damaged and hostile sources: each row of the fault table is refused with a message that names what and where."""
 
 import json
 import os
@@ -157,18 +156,19 @@ def test_hostile_headers_take_little_memory(source: Path) -> None:
     program = """
 import json, os, resource, struct, sys
 from pathlib import Path
-from leangrid.storage.safetensors import open_header
+from leangrid.storage.safetensors import read_header
 from leangrid.errors import CheckpointError
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + (512 << 20),) * 2)
 path = Path(sys.argv[1])
-for content, size in ((struct.pack("<Q", 99_000_000) + b"[" + b"[]," * 32_999_999, 8 + 99_000_000), (struct.pack("<Q", 2**40), 2**41)):
+nested = struct.pack("<Q", 99_000_000) + b"[" + b"[]," * 32_999_999
+for content, size in ((nested, 8 + 99_000_000), (struct.pack("<Q", 2**40), 2**41)):
     with path.open("wb") as file:
         file.write(content)
         file.truncate(size)
     del content
     try:
-        open_header(path)
+        read_header(path)
     except CheckpointError as error:
         print(error.what)
 """
@@ -355,22 +355,6 @@ def test_custom_code_is_reported_never_run_never_copied(source: Path, tmp_path: 
 
 # S7, S8, S11: the config
 # --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.fault("S7")
-def test_config_and_tensors_that_disagree_are_all_listed(source: Path) -> None:
-    with open_source(source) as checkpoint:
-        true = {name: info.shape for name, info in checkpoint.tensors.items()}
-        checkpoint.check_shapes(true)
-        checkpoint.check_shapes({**true, "lm_head.weight": (16, 8)}, optional={"lm_head.weight"})  # tied: may be absent
-        expected = {"embed.weight": (32, 8), "blocks.0.weight": (8, 8), "blocks.2.weight": (8, 8)}
-        with pytest.raises(CheckpointError) as caught:
-            checkpoint.check_shapes(expected)
-    message = str(caught.value)
-    assert "3 places" in message
-    assert "'embed.weight' has shape [16, 8], config.json implies [32, 8]" in message
-    assert "'blocks.2.weight' is missing" in message
-    assert "'blocks.1.weight' has no place" in message
 
 
 @pytest.mark.fault("S7")

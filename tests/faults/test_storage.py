@@ -1,5 +1,4 @@
-"""Crashes, full disks, broken disks and other people's directories: what was finished stays, and OUT is absent or
-complete."""
+"""Crashes, full and broken disks, directories of others: finished blocks stay, and OUT is absent or complete."""
 
 import errno
 import json
@@ -20,10 +19,11 @@ from tiny_run import BLOCKS, CONFIG, digest, identity, run, write_source
 from leangrid.errors import Interrupted, OutputError, ResumeError, VerifyError
 from leangrid.recipe import Recipe
 from leangrid.run.quantize import quantize
-from leangrid.storage import failpoints, files, writer
+from leangrid.storage import disk, failpoints, files, manifest, writer
 from leangrid.storage.journal import Journal, partial_of
+from leangrid.storage.manifest import amend_result, list_differences
 from leangrid.storage.source import open_source
-from leangrid.storage.writer import amend, check_output, verify
+from leangrid.storage.writer import check_output_path
 
 ROOT = Path(__file__).resolve().parents[2]
 STORAGE = ROOT / "src" / "leangrid" / "storage"
@@ -258,22 +258,22 @@ except OutputError as error:
     assert done.stdout.startswith("3 cannot write the file: File too large; it needs "), done.stderr
     assert leftovers(fast / "out") == []
     run(source, fast / "out")
-    assert verify(fast / "out") == []
+    assert list_differences(fast / "out") == []
 
 
 @pytest.mark.fault("C6")
 def test_too_little_space_is_refused_before_work(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
-    files.require_space(fast / "not" / "yet" / "there", 950_000_000)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
+    disk.require_space(fast / "not" / "yet" / "there", 950_000_000)
     with pytest.raises(OutputError, match=r"1029000000 bytes .* needed, 1000000000 bytes .* free"):
-        files.require_space(fast, 980_000_000)
+        disk.require_space(fast, 980_000_000)
 
 
 @pytest.mark.fault("C6")
 def test_a_run_that_would_fill_the_disk_does_not_begin(
     tiny: Callable[..., Path], fast: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
     with pytest.raises(
         OutputError, match=r"not enough disk space: about \d+ bytes needed, 100000 bytes free"
     ) as caught:
@@ -467,9 +467,12 @@ def test_two_processes_and_a_killed_owner(source: Path, fast: Path, expected: di
     finally:
         owner.kill()
         owner.wait()
-    with open_source(source) as checkpoint, Journal.beside(out).open(identity(checkpoint.identity)) as journal:
+    with (
+        open_source(source) as checkpoint,
+        Journal.for_output(out).start_or_resume(identity(checkpoint.identity)) as journal,
+    ):
         assert any(f"process {owner.pid}" in notice and "gone" in notice for notice in journal.notices)
-        assert journal.resume_point() == 1
+        assert journal.find_resume_point() == 1
     run(source, out)
     assert digest(out) == expected
 
@@ -523,8 +526,8 @@ def test_a_damaged_journal_is_not_trusted(
 def test_blocks_after_a_damaged_one_are_dropped(source: Path, fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial = half_done(source, fast / "out", monkeypatch)
     flip(partial / "blocks" / "0000.safetensors")
-    with open_source(source) as checkpoint, Journal(partial).open(identity(checkpoint.identity)) as journal:
-        assert journal.committed() == 0 and journal.resume_point() == 0
+    with open_source(source) as checkpoint, Journal(partial).start_or_resume(identity(checkpoint.identity)) as journal:
+        assert journal.count_committed() == 0 and journal.find_resume_point() == 0
         assert any("blocks/0000.safetensors" in notice for notice in journal.notices)
         assert list((partial / "blocks").iterdir()) == []
 
@@ -542,20 +545,20 @@ def test_another_recipe_is_another_run(fast: Path, field: str) -> None:
         "layers": {"fc1": "W8A16"},
         "text_field": "body",
     }
-    recipe = Recipe.build()
+    recipe = Recipe()
     value = getattr(recipe, field)
     changed = other[field] if field in other else not value if isinstance(value, bool) else (value or 0) + 1
-    now = Recipe.build(**{field: changed})
-    Journal(fast / "out.partial").open(identity({}, recipe=recipe.model_dump())).close()
+    now = Recipe(**{field: changed})
+    Journal(fast / "out.partial").start_or_resume(identity({}, recipe=recipe.model_dump())).close()
     with pytest.raises(ResumeError) as caught:
-        Journal(fast / "out.partial").open(identity({}, recipe=now.model_dump()))
+        Journal(fast / "out.partial").start_or_resume(identity({}, recipe=now.model_dump()))
     message = str(caught.value)
     assert f"recipe.{field}" in message and "--restart" in message
     then, asked = recipe.model_dump().get(field, "absent"), now.model_dump()[field]
     if isinstance(asked, dict):  # the first entry that differs is named
         then, asked = "absent", asked["fc1"]
     assert json.dumps(then) in message and json.dumps(asked) in message
-    Journal(fast / "out.partial").open(identity({}, recipe=now.model_dump()), restart=True).close()
+    Journal(fast / "out.partial").start_or_resume(identity({}, recipe=now.model_dump()), restart=True).close()
 
 
 @pytest.mark.fault("C12")
@@ -572,7 +575,7 @@ def test_another_version_or_calibration_is_another_run(
     assert caught.value.exit_code == 2
     assert tree(partial) == before
     run(source, fast / "out", restart=True, **{field: value})
-    assert verify(fast / "out") == []
+    assert list_differences(fast / "out") == []
 
 
 @pytest.mark.fault("C12")
@@ -598,7 +601,7 @@ def test_another_model_is_another_run(source: Path, fast: Path, monkeypatch: pyt
 def test_verify_finds_any_damage_to_any_file(
     source: Path, fast: Path, expected: dict[str, str], damage: Callable[[Path], None]
 ) -> None:
-    assert verify(fast / "expected") == []
+    assert list_differences(fast / "expected") == []
     assert {"config.json", "manifest.json", "records.jsonl", "tokenizer.json", "model.safetensors.index.json"} < set(
         expected
     )
@@ -606,7 +609,7 @@ def test_verify_finds_any_damage_to_any_file(
         copy = fast / "copy"
         shutil.copytree(fast / "expected", copy)
         damage(copy / name)
-        differences = verify(copy)
+        differences = list_differences(copy)
         assert differences and differences[0].startswith(f"{name}: "), differences
         assert len(differences) == 1 or name == "manifest.json"  # a changed manifest may accuse others besides itself
         shutil.rmtree(copy)
@@ -618,9 +621,9 @@ def test_verify_finds_every_changed_bit_of_the_manifest(source: Path, fast: Path
     good = path.read_bytes()
     for at in range(0, len(good), 7):
         path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-        assert verify(fast / "expected")
+        assert list_differences(fast / "expected")
     path.write_bytes(good)
-    assert verify(fast / "expected") == []
+    assert list_differences(fast / "expected") == []
 
 
 @pytest.mark.fault("O4")
@@ -628,15 +631,15 @@ def test_verify_finds_what_does_not_belong(source: Path, fast: Path, expected: d
     out = fast / "expected"
     (out / "evil.py").write_text("")
     (out / "link").symlink_to("/")
-    assert verify(out) == ["evil.py: not in the manifest", "link: not in the manifest"]
+    assert list_differences(out) == ["evil.py: not in the manifest", "link: not in the manifest"]
     (out / "evil.py").unlink()
     (out / "link").unlink()
     (out / "tokenizer.json").rename(out.parent / "moved")
     (out / "tokenizer.json").symlink_to(out.parent / "moved")
-    assert verify(out) == ["tokenizer.json: a link, not a file"]
+    assert list_differences(out) == ["tokenizer.json: a link, not a file"]
     with pytest.raises(VerifyError, match="no such directory"):
-        verify(fast / "nowhere")
-    assert verify(source) == ["manifest.json: missing, so this is not a finished leangrid result"]
+        list_differences(fast / "nowhere")
+    assert list_differences(source) == ["manifest.json: missing, so this is not a finished leangrid result"]
 
 
 @pytest.mark.fault("O4")
@@ -646,23 +649,23 @@ def test_a_hostile_manifest_leads_nowhere(fast: Path) -> None:
     out.mkdir()
     entry = {"bytes": 6, "sha256": files.hash_file(fast / "secret")}
     body = {"files": {"../secret": entry, str(fast / "secret"): entry, "a/b/c/d/e/f/g": entry, "x": 3}}
-    (out / "manifest.json").write_bytes(files.json_bytes(writer._seal(body)))
-    differences = verify(out)
+    (out / "manifest.json").write_bytes(files.json_bytes(manifest.seal(body)))
+    differences = list_differences(out)
     assert len(differences) == 4 and all("not a plain file name" in difference for difference in differences)
     for text in ("[]", "3", '{"files": []}', '{"files": 3, "seal": 1}', "[" * 100_000, "\xff"):
         (out / "manifest.json").write_bytes(text.encode("latin-1"))
-        assert verify(out)
+        assert list_differences(out)
 
 
 @pytest.mark.fault("O4")
 def test_amended_files_are_in_the_manifest(source: Path, fast: Path, expected: dict[str, str]) -> None:
-    amend(fast / "expected", {"report.html": b"first"})
-    amend(fast / "expected", {"report.html": b"second"})
-    assert verify(fast / "expected") == []
+    amend_result(fast / "expected", {"report.html": b"first"})
+    amend_result(fast / "expected", {"report.html": b"second"})
+    assert list_differences(fast / "expected") == []
     assert (fast / "expected" / "report.html").read_bytes() == b"second"
-    check_output(fast / "expected", source, overwrite=True)
+    check_output_path(fast / "expected", source, overwrite=True)
     with pytest.raises(VerifyError):
-        amend(source, {"report.html": b"not ours"})
+        amend_result(source, {"report.html": b"not ours"})
 
 
 @pytest.mark.fault("O9")

@@ -1,5 +1,4 @@
-"""A hub model whose weights never touch the disk, against a hub on this machine: the bytes of the downloaded one,
-through broken lines."""
+"""A model streamed from a hub on this machine gives the bytes of the downloaded one, also over broken connections."""
 
 import json
 import os
@@ -125,6 +124,6 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path) -> None:
 def test_a_streamed_model_does_not_write_its_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from leangrid.storage.remote import Remote
 
-    monkeypatch.setattr("leangrid.run.open_run.locate_stream", lambda _: (tmp_path, Remote("org/tiny", COMMIT, {})))
+    monkeypatch.setattr("leangrid.run.inputs.locate_stream", lambda _: (tmp_path, Remote("org/tiny", COMMIT, {})))
     with pytest.raises(CalibrationError, match="cannot write its own text"):
         quantize("stream:org/tiny", tmp_path / "out", Recipe(calibration="self"))

@@ -1,4 +1,4 @@
-"""Row O8 of the fault table: a calibration that was too small shows on text that it did not hold (gate.py,
+"""Row O8 of the fault table: a calibration that was too small shows on text that it did not hold (gate/quality.py,
 unseen.py)."""
 
 import json
@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from leangrid.cli.app import app
 from leangrid.data import calibration
-from leangrid.data.calibration import windows
+from leangrid.data.calibration import make_windows
 from leangrid.evaluation.measure import evaluate
+from leangrid.gate import quality
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.report.text import quantize_summary
-from leangrid.run import quality_gate
 from leangrid.run.quantize import quantize
 from leangrid.storage import failpoints
 
@@ -55,7 +55,7 @@ def test_too_little_calibration_is_a_warning_everywhere_and_enough_is_none(
     kept = json.loads((tmp_path / "few/manifest.json").read_text())["quality"]
     assert kept["warnings"] == [warning] and kept["unseen"]["text"] == "other text of prose.txt"
     for shown in (
-        quantize_summary(few.to_json()),
+        quantize_summary(few.to_dict()),
         *((tmp_path / "few" / page).read_text() for page in ("README.md", "report.html")),
     ):
         assert warning.split("(")[0].strip() in shown and "calibration did not see" in shown
@@ -86,39 +86,36 @@ def test_on_stderr_it_is_a_warning_and_quiet_is_quiet(tiny: Tiny, prose: Path, t
 def test_rounding_that_is_nearer_is_said() -> None:
     found: dict[str, Any] = {"measure": "kl", "value": 0.01, "rounding": 0.2, "limit": 1.0}
     unseen = {"value": 0.3, "rounding": 0.25, "text": "other text of a.txt"}
-    assert "plain rounding is nearer" in quality_gate._warnings(found | {"unseen": unseen})[0]
-    assert quality_gate._warnings(found | {"unseen": unseen | {"value": 0.03}}) == []
-    assert "0.24 on text" in quality_gate._warnings(found | {"unseen": unseen | {"value": 0.24}})[0]
+    assert "plain rounding is nearer" in quality._warnings(found | {"unseen": unseen})[0]
+    assert quality._warnings(found | {"unseen": unseen | {"value": 0.03}}) == []
+    assert "0.24 on text" in quality._warnings(found | {"unseen": unseen | {"value": 0.24}})[0]
     another = found | {
         "value": 0.02,
         "rounding": 0.02,
     }  # a text on which rounding is worse in the same measure: not the calibration
-    assert quality_gate._warnings(another | {"unseen": unseen | {"value": 0.24}}) == []
-    assert (
-        quality_gate._warnings(found | {"unseen": {"value": None, "text": ""}}) == []
-        and quality_gate._warnings(found) == []
-    )
+    assert quality._warnings(another | {"unseen": unseen | {"value": 0.24}}) == []
+    assert quality._warnings(found | {"unseen": {"value": None, "text": ""}}) == [] and quality._warnings(found) == []
 
 
 def test_the_limit_is_for_the_worse_of_the_two() -> None:
     found = {"measure": "kl", "value": 0.1, "limit": 1.0, "unseen": {"value": 1.5}}
     assert (
-        not quality_gate.passed(found)
-        and quality_gate.passed(found, limit=2.0)
-        and "is 1.5, 1.0 is allowed" in quality_gate.verdict(found)
+        not quality.passed(found)
+        and quality.passed(found, limit=2.0)
+        and "is 1.5, 1.0 is allowed" in quality.verdict(found)
     )
-    assert not quality_gate.passed(found | {"unseen": {"value": None}}) and quality_gate.passed(
+    assert not quality.passed(found | {"unseen": {"value": None}}) and quality.passed(
         found | {"unseen": {"value": 0.9}}
     )
 
 
 def test_the_first_windows_are_the_same_with_more_behind_them(prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = calibration.documents
-    monkeypatch.setattr(calibration, "documents", lambda _name, **options: real(str(prose), **options))
+    real = calibration.read_documents
+    monkeypatch.setattr(calibration, "read_documents", lambda _name, **options: real(str(prose), **options))
     for name in (str(prose), "wikitext2"):  # the text's beginning; windows of the whole text, of which the seed chooses
         settings = recipe(prose, 4).model_copy(update={"calibration": name})
-        plain = windows(settings, tiny_models.tokenizer())
-        more = windows(settings, tiny_models.tokenizer(), extra=2)
+        plain = make_windows(settings, tiny_models.tokenizer())
+        more = make_windows(settings, tiny_models.tokenizer(), extra=2)
         assert len(more) == 6 and torch.equal(more[:4], plain)
         assert not any(torch.equal(new, old) for new in more[4:] for old in plain)
 
@@ -169,7 +166,7 @@ def test_without_a_language_model_head_hidden_states_are_the_measure(kind: str, 
         result.exit_code == 0 and result.quality["measure"] == "cosine" and result.quality["original"] == "transformers"
     )
     measured = evaluate(tmp_path / "out", source, str(prose), length=64, windows=2)
-    assert 0 < measured["embedding_cosine_mean"] < 0.2 and measured["kl_mean"] is None
+    assert 0 < measured.embedding_cosine_mean < 0.2 and measured.kl_mean is None
     asked = [
         "quantize",
         str(source),

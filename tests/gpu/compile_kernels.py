@@ -91,14 +91,21 @@ def sweep_cases() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
 
 
 def linear_cases() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
-    from leangrid.kernels.triton import packed
+    from leangrid.kernels.triton import packed_kernels
 
     types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-    for name, bits, kind, group, dtype in (("lut", 4, 0, 1 << 30, "bf16"), ("lut", 3, 0, 1 << 30, "fp16"), ("affine", 4, 1, 128, "bf16"),
-                                           ("affine", 3, 1, 24, "fp16"), ("affine", 2, 1, 1 << 30, "bf16"),
-                                           ("affine", 4, 1, 12, "fp32")):  # fmt: skip
-        lanes = packed.PACKET[bits]
+    whole = 1 << 30  # columns of a group that is the row
+    cases = (
+        ("lut", 4, 0, whole, "bf16"),
+        ("lut", 3, 0, whole, "fp16"),
+        ("affine", 4, 1, 128, "bf16"),
+        ("affine", 3, 1, 24, "fp16"),
+        ("affine", 2, 1, whole, "bf16"),
+        ("affine", 4, 1, 12, "fp32"),
+    )
+    for name, bits, kind, group, dtype in cases:
+        lanes = packed_kernels.PACKET[bits]
         grid = {
             "words": "*i32",
             "lut": f"*{dtype}",
@@ -116,15 +123,15 @@ def linear_cases() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, Any]]]:
         }
         label = f"{name} {bits} bits {dtype}, " + (f"groups of {group}" if group < 1 << 30 else "whole rows")
         both = {"x": f"*{dtype}", "y": f"*{dtype}"}
-        yield f"gemv {label}", packed.gemv_kernel, grid | both | {"R": 4, "T": min(512, 4096 // lanes)}, options
+        yield f"gemv {label}", packed_kernels.gemv_kernel, grid | both | {"R": 4, "T": min(512, 4096 // lanes)}, options
         batched = grid | both | {"m": "i32", "span": "i32", "DTYPE": types[dtype]}
         step = 32 if dtype == "fp32" else 256
-        yield f"gemm 16 {label}", packed.gemm_kernel, batched | {"R": 32, "T": step // lanes, "M": 16}, options
+        yield f"gemm 16 {label}", packed_kernels.gemm_kernel, batched | {"R": 32, "T": step // lanes, "M": 16}, options
         step = 32 if dtype == "fp32" else 128  # as packed._gemm chooses
-        yield f"gemm 64 {label}", packed.gemm_kernel, batched | {"R": 64, "T": step // lanes, "M": 64}, options
+        yield f"gemm 64 {label}", packed_kernels.gemm_kernel, batched | {"R": 64, "T": step // lanes, "M": 64}, options
         yield (
             f"dequantize {label}",
-            packed.dequantize_kernel,
+            packed_kernels.dequantize_kernel,
             grid | {"out": f"*{dtype}", "DTYPE": types[dtype], "R": 16, "T": 256 // lanes},
             options,
         )

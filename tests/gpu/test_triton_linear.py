@@ -201,12 +201,24 @@ def test_what_does_not_fit_is_refused(device: torch.device, generator: torch.Gen
             torch.zeros(5, 2, dtype=torch.uint8),
         )
     )
-    for arguments in ((x, words, lut, 3), (x, words, lut, 5), (x[:, :40], words, lut, 4), (x, words[:4], lut, 4), (x, words, lut[:, :8], 4),
-                      (x.double(), words, lut, 4), (x, words.to("meta"), lut, 4)):  # fmt: skip
+    for arguments in (
+        (x, words, lut, 3),
+        (x, words, lut, 5),
+        (x[:, :40], words, lut, 4),
+        (x, words[:4], lut, 4),
+        (x, words, lut[:, :8], 4),
+        (x.double(), words, lut, 4),
+        (x, words.to("meta"), lut, 4),
+    ):
         with pytest.raises(ShapeError):
             lut_linear(*arguments)
-    for arguments in ((x, words, scale, zero, 4, 64), (x, words, scale, zero, 4, 0), (x, words, scale, zero[:, :1], 4, 32),
-                      (x, words, scale.double(), zero, 4, 32), (x, words, scale[:3], zero[:3], 4, 32)):  # fmt: skip
+    for arguments in (
+        (x, words, scale, zero, 4, 64),
+        (x, words, scale, zero, 4, 0),
+        (x, words, scale, zero[:, :1], 4, 32),
+        (x, words, scale.double(), zero, 4, 32),
+        (x, words, scale[:3], zero[:3], 4, 32),
+    ):
         with pytest.raises(ShapeError):
             affine_linear(*arguments)
 

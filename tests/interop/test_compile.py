@@ -27,11 +27,12 @@ def run(code: str, *args: object) -> None:
 LAYERS = """
 import sys, torch
 from leangrid.kernels import packed
-from leangrid.layers import AffineLinear, LutLinear
+from leangrid.inference.layers import AffineLinear, LutLinear
 torch.manual_seed(0)
 for layer in (LutLinear(48, 10, 4, True, torch.float32), AffineLinear(48, 10, 4, True, torch.float32, group_size=16)):
     for tensor in (*layer.buffers(), layer.bias):
-        tensor.copy_(torch.randint(0, 2**31 - 1, tensor.shape) if tensor.dtype == torch.int32 else torch.randn(tensor.shape))
+        is_packed = tensor.dtype == torch.int32
+        tensor.copy_(torch.randint(0, 2**31 - 1, tensor.shape) if is_packed else torch.randn(tensor.shape))
     layer.prepare()
     compiled = torch.compile(layer, fullgraph=True, backend=sys.argv[1])
     for tokens in (1, 17):
@@ -49,7 +50,8 @@ compiled = torch.compile(model, backend=sys.argv[2])
 with torch.no_grad():
     for length in (1, 24):
         tokens = torch.arange(4, 4 + length)[None]
-        torch.testing.assert_close(compiled(input_ids=tokens, use_cache=False).logits, model(input_ids=tokens, use_cache=False).logits)
+        found, wanted = (each(input_ids=tokens, use_cache=False).logits for each in (compiled, model))
+        torch.testing.assert_close(found, wanted)
 """
 
 

@@ -7,13 +7,15 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 
-from leangrid.formats import bit_stream, compressed_tensors
+from leangrid.formats import FORMATS, bit_stream
 from leangrid.grids import AffineGrid
 from leangrid.recipe import AFFINE_BITS, Scheme
 
 pytestmark = pytest.mark.interop
 
 BITS = AFFINE_BITS
+
+OURS = FORMATS["compressed-tensors"]
 
 
 def random_layer(scheme: Scheme, rows: int, cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, AffineGrid]:
@@ -53,8 +55,8 @@ def test_the_library_decompresses_to_exactly_our_weight(
     scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=group_size, symmetric=symmetric)
     rows, cols = 50, 96 if group_size else 91  # neither fills its last word
     codes, grid = random_layer(scheme, rows, cols, dtype)
-    packed = compressed_tensors.pack(codes, grid, dtype, scheme)
-    stored = compressed_tensors.config(scheme, ["model.q"], ["lm_head"], dtype)
+    packed = OURS.pack(codes, grid, dtype, scheme)
+    stored = OURS.config({"model.q": scheme}, ["lm_head"])
     group = QuantizationConfig.model_validate(stored).config_groups["group_0"]
     read = BaseCompressor.get_value_from_registry(group.format).decompress(dict(packed), group)["weight"]
 
@@ -62,16 +64,14 @@ def test_the_library_decompresses_to_exactly_our_weight(
     wide = {"S": grid.scale.repeat_interleave(size, dim=1), "Z": grid.zero_point.repeat_interleave(size, dim=1).float()}
     expected = (wide["S"].double() * (codes.double() - wide["Z"].double())).to(dtype)
     assert read.dtype == dtype and torch.equal(read, expected)
-    assert torch.equal(compressed_tensors.dense(packed, scheme, (rows, cols)), expected)
+    assert torch.equal(OURS.dense(packed, scheme, (rows, cols)), expected)
 
 
 @pytest.mark.parametrize("name", ["W4A16_G64", "W3A16", "W8A16_SYM"])
 def test_what_the_library_compresses_we_read(name: str) -> None:
     """The other direction: its own compressor's tensors through our reader give its own decompressed weight."""
     scheme = Scheme.parse(name)
-    group = QuantizationConfig.model_validate(
-        compressed_tensors.config(scheme, ["q"], [], torch.float32)
-    ).config_groups["group_0"]
+    group = QuantizationConfig.model_validate(OURS.config({"q": scheme}, [])).config_groups["group_0"]
     weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
     groups = 128 // scheme.group_size if scheme.group_size else 1
     scale = weight.view(40, groups, -1).abs().amax(dim=2) / 2 ** (scheme.bits - 1)
@@ -82,8 +82,6 @@ def test_what_the_library_compresses_we_read(name: str) -> None:
         )
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     theirs = compressor.compress(state, group)
-    layout = compressed_tensors.layout(scheme, (40, 128), torch.float32)
+    layout = OURS.layout(scheme, (40, 128), torch.float32)
     assert {suffix: (t.dtype, tuple(t.shape)) for suffix, t in theirs.items()} == layout
-    assert torch.equal(
-        compressed_tensors.dense(theirs, scheme, (40, 128)), compressor.decompress(theirs, group)["weight"]
-    )
+    assert torch.equal(OURS.dense(theirs, scheme, (40, 128)), compressor.decompress(theirs, group)["weight"])

@@ -26,9 +26,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 import leangrid
 from leangrid.block_types import BLOCK_TYPES
-from leangrid.exporters.result_reader import Finished
+from leangrid.inference.result_reader import ResultReader
 from leangrid.models.gguf_vocab import LLAMA3, QWEN2, TEKKEN
-from leangrid.storage.writer import amend
+from leangrid.storage.manifest import amend_result
 
 PYTHON = os.environ.get("LLAMA_PYTHON", "")
 RUNNER = Path(__file__).parent / "engines" / "run_llama.py"
@@ -59,10 +59,8 @@ def finished(model: str, scheme: str, out: Path) -> Path:
     """A tiny bfloat16 model, quantized; ``out``.parent / "source" is the original."""
     with pytest.MonkeyPatch.context() as patch:
         if model == "gemma3":  # llama.cpp's has one full attention in six blocks, so two blocks have none
-            sliding = lambda: hf.Gemma3TextConfig(
-                **tiny_models._GQA, head_dim=16, query_pre_attn_scalar=16, sliding_window=16
-            )  # noqa: E731
-            patch.setitem(tiny_models.CONFIGS, "gemma3", sliding)
+            more = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
+            patch.setitem(tiny_models.CONFIGS, "gemma3", lambda: hf.Gemma3TextConfig(**tiny_models._GQA, **more))
         patch.setitem(
             tiny_models.CONFIGS,
             "wide",
@@ -87,8 +85,8 @@ def test_weights_and_logits(model: str, scheme: str, tmp_path: Path, bench: Call
     leangrid.export(source, tmp_path / "gguf", to="gguf")
     tokens = tiny_models.tokens(1, 14)[0].tolist()
     asked(tmp_path / "gguf", tokens, 4, tmp_path, weights=str(tmp_path / "weights.safetensors"))
-    result, weights = Finished.open(source), load_file(tmp_path / "weights.safetensors")
-    for name, weight in bench("interop_models").llama_weights(result):
+    result, weights = ResultReader.verified(source), load_file(tmp_path / "weights.safetensors")
+    for name, weight in bench("common.interop_models").llama_weights(result):
         assert torch.equal(weights[name], weight.flatten()), name
     ours = hf.AutoModelForCausalLM.from_pretrained(source.parent / "source", dtype=torch.float32)
     for name in result.layers:
@@ -218,7 +216,7 @@ def test_tokens_are_transformers(small: Path, name: str, tmp_path: Path) -> None
     shutil.copytree(small, source)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     for path in (tmp_path / "tokenizer").iterdir():
-        amend(source, {path.name: path.read_bytes()})
+        amend_result(source, {path.name: path.read_bytes()})
     leangrid.export(source, tmp_path / "gguf", to="gguf")
     answer = asked(tmp_path / "gguf", [5, 6], 1, tmp_path, texts=texts())
     wrong = [text for text, ids in zip(texts(), answer["ids"], strict=True) if ids != tokenizer(text)["input_ids"]]

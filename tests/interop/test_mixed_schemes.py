@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import leangrid
 from leangrid.errors import FormatError, RecipeError
 from leangrid.exporters.export import export
-from leangrid.exporters.result_reader import Finished
+from leangrid.inference.result_reader import ResultReader
 from leangrid.recipe import Recipe
 
 pytestmark = pytest.mark.interop
@@ -37,9 +37,7 @@ def mixed(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -
 
     def result(suffix: str) -> Path:
         if suffix not in made:
-            recipe = Recipe.build(
-                scheme="W4A16_G32" + suffix, layers={k: v + suffix for k, v in LAYERS.items()}, steps=64
-            )
+            recipe = Recipe(scheme="W4A16_G32" + suffix, layers={k: v + suffix for k, v in LAYERS.items()}, steps=64)
             made[suffix] = tmp_path_factory.mktemp("mixed") / "out"
             leangrid.quantize(tiny("llama2", torch.bfloat16), made[suffix], recipe, windows=tiny_models.tokens(2, 16))
         return made[suffix]
@@ -52,13 +50,13 @@ def test_each_layer_has_its_scheme_everywhere(
     mixed: Made, tiny: Callable[..., Path], suffix: str, tmp_path: Path
 ) -> None:
     out = mixed(suffix)
-    finished = Finished.open(out)
+    finished = ResultReader.verified(out)
     records = {r["name"]: r["scheme"] for r in map(json.loads, (out / "records.jsonl").read_text().splitlines())}
     for name, scheme in EXPECTED.items():
         assert records[name] == scheme + suffix and finished.schemes[name] == leangrid.Scheme.parse(scheme + suffix)
     bits = {name: finished.layer(name)[1].bits for name in finished.layers}
     assert {bits[name] for name in EXPECTED} == {8, 3, 4}
-    recipe = Recipe.build(scheme="W4A16_G32" + suffix, layers={k: v + suffix for k, v in LAYERS.items()}, steps=64)
+    recipe = Recipe(scheme="W4A16_G32" + suffix, layers={k: v + suffix for k, v in LAYERS.items()}, steps=64)
     stated = json.loads((out / "manifest.json").read_text())["result"]["bits_per_weight"]
     assert leangrid.plan(tiny("llama2", torch.bfloat16), recipe).bits_per_weight == pytest.approx(stated, abs=1e-3)
 
@@ -74,7 +72,7 @@ def test_each_layer_has_its_scheme_everywhere(
 @pytest.mark.parametrize("suffix", ["", "_SYM"])
 def test_the_library_reads_each_layer_by_its_group(mixed: Made, suffix: str) -> None:
     out = mixed(suffix)
-    finished, tensors = Finished.open(out), load_file(out / "model.safetensors")
+    finished, tensors = ResultReader.verified(out), load_file(out / "model.safetensors")
     groups = QuantizationConfig.model_validate(
         json.loads((out / "config.json").read_text())["quantization_config"]
     ).config_groups
@@ -84,17 +82,17 @@ def test_the_library_reads_each_layer_by_its_group(mixed: Made, suffix: str) -> 
         assert len(found) == 1, name
         stored = {k.rpartition(".")[2]: v for k, v in tensors.items() if k.rpartition(".")[0] == name}
         read = BaseCompressor.get_value_from_registry("pack-quantized").decompress(stored, found[0])["weight"]
-        assert torch.equal(read, finished.dense(name)), name
+        assert torch.equal(read, finished.weight_in_model_dtype(name)), name
 
 
 def test_transformers_reads_symmetric_mixtures(mixed: Made) -> None:
-    loaded, finished = hf.AutoModelForCausalLM.from_pretrained(mixed("_SYM")), Finished.open(mixed("_SYM"))
+    loaded, finished = hf.AutoModelForCausalLM.from_pretrained(mixed("_SYM")), ResultReader.verified(mixed("_SYM"))
     tokens = tiny_models.tokens(2, 40)
     with torch.no_grad():
         logits = loaded(tokens).logits  # unpacks at the first forward pass
         assert torch.equal(logits, leangrid.load(mixed("_SYM"))[0](tokens).logits)
     for name in finished.layers:
-        assert torch.equal(loaded.get_submodule(name).weight, finished.dense(name)), name
+        assert torch.equal(loaded.get_submodule(name).weight, finished.weight_in_model_dtype(name)), name
 
 
 def test_transformers_refuses_asymmetric_mixtures_aloud(mixed: Made) -> None:
@@ -124,7 +122,7 @@ def test_what_a_mixture_may_not_be(tiny: Callable[..., Path], fields: dict, word
         leangrid.quantize(
             tiny("llama2"),
             tmp_path / "out",
-            Recipe.build(**{"scheme": "W4A16_G32", **fields}),
+            Recipe(**{"scheme": "W4A16_G32", **fields}),
             windows=tiny_models.tokens(2, 16),
         )
     assert not list(tmp_path.iterdir())
@@ -133,7 +131,7 @@ def test_what_a_mixture_may_not_be(tiny: Callable[..., Path], fields: dict, word
 def test_containers_with_one_scheme_refuse(mixed: Made, tiny: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"gptq holds one scheme.*compressed-tensors"):
         export(mixed(""), tmp_path / "out", to="gptq")
-    recipe = Recipe.build(scheme="W4A16_G32", layers={"mlp.down_proj": "W8A16_G32"}, format="gptq")
+    recipe = Recipe(scheme="W4A16_G32", layers={"mlp.down_proj": "W8A16_G32"}, format="gptq")
     with pytest.raises(FormatError, match="gptq holds one scheme"):
         leangrid.quantize(tiny("llama2"), tmp_path / "out", recipe, windows=tiny_models.tokens(2, 16))
     assert not list(tmp_path.iterdir())
@@ -145,4 +143,4 @@ def test_a_recipe_file_says_it_as_a_table(tmp_path: Path) -> None:
     recipe = Recipe.from_file(file)
     assert recipe.for_layer("model.layers.3.mlp.down_proj").scheme == "W8A16_G64"
     assert recipe.for_layer("model.layers.3.mlp.up_proj").scheme == "W4A16_G64"
-    assert recipe.fingerprint() != Recipe.build(scheme="W4A16_G64").fingerprint()
+    assert recipe.fingerprint() != Recipe(scheme="W4A16_G64").fingerprint()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from leangrid.formats import mlx
+from leangrid.formats import FORMATS
+from leangrid.formats.mlx import BITS, GROUPS
 from leangrid.grids import AffineGrid, OffsetGrid
 from leangrid.recipe import Scheme
 
@@ -14,6 +15,7 @@ mx = pytest.importorskip("mlx.core", reason="mlx has no wheel for this platform"
 
 pytestmark = pytest.mark.interop
 
+mlx = FORMATS["mlx"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 _MX = {torch.float32: mx.float32, torch.bfloat16: mx.bfloat16, torch.float16: mx.float16}
 ROWS, COLS = 12, 256
@@ -44,8 +46,8 @@ def random_layer(bits: int, group_size: int, dtype: torch.dtype) -> tuple[torch.
 
 @pytest.mark.fault("O2")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("group_size", mlx.GROUPS)
-@pytest.mark.parametrize("bits", mlx.BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("bits", BITS)
 def test_mlx_dequantizes_to_exactly_our_weight(bits: int, group_size: int, dtype: torch.dtype) -> None:
     """In float32 and rounded once, as its Metal kernels do. Its CPU backend in half precision rounds s q as well: that
     is its own."""
@@ -64,7 +66,7 @@ def test_mlx_dequantizes_to_exactly_our_weight(bits: int, group_size: int, dtype
     )
 
 
-@pytest.mark.parametrize("bits", mlx.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_its_product_is_the_dense_one(bits: int) -> None:
     codes, grid, scheme = random_layer(bits, 64, torch.bfloat16)
     tensors = mlx.pack(codes, grid, torch.bfloat16, scheme)
@@ -76,7 +78,7 @@ def test_its_product_is_the_dense_one(bits: int) -> None:
     torch.testing.assert_close(to_torch(y), x @ grid.dequantize(codes).T, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", mlx.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_a_symmetric_grid_is_the_same_weight_in_mlx(bits: int) -> None:
     scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=64, symmetric=True)
     codes, offset_grid, _ = random_layer(bits, 64, torch.bfloat16)
@@ -89,7 +91,7 @@ def test_a_symmetric_grid_is_the_same_weight_in_mlx(bits: int) -> None:
     assert torch.equal(to_torch(wide), grid.dequantize(codes))
 
 
-@pytest.mark.parametrize("bits", mlx.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_what_mlx_quantizes_we_read(bits: int) -> None:
     """The other direction: its own quantizer's tensors through our reader give its own weight."""
     scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=32)

@@ -1,5 +1,4 @@
-"""The specification: float64 textbook twins of the fast code, short, literal and slow. Nothing at run time calls
-them."""
+"""What the fast code is compared with: the algorithms as the papers write them, in float64, short and slow."""
 
 from itertools import combinations
 

@@ -9,7 +9,7 @@ from leangrid import kernels
 from leangrid.errors import ShapeError
 from leangrid.grids import OffsetGrid
 from leangrid.kernels.plain import exact
-from leangrid.solve.exact import exact_sweep
+from leangrid.solve.sweep import exact_sweep
 
 KINDS = [("minmax", None), ("minmax", 5), ("levels", None)]
 
@@ -54,7 +54,7 @@ def test_threads_and_rows_of_a_range_change_nothing() -> None:
     w, _, factor = layer(70, 48)
     found, before = grid("levels", w, 4), torch.get_num_threads()
     whole = exact_sweep(w, factor, found)
-    alone = [exact_sweep(w[row : row + 1], factor, found.take(torch.tensor([row]))) for row in (0, 37, 69)]
+    alone = [exact_sweep(w[row : row + 1], factor, found.select_rows(torch.tensor([row]))) for row in (0, 37, 69)]
     torch.set_num_threads(5)
     try:
         threaded = exact_sweep(w, factor, found)
@@ -75,7 +75,12 @@ def test_bounded_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     w, inverse, levels = torch.randn(3, 4), torch.eye(4, dtype=torch.float64), torch.linspace(-1, 1, 4).repeat(3, 1)
-    for changed in ({"inverse": inverse.float()}, {"inverse": inverse[:3, :3]}, {"inverse": -inverse}, {"levels": levels[:2]},
-                    {"weight": w * torch.inf}):  # fmt: skip
+    for changed in (
+        {"inverse": inverse.float()},
+        {"inverse": inverse[:3, :3]},
+        {"inverse": -inverse},
+        {"levels": levels[:2]},
+        {"weight": w * torch.inf},
+    ):
         with pytest.raises(ShapeError, match="exact_levels"):
             kernels.exact_levels(**{"weight": w, "inverse": inverse, "levels": levels} | changed)

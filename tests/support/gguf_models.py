@@ -144,8 +144,16 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def write(path: Path, model: hf.PreTrainedModel, *, kind: str = "F32", fields: Mapping[str, Any] | None = None,
-          tensors: Mapping[str, np.ndarray | None] | None = None, shards: int = 1, vectors: str = "F32") -> list[Path]:  # fmt: skip
+def write(
+    path: Path,
+    model: hf.PreTrainedModel,
+    *,
+    kind: str = "F32",
+    fields: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
+    shards: int = 1,
+    vectors: str = "F32",
+) -> list[Path]:
     """Write ``model`` as ``path``, or as ``shards`` files of llama-gguf-split's names.
 
     ``kind``: ggml's type of the matrices. ``fields``: replace or add fields; without a prefix they get the

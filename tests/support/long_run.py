@@ -27,7 +27,7 @@ from leangrid.recipe import Recipe
 from leangrid.report.views import TIMED
 from leangrid.run.quantize import quantize
 from leangrid.storage import files, safetensors, source
-from leangrid.storage.writer import verify
+from leangrid.storage.manifest import list_differences
 
 IN_MEMORY = Placement(2, replay=True, host_streams=True)
 ON_DISK = Placement(2, replay=True, host_streams=True, disk_streams=True)
@@ -130,7 +130,7 @@ def main(work: Path, blocks: int = 126, attempts: int = 6, seed: int = 0) -> dic
         if out.exists():
             problems.append(f"{name}: a result is there already")
     statuses = attempt(slow_disk, out, ON_DISK)
-    problems += [f"the last attempt ended with {statuses}"] if any(statuses) else verify(out)
+    problems += [f"the last attempt ended with {statuses}"] if any(statuses) else list_differences(out)
     if contents(out) != contents(work / "expected"):
         problems.append("other bytes")
     problems += [f"left behind: {path.name}" for path in states.rglob("*.*")]

@@ -1,4 +1,4 @@
-"""Small layers with known mathematics, for the tests of the solver and its friends."""
+"""Small layers with known mathematics, for the tests of grids and solve."""
 
 import torch
 from torch import Tensor

@@ -127,7 +127,6 @@ class Recorder:
         self._change((*self._known(path), None))
 
     # The model
-    # ---------------------------------------------------------------------------------------------------------------------------
 
     def _place(self, path: Any) -> tuple[int, str] | None:
         """The directory and the name of ``path``; None outside of the root, no name for the root itself."""

@@ -10,11 +10,11 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from leangrid.formats import FORMATS, config_entries
+from leangrid.formats import FORMATS
 from leangrid.grids import AffineGrid, NonuniformGrid, OffsetGrid, fit_minmax
 from leangrid.models.architectures import architecture_of
 from leangrid.recipe import Recipe, Scheme
-from leangrid.storage.config import with_older_ropes
+from leangrid.storage.config import add_older_rope_keys
 
 
 def grid_for(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> AffineGrid | NonuniformGrid:
@@ -56,7 +56,7 @@ def write(source: Path, out: Path, scheme_name: str, format_name: str = "auto") 
     ends = tuple(f".{name}" for group in architecture.groups for name in group)
     names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight") and blocks in key]
     names = [name for name in names if name.endswith(ends)]
-    stored = fmt.stored(
+    stored = fmt.stored_scheme(
         scheme, {tensors[f"{name}.weight"].shape[0 if architecture.layer == "conv1d" else 1] for name in names}
     )
     for name in names:
@@ -77,8 +77,7 @@ def write(source: Path, out: Path, scheme_name: str, format_name: str = "auto") 
     ]
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    entry = fmt.config(stored, list(dense), ignore, next(iter(dense.values())).dtype)
-    config = with_older_ropes(config) | config_entries(format_name, entry)
+    config = add_older_rope_keys(config) | fmt.config_entries(dict.fromkeys(dense, stored), ignore)
     (out / "config.json").write_text(json.dumps(config))
     return dense
 

@@ -19,7 +19,7 @@ import torch
 from forked import status_of
 
 from leangrid.report.views import TIMED
-from leangrid.storage.writer import verify
+from leangrid.storage.manifest import list_differences
 
 Job = Callable[[Path], object]
 
@@ -60,7 +60,7 @@ def main(kind: str, work: Path, count: int, seed: int) -> dict[str, object]:
             hits += status == -9 and something
             early += status == -9 and not something  # before there was anything to damage: no hit
             if out.exists():
-                problems += [f"{trial}: {difference}" for difference in verify(out)]
+                problems += [f"{trial}: {difference}" for difference in list_differences(out)]
                 break
         journal = out.with_name(f"{out.name}.partial")
         if not out.exists() or (journal / "sealed.json").exists():

@@ -10,7 +10,8 @@ from leangrid.recipe import Recipe
 from leangrid.report.facts import RECORDS, RUN, Facts
 from leangrid.report.records import LayerRecord, to_lines
 from leangrid.solve.rescue import Rescue
-from leangrid.storage import files, writer
+from leangrid.storage import files
+from leangrid.storage.manifest import seal
 
 NOTE = Rescue("dead_columns", "3 of 16 columns", 3)
 RECORD = LayerRecord("model.layers.0.mlp.down_proj", (8, 16), "NU3", 1.0, 2.5, 4.0, 0.01, (NOTE,), {"grid": 0.5}, 64)
@@ -122,5 +123,5 @@ def directory(path: Path, weights: int = 100, **more: Any) -> Path:
     listed = {
         name: {"bytes": len(text.encode()), "sha256": files.hash_file(path / name)} for name, text in texts.items()
     }
-    files.write_json(path / "manifest.json", writer._seal({**made.manifest, "files": listed}))
+    files.write_json(path / "manifest.json", seal({**made.manifest, "files": listed}))
     return path

@@ -72,7 +72,7 @@ def main(work: Path) -> None:
         if not source.is_dir():
             tiny_models.save(model, source, getattr(torch, dtype))
         recipe = leangrid.Recipe(products="float32", **fields)
-        placement = Placement(2, replay=True, host_streams=True, lean=True) if name in LEAN else None
+        placement = Placement(2, replay=True, host_streams=True, in_place=True) if name in LEAN else None
         leangrid.quantize(
             source, work / name, recipe, windows=windows, threads=1, placement=placement, max_kl=float("inf")
         )

@@ -19,7 +19,7 @@ from tiny_run import digest
 from leangrid.exporters.export import export
 from leangrid.storage import failpoints
 from leangrid.storage.journal import partial_of
-from leangrid.storage.writer import verify
+from leangrid.storage.manifest import list_differences
 
 
 def passages(model: Path, out: Path) -> int:
@@ -41,7 +41,7 @@ def main(model: Path, work: Path, spread: int, last: int) -> None:
         killed += status_of(exported, f"*:{n}") == -9
         if out.exists():
             published += 1
-            problems += [f"{n}: {difference}" for difference in verify(out)]
+            problems += [f"{n}: {difference}" for difference in list_differences(out)]
         problems += [f"{n}: a config.json outside publish" for _ in partial_of(out).glob("config.json")]
         again = status_of(exported)
         if again not in (0, 2 if out.exists() and published else 0) or digest(out) != expected:

@@ -1,4 +1,4 @@
-"""A whole run's life on disk, without its mathematics: open, resume, commit two blocks, publish. For the fault tests.
+"""What a run does on disk, without its mathematics, for the fault tests: start or resume, commit two blocks, publish.
 
 ``python tiny_run.py SOURCE WORK`` is the crash test: for n = 1, 2, ... a forked child makes the run and is killed at
 its n-th failpoint; then the result must be absent or complete, and a second child must finish it with the bytes of an
@@ -18,8 +18,9 @@ from forked import status_of
 from safetensors.torch import save_file
 
 from leangrid.storage.journal import Journal
+from leangrid.storage.manifest import amend_result, list_differences
 from leangrid.storage.source import open_source
-from leangrid.storage.writer import amend, check_output, publish, settle, verify
+from leangrid.storage.writer import check_output_path, finish_interrupted_rename, publish_result
 
 BLOCKS = 2
 CONFIG = {"model_type": "tiny", "hidden_size": 8, "num_hidden_layers": BLOCKS, "vocab_size": 16}
@@ -50,17 +51,17 @@ def identity(source: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 def run(source: Path, out: Path, overwrite: bool = False, restart: bool = False, **changes: Any) -> dict[str, Any]:
     """From ``source`` to ``out``; resumes what it finds. Returns the manifest."""
-    finished = settle(out)
+    finished = finish_interrupted_rename(out)
     if finished is not None:
         return finished
-    check_output(out, source, overwrite)
+    check_output_path(out, source, overwrite)
     with (
         open_source(source) as checkpoint,
-        Journal.beside(out).open(identity(checkpoint.identity, **changes), restart) as journal,
+        Journal.for_output(out).start_or_resume(identity(checkpoint.identity, **changes), restart) as journal,
     ):
-        if journal.load_named("windows") is None:
-            journal.save_named("windows", {"tokens": torch.arange(8)})
-        first = journal.resume_point()
+        if journal.load_artifact("windows") is None:
+            journal.save_artifact("windows", {"tokens": torch.arange(8)})
+        first = journal.find_resume_point()
         state = journal.load_state(first) if first else {"x": torch.ones(2, 8)}
         assert state is not None
         for index in range(first, BLOCKS):
@@ -71,9 +72,18 @@ def run(source: Path, out: Path, overwrite: bool = False, restart: bool = False,
             )
             journal.save_state(index + 1, state)
         head = [("embed.weight", checkpoint.tensors["embed.weight"]), ("norm.weight", torch.ones(8))]
-        records = "".join(json.dumps(journal.block_info(i)) + "\n" for i in range(BLOCKS))
-        return publish(journal, out, head, checkpoint.config, checkpoint.side_files(), {"records.jsonl": records},
-                       {"recipe": {"scheme": "NU4"}}, overwrite=overwrite, shard_bytes=600)  # fmt: skip
+        records = "".join(json.dumps(journal.read_block_records(i)) + "\n" for i in range(BLOCKS))
+        return publish_result(
+            journal,
+            out,
+            head,
+            checkpoint.config,
+            checkpoint.side_files(),
+            {"records.jsonl": records},
+            {"recipe": {"scheme": "NU4"}},
+            overwrite=overwrite,
+            shard_bytes=600,
+        )
 
 
 def digest(directory: Path) -> dict[str, str]:
@@ -93,12 +103,12 @@ def crash_everywhere(source: Path, work: Path, overwrite: bool) -> dict[str, Any
         out = work / f"out{n}"
         if overwrite:
             shutil.copytree(expected_dir, out)
-            amend(out, {"older.txt": b"an older result"})
+            amend_result(out, {"older.txt": b"an older result"})
         again = partial(run, source, out, overwrite=overwrite)
         killed = status_of(again, f"*:{n}")
         if out.exists():
             published += killed == -9
-            problems += [f"{n}: {difference}" for difference in verify(out)]
+            problems += [f"{n}: {difference}" for difference in list_differences(out)]
         if killed == 0:
             return {"failpoints": n - 1, "published_then_killed": published, "problems": problems}
         if killed != -9:

@@ -1,4 +1,4 @@
-"""One door: whatever is wrong with a recipe, and however its fields come in, is a RecipeError of one sentence."""
+"""Whatever is wrong with a recipe, and however it is made, is a RecipeError of one sentence."""
 
 import copy
 import pickle
@@ -29,25 +29,41 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "said"), WRONG)
 @pytest.mark.parametrize(
-    "door", [lambda fields: Recipe(**fields), lambda fields: Recipe.build(**fields), Recipe.model_validate]
+    "make",
+    [lambda fields: Recipe(**fields), Recipe.model_validate, lambda fields: Recipe().model_copy(update=fields)],
+    ids=["constructor", "model_validate", "model_copy"],
 )
-def test_every_door_says_the_same_sentence(
-    door: Callable[[dict[str, Any]], Recipe], fields: dict[str, Any], said: str
+def test_a_wrong_field_is_one_sentence_in_whichever_way_a_recipe_is_made(
+    make: Callable[[dict[str, Any]], Recipe], fields: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(RecipeError, match=said) as told:
-        door(fields)
+        make(fields)
     assert "\n" not in str(told.value) and len(str(told.value)) < 500 and told.value.exit_code == 2
 
 
-def test_files_and_json_come_in_by_it_too(tmp_path: Path) -> None:
+def test_wrong_files_and_json_are_refused_too(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text("samples = 0\n")
     with pytest.raises(RecipeError, match="samples must be"):
         Recipe.from_file(tmp_path / "r.toml")
     for text in ('{"length": 2}', '{"le', "[]"):
         with pytest.raises(RecipeError):
             Recipe.model_validate_json(text)
-    with pytest.raises(RecipeError, match="grid must be"):
-        Scheme(grid="x", method="rtn", bits=3, group_size=None)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_scheme_is_checked_in_whichever_way_it_is_made() -> None:
+    with pytest.raises(RecipeError, match="method must be"):
+        Scheme(grid="affine", method="x", bits=3, group_size=None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RecipeError, match="7 bits are not available in 'GPTQ7_G64'"):
+        Scheme(grid="affine", method="gptq", bits=7, group_size=64)
+    with pytest.raises(RecipeError, match="a group of -1 columns"):
+        Scheme.parse("W4A16_G64").model_copy(update={"group_size": -1})
+    with pytest.raises(RecipeError, match="'RTN4_EXACT' mixes a baseline with _EXACT"):
+        Scheme.parse("rtn4_exact")
+
+
+@pytest.mark.parametrize("text", ["W4A16_G64_SYM", "W2A16_EXACT", "NU3", "GPTQ8_G128", "RTN4", "Q4_K", "GPTQ_Q4_1"])
+def test_the_name_of_a_scheme_parses_to_it(text: str) -> None:
+    assert Scheme.parse(text.lower()).name == text and Scheme.parse(Scheme.parse(text).name) == Scheme.parse(text)
 
 
 def test_a_sound_recipe_is_copied_and_pickled_as_before() -> None:

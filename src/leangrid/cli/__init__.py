@@ -1,1 +1,1 @@
-"""The command line: parse, one call, one exit code."""
+"""The command line ``leangrid``."""

@@ -1,5 +1,4 @@
-"""How a command ends: the promised exit codes, errors as one sentence on stderr, and signals that stop without breaking
-anything."""
+"""How a command ends: exit codes, errors as one sentence on stderr, and signals that stop it in good order."""
 
 import contextlib
 import io
@@ -25,30 +24,28 @@ from leangrid.report.strict_json import strict
 
 BUG, BAD_INPUT, STOPPED = 1, 2, 3
 _PACKAGE = Path(__file__).resolve().parents[1]
-_BARS = (
-    "TQDM_DISABLE",
-    "HF_HUB_DISABLE_PROGRESS_BARS",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS",
-)  # read as the libraries are imported
+# Environment variables that the libraries read when they are imported.
+_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 _VERBOSITIES = ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY")
-_USAGE: Any = typer.BadParameter.__mro__[1]  # click's UsageError, whichever package has it
+_USAGE: Any = typer.BadParameter.__mro__[1]  # click's UsageError: typer has a click of its own
 
 
 class _Stop(BaseException):
-    """A signal arrived. No ``except Exception`` on the way up can take it for a failure of its own."""
+    """A signal arrived. It is a BaseException, so that no ``except Exception`` of the code that it stops catches it."""
 
 
 @contextlib.contextmanager
 def outcome(
-    quiet: bool = False, resumable: bool = False, debug: bool = False, kept: str = "finished blocks"
+    quiet: bool = False, resumable: bool = False, debug: bool = False, finished: str = "finished blocks"
 ) -> Iterator[None]:
-    """Run a command's body: LeangridError, signals and bugs become messages on stderr and typer.Exit with their code.
+    """Run the body of a command: LeangridError, signals and bugs become messages on stderr, and typer.Exit with their
+    exit code.
 
     Args:
-        quiet: nothing but errors on stderr.
-        resumable: the same command goes on where it stopped, so a stop prints it.
-        debug: tracebacks for every error, not for our bugs alone.
-        kept: what it goes on with.
+        quiet: print nothing but errors on stderr.
+        resumable: whether the same command goes on where it stopped; a stop then prints it.
+        debug: print tracebacks for every error, not for bugs alone.
+        finished: what is on disk when it goes on, in words.
     """
     with _libraries(quiet, debug), _signals():
         try:
@@ -56,7 +53,7 @@ def outcome(
         except typer.Exit:
             raise
         except (_Stop, KeyboardInterrupt) as stop:
-            left = f"{kept} are kept" if resumable else "nothing was written"
+            left = f"{finished} are kept" if resumable else "nothing was written"
             _fail(f"stopped{f' by {stop}' if str(stop) else ''}: {left}", STOPPED, debug, resume=True)
         except LeangridError as error:
             _fail(f"error: {error}", error.exit_code, debug, resume=error.exit_code == STOPPED)
@@ -75,7 +72,8 @@ def outcome(
 
 
 def emit(text: str, end: str = "\n") -> None:
-    """Print a result on stdout. A reader that closed the pipe has seen enough: the command still ends well."""
+    """Print a result on stdout. Where its reader has closed the pipe, nothing more is printed and the command ends as
+    usual."""
     try:
         sys.stdout.write(text + end)
         sys.stdout.flush()
@@ -87,12 +85,12 @@ def emit(text: str, end: str = "\n") -> None:
 
 
 def emit_json(value: Mapping[str, Any]) -> None:
-    """One strict JSON object on one line; NaN and infinities become null."""
+    """Print one strict JSON object on one line; NaN and infinities become null."""
     emit(json.dumps(strict(value), allow_nan=False))
 
 
 def say(text: str) -> None:
-    """One line on stderr; a closed stderr is no reason to fail."""
+    """Print one line on stderr, if it is open."""
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -109,11 +107,10 @@ def _fail(message: str, code: int, trace: bool, resume: bool) -> NoReturn:
 
 @contextlib.contextmanager
 def _libraries(quiet: bool, debug: bool) -> Iterator[None]:
-    """What the libraries below us would say on stderr stays away, and where it is ``quiet`` our own sentences; all
-    comes with ``debug``."""
+    """Hide what other libraries print on stderr, and with ``quiet`` our own notices; with ``debug`` hide nothing."""
     wanted: dict[str, str] = dict.fromkeys(_BARS, "1") if quiet or not _interactive() else {}
     wanted = wanted if debug else wanted | dict.fromkeys(_VERBOSITIES, "error")
-    ours = wanted.keys() - os.environ.keys()  # whoever set one has decided
+    ours = wanted.keys() - os.environ.keys()  # a variable that the user set is left alone
     os.environ.update({name: wanted[name] for name in ours})
     before = logging.root.manager.disable
     if quiet:
@@ -125,12 +122,12 @@ def _libraries(quiet: bool, debug: bool) -> Iterator[None]:
     finally:
         logging.disable(before)
         for name in ours:
-            os.environ.pop(name, None)  # a program that calls us as a function keeps its own environment
+            os.environ.pop(name, None)  # for programs that call the command as a function
 
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops in good order; the second kills."""
+    """The first SIGINT or SIGTERM stops the command in good order, the second ends the process at once."""
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -140,7 +137,7 @@ def _signals() -> Iterator[None]:
 
     try:
         before = {number: signal.signal(number, stop) for number in numbers}
-    except ValueError:  # not the main thread: whoever runs us there handles signals
+    except ValueError:  # not the main thread, which alone can handle signals
         before = {}
     try:
         yield
@@ -164,8 +161,16 @@ def _show_warning(
         say(f"note: {message}")
 
 
+class Command(typer.core.TyperCommand):
+    """A command whose function gets the context that it asks for."""
+
+    context_class = typer.Context  # click's own is passed otherwise, of another type
+
+
 class Commands(typer.core.TyperGroup):
-    """The commands; what cannot be parsed is one sentence too."""
+    """The group of all commands. Arguments that cannot be parsed are reported in one sentence, as other errors are."""
+
+    context_class = typer.Context
 
     def main(self, *args: Any, **options: Any) -> Any:
         try:
@@ -173,7 +178,7 @@ class Commands(typer.core.TyperGroup):
         except _USAGE as error:
             usage: Any = error
             message = str(usage.format_message())
-            if "\n" in message:  # the help, where nothing was given
+            if "\n" in message:  # the help, which is shown where no argument was given
                 usage.show()
             else:
                 command = usage.ctx.command_path if usage.ctx is not None else "leangrid"

@@ -1,4 +1,5 @@
-"""Progress on stderr: a bar that redraws itself on a terminal, one line a block anywhere else. It never stops a run."""
+"""Progress on stderr: a bar that redraws itself on a terminal, one line for each block anywhere else. Errors in writing
+it do not stop a run."""
 
 import sys
 import time
@@ -9,26 +10,26 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from leangrid.progress import Event
-from leangrid.report.text import duration, size
+from leangrid.report.text import format_duration, format_size
 
 _BROKEN = (OSError, ValueError)  # a closed pipe, a closed file, an encoding without the character
 _REDRAW_SECONDS = 0.2
 
 
 class _Console(Console):
-    """rich ends the whole program where its reader is gone; ours is told instead."""
+    """Raises an error where the reader is gone; rich would end the whole program."""
 
     def on_broken_pipe(self) -> NoReturn:
         raise BrokenPipeError
 
 
 class Terminal:
-    """Shows events. Call it with each; use it in a ``with``, so that the bar is taken down.
+    """Shows events: it is called with each, inside a ``with``, which removes the bar at its end.
 
     Args:
         stream: a text stream; stderr where None.
-        quiet: nothing.
-        interactive: a bar; None: where ``stream`` is a terminal.
+        quiet: whether nothing is shown.
+        interactive: whether a bar is shown; None: if ``stream`` is a terminal.
     """
 
     def __init__(self, stream: Any = None, quiet: bool = False, interactive: bool | None = None) -> None:
@@ -45,7 +46,7 @@ class Terminal:
         try:
             self._show(event)
         except _BROKEN:
-            self.alive, self._bar = False, None  # nobody reads any more; the work goes on
+            self.alive, self._bar = False, None  # nobody reads any more; the run goes on
 
     def __enter__(self) -> "Terminal":
         return self
@@ -97,7 +98,7 @@ class Terminal:
             self._bar.start()
         finished = event.block + (event.stage == "block")
         self._bar.update(self._bar.task_ids[0], completed=finished, total=event.blocks, description=line(event))
-        now = time.monotonic()  # never the wall clock: it may jump
+        now = time.monotonic()
         if event.stage not in ("layer", "export") or not 0 <= now - self._drawn < _REDRAW_SECONDS:
             self._drawn = now
             self._bar.refresh()
@@ -119,9 +120,9 @@ def line(event: Event) -> str:
     if event.tokens_per_second > 0:
         parts.append(f"{event.tokens_per_second:,.0f} tokens/s")
     if event.memory_bytes > 0:
-        parts.append(size(event.memory_bytes))
+        parts.append(format_size(event.memory_bytes))
     if event.seconds_left >= 0:
-        parts.append(f"{duration(event.seconds_left)} left")
+        parts.append(f"{format_duration(event.seconds_left)} left")
     return "  ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Calibration windows: real tokens packed back to back, never padded, the same for the same recipe."""
+"""Makes the calibration windows: consecutive tokens without padding, the same for the same recipe."""
 
 import hashlib
 import logging
@@ -12,38 +12,39 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from leangrid.data.corpora import documents
-from leangrid.data.documents import Document, Reading, joined_text
+from leangrid.data.corpora import read_documents
+from leangrid.data.documents import Document, Reading, join_documents
 from leangrid.data.hub import PREFIX
 from leangrid.errors import CalibrationError
 from leangrid.recipe import Recipe
 
 log = logging.getLogger("leangrid")
 
-Sampler = Callable[[int, int, int], Tensor]  # samples, length, seed -> int64 [samples, length]
-_CHARACTERS_A_TOKEN = 5  # a first guess; reading goes on where it was too low
-_SLACK = 64  # tokens beyond the last one used, so that cutting the text there cannot change a merge inside
+Sampler = Callable[[int, int, int], Tensor]  # (samples, length, seed) -> int64 [samples, length]
+_CHARACTERS_A_TOKEN = 5  # a first estimate; if it is too low, more text is read
+_SLACK = 64  # tokens after the last one used, so that ending the text there cannot change how the used part is merged
 
 
 @dataclass(frozen=True)
 class Affixes:
-    """The special tokens a tokenizer puts around a text: ``(bos,)`` and ``()`` for most decoders, [CLS] and [SEP] for
-    BERT."""
+    """The ids of the special tokens that a tokenizer puts before and after a text.
+
+    ``(bos,)`` and ``()`` for most decoders, [CLS] and [SEP] for BERT."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
 
 
-def affixes(tokenizer: PreTrainedTokenizerBase) -> Affixes:
-    """What ``tokenizer`` adds around any text, found by tokenizing one word with and without."""
-    bare, dressed = _ids(tokenizer, "word", special=False), _ids(tokenizer, "word", special=True)
-    for start in range(len(dressed) - len(bare) + 1):
-        if bare and dressed[start : start + len(bare)] == bare:
-            return Affixes(tuple(dressed[:start]), tuple(dressed[start + len(bare) :]))
+def find_affixes(tokenizer: PreTrainedTokenizerBase) -> Affixes:
+    """Find what ``tokenizer`` adds around a text, by tokenizing one word with and without special tokens."""
+    plain, whole = _ids(tokenizer, "word", special=False), _ids(tokenizer, "word", special=True)
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            return Affixes(tuple(whole[:start]), tuple(whole[start + len(plain) :]))
     return Affixes((), ())
 
 
-def windows(
+def make_windows(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase | None,
     sampler: Sampler | None = None,
@@ -53,23 +54,25 @@ def windows(
     reading: Reading | None = None,
     extra: int = 0,
 ) -> Int64[Tensor, "samples length"]:
-    """The windows that ``recipe`` asks for.
+    """The calibration windows of ``recipe``: int64 token ids [samples + extra, length].
 
-    A file: its documents in order, joined by blank lines, tokenized once, the first samples x length tokens, so that
-    runs compare with other tools; conversations in the tokenizer's chat template, one after the other. C4 and data sets
-    of the hub: the same from documents shuffled by the seed. WikiText-2 and the embedded text: all windows of the
-    corpus, of which the seed chooses. ``self``: ``sampler(samples, length, seed)`` draws them from the model. A
-    tokenizer that closes its texts (BERT's [SEP]) gets its special tokens in every window.
+    From a file: its documents in order, joined by blank lines and tokenized once; the first samples x length tokens, as
+    other tools take them. Conversations go through the tokenizer's chat template, one after the other. From C4 and data
+    sets of the hub: the same with documents shuffled by the seed. From WikiText-2 and the embedded text: windows of the
+    whole corpus, chosen by the seed. From ``self``: ``sampler(samples, length, seed)`` draws them from the model. A
+    tokenizer that also closes its texts (BERT's [SEP]) has its special tokens in every window.
 
     Args:
-        vocab_rows: rows of the model's embedding; a token at or above it is another model's tokenizer.
-        max_positions: longest window the model takes.
-        reading: grows with what was taken of the corpus and what was left out.
-        extra: so many windows more at the end, or as many as the corpus holds; none of ``self``.
+        tokenizer: of the model; None if it has none, which only ``self`` allows.
+        sampler: None for a model that cannot generate text.
+        vocab_rows: rows of the model's embedding, to recognise another model's tokenizer; None: not checked.
+        max_positions: the longest window that the model takes; None: not checked.
+        reading: counts what is read and left out; None: it is not needed.
+        extra: how many more windows to add at the end, as far as the corpus has them; none for ``self``.
 
     Raises:
-        CalibrationError: no tokenizer, text that cannot be read or holds none, too little text (tokens have and need),
-            a token beyond the embedding, a window too long.
+        CalibrationError: there is no tokenizer, the text cannot be read or is empty or too short (the message has both
+            numbers of tokens), a token is not in the embedding, or a window is too long.
     """
     if max_positions is not None and recipe.length > max_positions:
         what = f"windows of {recipe.length} tokens, but the model takes {max_positions}"
@@ -92,22 +95,27 @@ def windows(
     return result
 
 
-def windows_hash(tokens: Int64[Tensor, "samples length"]) -> str:
-    """sha256 of the windows' int64 bytes (row-major, little-endian)."""
+def hash_windows(tokens: Int64[Tensor, "samples length"]) -> str:
+    """The sha256, in hex, of the windows as int64 (row-major, little-endian)."""
     return hashlib.sha256(tokens.contiguous().cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def decoded_start(
+def decode_start(
     tokenizer: PreTrainedTokenizerBase, tokens: Int64[Tensor, "samples length"], characters: int = 160
 ) -> str:
-    """The first window as text, for a person to see that tokenizer and corpus belong to the model."""
+    """The start of the first window as text of at most ``characters`` characters.
+
+    It lets a person see that tokenizer and corpus belong to the model."""
     text = tokenizer.decode(tokens[0, :characters].tolist())
     return " ".join(str(text).split())[:characters]
 
 
-def doubts(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], vocab_rows: int | None) -> list[str]:
-    """Where the tokenizer and config.json disagree, one sentence each: no proof, but the first sign of another model's
-    tokenizer."""
+def list_tokenizer_doubts(
+    tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], vocab_rows: int | None
+) -> list[str]:
+    """One sentence for each point in which the tokenizer and config.json disagree; empty if there is none.
+
+    A disagreement is no error, but may mean that the tokenizer belongs to another model."""
     found = []
     if vocab_rows is not None and len(tokenizer) > vocab_rows:
         found.append(f"the tokenizer knows {len(tokenizer):,} tokens, the embedding has {vocab_rows:,} rows")
@@ -120,16 +128,19 @@ def doubts(tokenizer: PreTrainedTokenizerBase, config: dict[str, Any], vocab_row
 
 
 def check_vocabulary(tokens: Tensor, vocab_rows: int | None) -> None:
-    """CalibrationError where a token has no row in the embedding: the kernel would read another row or crash."""
+    """Raise CalibrationError if a token id is not below ``vocab_rows``, the rows of the embedding; None checks nothing.
+
+    Without this check the lookup would read foreign memory or crash."""
     highest = int(tokens.max())
     if vocab_rows is not None and highest >= vocab_rows:
         way_out = "The tokenizer belongs to another model: restore the checkpoint's own"
         raise CalibrationError(f"token {highest} has no row in an embedding of {vocab_rows}", "tokenizer", way_out)
 
 
-def cut(ids: Sequence[int], length: int, around: Affixes) -> Int64[Tensor, "windows length"]:
-    """Consecutive windows of ``length`` tokens; the incomplete tail is left out. Closed texts get their special tokens
-    in each."""
+def cut_windows(ids: Sequence[int], length: int, around: Affixes) -> Int64[Tensor, "windows length"]:
+    """Cut token ids into consecutive windows of ``length``: int64 [windows, length]. An incomplete last one is dropped.
+
+    If the tokenizer closes its texts (``around.suffix``), each window contains its special tokens at both ends."""
     if not around.suffix:
         count = len(ids) // length
         return torch.tensor(ids[: count * length], dtype=torch.int64).view(count, length)
@@ -145,14 +156,14 @@ def cut(ids: Sequence[int], length: int, around: Affixes) -> Int64[Tensor, "wind
     return torch.cat((left, body, right), 1)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, around: Affixes) -> list[int]:
-    """One text as ids: with the opening special token of a decoder, bare for a tokenizer whose windows are closed one
-    by one."""
+def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, around: Affixes) -> list[int]:
+    """Tokenize one text: with the opening special token, as decoders have it, if ``around`` has no suffix.
+
+    With a suffix, without special tokens: ``cut_windows`` adds them to each window."""
     ids = _ids(tokenizer, text, special=False)
-    opened = (
-        around.suffix or tuple(ids[: len(around.prefix)]) == around.prefix
-    )  # a chat template may write the token itself
-    return ids if opened else [*around.prefix, *ids]
+    # A chat template may write the opening token itself.
+    is_opened = around.suffix or tuple(ids[: len(around.prefix)]) == around.prefix
+    return ids if is_opened else [*around.prefix, *ids]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
@@ -161,18 +172,18 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[i
 
 
 def _from_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, extra: int) -> Tensor:
-    around = affixes(tokenizer)
+    around = find_affixes(tokenizer)
     name, choose = recipe.calibration, recipe.calibration in ("wikitext2", "embedded")
     seed = recipe.seed if name == "c4" or name.startswith(PREFIX) else None
-    found = documents(name, seed=seed, column=recipe.text_field, tokenizer=tokenizer, reading=reading)
+    found = read_documents(name, seed=seed, column=recipe.text_field, tokenizer=tokenizer, reading=reading)
     needed = recipe.samples * recipe.length
     ids = _first_tokens(found, tokenizer, around, None if choose else needed + extra * recipe.length)
-    candidates = cut(ids, recipe.length, around)
+    candidates = cut_windows(ids, recipe.length, around)
     if len(candidates) < recipe.samples:
         whole = len(candidates)
         way_out = f"Use --samples {whole} or more text" if whole else "Use a shorter --length or more text"
         what = f"too little text: {len(ids):,} tokens, {needed:,} needed ({recipe.samples} x {recipe.length})"
-        raise CalibrationError("; ".join((what, *reading.left_out())), name, way_out)
+        raise CalibrationError("; ".join((what, *reading.list_left_out())), name, way_out)
     if not choose:
         return candidates[: recipe.samples + extra]
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(recipe.seed))
@@ -182,23 +193,23 @@ def _from_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Re
 def _first_tokens(
     found: Iterable[Document], tokenizer: PreTrainedTokenizerBase, around: Affixes, needed: int | None
 ) -> list[int]:
-    """Ids of the joined documents: all of them, or at least ``needed`` where there are so many, read and tokenized no
-    further."""
+    """Token ids of the joined documents: all of them for None, else at least ``needed`` if there are as many.
+
+    No more documents are read and tokenized than that takes."""
     if needed is None:
-        return tokenize(tokenizer, joined_text(found), around)
+        return tokenize_text(tokenizer, join_documents(found), around)
     source, read, characters = iter(found), [Document("", "")], needed * _CHARACTERS_A_TOKEN
     while True:
         finished = _read_until(source, read, characters)
-        ids = tokenize(
-            tokenizer, joined_text(read)[:characters], around
-        )  # a single giant document is not tokenized whole
+        # Cut by characters, so that a single huge document is not tokenized completely.
+        ids = tokenize_text(tokenizer, join_documents(read)[:characters], around)
         if finished or len(ids) >= needed + _SLACK:
             return ids
         characters = math.ceil(characters * max(1.5, 1.2 * needed / max(len(ids), 1)))
 
 
 def _read_until(source: Iterator[Document], read: list[Document], characters: int) -> bool:
-    """Let ``read`` grow by whole documents beyond ``characters``; whether the documents came to an end."""
+    """Append documents to ``read`` until they have more than ``characters``; return whether there are no more."""
     size = sum(len(document.text) + len(document.gap) for document in read)
     while size <= characters:
         document = next(source, None)

@@ -1,4 +1,4 @@
-"""Conversations as the text that the model was trained on: through its tokenizer's own chat template."""
+"""Turns conversations into the text that the model was trained on, with its tokenizer's chat template."""
 
 import datetime
 import hashlib
@@ -10,25 +10,24 @@ from leangrid.data.conversations import Conversation, has_text
 from leangrid.errors import first_line
 
 OWN, PLAIN = "the chat template of the model", "plain lines such as 'User: ...', for the tokenizer has no chat template"
-_TODAY = datetime.date(
-    2024, 7, 26
-)  # Llama 3's own default: a template that writes today's date would give other bytes every day
+# Instead of today's date, with which a template would give other bytes every day. It is Llama 3's own default.
+_TODAY = datetime.date(2024, 7, 26)
 _NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 class TemplateRefusal(Exception):
-    """A conversation that the chat template does not take; the message is the template's own complaint."""
+    """The chat template rejects a conversation; the message is what the template says."""
 
 
 class Chat:
     """Turns conversations into text.
 
-    Where the template refuses or drops contents that are strings, they are given as parts ([{"type": "text", ...}]);
-    where it refuses a system message, that is put before the first user message, and counted in ``merged``.
+    If the template rejects or drops contents that are strings, they are given as parts ([{"type": "text", ...}]). If it
+    rejects a system message, that is put before the first user message, and counted in ``merged``.
 
     Args:
-        tokenizer: of transformers, whose template it is; None, or one without a template: plain lines ("User: ...",
-        "Assistant: ...").
+        tokenizer: a tokenizer of transformers. With None, or one without a template, the text is plain lines such as
+            "User: ..." and "Assistant: ...".
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -40,39 +39,39 @@ class Chat:
 
     @property
     def name(self) -> str:
-        """Which template it is, in words."""
+        """Which template is used, in words."""
         return PLAIN if self._template is None else OWN
 
     @property
     def sha256(self) -> str | None:
-        """Of the template's text (of its JSON where there are several by name); None for plain lines."""
+        """The sha256, in hex, of the template's text, or of the JSON of several named ones; None for plain lines."""
         if self._template is None:
             return None
         text = self._template if isinstance(self._template, str) else json.dumps(self._template, sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def closes(self, text: str) -> bool:
-        """Whether a rendered conversation ends with a line end or a token of its own, so that the next one may follow
-        at once."""
+    def ends_itself(self, text: str) -> bool:
+        """Whether a rendered conversation ends with white space or a special token, so that the next one can follow
+        without a blank line."""
         return self._template is not None and (text[-1:].isspace() or text.endswith(self._closing))
 
     def render(self, conversation: Conversation) -> str:
-        """The conversation as text, without a prompt for the next reply. TemplateRefusal: the template's complaint."""
+        """The conversation as text, without the prompt for a next reply. TemplateRefusal if the template rejects it."""
         if self._template is None:
             said = (message for message in conversation.messages if has_text(message["content"]))
             return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in said)
         if self._parts is None:
             self._parts = self._wants_parts()
         complaint = ""
-        merged = _merged(conversation.messages)
+        merged = _merge_system_message(conversation.messages)
         for parts in (self._parts, not self._parts):
             for messages in (conversation.messages, *merged):
                 try:
-                    text = self._applied(messages, conversation.tools, parts)
+                    text = self._apply_template(messages, conversation.tools, parts)
                 except Exception as error:  # a template is a program: it may raise anything
                     complaint = complaint or first_line(error)
                     continue
-                if not _says(text, messages):
+                if not _contains_a_message(text, messages):
                     complaint = complaint or "it leaves out what the messages say"
                     continue
                 self._parts = parts
@@ -80,8 +79,8 @@ class Chat:
                 return text
         raise TemplateRefusal(complaint)
 
-    def _applied(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, parts: bool) -> str:
-        template = self._chosen(tools)
+    def _apply_template(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, parts: bool) -> str:
+        template = self._choose_template(tools)
         if "developer" not in template:
             messages = [
                 {**message, "role": "system"} if message["role"] == "developer" else message for message in messages
@@ -94,20 +93,20 @@ class Chat:
         )
 
     def _wants_parts(self) -> bool:
-        """Whether the template writes contents out only where they are given as parts."""
+        """Whether the template writes the contents of messages only if they are given as parts."""
         said = {role: f"{role} says quokka" for role in ("system", "user", "assistant")}
         for parts in (False, True):
             for roles in (("user", "assistant"), tuple(said)):
                 try:
-                    text = self._applied([{"role": role, "content": said[role]} for role in roles], None, parts)
+                    text = self._apply_template([{"role": role, "content": said[role]} for role in roles], None, parts)
                 except Exception:
                     text = ""  # the conversations themselves will show what it refuses
                 if all(said[role] in text for role in roles):
                     return parts
         return False
 
-    def _chosen(self, tools: list[dict[str, Any]] | None) -> str:
-        """The template's text, of several by name the one for tools or the default."""
+    def _choose_template(self, tools: list[dict[str, Any]] | None) -> str:
+        """The text of the template; of several named ones, the one for tools or the default."""
         if isinstance(self._template, str):
             return self._template
         names = (["tool_use"] if tools else []) + ["default"]
@@ -117,8 +116,10 @@ class Chat:
         raise TemplateRefusal(f"there are templates named {', '.join(sorted(self._template))}, and none is the default")
 
 
-def _merged(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The messages with the system's put before the first user's, where there are both."""
+def _merge_system_message(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The messages with the system message put into the first user message, as the only entry of a list.
+
+    Empty if the conversation does not begin with a system and a user message."""
     if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) not in (
         ("system", "user"),
         ("developer", "user"),
@@ -127,8 +128,8 @@ def _merged(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [[{**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]]
 
 
-def _says(text: str, messages: list[dict[str, Any]]) -> bool:
-    """Whether any of the messages can be read in the text, the system's aside."""
+def _contains_a_message(text: str, messages: list[dict[str, Any]]) -> bool:
+    """Whether the text contains the start of at least one message other than the system's."""
     starts = [
         message["content"].strip()[:40]
         for message in messages

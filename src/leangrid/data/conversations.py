@@ -1,8 +1,8 @@
-"""What a row says: a text, or a conversation in any of the layouts that people keep them in.
+"""Finds the text or the conversation in a row of a data set, in any of the usual layouts.
 
-Known are ``messages`` (OpenAI, TRL), ``conversations`` (ShareGPT), preference rows (the chosen answer) and pairs such
-as ``instruction``/``input``/``output`` (Alpaca), ``prompt``/``completion`` and ``question``/``answer``. Names of
-columns in any letter case."""
+These are ``messages`` (OpenAI, TRL), ``conversations`` (ShareGPT), preference rows (the chosen answer is used) and
+pairs such as ``instruction``/``input``/``output`` (Alpaca), ``prompt``/``completion`` and ``question``/``answer``.
+Column names may have any letter case."""
 
 import json
 import re
@@ -12,21 +12,9 @@ from typing import Any
 
 CHATS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns")
 _ASKED = ("instruction", "prompt", "question", "query", "problem", "input", "inputs", "user", "human")
-_ANSWERED = (
-    "output",
-    "outputs",
-    "completion",
-    "response",
-    "answer",
-    "answers",
-    "solution",
-    "chosen",
-    "target",
-    "targets",
-    "assistant",
-    "gpt",
-)
-_MATERIAL = ("input", "context")  # what an instruction or question is about
+_ANSWERED = ("output", "outputs", "completion", "response", "answer", "answers", "solution", "chosen", "target",
+             "targets", "assistant", "gpt")  # fmt: skip
+_MATERIAL = ("input", "context")  # the text that an instruction or question is about
 _SYSTEM = ("system", "system_prompt", "system_message")
 _WHO, _WHAT = ("role", "from", "speaker"), ("content", "value", "text", "parts")
 _ROLES = {
@@ -41,8 +29,10 @@ _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # Anthropic's hh-rl
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as chat templates take them: dicts with ``role`` and ``content``, a string; and the tools that they may
-    call."""
+    """A conversation in the form that chat templates take.
+
+    ``messages``: dicts with ``role`` and ``content``, a string. ``tools``: the tools that they may call; None for none.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
@@ -54,8 +44,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Found:
-    """What a row holds: a text or a conversation, from these columns; else ``why`` there is neither. ``media`` counts
-    pictures and the like that were left out."""
+    """What was found in a row: a text or a conversation, or why there is neither.
+
+    Attributes:
+        columns: the columns it comes from.
+        text: the text; None if there is a conversation or neither.
+        conversation: the conversation; None if there is a text or neither.
+        why: why there is neither; "" if there is one.
+        media: how many parts of messages that are no text, such as pictures, were left out.
+    """
 
     columns: tuple[str, ...] = ()
     text: str | None = None
@@ -70,7 +67,7 @@ class Found:
 
 @dataclass
 class _Row:
-    """A row by the lower-case names of its columns; ``used`` grows with each column whose value was taken."""
+    """A row with its columns by lower-case name; ``used`` lists the columns whose values have been used."""
 
     cells: Mapping[str, Any]
     names: dict[str, str] = field(init=False)
@@ -81,7 +78,7 @@ class _Row:
         self.names = {str(name).strip().casefold(): name for name in reversed(list(self.cells))}
 
     def first(self, keys: tuple[str, ...], but: tuple[str, ...] = ()) -> tuple[str, Any]:
-        """The first of ``keys`` whose value says something, and the value; ("", None) where none does."""
+        """The first of ``keys`` (without ``but``) whose value is not empty, and the value; ("", None) if none is."""
         for key in keys:
             value = self.cells.get(self.names.get(key, ""))
             if (
@@ -93,29 +90,31 @@ class _Row:
                 return key, value
         return "", None
 
-    def take(self, key: str) -> None:
+    def mark_used(self, key: str) -> None:
         if key and self.names[key] not in self.used:
             self.used.append(self.names[key])
 
 
 def has_text(text: str | None) -> bool:
-    """Whether there is a character to see in it."""
+    """Whether ``text`` has a visible character; False for None."""
     return text is not None and any(character.isprintable() and not character.isspace() for character in text)
 
 
-def find(row: Any, column: str | None = None) -> Found:
-    """The text or conversation of a row: a string, a list of messages, or a dict by column.
+def find_text(row: Any, column: str | None = None) -> Found:
+    """Find the text or conversation in a row, which is a string, a list of messages, or a dict by column.
 
     Args:
-        column: the column to use, and no other; None: the first that is known of messages, text, prefix +
-        gold_completion, pairs.
+        column: the only column to use; None: the first known layout of messages, text, prefix and gold_completion,
+            pairs, chosen.
     """
     if isinstance(row, str):
         return Found(text=row) if column is None else Found(why=f"no column '{column}', for the text has none")
     if not isinstance(row, Mapping):
-        messages, media = messages_of(row)
+        messages, media = parse_messages(row)
         return (
-            Found(conversation=Conversation(messages), media=media) if messages else Found(why=f"a row is {kind(row)}")
+            Found(conversation=Conversation(messages), media=media)
+            if messages
+            else Found(why=f"a row is {describe_value(row)}")
         )
     if column is not None:
         return _of_column(row, column)
@@ -132,27 +131,26 @@ def _of_column(row: Mapping[str, Any], column: str) -> Found:
     if column not in row:
         return Found(why=f"no column '{column}'")
     value = row[column]
-    messages, media = messages_of(value)
+    messages, media = parse_messages(value)
     if messages:
         return Found((column,), conversation=_whole(_Row(row), messages), media=media)
     if value is None or isinstance(value, str):
         return Found((column,), text=value or "")
-    return Found((column,), why=f"column '{column}' holds {kind(value)}, not text")
+    return Found((column,), why=f"column '{column}' holds {describe_value(value)}, not text")
 
 
 def _chat(row: _Row) -> Found | None:
     for key in CHATS:
-        messages, media = messages_of(row.cells.get(row.names.get(key, "")), by_turns=True)
+        messages, media = parse_messages(row.cells.get(row.names.get(key, "")), by_turns=True)
         if messages:
-            row.take(key)
+            row.mark_used(key)
             conversation = _whole(row, messages)
             return Found(tuple(row.used), conversation=conversation, media=media)
     return None
 
 
 def _text(row: _Row) -> Found | None:
-    """The column ``text``; but not where it is a pair that stands beside it, written out in another model's template
-    (Alpaca's)."""
+    """The column ``text``; None if it only repeats a pair in other columns in another model's template (Alpaca)."""
     key, value = row.first(("text",))
     if not isinstance(value, str):
         return None
@@ -175,38 +173,37 @@ def _pair(row: _Row) -> Found | None:
 
 
 def _paired(row: _Row) -> list[dict[str, Any]]:
-    """The messages of a row with a question and an answer, each a text or messages themselves; [] where one is
-    missing."""
+    """The messages of a row with a question and an answer, each of them a text or messages; [] if one is missing."""
     asked, question = row.first(_ASKED)
     answered, answer = row.first(_ANSWERED, but=(asked,))
     turns, more = _turns(question, "user"), _turns(answer, "assistant")
     if not more or not answered:
         return []
     if any(message["role"] == "user" for message in more):  # a preference row: the answer is the whole conversation
-        row.take(answered)
+        row.mark_used(answered)
         return more
     if not turns:
         return []
-    row.take(asked)
+    row.mark_used(asked)
     about, material = row.first(_MATERIAL, but=(asked, answered))
     if isinstance(material, str) and isinstance(question, str):
-        row.take(about)
+        row.mark_used(about)
         turns[-1]["content"] += f"\n\n{material}"
-    row.take(answered)
+    row.mark_used(answered)
     _, history = row.first(("history",))
     before: list[dict[str, Any]] = []
     if isinstance(history, list) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
-        row.take("history")
+        row.mark_used("history")
         before = [message for one, other in history for message in (*_turns(one, "user"), *_turns(other, "assistant"))]
     return [*before, *turns, *more]
 
 
 def _chosen(row: _Row) -> Found | None:
-    """The chosen one of two texts without a prompt: hh-rlhf's transcript, or a plain text."""
+    """The column ``chosen`` of a preference row without a prompt: a transcript as in hh-rlhf, or a plain text."""
     key, value = row.first(("chosen",))
     if not isinstance(value, str):
         return None
-    row.take(key)
+    row.mark_used(key)
     pieces = _TRANSCRIPT.split(value)
     if len(pieces) < 3 or has_text(pieces[0]):
         return Found(tuple(row.used), text=value)
@@ -218,7 +215,7 @@ def _chosen(row: _Row) -> Found | None:
 
 
 def _nothing(row: _Row) -> Found:
-    """Of a row without text: whether a known column is there, and what it holds instead."""
+    """Say why a row has no text: what its known columns hold instead, or that it has none."""
     for key in (*CHATS, "text"):
         if key in row.names:
             value = row.cells[row.names[key]]
@@ -228,12 +225,14 @@ def _nothing(row: _Row) -> Found:
                 )
             if value not in (None, "", [], {}) and not isinstance(value, str):
                 wanted = "text" if key == "text" else "messages with a role and a text"
-                return Found((row.names[key],), why=f"column '{row.names[key]}' holds {kind(value)}, not {wanted}")
+                return Found(
+                    (row.names[key],), why=f"column '{row.names[key]}' holds {describe_value(value)}, not {wanted}"
+                )
             return Found((row.names[key],), text="")
     asked, answered = ([key for key in keys if key in row.names] for keys in (_ASKED, _ANSWERED))
     if asked and set(answered) - set(asked[:1]):
         names = row.names[asked[0]], row.names[answered[0]]
-        strange = [f"column '{name}' holds {kind(row.cells[name])}, not text" for name in names
+        strange = [f"column '{name}' holds {describe_value(row.cells[name])}, not text" for name in names
                    if not isinstance(row.cells[name], str | list | None)]  # fmt: skip
         if not strange and any(has_text(row.cells[name]) for name in names if isinstance(row.cells[name], str)):
             empty = next(name for name in names if not (isinstance(row.cells[name], str) and has_text(row.cells[name])))
@@ -243,10 +242,10 @@ def _nothing(row: _Row) -> Found:
 
 
 def _whole(row: _Row, messages: list[dict[str, Any]]) -> Conversation:
-    """With the system message and the tools that stand in columns of their own."""
+    """A conversation of ``messages``, with the system message and tools that the row has in other columns."""
     key, system = row.first(_SYSTEM)
     if isinstance(system, str) and messages[0]["role"] != "system":
-        row.take(key)
+        row.mark_used(key)
         messages = [{"role": "system", "content": system}, *messages]
     _, tools = row.first(("tools",))
     tools = _loaded(tools)
@@ -255,8 +254,8 @@ def _whole(row: _Row, messages: list[dict[str, Any]]) -> Conversation:
 
 
 def _turns(value: Any, role: str) -> list[dict[str, Any]]:
-    """A question or answer as messages: its own, or one of ``role`` with the text, or with the first of several."""
-    messages = [] if isinstance(value, str) else messages_of(value)[0]
+    """A question or answer as messages: its own messages, or one of ``role`` with its text (the first of several)."""
+    messages = [] if isinstance(value, str) else parse_messages(value)[0]
     if messages:
         return messages
     if isinstance(value, Mapping):
@@ -266,12 +265,11 @@ def _turns(value: Any, role: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": value}] if isinstance(value, str) and has_text(value) else []
 
 
-def messages_of(value: Any, by_turns: bool = False) -> tuple[list[dict[str, Any]], int]:
-    """``value`` as messages with role and content, and how many pictures and the like were left out; [] where it is no
-    conversation.
+def parse_messages(value: Any, by_turns: bool = False) -> tuple[list[dict[str, Any]], int]:
+    """Convert ``value`` to messages with role and content; also returns how many parts that are no text were left out.
 
-    Taken are lists of messages or of pairs, the same as JSON, or as a dict of lists; ``by_turns``: also a list of
-    strings."""
+    ``value`` may be a list of messages or of pairs, a dict of lists, or JSON of these; with ``by_turns`` also a list of
+    strings by user and assistant in turn. The list of messages is empty if it is none of these."""
     value = _loaded(value)
     if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         longest = min((len(column) for column in value.values()), default=0)
@@ -292,7 +290,7 @@ def messages_of(value: Any, by_turns: bool = False) -> tuple[list[dict[str, Any]
 
 
 def _message(entry: Any) -> tuple[list[dict[str, Any]] | None, int]:
-    """One turn as messages (two where it is a pair), none where it says nothing; None where it is no turn."""
+    """One turn as messages: two for a pair, none for an empty one, None if it is no turn; and its parts left out."""
     if not isinstance(entry, Mapping):
         return None, 0
     who = next((key for key in _WHO if isinstance(entry.get(key), str)), None)
@@ -305,17 +303,15 @@ def _message(entry: Any) -> tuple[list[dict[str, Any]] | None, int]:
     calls = "tool_calls" in entry and bool(entry["tool_calls"])
     if content is None and not (calls or "reasoning_content" in entry):
         return ([] if what is not None and entry[what] is None else None), 0
-    kept = (
-        {key: _without_none(value) for key, value in entry.items() if key not in (who, what) and value is not None}
-        if who == "role"
-        else {}
-    )
-    return [{"role": _role(entry[who]), "content": content or "", **kept}], media
+    others = {key: _without_none(value) for key, value in entry.items() if key not in (who, what) and value is not None}
+    message = {"role": _role(entry[who]), "content": content or ""}
+    return [message | others if who == "role" else message], media
 
 
 def _content(value: Any) -> tuple[str | None, int]:
-    """A message's text, its text parts joined by line ends, and the number of its other parts; None where it is no
-    text."""
+    """The text of a message's content, with its text parts joined by line ends, and the number of its other parts.
+
+    The text is None if the content has another form."""
     if isinstance(value, str) or value is None:
         return value, 0
     if isinstance(value, Mapping):
@@ -332,7 +328,7 @@ def _role(name: str) -> str:
 
 
 def _loaded(value: Any) -> Any:
-    """A list or object that a cell holds as JSON text; anything else as it is."""
+    """The list or object that a cell holds as JSON text; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -342,14 +338,14 @@ def _loaded(value: Any) -> Any:
 
 
 def _without_none(value: Any) -> Any:
-    """Without the keys that Parquet adds where other rows have them."""
+    """A copy without the keys whose value is None, which Parquet adds if other rows have them."""
     if isinstance(value, Mapping):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     return [_without_none(entry) for entry in value] if isinstance(value, list) else value
 
 
-def kind(value: Any) -> str:
-    """What a cell holds, in words."""
+def describe_value(value: Any) -> str:
+    """What kind of value a cell holds, in words."""
     words = {
         type(None): "nothing",
         bool: "a truth value",

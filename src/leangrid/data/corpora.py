@@ -1,5 +1,4 @@
-"""Documents of text by the name that a user gives: public corpora and data sets of the hub, the prose that ships with
-Python, or a file."""
+"""Finds the text that a name stands for: a public corpus, a data set of the hub, Python's own prose, or a file."""
 
 import ast
 import logging
@@ -13,27 +12,21 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from leangrid.data.chat import Chat
-from leangrid.data.documents import Document, Reading, joined_text
-from leangrid.data.documents import documents as of_rows
-from leangrid.data.files import KNOWN, check_file, rows
-from leangrid.data.hub import PREFIX, HubData, hub_rows
+from leangrid.data.documents import Document, Reading, documents_of_rows, join_documents
+from leangrid.data.files import KNOWN, check_file, read_rows
+from leangrid.data.hub import PREFIX, HubData, read_hub_rows
 from leangrid.errors import CalibrationError
 
 log = logging.getLogger("leangrid")
 
 NAMED = ("c4", "wikitext2", "self", "embedded")
 _WIKITEXT = HubData("Salesforce/wikitext", "wikitext-2-raw-v1")
-_PACKAGES = (
-    "concurrent/futures",
-    "email",
-    "logging",
-    "multiprocessing",
-    "unittest",
-)  # 1.2 million characters with the rest
-_SHORTEST_DOCSTRING = 200  # characters: below it a docstring is a label, not prose
+# Packages of the standard library with long docstrings; with the modules at the top, 1.2 million characters.
+_PACKAGES = ("concurrent/futures", "email", "logging", "multiprocessing", "unittest")
+_SHORTEST_DOCSTRING = 200  # characters; shorter ones are labels, not prose
 
 
-def documents(
+def read_documents(
     name: str,
     *,
     split: str = "train",
@@ -42,24 +35,24 @@ def documents(
     tokenizer: PreTrainedTokenizerBase | None = None,
     reading: Reading | None = None,
 ) -> Iterator[Document]:
-    """The documents of a corpus with what stands between them, lazily.
+    """The documents of a corpus, read one after the other.
 
     Args:
         name: "c4", "wikitext2", "embedded", a data set of the hub
             (``hf:org/name[/config][@revision][:split[:column]]``), or the path of a file: plain text (one document),
-            JSON, JSON Lines, CSV, TSV, Parquet or Arrow (a document a row), also compressed.
-        split: "train" to calibrate, "test" to evaluate, where the name holds none (C4 has no test split: its validation
-        files are used).
-        seed: shuffles the documents of C4 and of the hub's data sets as they stream (buffer of 10,000); None keeps
-            their order. Other corpora keep their order here, and calibration chooses among their windows.
-        column: of a file's rows, the one to use; None: ``text``, or conversations and pairs by the usual names
-        (data/conversations.py).
-        tokenizer: whose chat template conversations go through; None: plain lines.
-        reading: grows with what is read and what is left out.
+            JSON, JSON Lines, CSV, TSV, Parquet or Arrow (one document for each row), also compressed.
+        split: "train" to calibrate, "test" to evaluate, unless the name has one. C4 has no test split: its validation
+            files are used.
+        seed: shuffles the documents of C4 and of the hub's data sets as they arrive (buffer of 10,000); None keeps
+            their order. Other corpora keep their order in any case.
+        column: the column of the rows to use; None: ``text``, or conversations and pairs under the usual names
+            (data/conversations.py).
+        tokenizer: the tokenizer whose chat template conversations go through; None: plain lines.
+        reading: counts what is read and what is left out; None: it is not needed.
 
     Raises:
-        CalibrationError: no such corpus or file, no network, not UTF-8, rows without text; a column for a corpus that
-        has but one.
+        CalibrationError: there is no such corpus or file, no network, text that is not UTF-8, no row with text, or a
+            column for a corpus without columns.
     """
     account, chat = Reading(name) if reading is None else reading, Chat(tokenizer)
     if name in NAMED:
@@ -76,7 +69,7 @@ def documents(
             )
         if data.folder is not None:
             account.notes.append(f"read from the folder {data.folder} here, not from the hub")
-        return of_rows(hub_rows(data, split, seed), column or data.column, chat, account)
+        return documents_of_rows(read_hub_rows(data, split, seed), column or data.column, chat, account)
     path = Path(name)
     if not os.path.lexists(name):  # unlike Path.exists it takes any string
         shown = name if len(name) <= 100 else f"{name[:100]}..."
@@ -84,39 +77,26 @@ def documents(
         what = f"'{' '.join(shown.split())}' is neither a corpus nor a file"
         raise CalibrationError(what, "text", f"Known: {', '.join(NAMED)}, or a {KNOWN}{hub}")
     check_file(path)
-    return of_rows(rows(path), column, chat, account)
+    return documents_of_rows(read_rows(path), column, chat, account)
 
 
-def check(name: str, column: str | None = None) -> None:
-    """CalibrationError for an unknown name, or a file whose first rows hold no text; needs neither model nor
-    network."""
+def check_corpus(name: str, column: str | None = None) -> None:
+    """Raise CalibrationError for an unknown name, or a file without text in its first rows.
+
+    Neither a model nor the network is used; the arguments are those of ``read_documents``."""
     if name in NAMED and column is None:
         return
-    found = documents(name, column=column)
-    if file_of(name) is not None:
+    found = read_documents(name, column=column)
+    if find_corpus_file(name) is not None:
         next(found, None)
 
 
-def file_of(name: str) -> Path | None:
-    """The file that ``documents`` reads for ``name``; None where that is a corpus, or nothing."""
+def find_corpus_file(name: str) -> Path | None:
+    """The file that ``read_documents`` reads for ``name``; None if it is a corpus, or there is no such file."""
     return None if name in NAMED or name.startswith(PREFIX) or not os.path.isfile(name) else Path(name)
 
 
-def texts(
-    name: str,
-    *,
-    split: str = "train",
-    seed: int | None = None,
-    column: str | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    reading: Reading | None = None,
-) -> Iterator[str]:
-    """The texts of ``documents`` alone; its arguments and errors."""
-    found = documents(name, split=split, seed=seed, column=column, tokenizer=tokenizer, reading=reading)
-    return (document.text for document in found)
-
-
-def joined(
+def read_joined_text(
     name: str,
     *,
     split: str = "test",
@@ -125,48 +105,46 @@ def joined(
     tokenizer: PreTrainedTokenizerBase | None = None,
     reading: Reading | None = None,
 ) -> str:
-    """All documents as one string, joined by blank lines (Frantar et al. 2022), conversations by what their template
-    ends them with.
+    """All documents of a corpus as one string, joined by blank lines as in Frantar et al. (2022).
 
-    ``enough``: stop after so many characters. The other arguments, and errors: see ``documents``.
-    """
+    Conversations whose template ends them follow each other without a blank line. ``enough``: stop after a document
+    with which there are so many characters; None: read all. Other arguments and errors: see ``read_documents``."""
     found: list[Document] = []
     size = 0
-    for document in documents(name, split=split, column=column, tokenizer=tokenizer, reading=reading):
+    for document in read_documents(name, split=split, column=column, tokenizer=tokenizer, reading=reading):
         found.append(document)
         size += len(document.text) + len(document.gap)
         if enough is not None and size >= enough:
             break
-    text = joined_text(found)
+    text = join_documents(found)
     if not text.strip():
         raise CalibrationError("the text is empty: it holds no text", name, "Give a file or corpus that holds text")
     return text
 
 
 def _named(name: str, split: str, seed: int | None) -> Iterator[Document]:
-    """Of the corpora that have a name: as they are, blank documents too, so that windows are those of other tools."""
+    """The documents of a named corpus. Blank ones are kept, so that windows are the same as in other tools."""
     if name == "embedded":
         log.warning(
-            "embedded text is Python's own documentation: for smoke tests, not for quality; use c4, self or a file near your use"
+            "embedded text is Python's own documentation: for smoke tests, not for quality; "
+            "use c4, self or a file near your use"
         )
         return map(Document, _embedded())
     if name == "self":
         raise CalibrationError("text of the model itself is drawn, not read", name, "Give another corpus, or a file")
     if name == "wikitext2":
-        return (Document(row.value["text"]) for row in hub_rows(_WIKITEXT, split, None))
-    # One of 1,024 shards (356,000 documents) is plenty and spares the listing of the whole corpus.
+        return (Document(row.value["text"]) for row in read_hub_rows(_WIKITEXT, split, None))
+    # One of 1,024 shards (356,000 documents) is enough, and avoids listing the whole corpus.
     part = "train.00000-of-01024" if split == "train" else "validation.00000-of-00008"
     data = HubData("allenai/c4", files={"train": f"en/c4-{part}.json.gz"})
-    return (Document(row.value["text"]) for row in hub_rows(data, "train", seed))
+    return (Document(row.value["text"]) for row in read_hub_rows(data, "train", seed))
 
 
 @cache
 def _embedded() -> tuple[str, ...]:
-    """Python's language reference topics, then the long docstrings of the standard library, in the order of their
-    names.
+    """The topics of Python's language reference, then the long docstrings of the standard library, by name.
 
-    The same for every run of one Python version. Sources are parsed, never imported.
-    """
+    They are the same in every run of one Python version. Sources are parsed, never imported."""
     try:
         reference = import_module("pydoc_data.topics").topics
     except ImportError:  # some distributions leave it out
@@ -180,10 +158,11 @@ def _embedded() -> tuple[str, ...]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
+    """Yield the long docstrings of a Python file; nothing if it cannot be parsed."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
-        return  # not prose we can use, and other files follow
+        return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)

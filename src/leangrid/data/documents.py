@@ -1,21 +1,21 @@
-"""Documents of rows: what is taken of each row, what is left out, and the account of both."""
+"""Makes documents from rows, and counts the rows that are used and left out."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from leangrid.data.chat import Chat, TemplateRefusal
-from leangrid.data.conversations import Found, find, has_text, kind
+from leangrid.data.conversations import Found, describe_value, find_text, has_text
 from leangrid.data.files import Row
 from leangrid.errors import CalibrationError
 
 GAP = "\n\n"  # between documents (Frantar et al. 2022)
-_GIVE_UP = 1000  # rows of which none is usable, after which the rest is not read
+_GIVE_UP = 1000  # after so many rows without a usable one, the rest is not read
 _HOW = "Name the column that holds it with --text-field, or call it text (of conversations: messages)"
 
 
 class Document(NamedTuple):
-    """A text, and what stands between it and the next one."""
+    """A text, and the ``gap`` that separates it from the next one."""
 
     text: str
     gap: str = GAP
@@ -23,19 +23,21 @@ class Document(NamedTuple):
 
 @dataclass
 class Reading:
-    """The account of a corpus: grows while its documents are read.
+    """What was read of a corpus; the counts grow while its documents are read.
 
     Attributes:
-        source: the corpus as the user named it.
-        columns: those that text was taken from, in the order of their first use.
-        template: how conversations became text; None where there were none. ``template_sha256``: of the model's own
-        template.
-        rows: read so far, ``used``: of them in the text; 0 for what has no rows.
-        blank, strange, refused: rows left out, for they hold no text, nothing that is known, or what the chat template
-        does not take.
-        media: pictures and the like that messages held and that were left out.
-        merged: system messages put before the user's, for the template takes none.
-        notes: further sentences.
+        source: the name that the user gave.
+        columns: the columns with text, in the order of their first use.
+        template: how conversations became text, in words; None if there were none.
+        template_sha256: the sha256 of the model's own template in hex; None without one.
+        rows: how many rows were read; 0 for a corpus without rows.
+        used: how many of them are in the text.
+        blank: rows left out because they hold no text.
+        strange: rows left out because they have no known layout; ``why_strange`` says it of the first.
+        refused: rows left out because the chat template rejects them; ``complaint`` is what it says of the first.
+        media: parts of messages that are no text, such as pictures, which were left out.
+        merged: system messages that were put into the user's, because the template rejects them.
+        notes: further sentences for the user.
     """
 
     source: str
@@ -53,14 +55,14 @@ class Reading:
     complaint: str = ""
     notes: list[str] = field(default_factory=list)
 
-    def words(self) -> str:
-        """Where the text comes from: "column 'messages' in the chat template of the model"; "" for a plain text."""
+    def describe_source(self) -> str:
+        """Where the text comes from, as "column 'messages' in the chat template of the model"; "" for a plain text."""
         names = " + ".join(f"'{name}'" for name in self.columns)
         named = f"column{'s' if len(self.columns) > 1 else ''} {names}" if names else ""
         return " in ".join(part for part in (named, self.template) if part)
 
-    def left_out(self) -> list[str]:
-        """How many rows were left out, and why."""
+    def list_left_out(self) -> list[str]:
+        """One phrase for each reason for which rows were left out, with how many."""
         left = [
             (self.blank, "hold no text"),
             (self.strange, self.why_strange),
@@ -68,9 +70,9 @@ class Reading:
         ]
         return [f"{count:,} of {self.rows:,} rows left out ({why})" for count, why in left if count]
 
-    def notices(self) -> list[str]:
-        """One sentence for each thing that was left out or done otherwise than asked."""
-        found = [*self.notes, *self.left_out()]
+    def list_notices(self) -> list[str]:
+        """One sentence for the user for each thing that was left out or changed."""
+        found = [*self.notes, *self.list_left_out()]
         if self.media:
             found.append(f"parts of messages that are no text, such as pictures, left out: {self.media:,}")
         if self.merged:
@@ -78,7 +80,7 @@ class Reading:
         return [f"{self.source}: {sentence}" for sentence in found]
 
     def to_json(self) -> dict[str, Any]:
-        """What the manifest keeps."""
+        """What the manifest says about the corpus."""
         left_out = {name: count for name in ("blank", "strange", "refused") if (count := getattr(self, name))}
         return {
             "source": self.source,
@@ -90,31 +92,31 @@ class Reading:
         }
 
 
-def documents(rows: Iterable[Row], column: str | None, chat: Chat, reading: Reading) -> Iterator[Document]:
-    """The documents of some rows, lazily; rows without text are left out and counted in ``reading``.
+def documents_of_rows(rows: Iterable[Row], column: str | None, chat: Chat, reading: Reading) -> Iterator[Document]:
+    """Yield the documents of ``rows``; rows without text are left out and counted in ``reading``.
 
     Args:
-        column: the column to use; None: the known ones (see ``conversations.find``).
+        column: the column to use; None: the known ones (see ``conversations.find_text``).
 
     Raises:
-        CalibrationError: no row holds text (said after 1,000 rows where their columns are unknown), a row that is no
-        object.
+        CalibrationError: no row holds text (after at most 1,000 rows if their columns are unknown), or a row is no
+            object.
     """
     columns: list[str] = []
-    piece = False
+    in_text = False  # inside a plain text that comes in several pieces
     for row in rows:
-        if isinstance(row.value, str) and column is None and (piece or not row.ends):  # of one plain text
-            piece = not row.ends
+        if isinstance(row.value, str) and column is None and (in_text or not row.ends):
+            in_text = not row.ends
             reading.rows, reading.used = 1, reading.used or int(has_text(row.value))
             yield Document(_clean(row.value), GAP if row.ends else "")
             continue
         if not isinstance(row.value, dict | list | str):
             raise CalibrationError(
-                f"the row is {kind(row.value)}, not an object", row.where, 'A row is such as {"text": "..."}'
+                f"the row is {describe_value(row.value)}, not an object", row.where, 'A row is such as {"text": "..."}'
             )
         reading.rows += 1
         columns = columns or (list(map(str, row.value)) if isinstance(row.value, dict) else [])
-        document = _document(find(row.value, column), chat, reading)
+        document = _document(find_text(row.value, column), chat, reading)
         if document is not None:
             yield document
         elif not reading.used and reading.strange + reading.refused >= _GIVE_UP:
@@ -124,7 +126,7 @@ def documents(rows: Iterable[Row], column: str | None, chat: Chat, reading: Read
 
 
 def _document(found: Found, chat: Chat, reading: Reading) -> Document | None:
-    """The document of one row, or None, counted, where there is none."""
+    """The document of one row; None if it has none. Both are counted in ``reading``."""
     if found.why:
         reading.strange += 1
         reading.why_strange = reading.why_strange or found.why
@@ -140,7 +142,7 @@ def _document(found: Found, chat: Chat, reading: Reading) -> Document | None:
             reading.refused += 1
             reading.complaint = reading.complaint or str(refusal)
             return None
-        gap = "" if chat.closes(text) else GAP
+        gap = "" if chat.ends_itself(text) else GAP
         reading.template, reading.template_sha256, reading.merged = chat.name, chat.sha256, chat.merged
     reading.media += found.media
     reading.used += 1
@@ -149,7 +151,7 @@ def _document(found: Found, chat: Chat, reading: Reading) -> Document | None:
 
 
 def _no_text(reading: Reading, columns: list[str], column: str | None) -> CalibrationError:
-    """Why no row was usable, in one sentence."""
+    """The error for a corpus without a usable row, with the reason."""
     there = ", ".join(" ".join(name.split())[:40] for name in columns[:30]) or "none"
     if reading.refused:
         what = f"the model's chat template refuses the conversations: {reading.complaint}"
@@ -176,8 +178,8 @@ def _counted(rows: int) -> str:
     return "the only row" if rows == 1 else f"the first {rows:,} rows" if rows >= _GIVE_UP else f"any of {rows:,} rows"
 
 
-def joined_text(found: Iterable[Document]) -> str:
-    """Documents as one text, each followed by its gap but the last."""
+def join_documents(found: Iterable[Document]) -> str:
+    """The documents as one text, with the gap of each but the last after it."""
     parts: list[str] = []
     gap = ""
     for document in found:
@@ -187,6 +189,5 @@ def joined_text(found: Iterable[Document]) -> str:
 
 
 def _clean(text: str) -> str:
-    """Halves of characters (lone surrogates, which JSON can spell and no tokenizer reads) become U+FFFD, as decoders do
-    it."""
+    """Replace lone surrogates, which JSON can express and no tokenizer accepts, by U+FFFD, as decoders do."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,8 +1,7 @@
-"""Rows of the files that people keep text in: JSON, JSON Lines, CSV, TSV, Parquet, Arrow and plain text, compressed or
-not.
+"""Reads the rows of text files: JSON, JSON Lines, CSV, TSV, Parquet, Arrow and plain text, compressed or not.
 
-The compression is told by a file's first bytes, the format by the end of its name in any letter case. Only a JSON array
-is read whole."""
+The first bytes of a file show its compression, the end of its name (in any letter case) its format. Only JSON
+documents and compressed Parquet or Arrow files are read into memory completely."""
 
 import bz2
 import codecs
@@ -46,17 +45,19 @@ _LISTS = ("data", "rows", "train", "examples", "instances", "items", "documents"
 _JSON_ROW = re.compile(rb'\s*(\[\s*)?\{\s*"[^"\n]*"\s*:')
 _OPENS_A_DOCUMENT = re.compile(r'\s*(\[\s*$|\{\s*$|\[\s*[{"])')
 _KINDS = {str: "one string", int: "a number", float: "a number", bool: "a truth value"}
-_PIECE = 1 << 22  # bytes of plain text that are read at once
+_PIECE = 1 << 22  # bytes of plain text in one row
 _ENDED = re.compile(rb"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")  # a line with its end, or the last one without
 _HEAD = 4096
-_BATCH = 256  # rows of a Parquet file that are in memory at once
+_BATCH = 256  # rows of a Parquet file in memory at once
 KNOWN = ".txt, .json, .jsonl, .csv, .tsv or .parquet file (also .gz, .zst)"
 _DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
 
 
 class Row(NamedTuple):
-    """One row: where it stands, for sentences, and its value: a dict by column, a list, or a text. ``ends`` is False
-    for a piece of a plain text that goes on in the next row."""
+    """One row of a file.
+
+    ``where``: its place, for messages. ``value``: a dict by column, a list, or a text. ``ends``: False for a piece of a
+    plain text that continues in the next row."""
 
     where: str
     value: Any
@@ -64,7 +65,7 @@ class Row(NamedTuple):
 
 
 def check_file(path: Path) -> None:
-    """CalibrationError where there is no regular file at ``path``: says whether it is a directory, or nothing."""
+    """Raise CalibrationError if there is no regular file at ``path``, saying what there is instead."""
     if path.is_dir():
         inside = sorted(
             entry.name for entry in path.iterdir() if entry.suffix.lower() in (*_FORMATS, *_COMPRESSED, ".txt")
@@ -77,12 +78,12 @@ def check_file(path: Path) -> None:
         raise CalibrationError("no such file", path, f"Give a {KNOWN}")
 
 
-def rows(path: Path) -> Iterator[Row]:
-    """The rows of a file, lazily; a plain text is one row, or several pieces where it is large.
+def read_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file. A plain text is one row, or one for each 4 MiB of a larger one.
 
     Raises:
-        CalibrationError: no regular file, a Git LFS pointer, a binary file, damage, an encoding that is not UTF-8
-            (UTF-16 and UTF-32 need their mark); names the line or row where there is one.
+        CalibrationError: it is no regular file, a Git LFS pointer, binary, damaged, or in another encoding than UTF-8
+            (UTF-16 and UTF-32 need a byte order mark). The message names the line or row if there is one.
     """
     check_file(path)
     try:
@@ -114,13 +115,13 @@ def _textual(stream: io.BufferedReader, head: bytes, kind: str, path: Path) -> I
     if path.suffix.lower() not in (".html", ".htm") and head.lstrip()[:14].lower().startswith(
         (b"<!doctype html", b"<html")
     ):
-        named = "a web page"  # what a download that failed leaves behind
+        named = "a web page"  # as a failed download leaves it
     if named is None and encoding == "utf-8-sig" and b"\0" in head:
         named = "binary, or UTF-16 without its mark"
     if named is not None:
         raise CalibrationError(f"the file is {named}, not text", path, f"Give a {KNOWN}, in UTF-8")
     if kind == "text" and _JSON_ROW.match(head.removeprefix(codecs.BOM_UTF8)):
-        kind = "json"  # whatever its name says: as text it would be braces and names of columns
+        kind = "json"  # also if its name says otherwise: as plain text it would be braces and column names
     if kind == "text":
         return _plain(stream, encoding, path)
     lines = _lines(stream, encoding, path)
@@ -128,7 +129,7 @@ def _textual(stream: io.BufferedReader, head: bytes, kind: str, path: Path) -> I
 
 
 def _decompressed(file: IO[bytes]) -> io.BufferedReader:
-    """The file's own bytes, whatever compression its first ones show."""
+    """The decompressed bytes of a file; its first bytes show the compression, if any."""
     stream: Any = file
     head = _peek(stream)
     if head.startswith(b"\x1f\x8b"):
@@ -149,8 +150,7 @@ def _peek(stream: io.BufferedReader) -> bytes:
 
 
 def _format(path: Path, head: bytes) -> str:
-    """json, lines, csv, tsv, parquet, arrow or text: by the name's end, and by the first bytes where they leave no
-    doubt."""
+    """The format: json, lines, csv, tsv, parquet, arrow or text. The name decides, unless the first bytes are clear."""
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith(b"ARROW1"):
@@ -162,18 +162,19 @@ def _format(path: Path, head: bytes) -> str:
 
 
 def _lines(stream: io.BufferedReader, encoding: str, path: Path) -> Iterator[str]:
-    """The lines with their ends, decoded one by one, so that a bad byte is named by its line."""
+    """Yield the lines with their line ends, decoded one by one, so that an error names the line."""
     if encoding != "utf-8-sig":
         yield from io.StringIO(_decode(stream.read(), encoding, path), newline="")
         return
     number = 0
     for piece in stream:
-        for line in _ENDED.findall(piece) if b"\r" in piece[:-2] else (piece,):  # \r alone: an old Mac's line end
+        for line in _ENDED.findall(piece) if b"\r" in piece[:-2] else (piece,):  # \r alone ends lines of old Macs
             number += 1
             yield _decode(line, "utf-8-sig" if number == 1 else "utf-8", f"{path}:{number}")
 
 
 def _plain(stream: io.BufferedReader, encoding: str, path: Path) -> Iterator[Row]:
+    """Yield a plain text as one row, or as several pieces."""
     decoder, done = codecs.getincrementaldecoder(encoding)(), 0
     data = stream.read(_PIECE)
     while True:
@@ -203,11 +204,10 @@ def _encoding(encoding: str, place: int, where: object) -> CalibrationError:
 
 
 # JSON and JSON Lines
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _json(lines: Iterator[str], kind: str, path: Path) -> Iterator[Row]:
-    """JSON Lines, or one JSON document: the first line shows which, whatever the name says."""
+    """Yield the rows of JSON Lines or of one JSON document; the first line shows which, whatever the name says."""
     numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
     first = next(numbered, None)
     if first is None:
@@ -228,7 +228,7 @@ def _json(lines: Iterator[str], kind: str, path: Path) -> Iterator[Row]:
 
 
 def _of_document(value: Any, path: Path) -> Iterator[Row]:
-    found = table_of(value)
+    found = find_table(value)
     if found is None:
         raise CalibrationError(
             f"the JSON is {_KINDS.get(type(value), 'empty')}, not a list of rows", path, 'Give [{"text": "..."}, ...]'
@@ -237,9 +237,11 @@ def _of_document(value: Any, path: Path) -> Iterator[Row]:
         yield Row(f"{path}, row {index}", row)
 
 
-def table_of(value: Any) -> Iterable[Any] | None:
-    """The rows of a JSON document: a list; a list under a usual key, or under the only key that has one; columns side
-    by side; rows or columns by their index; an object that is one row. None where there is nothing of the kind."""
+def find_table(value: Any) -> Iterable[Any] | None:
+    """The rows of a JSON document; None if it has none.
+
+    It may be a list; an object with a list under a usual key, or under its only key with a list; an object with a list
+    for each column; rows or columns by their index (pandas); or one object that is a row."""
     if isinstance(value, list):
         return [value] if _is_conversation(value) else value
     if not isinstance(value, dict) or not value:
@@ -267,7 +269,7 @@ def _transposed(columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _is_conversation(entries: list[Any]) -> bool:
-    """Whether a list is the messages of one conversation, which makes the object around it one row."""
+    """Whether a list is the messages of one conversation, so that the object around it is one row."""
     named = ({"role", "content"}, {"from", "value"})
     return bool(entries) and all(
         isinstance(entry, dict) and any(keys <= set(entry) for keys in named) for entry in entries
@@ -284,11 +286,11 @@ def _parsed(text: str, where: object) -> Any:
 
 
 # CSV and TSV
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 def _separated(lines: Iterator[str], kind: str, path: Path) -> Iterator[Row]:
-    """Rows by the names in the first line; a row with more or fewer cells is refused, because its text would be cut."""
+    """Yield rows with the column names of the first line. A row with more or fewer cells is an error: its text may be
+    cut."""
     header = next((line for line in lines if line.strip()), "")
     if not header:
         return
@@ -320,7 +322,6 @@ def _outside_quotes(line: str) -> str:
 
 
 # Parquet and Arrow
-# ------------------------------------------------------------------------------------------------------------------------
 
 
 def _columnar(stream: io.BufferedReader, head: bytes, kind: str, path: Path) -> Iterator[Row]:

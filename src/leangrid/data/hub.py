@@ -1,4 +1,4 @@
-"""Rows of data sets on the hub, streamed through ``datasets``: C4, WikiText-2, and any other by its name."""
+"""Reads rows of data sets on the hub as a stream, with the package ``datasets``: C4, WikiText-2 and any other."""
 
 import re
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ _SPELLING = "Write hf:org/name:split:column, or hf:org/name/config:split:column"
 _NAME = re.compile(
     r"(?P<repository>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.+-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[^:]*)(:(?P<column>.+))?)?"
 )
-_SHUFFLED = 10_000  # rows of the buffer
+_SHUFFLED = 10_000  # size, in rows, of the buffer for shuffling
 
 
 @dataclass(frozen=True)
 class HubData:
-    """A data set by name: ``hf:org/name[/config][@revision][:split[:column]]``.
+    """The parts of a data set's name ``hf:org/name[/config][@revision][:split[:column]]``.
 
-    None: the only config, the default split, the known columns.
-    """
+    None stands for the only config, the caller's split, the known columns and the newest revision. ``files``: split ->
+    file of the repository, to read only that one."""
 
     repository: str
     config: str | None = None
@@ -34,7 +34,7 @@ class HubData:
 
     @classmethod
     def parse(cls, name: str) -> "HubData":
-        """Read ``hf:...``; CalibrationError with the spelling where it is none."""
+        """Parse a name that begins with ``hf:``. CalibrationError, with the right form, if it has another one."""
         match = _NAME.fullmatch(name.removeprefix(PREFIX))
         if match is None:
             raise CalibrationError("not a data set of the hub", name, _SPELLING)
@@ -48,18 +48,20 @@ class HubData:
 
     @property
     def folder(self) -> Path | None:
-        """The local folder that ``datasets`` reads instead of the hub, because it lies at that path here; None where
-        there is none."""
+        """The local directory of the same path, which ``datasets`` reads instead of the hub; None if there is none."""
         path = Path(self.repository)
         return path if path.is_dir() else None
 
 
-def hub_rows(data: HubData, split: str, seed: int | None) -> Iterator[Row]:
-    """The rows of ``split``, lazily; every failure to reach them becomes one sentence with the way out.
+def read_hub_rows(data: HubData, split: str, seed: int | None) -> Iterator[Row]:
+    """Yield the rows of a data set.
 
     Args:
-        split: where ``data`` names none.
-        seed: shuffles the rows as they stream; None keeps their order.
+        split: the split to read if ``data`` names none.
+        seed: shuffles the rows as they arrive; None keeps their order.
+
+    Raises:
+        CalibrationError: ``datasets`` is not installed, or the data set cannot be read; says what to use instead.
     """
     try:
         import datasets

@@ -1,8 +1,7 @@
-"""Text from the model itself: calibration windows where there is no data, and the reply that `leangrid generate`
-streams.
+"""Draws text from the model itself: calibration windows without data, and the reply of ``leangrid generate``.
 
-Both step through the model with a key/value cache whose buffers are allocated once. A cache that grows by concatenation
-copies itself at every token, which costs more than the model once windows are long."""
+Both use a key/value cache whose buffers are allocated once. A cache that grows by concatenation copies itself at every
+token, which takes longer than the model for long windows."""
 
 import inspect
 import math
@@ -15,17 +14,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
-from leangrid.data.calibration import affixes
+from leangrid.data.calibration import find_affixes
 from leangrid.errors import CalibrationError
 
+# (model, keys, values) -> step(token, position) -> logits, or None if there is no such step for this model.
 NativeStep = Callable[[torch.nn.Module, list[Tensor], list[Tensor]], Callable[[int, int], Tensor] | None]
 
-_CACHE_BYTES = 2 << 30  # of keys and values at once; more windows are drawn in several batches
+_CACHE_BYTES = 2 << 30  # largest size of keys and values of one batch of windows
 
 
 class BufferedLayer(DynamicLayer):
-    """Keys and values of one layer in buffers of ``capacity`` tokens; what attention sees is a view of the filled
-    part."""
+    """Keys and values of one layer in buffers for ``capacity`` tokens. Attention gets a view of the filled part."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -46,7 +45,7 @@ class BufferedLayer(DynamicLayer):
 
 
 @torch.no_grad()
-def sample(
+def sample_windows(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase | None,
     samples: int,
@@ -55,18 +54,19 @@ def sample(
     batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Int64[Tensor, "samples length"]:
-    """Windows drawn from a causal model at temperature 1.
+    """Draw windows of token ids from a causal model at temperature 1: int64 [samples, length], on the CPU.
 
-    A window opens with the tokenizer's own opening token (BOS) where it has one, else with a random ordinary word of
-    the vocabulary. After an end-of-text token a new text opens the same way, so windows are full and hold no padding.
-    The random numbers belong to the window and position, not to the batch: any ``batch`` draws the same numbers.
+    A window begins with the tokenizer's opening token (BOS), or with a random ordinary token if it has none. After an
+    end-of-text token a new text begins in the same way, so that windows are full and hold no padding. The random
+    numbers belong to window and position, so that they do not depend on ``batch``.
 
     Args:
-        batch: windows drawn side by side; None: as many as 2 GiB of keys and values hold.
-        progress: called with (tokens done, tokens in all), at most every 16 steps.
+        tokenizer: of the model; None: every token of the vocabulary is ordinary.
+        batch: how many windows are drawn at once; None: as many as have 2 GiB of keys and values.
+        progress: is called with (tokens drawn, tokens in total), at most every 16 steps.
 
     Raises:
-        CalibrationError: the model gives no logits (an encoder), or windows longer than its positions.
+        CalibrationError: the model gives no logits (an encoder), or has fewer positions than ``length``.
     """
     config = _text_config(model)
     _check_length(config, length)
@@ -82,7 +82,7 @@ def sample(
 
 
 @torch.no_grad()
-def stream(
+def stream_tokens(
     model: torch.nn.Module,
     prompt: Sequence[int],
     new_tokens: int,
@@ -92,12 +92,17 @@ def stream(
     stop: Collection[int] = (),
     native_step: NativeStep | None = None,
 ) -> Iterator[int]:
-    """The model's continuation of ``prompt``, one token at a time, until ``new_tokens`` or a token of ``stop``.
+    """Yield the token ids with which the model continues ``prompt``, up to ``new_tokens`` or a token of ``stop``.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        native_step: makes ``step(token, position)`` -> logits from (model, keys, values) once the prompt is in the
-            cache, or None where it cannot; then, and without it, every token is a forward pass of the model.
+        prompt: token ids.
+        temperature: 0 takes the most likely token.
+        seed: of the random numbers, for a temperature above 0.
+        native_step: makes a faster step from the model and the cache once the prompt is in it. None, or if it returns
+            None: every token is a forward pass of the model.
+
+    Raises:
+        CalibrationError: the model gives no logits (an encoder), or has too few positions.
     """
     config = _text_config(model)
     _check_length(config, len(prompt) + new_tokens)
@@ -110,7 +115,7 @@ def stream(
     for position in range(len(prompt), len(prompt) + new_tokens):
         if temperature > 0:
             chosen = int(
-                _inverse_cdf(logits / temperature, torch.rand(1, generator=generator, dtype=torch.float64).to(device))
+                _draw_tokens(logits / temperature, torch.rand(1, generator=generator, dtype=torch.float64).to(device))
             )
         else:
             chosen = int(logits.argmax(-1))
@@ -125,28 +130,28 @@ def stream(
 
 
 class _Start:
-    """How a text opens and ends, and which ids may be drawn at all."""
+    """How a text begins and ends, and how many ids may be drawn."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> None:
         config = _text_config(model)
         rows = int(config.vocab_size)
-        self.allowed = (
-            rows if tokenizer is None else min(rows, len(tokenizer))
-        )  # padded rows of the embedding were never trained
+        # Rows of the embedding beyond the tokenizer's are padding, which was never trained.
+        self.allowed = rows if tokenizer is None else min(rows, len(tokenizer))
         special = set() if tokenizer is None else set(tokenizer.all_special_ids)
         self.words = torch.tensor([index for index in range(self.allowed) if index not in special])
-        opening = () if tokenizer is None else affixes(tokenizer).prefix
+        opening = () if tokenizer is None else find_affixes(tokenizer).prefix
         self.opening = opening[0] if opening else None
-        self.ends = torch.tensor(sorted(end_tokens(model, tokenizer)), dtype=torch.int64)
+        self.ends = torch.tensor(sorted(find_end_tokens(model, tokenizer)), dtype=torch.int64)
 
     def token(self, uniform: Float[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+        """The first token of each text; a random ordinary one, chosen by ``uniform`` in [0, 1), without a BOS."""
         if self.opening is not None:
             return torch.full(uniform.shape, self.opening, dtype=torch.int64)
         return self.words[(uniform * len(self.words)).long().clamp_max(len(self.words) - 1)]
 
 
-def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
-    """Every id that ends a text, from the generation config, the config and the tokenizer."""
+def find_end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:
+    """The ids that end a text, from the generation config, the config and the tokenizer."""
     found: set[int] = set()
     holders = (getattr(model, "generation_config", None), getattr(model, "config", None), tokenizer)
     for holder in holders:
@@ -156,7 +161,9 @@ def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None
 
 
 def _draw(model: torch.nn.Module, start: _Start, uniform: Tensor, progress: Callable[[int], None] | None) -> Tensor:
-    """One batch. ``uniform`` f64 [2, batch, length]: for the draw, and for the word that opens a text."""
+    """Draw one batch of windows: int64 [batch, length].
+
+    ``uniform``: float64 [2, batch, length] in [0, 1), for the tokens and for those that begin a text."""
     _, batch, length = uniform.shape
     device = _device(model)
     cache = _cache(_text_config(model), length)
@@ -165,7 +172,7 @@ def _draw(model: torch.nn.Module, start: _Start, uniform: Tensor, progress: Call
     for position in range(1, length):
         previous = tokens[:, position - 1]
         logits = _logits(model, previous[:, None].to(device), cache)[:, : start.allowed]
-        chosen = _inverse_cdf(logits, uniform[0, :, position].to(device)).cpu()
+        chosen = _draw_tokens(logits, uniform[0, :, position].to(device)).cpu()
         ended = torch.isin(previous, start.ends)
         tokens[:, position] = torch.where(ended, start.token(uniform[1, :, position]), chosen)
         if progress is not None and position % 16 == 0:
@@ -173,13 +180,15 @@ def _draw(model: torch.nn.Module, start: _Start, uniform: Tensor, progress: Call
     return tokens
 
 
-def _inverse_cdf(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+def _draw_tokens(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+    """Draw one token for each row: the inverse of the cumulative distribution at ``uniform`` in [0, 1)."""
     cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
     target = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
 def _logits(model: torch.nn.Module, ids: Int64[Tensor, "batch tokens"], cache: Cache) -> Float[Tensor, "batch vocab"]:
+    """The float32 logits of the last position, after ``ids`` have been added to the cache."""
     last = (
         {"logits_to_keep": 1}
         if ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -195,7 +204,7 @@ def _logits(model: torch.nn.Module, ids: Int64[Tensor, "batch tokens"], cache: C
 
 
 def _cache(config: Any, capacity: int) -> Cache:
-    # Layers with a sliding window keep everything as well; the attention mask limits what they see.
+    # Layers with a sliding window store all tokens too; the attention mask limits what they use.
     return Cache(layers=[BufferedLayer(capacity) for _ in range(config.num_hidden_layers)])
 
 

@@ -1,22 +1,25 @@
-"""Several results side by side: one table, and size against distance from the original with the front that no other
-beats."""
+"""Several results side by side: one table, and the front of those that no other beats in size and distance."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from leangrid.errors import OutputError, RecipeError
-from leangrid.evaluation import evaluate_many
+from leangrid.evaluation.measure import evaluate_many
+from leangrid.evaluation.results import ComparedResult, Comparison
+from leangrid.evaluation.windows import WINDOWS
 from leangrid.progress import Progress
-from leangrid.report.comparison import comparison_page
+from leangrid.report.comparison import render_comparison
 from leangrid.report.facts import Facts
 from leangrid.report.plots import pareto
 from leangrid.report.strict_json import strict
 from leangrid.storage import files
-from leangrid.storage.writer import require_sound
+from leangrid.storage.manifest import require_unchanged
 
-MEASURES = ("perplexity", "kl_mean", "kl_p99", "top1_agreement", "embedding_cosine_mean")
-_SAME = ("text", "sha256_of_text", "length", "windows")  # what two evaluations must share to stand beside each other
+_RECORDED = ("scheme", "format", "bits_per_weight", "loss", "loss_minmax", "loss_rounding")
+_MEASURED = ("perplexity", "kl_mean", "kl_p99", "top1_agreement", "embedding_cosine_mean")
+_SAME = ("text", "sha256_of_text", "length", "windows")  # what two evaluations must share to be comparable
 
 
 def compare(
@@ -25,93 +28,98 @@ def compare(
     text: str = "wikitext2",
     *,
     length: int | None = None,
-    windows: int = 12,
+    windows: int = WINDOWS,
     plot: str | Path | None = None,
     device: str = "cpu",
     progress: Progress | None = None,
     text_field: str | None = None,
-) -> dict[str, Any]:
-    """The JSON of ``leangrid compare``.
+) -> Comparison:
+    """Put finished results side by side: size, losses, distance from the original, time.
 
-    With ``reference`` all are measured on ``text``. Without, the figures are those that ``eval --keep`` left, where all
-    share one evaluation, else those of the quality gate; of two results calibrated on different windows the latter are
-    not comparable, and it is said.
+    With ``reference`` all of them are measured on ``text``. Without it nothing is run: the figures are those of the
+    newest evaluation that all results have in common (``eval --keep``), else those of their quality gates. The gates of
+    two results that were calibrated on different windows are not comparable, which ``measured_on`` then says.
 
     Args:
-        directories: finished results.
-        text_field: the column of the text's rows; None: text, or conversations.
-        plot: an .html file to write.
+        directories: finished results, each named once.
+        reference: the original, as in ``evaluate``; None: nothing is measured.
+        text, length, windows, device, text_field: as in ``evaluate``.
+        plot: an .html file to write, with the table and a figure of size against distance; None: none.
+        progress: is called with an Event after every window.
 
     Returns:
-        ``rows``, one a directory in the order given: name, scheme, format, bits_per_weight, bytes (of the weights),
-        loss, loss_minmax, loss_rounding, seconds, the measures of ``evaluate`` or None, and ``front``: whether no other
-        is both smaller and nearer. ``measured_on``: a sentence; ``reference_perplexity``; ``plot``.
+        One row for each directory; ``to_dict()`` gives them under the keys of ``leangrid compare --json``.
 
     Raises:
-        VerifyError: a directory that is not what its manifest says. OutputError: ``plot`` cannot be written. Both
-        before any work.
+        VerifyError: a directory that is not what its manifest says. OutputError: ``plot`` cannot be written.
+            RecipeError: a directory is named twice. All before any work.
+
+    Example:
+        >>> found = leangrid.compare(["out"])
+        >>> found.rows[0].name, found.rows[0].scheme, found.rows[0].front
+        ('out', 'NU4', True)
     """
     paths = [Path(directory) for directory in directories]
-    if len(set(paths)) < len(paths):
-        raise RecipeError("a directory is named twice", "compare", "Name each once")
-    if plot is not None:
-        _check_plot(Path(plot))
-    for path in paths:
-        require_sound(path)
-    facts = [Facts.read(path) for path in paths]
-    if reference is not None:
+    facts = _read_facts(paths, None if plot is None else Path(plot))
+    if reference is None:
+        figures, measured_on = _recorded_figures(facts)
+    else:
         found = evaluate_many(paths, reference, text, length=length, windows=windows, device=device, progress=progress,
                               text_field=text_field)  # fmt: skip
-        measured_on = _words(found[0])
-    else:
-        found, measured_on = _kept(facts)
-    rows = [_row(path, fact, figures) for path, fact, figures in zip(paths, facts, found, strict=True)]
-    front = pareto([(row["bytes"], _distance(row)) for row in rows])
-    rows = [{**row, "front": index in front} for index, row in enumerate(rows)]
-    originals = {figures.get("reference_perplexity") for figures in found}
-    result = strict({
-        "rows": rows,
-        "measured_on": measured_on,
-        "reference": None if reference is None else str(reference),
-        "reference_perplexity": originals.pop() if len(originals) == 1 else None,
-        "plot": None if plot is None else str(plot),
-    })  # fmt: skip
+        figures = [evaluation.to_dict() for evaluation in found]
+        measured_on = _describe_text(figures[0])
+    originals = {strict(one.get("reference_perplexity")) for one in figures}
+    result = Comparison(
+        rows=_mark_front([_row(*each) for each in zip(paths, facts, figures, strict=True)]),
+        measured_on=measured_on,
+        reference=None if reference is None else str(reference),
+        reference_perplexity=originals.pop() if len(originals) == 1 else None,
+        plot=None if plot is None else str(plot),
+    )
     if plot is not None:
-        files.atomic_write(Path(plot), comparison_page(result).encode())
+        files.atomic_write(Path(plot), render_comparison(result.to_dict()).encode())
     return result
 
 
-def _row(path: Path, facts: Facts, figures: dict[str, Any]) -> dict[str, Any]:
-    made = facts.result
-    named = {key: made.get(key) for key in ("scheme", "format", "bits_per_weight")}
-    losses = {key: made.get(key) for key in ("loss", "loss_minmax", "loss_rounding")}
-    seconds = (facts.run.get("seconds") or {}).get("total")
-    measured = {key: figures.get(key) for key in MEASURES}
-    return {
-        "name": path.name or str(path),
-        **named,
-        "bytes": facts.bytes_after,
-        **losses,
-        **measured,
-        "seconds": seconds,
-    }
+def _read_facts(paths: Sequence[Path], plot: Path | None) -> list[Facts]:
+    """What is known of each result, after all that ``compare`` refuses was looked at."""
+    if len(set(paths)) < len(paths):
+        raise RecipeError("a directory is named twice", "compare", "Name each once")
+    if plot is not None:
+        _check_plot(plot)
+    for path in paths:
+        require_unchanged(path)
+    return [Facts.read(path) for path in paths]
 
 
-def _distance(row: dict[str, Any]) -> float:
-    """From the original: KL, or an encoder's 1 - cosine."""
-    value = row["kl_mean"] if row["kl_mean"] is not None else row["embedding_cosine_mean"]
-    return float("nan") if value is None else value
+def _row(path: Path, facts: Facts, figures: Mapping[str, Any]) -> ComparedResult:
+    """One result; numbers that are not finite become None, as in JSON."""
+    return ComparedResult(
+        name=path.name or str(path),
+        bytes=facts.bytes_after,
+        seconds=strict((facts.run.get("seconds") or {}).get("total")),
+        **{key: strict(facts.result.get(key)) for key in _RECORDED},
+        **{key: strict(figures.get(key)) for key in _MEASURED},
+    )
 
 
-def _kept(facts: Sequence[Facts]) -> tuple[list[dict[str, Any]], str]:
-    """What was measured before: the newest evaluation that all share, else what their gates found."""
+def _mark_front(rows: list[ComparedResult]) -> list[ComparedResult]:
+    """The rows, with ``front`` set for those that no other beats."""
+    distances = (float("nan") if row.distance is None else row.distance for row in rows)
+    front = pareto([(row.bytes, distance) for row, distance in zip(rows, distances, strict=True)])
+    return [replace(row, front=index in front) for index, row in enumerate(rows)]
+
+
+def _recorded_figures(facts: Sequence[Facts]) -> tuple[list[dict[str, Any]], str]:
+    """What was measured earlier, and on what: the newest evaluation that all results have in common, else what their
+    quality gates found."""
     for candidate in reversed(facts[0].evaluations):
         alike = [
             [one for one in fact.evaluations if all(one.get(key) == candidate.get(key) for key in _SAME)]
             for fact in facts
         ]
         if all(alike):
-            return [dict(found[-1]) for found in alike], _words(candidate)
+            return [dict(found[-1]) for found in alike], _describe_text(candidate)
     gates = [fact.quality for fact in facts]
     figures = [
         {**gate, ("embedding_cosine_mean" if gate.get("measure") == "cosine" else "kl_mean"): gate.get("value")}
@@ -121,13 +129,11 @@ def _kept(facts: Sequence[Facts]) -> tuple[list[dict[str, Any]], str]:
         return figures, "nowhere: give --reference, or run leangrid eval DIR --reference SOURCE --keep for each"
     if len({fact.result.get("windows_sha256") for fact in facts}) == 1:
         return figures, "by the quality gate of each run, on the first calibration windows"
-    what = (
-        "by the quality gate of each run, on DIFFERENT calibration windows: give --reference to measure all on one text"
-    )
-    return figures, what
+    way_out = "give --reference to measure all on one text"
+    return figures, f"by the quality gate of each run, on DIFFERENT calibration windows: {way_out}"
 
 
-def _words(found: Mapping[str, Any]) -> str:
+def _describe_text(found: Mapping[str, Any]) -> str:
     name = str(found.get("text", "")).replace("\\", "/").rsplit("/", 1)[-1]
     return f"on {found.get('windows')} windows of {found.get('length')} tokens of {name}"
 

@@ -1,16 +1,14 @@
-"""A model answers a prompt, streamed: the check that needs no figure."""
+"""A model answers a prompt, token by token: what ``leangrid generate`` prints."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from leangrid.data.calibration import affixes
-from leangrid.data.sampling import end_tokens, stream
+from leangrid.data.calibration import find_affixes
+from leangrid.data.sampling import find_end_tokens, stream_tokens
 from leangrid.errors import CalibrationError, CheckpointError, first_line
-from leangrid.evaluation.opened import open_model
+from leangrid.evaluation.opened import Opened, open_model
 from leangrid.inference.native_step import native_step
 
 _RAW = "continue the prompt as it is, without the chat template: --raw"
@@ -18,12 +16,17 @@ _RAW = "continue the prompt as it is, without the chat template: --raw"
 
 @dataclass
 class Reply:
-    """A prompt ready to be answered; ``text``, ``tokens`` and ``seconds`` grow as ``pieces`` is read."""
+    """A prompt and the reply to it.
 
-    name: str
+    Attributes:
+        subject: the model that answers.
+        prompt: as it was given.
+        ids: token ids of the prompt, in the chat template where there is one.
+        text, tokens, seconds, new_ids: of the reply so far; they grow as ``stream_text`` is read.
+    """
+
+    subject: Opened
     prompt: str
-    model: torch.nn.Module
-    tokenizer: Any
     ids: list[int]
     text: str = ""
     tokens: int = 0
@@ -36,7 +39,7 @@ class Reply:
 
         Raises:
             CheckpointError: an encoder, which cannot answer, or a chat template that cannot be applied.
-                CalibrationError: no tokenizer, an empty prompt, or a token of it that the model has no row for.
+            CalibrationError: no tokenizer, an empty prompt, or a token of it that the model has no embedding for.
         """
         subject = open_model(name, device, dense=False)
         if not subject.causal:
@@ -46,31 +49,40 @@ class Reply:
             raise CalibrationError("the model has no tokenizer", name, "Add its tokenizer files to the directory")
         templated = not raw and bool(getattr(subject.tokenizer, "chat_template", None))
         said = [{"role": "user", "content": prompt}]
-        ids = chat_ids(subject.tokenizer, said, f"Try to {_RAW}") if templated else _raw_ids(subject.tokenizer, prompt)
+        ids = (
+            encode_chat(subject.tokenizer, said, f"Try to {_RAW}") if templated else _raw_ids(subject.tokenizer, prompt)
+        )
         instead = f", or {_RAW}" if templated else ""
         if not ids:
             raise CalibrationError("the prompt is empty", name, f"Say something{instead}")
-        require_rows(subject.model, subject.tokenizer, ids, name, f"Leave it out{instead}")
-        return cls(name, prompt, subject.model, subject.tokenizer, ids)
+        require_rows(subject, ids, f"Leave it out{instead}")
+        return cls(subject, prompt, ids)
 
-    def pieces(self, new_tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
-        """The reply as it grows; a character whose bytes are not all there yet waits for them.
+    def stream_text(self, new_tokens: int, temperature: float = 0.0, seed: int = 0) -> Iterator[str]:
+        """The reply piece by piece; a character whose bytes are spread over tokens comes with the last of them.
 
-        CalibrationError where prompt and reply may be longer than the model's positions.
+        Args:
+            new_tokens: at most so many tokens.
+            temperature: 0 takes the most likely token.
+            seed: of the draws.
+
+        Raises:
+            CalibrationError: prompt and reply may be longer than the model takes.
         """
-        limit, length = getattr(_text_config(self.model), "max_position_embeddings", None), len(self.ids)
-        if isinstance(limit, int) and length + new_tokens > limit:
+        limit, length = self.subject.positions, len(self.ids)
+        if limit is not None and length + new_tokens > limit:
             way_out = f"Use --max-new-tokens {limit - length}" if length < limit else "Shorten the prompt"
             what = f"the prompt has {length} tokens and the reply up to {new_tokens}, but the model takes {limit}"
-            raise CalibrationError(what, self.name, way_out)
+            raise CalibrationError(what, self.subject.name, way_out)
         started = time.perf_counter()
-        stop = end_tokens(self.model, self.tokenizer)
-        for token in stream(
-            self.model, self.ids, new_tokens, temperature=temperature, seed=seed, stop=stop, native_step=native_step
+        model, tokenizer = self.subject.model, self.subject.tokenizer
+        stop = find_end_tokens(model, tokenizer)
+        for token in stream_tokens(
+            model, self.ids, new_tokens, temperature=temperature, seed=seed, stop=stop, native_step=native_step
         ):
             self.new_ids.append(token)
             self.tokens, self.seconds = len(self.new_ids), time.perf_counter() - started
-            text = str(self.tokenizer.decode(self.new_ids, skip_special_tokens=True))
+            text = str(tokenizer.decode(self.new_ids, skip_special_tokens=True))
             if text.endswith("\ufffd"):
                 continue
             piece, self.text = text[len(self.text) :], text
@@ -78,12 +90,13 @@ class Reply:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens a second, the prompt's pass included."""
+        """New tokens in a second; the time includes the pass over the prompt."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """The object that ``leangrid generate --json`` prints."""
         return {
-            "model": self.name,
+            "model": self.subject.name,
             "prompt": self.prompt,
             "text": self.text,
             "tokens": self.tokens,
@@ -93,26 +106,26 @@ class Reply:
 
 
 def _raw_ids(tokenizer: Any, prompt: str) -> list[int]:
-    return [*affixes(tokenizer).prefix, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    return [*find_affixes(tokenizer).prefix, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
 
 
-def chat_ids(tokenizer: Any, messages: list[dict[str, str]], way_out: str = "Mend the chat template") -> list[int]:
-    """A conversation in the model's own chat template, ready for the next reply.
+def encode_chat(tokenizer: Any, messages: list[dict[str, str]], way_out: str = "Mend the chat template") -> list[int]:
+    """Token ids of a conversation in the model's own chat template, up to where the next reply begins.
 
-    A template that takes no strings, or leaves them out, gets the contents as lists of parts, as multimodal ones want
-    them. Raises CheckpointError, with ``way_out``, where it can be applied neither way."""
+    A template that does not take the contents as strings, or leaves them out, gets them as lists of parts, which
+    multimodal templates expect. Raises CheckpointError, with ``way_out``, where neither works."""
     parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
     fault = "it leaves out what is said"
     for conversation in (messages, parts):
         try:
-            if _heard(tokenizer, conversation):
+            if _renders_contents(tokenizer, conversation):
                 encoded = tokenizer.apply_chat_template(
                     conversation, add_generation_prompt=True, tokenize=True, return_dict=True
                 )
                 return list(encoded["input_ids"])
         except MemoryError:
             raise
-        except Exception as error:  # a template is a program of a stranger: nobody can list what it raises
+        except Exception as error:  # a template is a program of its author and can raise anything
             fault = first_line(error).rstrip(".") if conversation is messages else fault
     templates = tokenizer.chat_template
     if isinstance(templates, dict) and "default" not in templates:
@@ -122,8 +135,8 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]], way_out: str = "Men
     )
 
 
-def _heard(tokenizer: Any, conversation: list[dict[str, Any]]) -> bool:
-    """Whether the template's text depends on what is said last: some render a content of another type as nothing."""
+def _renders_contents(tokenizer: Any, conversation: list[dict[str, Any]]) -> bool:
+    """Whether the template's text depends on the last content: some templates leave out a content of another type."""
     last = conversation[-1]["content"]
     other = last + "x" if isinstance(last, str) else [{**last[0], "text": last[0]["text"] + "x"}]
     both = (conversation, [*conversation[:-1], {**conversation[-1], "content": other}])
@@ -131,16 +144,11 @@ def _heard(tokenizer: Any, conversation: list[dict[str, Any]]) -> bool:
     return one != two
 
 
-def require_rows(model: torch.nn.Module, tokenizer: Any, ids: list[int], name: str, way_out: str) -> None:
-    """CalibrationError for the first token that the model has no row of its embedding for."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    rows = int(embedding.weight.shape[0])
-    beyond = next((token for token in ids if token >= rows), None)
-    if beyond is not None:
-        what = f"token {beyond} ({tokenizer.convert_ids_to_tokens(beyond)!r}) of the prompt has no row in the model's embedding of {rows}"
-        raise CalibrationError(f"{what}: the tokenizer is larger than the model", name, way_out)
-
-
-def _text_config(model: torch.nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config()
+def require_rows(subject: Opened, ids: list[int], way_out: str) -> None:
+    """CalibrationError, with ``way_out``, for the first token that the model's embedding has no row for."""
+    rows = subject.embedding_rows
+    token = None if rows is None else next((token for token in ids if token >= rows), None)
+    if token is not None:
+        named = f"token {token} ({subject.tokenizer.convert_ids_to_tokens(token)!r}) of the prompt"
+        what = f"{named} has no row in the model's embedding of {rows}: the tokenizer is larger than the model"
+        raise CalibrationError(what, subject.name, way_out)

@@ -1,4 +1,4 @@
-"""A finished result as one GGUF file for llama.cpp: the exact weights, the header, the tokenizer."""
+"""A finished result as one GGUF file for llama.cpp: the same weights, exactly, with the header and the tokenizer."""
 
 import math
 import re
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.exporters.result_reader import Finished
-from leangrid.formats import FORMATS, gguf_repack
+from leangrid.formats import gguf_repack
 from leangrid.grids import AffineGrid
+from leangrid.inference.result_reader import ResultReader
 from leangrid.models import gguf as existing
 from leangrid.models import gguf_names
 from leangrid.models.gguf_names import GgufModel
-from leangrid.models.gguf_vocab import vocabulary
+from leangrid.models.gguf_vocab import tokenizer_fields
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.progress import Event, Progress
-from leangrid.storage import files, gguf
+from leangrid.storage import disk, gguf
 from leangrid.storage.gguf import PLAIN_TYPES, Field, TensorEntry
 from leangrid.storage.safetensors import TensorInfo
 
 FILE = "model.gguf"
 _FLOAT32 = PLAIN_TYPES["F32"]
-# llama.cpp's general.file_type, by the type of most quantized weights; only shown to people.
+# llama.cpp's general.file_type, by the block type of most quantized weights; llama.cpp only shows it.
 _FILE_TYPES = {
     "Q4_0": 2,
     "Q4_1": 3,
@@ -38,96 +38,98 @@ _FILE_TYPES = {
     "Q5_K": 17,
     "Q6_K": 18,
 }
-_NOT_TAKEN = ("GGUF.", "split.", "quantize.", "general.file_type", "general.quantization_version", "general.alignment")
+_NOT_COPIED = ("GGUF.", "split.", "quantize.", "general.file_type", "general.quantization_version", "general.alignment")
 # Fields in which a file may differ from ours and still be of the same model.
-_FREE = ("context_length", "vocab_size")
+_MAY_DIFFER = ("context_length", "vocab_size")
 
 
-def write(finished: Finished, staged: Path, like: Path | None, progress: Progress | None = None) -> float:
-    """Write ``staged``/model.gguf; return the stored bits per quantized weight.
+def write(result: ResultReader, staged: Path, like: Path | None, progress: Progress | None = None) -> float:
+    """Write model.gguf into the directory ``staged``.
 
-    ``like``: an existing GGUF file of the same model, whose header and tokenizer are taken; None: both are made from
-    the checkpoint.
+    Args:
+        like: an existing GGUF file of the same model, whose header and tokenizer are copied; None: both are made from
+            the checkpoint.
+
+    Returns:
+        The stored bits per quantized weight.
 
     Raises:
-        ArchitectureError, FormatError, CheckpointError: something that llama.cpp cannot be told exactly; nothing is
-        written then.
+        ArchitectureError, FormatError, CheckpointError: GGUF cannot say something of the model exactly. Nothing is
+            written then.
     """
-    model = gguf_names.describe(finished.checkpoint.config, _title(finished))
-    kinds = _types(finished)
+    model = gguf_names.describe(result.checkpoint.config, _model_name(result))
+    kinds = _block_types(result)
     notices = list(model.notices)
-    fields = _taken(like, model, _embeddings(finished)) if like else _made(finished, model, notices)
+    fields = _header_of(like, model, _vocabulary_size(result)) if like else _new_header(result, model, notices)
     counts = [kind.name for kind in kinds.values()]
     fields |= {"general.file_type": Field("uint32", _FILE_TYPES[max(set(counts), key=counts.count)]),
                "general.quantization_version": Field("uint32", 2)}  # fmt: skip
-    entries = _entries(finished, model, kinds)
-    if finished.beyond:
+    entries = _entries(result, model, kinds)
+    if result.not_in_model:
+        more = f" and {len(result.not_in_model) - 3} more" if len(result.not_in_model) > 3 else ""
+        names = f"{', '.join(sorted(result.not_in_model)[:3])}{more}"
+        notices.append(f"left out, since llama.cpp's {model.arch} has no place for them: {names}")
+    if not result.predicts:
         notices.append(
-            f"left out, since llama.cpp's {model.arch} has no place for them: {', '.join(sorted(finished.beyond)[:3])}"
-            + (f" and {len(finished.beyond) - 3} more" if len(finished.beyond) > 3 else "")
-        )
-    if not finished.predicts:
-        notices.append(
-            "the model has no language-model head: llama.cpp takes the embeddings for one, so use the file for embeddings only"
+            "the model has no language-model head: llama.cpp takes the embeddings for one, "
+            "so use the file for embeddings only"
         )
     if progress is not None:
         for message in notices:
             progress(Event("notice", message=message))
-    files.require_space(staged, sum(entry.nbytes for entry in entries.values()))
+    disk.require_space(staged, sum(entry.nbytes for entry in entries.values()))
     gguf.save(staged / FILE, fields, entries)
-    stored = sum(rows * kinds[name].row_bytes(cols) for name, (rows, cols) in finished.layers.items())
-    return round(8 * stored / sum(rows * cols for rows, cols in finished.layers.values()), 4)
+    stored = sum(rows * kinds[name].row_bytes(cols) for name, (rows, cols) in result.layers.items())
+    return round(8 * stored / sum(rows * cols for rows, cols in result.layers.values()), 4)
 
 
-def _title(finished: Finished) -> str:
-    source = str(finished.manifest.get("source_name") or finished.directory.name)
+def _model_name(result: ResultReader) -> str:
+    source = str(result.manifest.get("source_name") or result.directory.name)
     return source.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _types(finished: Finished) -> dict[str, BlockType]:
-    """The block type of each quantized linear; FormatError for the first that none holds exactly, scales included."""
-    if finished.format is FORMATS["gguf"]:  # block bytes already
-        return {
-            name: BLOCK_TYPES[finished.scheme.block or ""].fitting(cols) for name, (_, cols) in finished.layers.items()
-        }
+def _block_types(result: ResultReader) -> dict[str, BlockType]:
+    """Layer -> block type; FormatError for the first layer that no type holds exactly, its scales included."""
+    if result.format.BLOCKS:
+        return {name: BLOCK_TYPES[result.scheme.block or ""].fitting(cols) for name, (_, cols) in result.layers.items()}
     kinds = {}
-    for name, (rows, cols) in finished.layers.items():
-        reason = gguf_repack.refuse(finished.schemes[name], name, rows, cols, finished.architecture.layer)
+    for name, (rows, cols) in result.layers.items():
+        reason = gguf_repack.refuse(result.schemes[name], name, rows, cols, result.architecture.layer)
         if reason:
             raise FormatError(reason)
-        kinds[name] = gguf_repack.block_type(finished.schemes[name], cols)
-    for stored in [f"{name}.weight_scale" for name in finished.layers]:
-        if stored in finished.checkpoint.tensors:  # other containers hold scales in float16 already
-            gguf_repack.check_scale(finished.checkpoint.read(stored, check=False), stored)
+        kinds[name] = gguf_repack.block_type(result.schemes[name], cols)
+    for stored in [f"{name}.weight_scale" for name in result.layers]:
+        if stored in result.checkpoint.tensors:  # other containers hold scales in float16 already
+            gguf_repack.check_scale(result.checkpoint.read(stored, check=False), stored)
     return kinds
 
 
-def _embeddings(finished: Finished) -> int:
-    """Rows of the embedding: how many tokens the model knows."""
+def _vocabulary_size(result: ResultReader) -> int:
+    """The number of rows of the embedding."""
     return next(
-        info.shape[0] for name, info in finished.checkpoint.tensors.items() if name.endswith("embed_tokens.weight")
+        info.shape[0] for name, info in result.checkpoint.tensors.items() if name.endswith("embed_tokens.weight")
     )
 
 
-def _made(finished: Finished, model: GgufModel, notices: list[str]) -> dict[str, Field]:
-    """The header from config.json and the tokenizer."""
-    tokenizer = load_tokenizer(finished.directory)
+def _new_header(result: ResultReader, model: GgufModel, notices: list[str]) -> dict[str, Field]:
+    """The header that config.json and the tokenizer make; ``notices`` gets sentences for the user."""
+    tokenizer = load_tokenizer(result.directory)
     if tokenizer is None:
         raise CheckpointError(
-            "there is no tokenizer to put into the file", finished.directory, "Add its files, or use --like FILE.gguf"
+            "there is no tokenizer to put into the file", result.directory, "Add its files, or use --like FILE.gguf"
         )
-    tokens, more = vocabulary(tokenizer, _embeddings(finished))
+    tokens, more = tokenizer_fields(tokenizer, _vocabulary_size(result))
     notices += more
     return {**model.fields, **tokens}
 
 
-def _taken(like: Path, model: GgufModel, embeddings: int) -> dict[str, Field]:
-    """The header of ``like``; CheckpointError where it is of another model."""
-    found = {key: field for key, field in existing.header(like).items() if not key.startswith(_NOT_TAKEN)}
+def _header_of(like: Path, model: GgufModel, embeddings: int) -> dict[str, Field]:
+    """The header of the file ``like``; CheckpointError where it is of another model."""
+    found = {key: field for key, field in existing.header(like).items() if not key.startswith(_NOT_COPIED)}
     way_out = "Give a GGUF file of this very model, or leave --like out"
     for key, field in model.fields.items():
         other = found.get(key)
-        if key == "general.name" or key.endswith(_FREE) or other is None:
+        if key == "general.name" or key.endswith(_MAY_DIFFER) or other is None:
             continue
         same = (
             math.isclose(field.value, other.value, rel_tol=1e-6)
@@ -143,16 +145,16 @@ def _taken(like: Path, model: GgufModel, embeddings: int) -> dict[str, Field]:
     return {**model.fields, **found}
 
 
-def _entries(finished: Finished, model: GgufModel, kinds: Mapping[str, BlockType]) -> dict[str, TensorEntry]:
-    """Every tensor of the file by llama.cpp's name, block by block; nothing is read yet."""
+def _entries(result: ResultReader, model: GgufModel, kinds: Mapping[str, BlockType]) -> dict[str, TensorEntry]:
+    """Every tensor of the file by llama.cpp's name, block by block; each is read when it is written."""
     entries: dict[str, TensorEntry] = {}
-    for name, info in finished.others().items():
-        if name in finished.beyond:
+    for name, info in result.plain_tensors().items():
+        if name in result.not_in_model:
             continue
-        entries[model.tensor_name(name)] = _plain_entry(finished, model, name, info)
-    for name, (rows, cols) in finished.layers.items():
+        entries[model.tensor_name(name)] = _plain_entry(result, model, name, info)
+    for name, (rows, cols) in result.layers.items():
         kind = kinds[name]
-        make = _Layer(finished, kind, name, model.row_order(f"{name}.weight", rows))
+        make = _BlockBytes(result, kind, name, model.row_order(f"{name}.weight", rows))
         entries[model.tensor_name(f"{name}.weight")] = TensorEntry(
             (rows, cols), kind.number, rows * kind.row_bytes(cols), make
         )
@@ -171,18 +173,18 @@ def _position(name: str) -> tuple[int, int, str]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Layer:
-    """Makes the block bytes of a quantized linear when its turn comes."""
+class _BlockBytes:
+    """A call makes the block bytes of one quantized linear."""
 
-    finished: Finished
+    result: ResultReader
     kind: BlockType
     name: str
     order: Tensor | None
 
     def __call__(self) -> Tensor:
-        codes, grid = self.finished.layer(self.name)
-        if self.finished.format is FORMATS["gguf"]:
-            packed = FORMATS["gguf"].pack(codes, grid, self.finished.dtype, self.finished.scheme)["weight"]
+        codes, grid = self.result.layer(self.name)
+        if self.result.format.BLOCKS:
+            packed = self.result.format.pack(codes, grid, self.result.dtype, self.result.scheme)["weight"]
             return packed if self.order is None else packed[self.order]
         if not isinstance(grid, AffineGrid):
             raise FormatError(f"{type(grid).__name__} is no affine grid", self.name)
@@ -190,8 +192,8 @@ class _Layer:
         return packed if self.order is None else packed[self.order]
 
 
-def _plain_entry(finished: Finished, model: GgufModel, name: str, info: TensorInfo) -> TensorEntry:
-    """Vectors in float32, matrices as they are stored: what llama.cpp's operators take."""
+def _plain_entry(result: ResultReader, model: GgufModel, name: str, info: TensorInfo) -> TensorEntry:
+    """A tensor that is not quantized, as llama.cpp's operators read it: vectors in float32, matrices as stored."""
     if info.dtype not in PLAIN_TYPES:
         raise FormatError(
             f"GGUF holds no {info.dtype} weights", name, "Quantize a float32, float16 or bfloat16 checkpoint"
@@ -201,7 +203,7 @@ def _plain_entry(finished: Finished, model: GgufModel, name: str, info: TensorIn
     shift = 1.0 if model.norm_plus_one and name.endswith("norm.weight") else 0.0
 
     def make() -> Tensor:
-        tensor = finished.checkpoint.read(name)
+        tensor = result.checkpoint.read(name)
         if order is not None:
             tensor = tensor[order]
         return (tensor.float() + shift) if vector else tensor.contiguous()

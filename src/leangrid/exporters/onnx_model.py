@@ -1,9 +1,9 @@
-"""A finished result -> one ONNX model for ONNX Runtime (and onnxruntime-genai): its linears are MatMulNBits, everything
-else float32.
+"""A finished result as one ONNX model for ONNX Runtime (and onnxruntime-genai): MatMulNBits for its quantized linears,
+float32 for everything else.
 
 onnxruntime-genai's own builder writes the decoder's graph from the dequantized checkpoint. Then every MatMul whose
-weight is, bit for bit, that of one of our layers (or of several, row under row, as q, k and v) becomes a MatMulNBits of
-the layer's codes. A layer that is not found so is an error: nothing is approximated.
+weight is, bit for bit, that of one quantized layer (or of several, one below the other, as q, k and v) becomes a
+MatMulNBits of the layer's codes. A layer that is found nowhere in the graph is an error: nothing is approximated.
 
 The operator computes S (q - Z) in float32, without the rounding to the model's dtype that 16-bit readers do.
 """
@@ -23,60 +23,66 @@ import torch
 from torch import Tensor
 
 from leangrid.errors import FormatError
-from leangrid.exporters.result_reader import Finished
+from leangrid.formats import CONFIG_KEYS
 from leangrid.formats import onnx as nbits
+from leangrid.inference.result_reader import ResultReader
 from leangrid.progress import Event, Progress
-from leangrid.storage import files, safetensors
+from leangrid.storage import disk, files, safetensors
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 _BUILDER = "onnxruntime_genai.models.builder"
 _ALIGNED = 4096  # bytes: ONNX Runtime maps a tensor that begins on a page
-_TAIL = 400  # characters of the builder's complaint that are shown
+_TAIL = 400  # characters of the builder's error message that are shown
 
 
-def write(finished: Finished, staged: Path, like: Path | None = None, progress: Progress | None = None) -> float:
-    """Put model.onnx, model.onnx.data, genai_config.json and the tokenizer into ``staged``; return the bits per
-    quantized weight.
+def write(result: ResultReader, staged: Path, like: Path | None = None, progress: Progress | None = None) -> float:
+    """Write model.onnx, model.onnx.data, genai_config.json and the tokenizer into the directory ``staged``.
 
-    ``progress`` is called as each layer goes to the builder; its graph is written after that.
+    Args:
+        like: not used; every writer of a whole file takes it.
+        progress: is called when each layer is dequantized for the builder, whose graph is written after that.
+
+    Returns:
+        The stored bits per quantized weight.
 
     Raises:
-        FormatError: a layer that MatMulNBits cannot hold, a package that is missing, or an architecture that the
-        builder does not know.
+        FormatError: MatMulNBits cannot hold a layer, a package is missing, or the builder does not know the
+            architecture.
     """
-    refuse(finished)
-    size = sum(rows * cols for rows, cols in finished.layers.values())
-    others = sum(info.nbytes // info.torch_dtype.itemsize for info in finished.others().values())
-    # Twice in float32 at most (the checkpoint in its own dtype, the builder's graph, ours), and the codes.
-    files.require_space(staged, 4 * (2 * size + 3 * others))
+    refuse(result)
+    size = sum(rows * cols for rows, cols in result.layers.values())
+    others = sum(info.nbytes // info.torch_dtype.itemsize for info in result.plain_tensors().values())
+    # In float32, at most: the quantized weights twice and the others three times (in the dequantized checkpoint, the
+    # builder's graph and ours).
+    disk.require_space(staged, 4 * (2 * size + 3 * others))
     plain, graph = staged / "plain", staged / "graph"
-    _write_plain(finished, plain, progress)
+    _write_plain(result, plain, progress)
     _build(plain, graph)
     files.remove_tree(plain)
-    _Swap(finished, graph).write(staged)
+    _Swap(result, graph).write(staged)
     for path in sorted(graph.iterdir()):
         if path.is_file() and path.name not in (MODEL, DATA):
             files.atomic_write(staged / path.name, files.read_chunks(path))
     files.remove_tree(graph)
-    return round(8 * sum(_nbytes(finished, name) for name in finished.layers) / size, 4)
+    return round(8 * sum(_nbytes(result, name) for name in result.layers) / size, 4)
 
 
-def _nbytes(finished: Finished, name: str) -> int:
-    layout = nbits.layout(finished.scheme, finished.layers[name])
+def _nbytes(result: ResultReader, name: str) -> int:
+    layout = nbits.layout(result.scheme, result.layers[name])
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
 
 
-def refuse(finished: Finished) -> None:
-    """FormatError for a model without a language-model head, the first layer that MatMulNBits cannot hold, a missing
-    package."""
-    if not finished.predicts:
+def refuse(result: ResultReader) -> None:
+    """FormatError for a model without a language-model head, for the first layer that MatMulNBits cannot hold, and for
+    a missing package."""
+    if not result.predicts:
         raise FormatError(
             "onnxruntime-genai builds decoders with a language-model head, and this model has none",
-            finished.directory,
+            result.directory,
             "Export to dense, or serve it as compressed-tensors",
         )
-    for name, (rows, cols) in finished.layers.items():
-        if reason := nbits.refuse(finished.scheme, name, rows, cols, finished.architecture.layer):
+    for name, (rows, cols) in result.layers.items():
+        if reason := nbits.refuse(result.scheme, name, rows, cols, result.architecture.layer):
             raise FormatError(reason)
     missing = [name for name in ("onnx", "onnx_ir", "onnxruntime_genai") if find_spec(name) is None]
     if missing:
@@ -84,33 +90,29 @@ def refuse(finished: Finished) -> None:
         raise FormatError(what, "--to onnx", "pip install 'leangrid[onnx]'")
 
 
-def _write_plain(finished: Finished, directory: Path, progress: Progress | None) -> None:
-    """The dequantized checkpoint, one file a layer, for the builder."""
+def _write_plain(result: ResultReader, directory: Path, progress: Progress | None) -> None:
+    """Write the dequantized checkpoint for the builder, one file a layer."""
     files.make_dir(directory)
-    others, weight_map = finished.others(), {}
+    others, weight_map = result.plain_tensors(), {}
     safetensors.save(directory / "others.safetensors", others, {"format": "pt"})
     weight_map.update(dict.fromkeys(others, "others.safetensors"))
-    for number, name in enumerate(finished.layers):
+    for number, name in enumerate(result.layers):
         file = f"layer-{number:05d}.safetensors"
-        safetensors.save(directory / file, {f"{name}.weight": finished.dense(name)}, {"format": "pt"})
+        safetensors.save(directory / file, {f"{name}.weight": result.weight_in_model_dtype(name)}, {"format": "pt"})
         weight_map[f"{name}.weight"] = file
         if progress is not None:
-            progress(Event("layer", number, len(finished.layers), layer=name))
+            progress(Event("layer", number, len(result.layers), layer=name))
     files.write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    for name, path in finished.checkpoint.side_files().items():
+    for name, path in result.checkpoint.side_files().items():
         files.make_dir((directory / name).parent)
         files.atomic_write(directory / name, files.read_chunks(path))
-    config = {
-        key: value
-        for key, value in finished.checkpoint.config.items()
-        if key not in ("quantization_config", "auto_map")
-    }
+    config = {key: value for key, value in result.checkpoint.config.items() if key not in (*CONFIG_KEYS, "auto_map")}
     files.write_json(directory / "config.json", config)
 
 
 def _build(plain: Path, graph: Path) -> None:
-    """onnxruntime-genai's builder, float32 for the CPU, in a process of its own; FormatError with its last words where
-    it gives up."""
+    """Run onnxruntime-genai's builder, in float32 for the CPU, in a process of its own; FormatError with the last line
+    of its error where it fails."""
     command = [
         sys.executable,
         "-m",
@@ -142,50 +144,51 @@ def _build(plain: Path, graph: Path) -> None:
 class _Layers:
     """Quantized layers by the sha256 of their dequantized weight, until each has been found once."""
 
-    finished: Finished
+    result: ResultReader
     by_weight: dict[tuple[int, str], list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in self.finished.layers:
-            weight = self.finished.dense(name).float()
+        for name in self.result.layers:
+            weight = self.result.weight_in_model_dtype(name).float()
             self.by_weight.setdefault((weight.shape[1], _digest(weight)), []).append(name)
 
-    def take(self, weight: Tensor) -> list[str]:
-        """The layers whose rows, one under the other, are ``weight`` float32 [rows, cols]; none where a row belongs to
-        no layer."""
+    def find(self, weight: Tensor) -> list[str]:
+        """The layers whose weights, one below the other, are ``weight``, float32 [rows, cols]; they will not be found
+        again. An empty list where a row belongs to no layer."""
         found, start, cols = [], 0, weight.shape[1]
-        heights = sorted({rows for name, (rows, width) in self.finished.layers.items() if width == cols}, reverse=True)
+        heights = sorted({rows for name, (rows, width) in self.result.layers.items() if width == cols}, reverse=True)
         while start < len(weight):
             keys = ((cols, _digest(weight[start : start + rows])) for rows in heights if start + rows <= len(weight))
             key = next((key for key in keys if self.by_weight.get(key)), None)
             if key is None:
-                for name in found:  # what was taken is not this weight's after all
-                    self.by_weight[cols, _digest(self.finished.dense(name).float())].insert(0, name)
+                for name in found:  # they are not this weight's: let them be found again
+                    self.by_weight[cols, _digest(self.result.weight_in_model_dtype(name).float())].insert(0, name)
                 return []
             found.append(self.by_weight[key].pop(0))
-            start += self.finished.layers[found[-1]][0]
+            start += self.result.layers[found[-1]][0]
         return found
 
     @property
     def left(self) -> list[str]:
+        """The layers that were not found yet."""
         return [name for names in self.by_weight.values() for name in names]
 
 
 class _Swap:
-    """The builder's graph with MatMul -> MatMulNBits, and its data file written anew."""
+    """Replaces the MatMul of the builder's graph by MatMulNBits, and writes its data file anew."""
 
-    def __init__(self, finished: Finished, graph: Path) -> None:
+    def __init__(self, result: ResultReader, graph: Path) -> None:
         import onnx  # an extra: 'leangrid[onnx]'
 
-        self.onnx, self.finished, self.graph = onnx, finished, graph
+        self.onnx, self.result, self.graph = onnx, result, graph
         self.model: Any = onnx.load(str(graph / MODEL), load_external_data=False)
-        self.kept: list[
+        self.stored: list[
             tuple[Any, int, Callable[[], Iterator[Any]]]
         ] = []  # initializer, bytes, its bytes when they are asked for
 
     def write(self, staged: Path) -> None:
         """``staged``/model.onnx and its data."""
-        layers, graph = _Layers(self.finished), self.model.graph
+        layers, graph = _Layers(self.result), self.model.graph
         initializers = {tensor.name: tensor for tensor in graph.initializer}
         uses: dict[str, int] = {}
         for node in graph.node:
@@ -195,7 +198,7 @@ class _Swap:
             stored = initializers.get(node.input[1]) if node.op_type == "MatMul" else None
             if stored is None or len(stored.dims) != 2 or uses[stored.name] != 1:
                 continue
-            if names := layers.take(self._values(stored).T.contiguous()):
+            if names := layers.find(self._values(stored).T.contiguous()):
                 del initializers[stored.name]
                 self._replace(node, names)
         if layers.left:
@@ -205,25 +208,25 @@ class _Swap:
                 "Use compressed-tensors",
             )
         for tensor in initializers.values():
-            self.kept.append((tensor, *self._source(tensor)))
+            self.stored.append((tensor, *self._source(tensor)))
         del graph.initializer[:]
         if "com.microsoft" not in {used.domain for used in self.model.opset_import}:
             self.model.opset_import.append(self.onnx.helper.make_opsetid("com.microsoft", 1))
         files.atomic_write(staged / DATA, self._placed())
-        graph.initializer.extend(tensor for tensor, _, _ in self.kept)
+        graph.initializer.extend(tensor for tensor, _, _ in self.stored)
         files.atomic_write(staged / MODEL, self.model.SerializeToString(deterministic=True))
 
     def _replace(self, node: Any, names: list[str]) -> None:
         """``node`` becomes a MatMulNBits whose rows are those of ``names``."""
-        scheme, cols = self.finished.scheme, self.finished.layers[names[0]][1]
-        rows = sum(self.finished.layers[name][0] for name in names)
+        scheme, cols = self.result.scheme, self.result.layers[names[0]][1]
+        rows = sum(self.result.layers[name][0] for name in names)
         inputs = [node.input[0]]
         for suffix, (dtype, shape) in nbits.layout(scheme, (rows, cols)).items():
             kind = self.onnx.TensorProto.UINT8 if dtype == torch.uint8 else self.onnx.TensorProto.FLOAT
             tensor = self.onnx.TensorProto(name=f"{node.name}.{suffix}".lstrip("/"), data_type=kind, dims=shape)
             inputs.append(tensor.name)
             size = math.prod(shape) * dtype.itemsize
-            self.kept.append(
+            self.stored.append(
                 (
                     tensor,
                     size,
@@ -245,7 +248,7 @@ class _Swap:
 
     @lru_cache(maxsize=1)  # noqa: B019 - one layer, asked for by each of its tensors in turn; the object lives as long as one export
     def _packed(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        layers = [nbits.pack(*self.finished.layer(name), self.finished.scheme) for name in names]
+        layers = [nbits.pack(*self.result.layer(name), self.result.scheme) for name in names]
         return {suffix: torch.cat([tensors[suffix] for tensors in layers]).contiguous() for suffix in layers[0]}
 
     def _values(self, tensor: Any) -> Tensor:
@@ -271,7 +274,7 @@ class _Swap:
     def _placed(self) -> Iterator[Any]:
         """The data file, piece by piece; every initializer learns its place in it."""
         at = 0
-        for tensor, size, pieces in self.kept:
+        for tensor, size, pieces in self.stored:
             gap = -at % _ALIGNED
             yield bytes(gap)
             at += gap

@@ -1,8 +1,7 @@
 """Codes to dense bit streams and back: the layout of compressed-tensors ``pack-quantized``, for 1 to 8 bits.
 
-Along the last dimension, code i of a row occupies bits [i b, (i+1) b) of the row's stream, least significant bit first;
-the stream is stored in 32-bit words, little end first, without padding between codes. 32 codes are exactly b words.
-kernels/decode.py does the work.
+Along the last dimension, code i of a row occupies bits [i b, (i+1) b) of the row's stream, least significant bit first.
+The stream is stored in 32-bit words, little end first, without padding between codes: 32 codes are exactly b words.
 """
 
 from jaxtyping import Int32, UInt8
@@ -11,19 +10,19 @@ from torch import Tensor
 from leangrid.errors import ShapeError
 from leangrid.kernels import packed
 
-_UNIT = 32
+_WORD = 32
 
 
 def packed_width(cols: int, bits: int) -> int:
-    """Words a row: ceil(cols * bits / 32)."""
-    return -(-cols * bits // _UNIT)
+    """The number of 32-bit words of a row of ``cols`` codes: ceil(cols * bits / 32)."""
+    return -(-cols * bits // _WORD)
 
 
 def pack(codes: UInt8[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "rows words"]:
-    """Codes as int32 words [rows, ceil(cols * bits / 32)]; unused high bits of the last word are 0.
+    """The codes as int32 words [rows, ceil(cols * bits / 32)]; unused high bits of a row's last word are 0.
 
     Raises:
-        ShapeError: bits outside 1..8, or a code that does not fit.
+        ShapeError: ``bits`` is not in 1..8, or a code does not fit.
     """
     _check_bits(bits)
     if codes.numel() and int(codes.max()) >= 2**bits:
@@ -32,7 +31,11 @@ def pack(codes: UInt8[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "rows wo
 
 
 def unpack(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Tensor, "rows cols"]:
-    """The ``cols`` codes of each row. ShapeError where the words are not ceil(cols * bits / 32) a row."""
+    """The ``cols`` codes of each row.
+
+    Raises:
+        ShapeError: ``bits`` is not in 1..8, or there are not ceil(cols * bits / 32) words a row.
+    """
     _check_bits(bits)
     if words.ndim != 2 or words.shape[1] != packed_width(cols, bits):
         raise ShapeError(

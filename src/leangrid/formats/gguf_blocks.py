@@ -1,9 +1,8 @@
-"""Codes and the integers of their scales <-> the bytes of a GGUF tensor, for each of llama.cpp's block types. Pure, bit
-for bit.
+"""Codes and scales <-> the bytes of a GGUF tensor, for each of llama.cpp's block types.
 
-block_types.py says what a block of each type means; here is where its fields lie.
+block_types.py says what a block of each type means; this module says where its fields lie.
 
-Source: ggml-common.h (the structs) and ggml-quants.c (``dequantize_row_*``) of llama.cpp; gguf-py's quants.py says the
+Source: ggml-common.h (the structs) and ggml-quants.c (``dequantize_row_*``) of llama.cpp; gguf-py's quants.py is the
 same in numpy."""
 
 from collections.abc import Callable
@@ -21,10 +20,15 @@ _WAY_OUT = "Round the grid to what the block type holds before solving"
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """A matrix as its block type holds it.
+    """The fields of a matrix's blocks, by ggml's names.
 
-    ``codes`` uint8 [rows, cols]; ``d`` float32 [rows, blocks], exact in float16; ``dmin`` likewise, None for types
-    without a minimum; ``sc``, ``m`` int16 [rows, cols / group], None for types without sub-scales."""
+    Attributes:
+        codes: uint8 [rows, cols].
+        d: scales of the blocks, float32 [rows, blocks], exact in float16.
+        dmin: scales of the minima, as ``d``; None for types without a minimum.
+        sc: integer scales of the groups of a block, int16 [rows, cols / group]; None for types without them.
+        m: integer minima of the groups, as ``sc``.
+    """
 
     codes: UInt8[Tensor, "rows cols"]
     d: Float[Tensor, "rows blocks"]
@@ -34,11 +38,11 @@ class Parts:
 
 
 def pack(kind: BlockType, parts: Parts) -> UInt8[Tensor, "rows bytes"]:
-    """The bytes of each row.
+    """The bytes of each row, uint8.
 
     Raises:
-        ShapeError: tensors whose shapes do not fit each other or the type.
-        FormatError: a code or an integer outside its field, or a ``d`` or ``dmin`` that float16 would round.
+        ShapeError: the tensors' shapes do not fit each other or the type.
+        FormatError: a code or an integer does not fit its field, or float16 rounds a ``d`` or ``dmin``.
     """
     rows, cols = parts.codes.shape
     width, blocks = kind.row_bytes(cols), cols // kind.cols
@@ -53,7 +57,7 @@ def pack(kind: BlockType, parts: Parts) -> UInt8[Tensor, "rows bytes"]:
 
 
 def unpack(kind: BlockType, stored: UInt8[Tensor, "rows bytes"]) -> Parts:
-    """The inverse of ``pack``. ShapeError where the bytes are no whole blocks."""
+    """The inverse of ``pack``; ShapeError where the bytes are no whole blocks."""
     rows, width = stored.shape
     if stored.dtype != torch.uint8 or width % kind.nbytes:
         raise ShapeError(f"{width} {stored.dtype} a row are no whole {kind.name} blocks of {kind.nbytes} bytes")
@@ -65,8 +69,8 @@ def unpack(kind: BlockType, stored: UInt8[Tensor, "rows bytes"]) -> Parts:
 
 
 def dequantize(kind: BlockType, parts: Parts) -> Float[Tensor, "rows cols"]:
-    """float32, in the reader's own order of operations: products are exact, so there is one rounding, in the last
-    one."""
+    """The weight, float32, in the order of operations of llama.cpp's reader: its products are exact, so that only the
+    last operation rounds."""
     rows, cols = parts.codes.shape
 
     def wide(values: Tensor, size: int) -> Tensor:
@@ -114,7 +118,7 @@ def _check_parts(kind: BlockType, parts: Parts, blocks: tuple[int, int], groups:
 
 
 def _half(values: Float[Tensor, "rows blocks"], name: str) -> UInt8[Tensor, "rows blocks 2"]:
-    """float16, little-endian bytes; FormatError if that changes a value."""
+    """The little-endian bytes of float16 numbers; FormatError where float16 changes a value."""
     stored = values.to(torch.float16).contiguous()
     if not torch.equal(stored.float(), values.float()) or not bool(stored.isfinite().all()):
         raise FormatError(f"{name} is not exact in float16, as llama.cpp's blocks store it", None, _WAY_OUT)
@@ -126,8 +130,8 @@ def _float(stored: UInt8[Tensor, "rows blocks 2"]) -> Float[Tensor, "rows blocks
 
 
 def _interleave(codes: Tensor, bits: int, run: int) -> Tensor:
-    """Fields of ``bits`` into bytes: of every 8/bits runs of ``run`` codes, code i of run k goes to bits k*bits.. of
-    byte i."""
+    """Codes of ``bits`` bits in bytes: of every 8/bits runs of ``run`` codes, code i of run k goes to byte i, from bit
+    k*bits on."""
     rows, blocks, _ = codes.shape
     runs = codes.reshape(rows, blocks, -1, 8 // bits, run)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)[:, None]
@@ -142,21 +146,24 @@ def _deinterleave(stored: Tensor, bits: int, run: int) -> Tensor:
 
 
 def _high_bits(codes: Tensor) -> Tensor:
-    """Bit 4 of 32 codes as four bytes, code i in bit i (Q5_0, Q5_1)."""
+    """Bit 4 of each of 32 codes in four bytes, code i in bit i (Q5_0, Q5_1)."""
     rows, blocks, _ = codes.shape
     shifts = torch.arange(8, dtype=torch.uint8, device=codes.device)
     return ((codes >> 4).reshape(rows, blocks, 4, 8) << shifts).sum(dim=3, dtype=torch.uint8)
 
 
-def _low_bits(stored: Tensor) -> Tensor:
+def _from_high_bits(stored: Tensor) -> Tensor:
+    """The inverse of ``_high_bits``, as numbers 0 and 1."""
     rows, blocks, _ = stored.shape
     shifts = torch.arange(8, dtype=torch.uint8, device=stored.device)
     return ((stored[..., None] >> shifts) & 1).reshape(rows, blocks, 32)
 
 
 def _six_bits(sc: Tensor, m: Tensor) -> Tensor:
-    """Eight scales and eight minima of 6 bits in 12 bytes (Q4_K, Q5_K): the first four of each whole, the last four
-    split."""
+    """Eight scales and eight minima of 6 bits in 12 bytes (Q4_K, Q5_K).
+
+    Bytes 0..3 and 4..7 hold the first four of each, and in their upper two bits the upper bits of the last four, whose
+    lower four bits share bytes 8..11."""
     sc, m = sc.to(torch.uint8), m.to(torch.uint8)
     low, high = (sc[..., :4], m[..., :4]), (sc[..., 4:], m[..., 4:])
     first = [a | (b >> 4 << 6) for a, b in zip(low, high, strict=True)]
@@ -164,6 +171,7 @@ def _six_bits(sc: Tensor, m: Tensor) -> Tensor:
 
 
 def _from_six_bits(stored: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of ``_six_bits``."""
     a, b, rest = stored[..., :4], stored[..., 4:8], stored[..., 8:]
     sc = torch.cat((a & 63, (rest & 15) | (a >> 6 << 4)), dim=2)
     m = torch.cat((b & 63, (rest >> 4) | (b >> 6 << 4)), dim=2)
@@ -178,13 +186,15 @@ def _q3_scales(sc: Tensor) -> Tensor:
 
 
 def _from_q3_scales(stored: Tensor) -> Tensor:
+    """The inverse of ``_q3_scales``."""
     value = _deinterleave(stored[..., :8], 4, 8) | (_deinterleave(stored[..., 8:], 2, 4) << 4)
     return value.to(torch.int16) - 32
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """The fields of a block in file order: their sizes in bytes, and the way there and back."""
+    """The fields of a block in the order of the file: their sizes in bytes, and the functions from ``Parts`` to them
+    and back."""
 
     sizes: list[int]
     pack: Callable[[dict[str, Tensor]], list[Tensor]]
@@ -205,7 +215,7 @@ _LAYOUTS: dict[str, _Layout] = {
     "Q5_0": _Layout(
         [2, 4, 16],
         lambda f: [f["d"], _high_bits(f["codes"]), _interleave(f["codes"] & 15, 4, 16)],
-        lambda d, qh, qs: {"d": _float(d), "codes": _deinterleave(qs, 4, 16) | (_low_bits(qh) << 4)},
+        lambda d, qh, qs: {"d": _float(d), "codes": _deinterleave(qs, 4, 16) | (_from_high_bits(qh) << 4)},
     ),
     "Q5_1": _Layout(
         [2, 2, 4, 16],
@@ -213,7 +223,7 @@ _LAYOUTS: dict[str, _Layout] = {
         lambda d, dmin, qh, qs: {
             "d": _float(d),
             "dmin": _float(dmin),
-            "codes": _deinterleave(qs, 4, 16) | (_low_bits(qh) << 4),
+            "codes": _deinterleave(qs, 4, 16) | (_from_high_bits(qh) << 4),
         },
     ),
     "Q8_0": _Layout(

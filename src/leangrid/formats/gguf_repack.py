@@ -1,8 +1,8 @@
-"""A finished affine layer as llama.cpp's blocks: the same S (q - Z), exactly, or refused.
+"""A finished affine layer as llama.cpp's blocks: the same weight S (q - Z), exactly, or refused.
 
-Types without a minimum hold d (q - 2^(bits-1)); a code of fewer bits less its zero point is a small signed number, and
-so fits a type with one bit more whatever Z is. Q5_K, Q4_K and Q2_K hold (d sc) q - (dmin m), which is S q - S Z with d
-= dmin = S, sc = 1, m = Z."""
+Types without a minimum hold d (q - 2^(bits-1)). The difference q - Z of two codes is a signed number of one bit more,
+so it fits a type of one bit more whatever Z is. Q5_K, Q4_K and Q2_K hold (d sc) q - (dmin m), which is S q - S Z with
+d = dmin = S, sc = 1, m = Z."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,8 @@ _SMALLEST = 32  # columns in the smallest block
 
 @dataclass(frozen=True)
 class _Choice:
-    """A type that holds codes of ``bits`` exactly, if the columns of one scale are a multiple of ``columns``."""
+    """The type ``kind`` holds codes of ``bits`` bits exactly, if the columns of one scale are a multiple of
+    ``columns``."""
 
     bits: int
     kind: str
@@ -29,7 +30,7 @@ class _Choice:
     symmetric_only: bool = False
 
 
-# Smallest first: the first that fits is taken.
+# Smallest first: the first that fits is used.
 _CHOICES = (
     _Choice(2, "Q2_K", 256),
     _Choice(2, "Q4_0", 32),
@@ -51,12 +52,14 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
     """Why no block type holds this layer exactly, and the way out; None if one does."""
     if scheme.grid != "affine":
         held = "a non-uniform grid" if scheme.grid == "nonuniform" else "scales and offsets as this result stores them"
-        return f"{name}: no block type of llama.cpp holds {held}. Quantize with W4A16_G32_SYM (Q4_0), W4A16_G64 (Q5_0) or W4A16"
+        way_out = "Quantize with W4A16_G32_SYM (Q4_0), W4A16_G64 (Q5_0) or W4A16"
+        return f"{name}: no block type of llama.cpp holds {held}. {way_out}"
     if kind == "conv1d":
         return f"{name} is a Conv1D, which the GGUF export does not write. Use format lut (NU4), or dense"
     columns = scheme.group_size or cols
     if cols % _SMALLEST or columns % _SMALLEST:
-        return f"{name}: llama.cpp's blocks hold {_SMALLEST} columns, which do not divide {columns}. Use groups of 32, 64 or 128, or dense"
+        what = f"{name}: llama.cpp's blocks hold {_SMALLEST} columns, which do not divide {columns}"
+        return f"{what}. Use groups of 32, 64 or 128, or dense"
     if _fitting(scheme, cols) is None:
         return f"{name}: llama.cpp has no type for {scheme.bits} bits with a zero point. Use W{scheme.bits}A16_G64_SYM"
     return None
@@ -83,7 +86,7 @@ def _fitting(scheme: Scheme, cols: int) -> BlockType | None:
 
 
 def check_scale(scale: Tensor, name: str) -> None:
-    """FormatError if float16, in which every block type stores its scale, would change one of ``scale``."""
+    """FormatError where float16, in which every block type stores its scale, would round one of ``scale``."""
     changed = int((scale.to(torch.float16).float() != scale.float()).sum())
     if changed:
         what = f"{changed} of {scale.numel()} scales are not exact in float16, in which llama.cpp's blocks hold them"
@@ -91,12 +94,14 @@ def check_scale(scale: Tensor, name: str) -> None:
 
 
 def pack_affine(kind: BlockType, codes: UInt8[Tensor, "rows cols"], grid: AffineGrid) -> UInt8[Tensor, "rows bytes"]:
-    """The block bytes of S (q - Z). FormatError where a scale is not exact in float16 or a code falls out of the type's
-    range."""
+    """The bytes of the blocks that hold S (q - Z).
+
+    Raises:
+        FormatError: a scale is not exact in float16, or a code does not fit the type.
+    """
     cols = codes.shape[1]
     columns = grid.group_size or cols
-    each = columns // kind.cols  # blocks that share a scale
-    d = grid.scale.repeat_interleave(each, dim=1)
+    d = grid.scale.repeat_interleave(columns // kind.cols, dim=1)  # the blocks of a group share its scale
     groups = (codes.shape[0], cols // kind.group)
     one = torch.ones(groups, dtype=torch.int16, device=codes.device) if kind.sc else None
     if kind.minimum:

@@ -1,26 +1,101 @@
-"""What every grid offers, and the checks at the door of every fit."""
+"""What a kind of grid offers: it is fitted to weights, codes are chosen on it, it is refitted to codes.
+
+Each kind is one class with one row in ``leangrid.grids.KINDS``. To fit, sweep, refine or plan, the rest of the package
+calls these methods and never asks which kind a grid is."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float, Float32, Float64, Int, UInt8
 from torch import Tensor
 
 from leangrid.errors import ShapeError
+from leangrid.grids.least_squares import CHUNK_BYTES, COPIES, normal_equations, objective_change, solve_ridged
+from leangrid.recipe import Recipe, Scheme
+
+_RIDGE = 1e-6  # of the refit of scales and offsets, in units of the mean diagonal of the normal equations
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a container stores the parameters of a grid: ``dtype`` is what scales, offsets and levels are rounded to.
+
+    The magnitudes of scales also stay within ``smallest`` and ``largest``.
+    """
+
+    dtype: torch.dtype
+    smallest: float = 0.0
+    largest: float = math.inf
+
+    @classmethod
+    def of(cls, dtype: "torch.dtype | Precision") -> "Precision":
+        """A plain dtype as a Precision without limits; a Precision as it is."""
+        return cls(dtype) if isinstance(dtype, torch.dtype) else dtype
+
+    def for_scheme(self, scheme: Scheme) -> "Precision":
+        """This precision, or float16 for llama.cpp's block types, which store float16 in every container."""
+        return Precision(torch.float16) if scheme.block else self
+
+    def clamped(self, scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """``scale`` with magnitudes inside the limits, signs kept."""
+        return torch.copysign(scale.abs().clamp(self.smallest, self.largest), scale)
 
 
 class Grid(ABC):
-    """The values that the weights of each row may take; codes are indices into them, in original column order.
+    """The values that the weights of each row may take. A code is an index into them.
 
-    A grid is a frozen dataclass whose tensors all have one row for every row of the weight.
+    A grid is a frozen dataclass whose tensors all have one row for every row of the weight. Codes are uint8
+    [rows, cols], with columns in their original order.
     """
 
-    bits: int  # b: a code is below 2^b
-    levels: Float[Tensor, "rows ..."]  # all levels, float32: [rows, K], or [rows, groups, K] for grids with groups
+    bits: int  # a code is below 2^bits
+    levels: Float[Tensor, "rows ..."]  # float32: [rows, 2^bits], or [rows, groups, 2^bits] for grids with groups
+    # Seconds that fitting takes for one weight on one CPU thread with the native kernels and AVX-512; AVX2 takes about
+    # twice as long (benchmarks/cost_model.py). ``leangrid plan`` multiplies it.
+    FIT_SECONDS_PER_WEIGHT: ClassVar[float]
+
+    @classmethod
+    @abstractmethod
+    def fit(
+        cls,
+        weight: Float[Tensor, "rows cols"],
+        loss_error_weights: Float[Tensor, " cols"],
+        scheme: Scheme,
+        recipe: Recipe,
+        precision: Precision,
+    ) -> Any:
+        """The grid of this kind that lowers sum_j g_j (nearest(w_j) - w_j)^2 for each row, rounded to ``precision``.
+
+        ``loss_error_weights`` are g, float64. ``scheme`` says how many bits and columns a group has, ``recipe`` how the
+        search is done (``steps``, ``search``).
+        """
+
+    @classmethod
+    @abstractmethod
+    def fit_minmax(cls, weight: Float[Tensor, "rows cols"], scheme: Scheme, precision: Precision) -> Any:
+        """The grid of the baselines GPTQ and rounding: equal steps over the range of each row or group.
+
+        It is a grid of this kind, or one that ``from_minmax`` turns into this kind.
+        """
+
+    @classmethod
+    def from_minmax(cls, minmax: Any, precision: Precision) -> Any:
+        """A grid of ``fit_minmax`` as a grid of this kind; the same object where it is one already."""
+        return minmax
+
+    @classmethod
+    @abstractmethod
+    def describe(cls, scheme: Scheme) -> str:
+        """What is stored, in words for the model card, such as "affine grid (scale and zero point)"."""
+
+    @classmethod
+    @abstractmethod
+    def refit_bytes(cls, scheme: Scheme, rows: int, cols: int, accelerated: bool) -> int:
+        """Bytes that ``refit`` needs at most for a layer of this shape; ``accelerated``: on a GPU."""
 
     @abstractmethod
     def dequantize(self, codes: Int[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
@@ -28,21 +103,31 @@ class Grid(ABC):
 
     @abstractmethod
     def nearest(self, weight: Float[Tensor, "rows cols"]) -> UInt8[Tensor, "rows cols"]:
-        """Codes of the nearest levels."""
+        """The code of the nearest level of each weight."""
 
     @abstractmethod
     def rounded(self, dtype: torch.dtype) -> Any:
-        """This grid with its parameters rounded to the dtype they are stored in; finite, never zero scales."""
+        """This grid with its parameters rounded to ``dtype``; they stay finite, and scales stay away from zero."""
 
     @abstractmethod
     def group_of(self, cols: int) -> Int[Tensor, " cols"]:
-        """int32: the group of each column of a row of ``cols``, original order. ShapeError where they do not match."""
+        """int32: the group of each of ``cols`` columns, original order. ShapeError where the grid has others."""
 
     @abstractmethod
     def sweep_block(
         self, weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"], group: Int[Tensor, " b"]
     ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:
-        """``kernels.sweep_*`` onto this grid; ``group`` of each column as ``group_of`` has it."""
+        """Quantize a block of columns one after the other, each error moved to the columns on its right (Algorithm 1).
+
+        ``upper`` is the block's corner of U, ``group`` the group of each column. Returns the codes, and the errors
+        e_j = (w_j - q_j) / U_jj that the columns after the block still have to take. See ``solve.sweep``.
+        """
+
+    @abstractmethod
+    def sweep_exact(
+        self, weight: Float32[Tensor, "rows cols"], inverse: Float64[Tensor, "cols cols"]
+    ) -> tuple[UInt8[Tensor, "rows cols"], Float64[Tensor, " rows"]]:
+        """Codes and row losses of LeanQuant-Exact (Algorithm 2); ``inverse`` is (H + lambda I)^-1, original order."""
 
     @abstractmethod
     def descend_block(
@@ -52,25 +137,48 @@ class Grid(ABC):
         codes: UInt8[Tensor, "rows b"],
         group: Int[Tensor, " b"],
     ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:
-        """``kernels.descend_*`` on this grid."""
+        """Move each code of a block to the level that lowers the loss most. Returns new codes and the change of W^.
 
-    def take(self, rows: Tensor) -> Any:
+        ``gradient`` is E H of the block's columns, ``hessian`` its corner of H. See ``solve.refine``.
+        """
+
+    @abstractmethod
+    def refit(
+        self,
+        codes: UInt8[Tensor, "rows cols"],
+        gradient: Float[Tensor, "rows cols"],
+        hessian: Float[Tensor, "cols cols"],
+        precision: Precision,
+    ) -> tuple[UInt8[Tensor, "rows cols"], Any, Float64[Tensor, " rows"]]:
+        """The least-squares parameters of this grid given the codes, rounded to ``precision``.
+
+        Args:
+            gradient: E H, E = W^ - W.
+            hessian: H + lambda I, original column order.
+
+        Returns:
+            Codes (changed only where levels changed places), the new grid, and by how much twice the loss of each row
+            changes: below zero where the new grid is better.
+        """
+
+    def select_rows(self, rows: Tensor) -> Any:
         """The grid of some rows (indices or mask)."""
-        return self._changed(lambda mine: mine[rows])
+        return self._mapped(lambda mine: mine[rows])
 
-    def put(self, rows: Tensor, other: Any) -> Any:
+    def replace_rows(self, rows: Tensor, other: Any) -> Any:
         """This grid with ``rows`` (indices or mask) replaced by the rows of ``other``, in order."""
-        return self._changed(lambda mine, theirs: mine.index_put((rows,), theirs), other)
+        return self._mapped(lambda mine, theirs: mine.index_put((rows,), theirs), other)
+
+    def append_rows(self, others: Sequence[Any]) -> Any:
+        """The rows of this grid, then those of ``others``."""
+        return self._mapped(lambda *all_rows: torch.cat(all_rows), *others)
 
     def to(self, device: torch.device | str) -> Any:
         """This grid on ``device``."""
-        return self._changed(lambda mine: mine.to(device))
+        return self._mapped(lambda mine: mine.to(device))
 
-    def stacked(self, others: Sequence[Any]) -> Any:
-        """This grid's rows, then those of ``others``."""
-        return self._changed(lambda *all_rows: torch.cat(all_rows), *others)
-
-    def _changed(self, change: Callable[..., Tensor], *others: "Grid") -> Any:
+    def _mapped(self, change: Callable[..., Tensor], *others: "Grid") -> Any:
+        """This grid with ``change`` applied to each of its tensors, and to those of ``others`` of the same name."""
         values = {f.name: getattr(self, f.name) for f in fields(cast(Any, self)) if f.init}
         names = [name for name, value in values.items() if isinstance(value, Tensor)]
         return replace(
@@ -80,37 +188,30 @@ class Grid(ABC):
 
 
 class GroupedGrid(Grid):
-    """Grids with one scale for each row and group of ``group_size`` columns (None: whole row), and codes 0..2^b - 1 in
-    equal steps.
+    """A grid with one scale for each row and group of ``group_size`` columns (None: one group, the whole row).
 
-    Its free parameters enter the weights linearly: that is what a refit needs. They stand side by side in ``free``, as
-    many kinds for each span of columns as ``units`` has."""
+    The weights are linear in its parameters: w_j = sum over kinds of parameter * design_j. A kind is a scale or an
+    offset; a span is the columns that share one parameter of each kind. That is all that a refit needs.
+    """
 
     scale: Float[Tensor, "rows groups"]
     group_size: int | None
 
     @property
     @abstractmethod
-    def zero(self) -> Float64[Tensor, "rows groups"]:
-        """The code, with a fraction, whose level would be 0."""
-
-    @property
-    @abstractmethod
-    def free(self) -> Float[Tensor, "rows spans kinds"]:
-        """The parameters that a refit may move."""
+    def parameters(self) -> Float[Tensor, "rows spans kinds"]:
+        """float32: the parameters that a refit may change."""
 
     @abstractmethod
-    def units(self, codes: UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows kinds cols"]:
-        """float32: what one unit of each parameter adds to the weights; their sum over kinds, times ``free``, is the
-        weight."""
+    def design(self, codes: UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows kinds cols"]:
+        """float32: the derivative of each weight by each kind of parameter, given the codes."""
 
     @abstractmethod
-    def refitted(self, free: Float[Tensor, "rows spans kinds"], dtype: torch.dtype) -> Any:
-        """This grid with other parameters, rounded to the dtype they are stored in. One that no file should hold stays
-        as it is."""
+    def with_parameters(self, parameters: Float[Tensor, "rows spans kinds"], dtype: torch.dtype) -> Any:
+        """This grid with other parameters, rounded to ``dtype``. One that no file should hold stays as it is."""
 
-    def clamped(self, precision: "Precision") -> Any:
-        """Scales within the range of ``precision``: a group of weights near zero gets a wider grid than it asks for."""
+    def clamped(self, precision: Precision) -> Any:
+        """This grid with scales inside the limits of ``precision``: weights near zero get a wider grid."""
         return replace(cast(Any, self), scale=precision.clamped(self.scale))
 
     def group_of(self, cols: int) -> Int[Tensor, " cols"]:
@@ -121,28 +222,32 @@ class GroupedGrid(Grid):
             )
         return torch.arange(cols, dtype=torch.int32, device=self.scale.device) // size
 
-    def _grouped(self, matrix: Tensor) -> Tensor:
-        self.group_of(matrix.shape[1])
-        return matrix.reshape(matrix.shape[0], self.scale.shape[1], -1)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How a container keeps a grid's parameters: ``dtype`` rounds them, and W; scales also stay within ``smallest`` and
-    ``largest``."""
-
-    dtype: torch.dtype
-    smallest: float = 0.0
-    largest: float = math.inf
+    def refit(
+        self, codes: Tensor, gradient: Tensor, hessian: Tensor, precision: Precision
+    ) -> tuple[Tensor, Any, Tensor]:
+        """As ``Grid.refit``: all parameters of a row together, in chunks of rows. The codes stay."""
+        (rows, spans, kinds), cols = self.parameters.shape, codes.shape[1]
+        chunk = max(1, CHUNK_BYTES // max(8 * (spans * kinds) ** 2, 4 * cols * kinds * kinds))
+        parts, change = [], torch.zeros(rows, dtype=torch.float64, device=hessian.device)
+        for index in torch.arange(rows, device=hessian.device).split(chunk):
+            here = self.select_rows(index)
+            normal, slope = normal_equations(here.design(codes[index]), gradient[index], hessian, spans)
+            old = here.parameters.flatten(1).double()
+            best = (old - solve_ridged(normal, slope, _RIDGE)).float().reshape(here.parameters.shape)
+            new = here.with_parameters(best, precision.dtype).clamped(precision)
+            change[index] = objective_change(new.parameters.flatten(1).double() - old, normal, slope)
+            parts.append(new)
+        return codes, parts[0].append_rows(parts[1:]), change
 
     @classmethod
-    def of(cls, dtype: "torch.dtype | Precision") -> "Precision":
-        """A plain dtype as a Precision without limits."""
-        return cls(dtype) if isinstance(dtype, torch.dtype) else dtype
+    def refit_bytes(cls, scheme: Scheme, rows: int, cols: int, accelerated: bool) -> int:
+        unknowns = cols // scheme.group_size if scheme.group_size else 1
+        return COPIES * min(8 * rows * unknowns**2, CHUNK_BYTES)
 
-    def clamped(self, scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """``scale`` with magnitudes inside the range, signs kept."""
-        return torch.copysign(scale.abs().clamp(self.smallest, self.largest), scale)
+    def _grouped(self, matrix: Tensor) -> Tensor:
+        """[rows, cols] -> [rows, groups, columns a group]."""
+        self.group_of(matrix.shape[1])
+        return matrix.reshape(matrix.shape[0], self.scale.shape[1], -1)
 
 
 def check_weight(weight: Tensor) -> Float[Tensor, "rows cols"]:
@@ -150,7 +255,7 @@ def check_weight(weight: Tensor) -> Float[Tensor, "rows cols"]:
     if weight.ndim != 2 or 0 in weight.shape or not weight.is_floating_point():
         raise ShapeError(f"a weight is a floating-point matrix, not {tuple(weight.shape)} of {weight.dtype}", "grid")
     weight = weight.detach().float().contiguous()
-    finite = weight.sum().isfinite()  # one cheap pass, and no weight looked at twice unless something is wrong
+    finite = weight.sum().isfinite()  # one cheap pass; the weights are looked at singly only if something is wrong
     if not bool(finite) and not bool((finite := weight.isfinite()).all()):
         raise ShapeError(
             f"{int((~finite).sum())} of {weight.numel()} weights are NaN or infinite",
@@ -161,7 +266,7 @@ def check_weight(weight: Tensor) -> Float[Tensor, "rows cols"]:
 
 
 def group_columns(cols: int, group_size: int | None) -> int:
-    """Columns in a group; ``None`` is the whole row. ShapeError naming both numbers where it does not divide."""
+    """Columns in a group; None means the whole row. ShapeError naming both numbers where it does not divide."""
     size = cols if group_size is None else group_size
     if size < 1 or cols % size:
         raise ShapeError(

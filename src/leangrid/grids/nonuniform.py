@@ -1,11 +1,11 @@
-"""Non-uniform grids: K free levels a row, the optimum of weighted one-dimensional k-means.
+"""Non-uniform grids: 2^b free levels for each row, the optimum of weighted one-dimensional k-means.
 
-Objective, per row: min over levels of sum_j g_j (nearest(w_j) - w_j)^2. "optimal" finds the global optimum by dynamic
-programming over the sorted row; "lloyd" alternates from a deterministic start.
-"""
+The levels of a row minimise sum_j g_j (nearest(w_j) - w_j)^2 (LeanQuant section 3.1). The search "optimal" finds the
+global optimum by dynamic programming over the sorted row; "lloyd" alternates assignment and means from a start that is
+the same every time."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -13,14 +13,23 @@ from torch import Tensor
 
 from leangrid import kernels
 from leangrid.errors import ShapeError
-from leangrid.grids.base import Grid, check_weight
+from leangrid.grids.affine import AffineGrid
+from leangrid.grids.base import Grid, Precision, check_weight
+from leangrid.grids.least_squares import COPIES, objective_change, solve_ridged
+from leangrid.recipe import Recipe, Scheme
+
+_RIDGE = 1e-8  # of the refit of levels, in units of the mean diagonal of the normal equations
+# Scratch of kernels.level_gram on a GPU: chunks of one-hot codes in float32 and float64, and their products.
+_GRAM_BYTES = 6 * 4 << 25
 
 
 @dataclass(frozen=True, eq=False)
 class NonuniformGrid(Grid):
-    """``levels`` float32 [rows, K], K = 2^bits, sorted and finite; duplicates are allowed."""
+    """``levels`` float32 [rows, 2^bits], ascending and finite; two levels may be equal."""
 
     levels: Float[Tensor, "rows levels"]
+
+    FIT_SECONDS_PER_WEIGHT: ClassVar[float] = 4.5e-8
 
     def __post_init__(self) -> None:
         count = self.levels.shape[-1]
@@ -32,17 +41,41 @@ class NonuniformGrid(Grid):
         if not bool(self.levels.isfinite().all()) or bool((self.levels.diff(dim=1) < 0).any()):
             raise ShapeError("levels are not finite and ascending", "non-uniform grid")
 
+    @classmethod
+    def fit(
+        cls, weight: Tensor, loss_error_weights: Tensor, scheme: Scheme, recipe: Recipe, precision: Precision
+    ) -> "NonuniformGrid":
+        return fit_nonuniform(weight, loss_error_weights, scheme.levels, recipe.search).rounded(precision.dtype)
+
+    @classmethod
+    def fit_minmax(cls, weight: Tensor, scheme: Scheme, precision: Precision) -> AffineGrid:
+        """The baselines have equal steps: the affine min-max grid of whole rows."""
+        return AffineGrid.fit_minmax(weight, scheme, precision)
+
+    @classmethod
+    def from_minmax(cls, minmax: AffineGrid, precision: Precision) -> "NonuniformGrid":
+        return NonuniformGrid(minmax.levels[:, 0].contiguous()).rounded(precision.dtype)
+
+    @classmethod
+    def describe(cls, scheme: Scheme) -> str:
+        return f"non-uniform grid of {scheme.levels} levels"
+
+    @classmethod
+    def refit_bytes(cls, scheme: Scheme, rows: int, cols: int, accelerated: bool) -> int:
+        gram = min(_GRAM_BYTES, 6 * 4 * rows * cols * scheme.levels) if accelerated else 0
+        return COPIES * 8 * rows * scheme.levels**2 + gram
+
     @property
     def bits(self) -> int:
         """log2 of the number of levels."""
         return self.levels.shape[1].bit_length() - 1
 
     def dequantize(self, codes: Int[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
-        """float32 levels[row, code]."""
+        """levels[row, code], float32."""
         return self.levels.gather(1, codes.long())
 
     def nearest(self, weight: Float[Tensor, "rows cols"]) -> UInt8[Tensor, "rows cols"]:
-        """The number of midpoints below the weight: ties go to the lower level, as in the sweep."""
+        """The number of midpoints below the weight: of two levels at one distance the lower, as in the sweep."""
         midpoints = 0.5 * (self.levels[:, :-1] + self.levels[:, 1:])
         return torch.searchsorted(midpoints, weight.float().contiguous()).to(torch.uint8)
 
@@ -57,12 +90,30 @@ class NonuniformGrid(Grid):
     def sweep_block(self, weight: Tensor, upper: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.sweep_levels(weight, upper, self.levels)
 
+    def sweep_exact(self, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.exact_levels(weight, inverse, self.levels)
+
     def descend_block(self, gradient: Tensor, hessian: Tensor, codes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.descend_levels(gradient, hessian, codes, self.levels)
 
+    def refit(
+        self, codes: Tensor, gradient: Tensor, hessian: Tensor, precision: Precision
+    ) -> tuple[Tensor, "NonuniformGrid", Tensor]:
+        """As ``Grid.refit``. With the one-hot codes P of a row, A = P^T H P and b = P^T H e^T.
+
+        A level without codes stays where it is. New levels are sorted again, and the codes follow them."""
+        old, index = self.levels.double(), codes.long()
+        normal = kernels.level_gram(hessian, codes, old.shape[1])
+        slope = torch.zeros_like(self.levels).scatter_add_(1, index, gradient).double()
+        levels = round_levels((old - solve_ridged(normal, slope, _RIDGE)).float(), precision.dtype)
+        change = objective_change(levels.double() - old, normal, slope)
+        levels, order = levels.sort(dim=1, stable=True)
+        rank = torch.argsort(order, dim=1)  # rank[old code] = new code
+        return rank.gather(1, index).to(torch.uint8), NonuniformGrid(levels), change
+
 
 def round_levels(levels: Float[Tensor, "rows levels"], dtype: torch.dtype) -> Float[Tensor, "rows levels"]:
-    """``levels``, in any order, rounded to ``dtype`` (inside its finite range) and back to float32."""
+    """``levels``, in any order, rounded to ``dtype`` inside its finite range, as float32."""
     info = torch.finfo(dtype)
     return levels.clamp(info.min, info.max).to(dtype).float()
 
@@ -73,13 +124,26 @@ def fit_nonuniform(
     levels: int = 16,
     search: Literal["optimal", "lloyd"] = "optimal",
 ) -> NonuniformGrid:
-    """The best ``levels`` levels of each row for the weighted squared error (LeanQuant section 3.1).
+    """Return the grid of the least weighted squared error (LeanQuant section 3.1).
 
     Args:
-        loss_error_weights: g_j >= 0, float, original column order; shared by the rows or one a row.
+        weight: any float dtype, [rows, cols].
+        loss_error_weights: g, float and at least 0, in original column order: [cols] for all rows, or [rows, cols].
+        levels: how many levels a row has: a power of two, at most 256.
+        search: "optimal" for the global optimum, "lloyd" for Lloyd's algorithm.
 
     Raises:
         ShapeError: weights that are not finite, or a number of levels that is no power of two.
+
+    Example:
+        >>> import torch
+        >>> from leangrid.grids import fit_nonuniform
+        >>> weight = torch.tensor([[-1.0, 0.0, 0.1, 4.0, 9.0]])
+        >>> grid = fit_nonuniform(weight, torch.ones(5), levels=4)
+        >>> grid.levels
+        tensor([[-1.0000,  0.0500,  4.0000,  9.0000]])
+        >>> grid.nearest(weight)
+        tensor([[0, 1, 1, 2, 3]], dtype=torch.uint8)
     """
     weight, importance = check_weight(weight), loss_error_weights.double().contiguous()
     fit = kernels.kmeans_dp if search == "optimal" else kernels.kmeans_lloyd

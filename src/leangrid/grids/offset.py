@@ -1,9 +1,10 @@
-"""Affine grids with a stored offset, S q + B: what MLX (scale and bias) and llama.cpp's blocks with a minimum hold.
+"""Affine grids with a stored offset, S q + B: what MLX (scale and bias) and llama.cpp's Q4_1 and Q5_1 hold.
 
-Unlike S (q - Z) the offset is a number of its own, rounded to the dtype it is stored in, and need not be a multiple of
-S."""
+Unlike in S (q - Z), the offset B is a number of its own: it is rounded to the dtype in which it is stored, and need not
+be a multiple of S."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float64, Int, UInt8
@@ -12,21 +13,28 @@ from torch import Tensor
 from leangrid import kernels
 from leangrid.errors import ShapeError
 from leangrid.grids.affine import fit_affine, round_scale, same_sign
-from leangrid.grids.base import GroupedGrid, check_weight, group_columns
+from leangrid.grids.base import GroupedGrid, Precision, check_weight, group_columns
 from leangrid.grids.nonuniform import round_levels
+from leangrid.recipe import Recipe, Scheme
 
 
 @dataclass(frozen=True, eq=False)
 class OffsetGrid(GroupedGrid):
-    """Levels ``scale`` * q + ``offset``, one pair for each row and group of ``group_size`` columns (None: whole row).
+    """Levels ``scale`` * q + ``offset``, one pair for each row and group of ``group_size`` columns.
 
-    ``scale`` float32 [rows, groups], finite, not zero; ``offset`` float32 [rows, groups], finite.
+    Attributes:
+        scale: float32 [rows, groups], finite and not zero.
+        offset: float32 [rows, groups], finite.
+        bits: a code is below 2^bits.
+        group_size: columns of a group; None means the whole row.
     """
 
     scale: Float[Tensor, "rows groups"]
     offset: Float[Tensor, "rows groups"]
     bits: int
     group_size: int | None = None
+
+    FIT_SECONDS_PER_WEIGHT: ClassVar[float] = 6e-8
 
     def __post_init__(self) -> None:
         if self.scale.shape != self.offset.shape or self.scale.ndim != 2:
@@ -36,6 +44,21 @@ class OffsetGrid(GroupedGrid):
         if not bool((self.scale.isfinite() & (self.scale != 0)).all()) or not bool(self.offset.isfinite().all()):
             raise ShapeError("a scale is zero, or a scale or an offset is NaN or infinite", "offset grid")
 
+    @classmethod
+    def fit(
+        cls, weight: Tensor, loss_error_weights: Tensor, scheme: Scheme, recipe: Recipe, precision: Precision
+    ) -> "OffsetGrid":
+        found = fit_offset(weight, loss_error_weights, scheme.bits, recipe.steps, scheme.group_size, precision.dtype)
+        return found.clamped(precision)
+
+    @classmethod
+    def fit_minmax(cls, weight: Tensor, scheme: Scheme, precision: Precision) -> "OffsetGrid":
+        return fit_minmax_offset(weight, scheme.bits, scheme.group_size, precision.dtype).clamped(precision)
+
+    @classmethod
+    def describe(cls, scheme: Scheme) -> str:
+        return "affine grid (scale and offset)"
+
     @property
     def levels(self) -> Float[Tensor, "rows groups levels"]:
         """float32 [rows, groups, 2^bits], ascending where the scale is positive."""
@@ -43,7 +66,7 @@ class OffsetGrid(GroupedGrid):
         return self.scale[..., None] * codes + self.offset[..., None]
 
     def dequantize(self, codes: Int[Tensor, "rows cols"] | UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
-        """float32 S q + B: one rounded product, one rounded sum, as the readers compute it."""
+        """S q + B, float32: one rounded product and one rounded sum, as the readers compute it."""
         return (self._grouped(codes).float() * self.scale[..., None] + self.offset[..., None]).reshape(codes.shape)
 
     def nearest(self, weight: Float[Tensor, "rows cols"]) -> UInt8[Tensor, "rows cols"]:
@@ -52,48 +75,53 @@ class OffsetGrid(GroupedGrid):
         return codes.clamp_(0, 2**self.bits - 1).to(torch.uint8).reshape(weight.shape)
 
     def rounded(self, dtype: torch.dtype) -> "OffsetGrid":
-        """Scales and offsets rounded to ``dtype``; scales kept away from zero and infinity."""
+        """Scales and offsets rounded to ``dtype``; scales stay away from zero and infinity."""
         return replace(self, scale=round_scale(self.scale, dtype), offset=round_levels(self.offset, dtype))
 
     @property
     def zero(self) -> Float64[Tensor, "rows groups"]:
+        """-B / S: the code, with a fraction, whose level would be 0."""
         return -self.offset.double() / self.scale.double()
 
     @property
-    def free(self) -> Float[Tensor, "rows groups 2"]:
+    def parameters(self) -> Float[Tensor, "rows groups 2"]:
         return torch.stack((self.scale, self.offset), dim=2)
 
-    def units(self, codes: UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows 2 cols"]:
+    def design(self, codes: UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows 2 cols"]:
         return torch.stack((codes.float(), torch.ones_like(codes, dtype=torch.float32)), dim=1)
 
-    def refitted(self, free: Float[Tensor, "rows groups 2"], dtype: torch.dtype) -> "OffsetGrid":
-        scale, offset = (
-            same_sign(free[..., 0], self.scale),
-            torch.where(free[..., 1].isfinite(), free[..., 1], self.offset),
-        )
+    def with_parameters(self, parameters: Float[Tensor, "rows groups 2"], dtype: torch.dtype) -> "OffsetGrid":
+        scale, offset = parameters.unbind(2)
+        scale, offset = same_sign(scale, self.scale), torch.where(offset.isfinite(), offset, self.offset)
         return replace(self, scale=scale, offset=offset).rounded(dtype)
 
     def sweep_block(self, weight: Tensor, upper: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.sweep_offset(weight, upper, self.scale, self.offset, group, self.bits)
 
+    def sweep_exact(self, weight: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        group = self.group_of(weight.shape[1])
+        return kernels.exact_affine(weight, inverse, self.scale.float(), self.zero, group, self.bits)
+
     def descend_block(self, gradient: Tensor, hessian: Tensor, codes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         return kernels.descend_offset(gradient, hessian, codes, self.scale, self.offset, group, self.bits)
 
 
-def minmax_offset(
+def fit_minmax_offset(
     weight: Float[Tensor, "rows cols"], bits: int, group_size: int | None = None, scale_dtype: torch.dtype | None = None
 ) -> OffsetGrid:
-    """S = (hi - lo) / (2^b - 1), B = lo of each row or group, both rounded to ``scale_dtype``: the baseline where
-    offsets are stored.
+    """Return the min-max grid of the baselines where offsets are stored: S = (hi - lo) / (2^b - 1) and B = lo.
 
-    The range need not hold 0, and weights that lie on such a grid already stay on it. Raises ShapeError as fit_offset
-    does."""
+    lo and hi are the extremes of each row or group; the range need not hold 0, so weights that lie on such a grid
+    already stay on it. Both numbers are rounded to ``scale_dtype`` (None: float32).
+
+    Raises:
+        ShapeError: weights that are not finite, or a group size that does not divide the columns.
+    """
     weight = check_weight(weight)
     grouped = weight.reshape(len(weight), -1, group_columns(weight.shape[1], group_size))
     low, high = grouped.aminmax(dim=2)
-    scale = (
-        (high.double() - low.double()) / (2**bits - 1)
-    ).float()  # float64: a range of two float32 extremes may overflow float32
+    span = high.double() - low.double()  # float64: the range of two float32 extremes may overflow float32
+    scale = (span / (2**bits - 1)).float()
     return OffsetGrid(torch.where(scale > 0, scale, 1.0), low, bits, group_size).rounded(scale_dtype or torch.float32)
 
 
@@ -106,14 +134,15 @@ def fit_offset(
     scale_dtype: torch.dtype | None = None,
     rounds: int = 2,
 ) -> OffsetGrid:
-    """The affine search's grid, then ``rounds`` of weighted least squares on scale and offset given the codes.
+    """Return a grid S q + B of low weighted squared error: that of the affine search, improved by least squares.
 
     Args:
-        loss_error_weights: g_j > 0, float, original column order; shared by the rows or one a row.
-        steps: T, the resolution of the shrunken range.
-        group_size: columns a grid; None for whole rows.
-        scale_dtype: dtype that scale and offset are stored in; both are rounded to it before a step is judged, and a
-            step is kept only by the groups whose objective it lowers.
+        loss_error_weights: g, float and above 0, in original column order: [cols] for all rows, or [rows, cols].
+        steps: T of the affine search.
+        group_size: columns of a group; None means the whole row.
+        scale_dtype: the dtype in which scale and offset are stored (None: float32). Both are rounded to it before a
+            change is judged, and a group takes a change only if its objective falls.
+        rounds: how often S and B are solved for, given the codes, and the codes chosen again.
 
     Raises:
         ShapeError: weights that are not finite, or a group size that does not divide the columns.
@@ -121,28 +150,23 @@ def fit_offset(
     weight, dtype = check_weight(weight), scale_dtype or torch.float32
     grouped = weight.reshape(len(weight), -1, group_columns(weight.shape[1], group_size))
     share = loss_error_weights.expand_as(weight).reshape(grouped.shape)
+    # Start: the affine search, whose ranges hold 0; a range without 0 is moved onto it first.
     low, high = grouped.aminmax(dim=2)
-    middle = torch.where(
-        (low > 0) | (high < 0), 0.5 * low + 0.5 * high, 0.0
-    )  # a range without 0 need not be stretched to it
-    start = fit_affine(
-        (grouped - middle[..., None]).reshape(weight.shape),
-        loss_error_weights,
-        bits,
-        steps,
-        group_size,
-        scale_dtype=dtype,
-    )
+    middle = torch.where((low > 0) | (high < 0), 0.5 * low + 0.5 * high, 0.0)
+    centred = (grouped - middle[..., None]).reshape(weight.shape)
+    start = fit_affine(centred, loss_error_weights, bits, steps, group_size, scale_dtype=dtype)
     grid = OffsetGrid(start.scale, middle - start.scale * start.zero_point, bits, group_size).rounded(dtype)
     share = (share / share.sum(2, keepdim=True)).float()
     mean = (share * grouped).sum(2)
-    codes, best = _judged(grid, grouped, share)
+    codes, best = _nearest_and_error(grid, grouped, share)
     for _ in range(rounds):
+        # Weighted linear regression of the weights on their codes: the slope is S, the intercept B.
         average = (share * codes).sum(2)
         spread = codes - average[..., None]
         scale = same_sign((share * spread * grouped).sum(2) / (share * spread.square()).sum(2), grid.scale)
-        tried = grid.refitted(torch.stack((scale, mean - round_scale(scale, dtype) * average), dim=2), dtype)
-        new, objective = _judged(tried, grouped, share)
+        offset = mean - round_scale(scale, dtype) * average
+        tried = grid.with_parameters(torch.stack((scale, offset), dim=2), dtype)
+        new, objective = _nearest_and_error(tried, grouped, share)
         better = objective < best
         if not bool(better.any()):
             break
@@ -152,7 +176,7 @@ def fit_offset(
     return grid
 
 
-def _judged(grid: OffsetGrid, grouped: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_and_error(grid: OffsetGrid, grouped: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest codes, float32 [rows, groups, size], and the weighted squared error of each group."""
     scale, offset = grid.scale[..., None], grid.offset[..., None]
     codes = ((grouped - offset) / scale).round_().clamp_(0, 2**grid.bits - 1)

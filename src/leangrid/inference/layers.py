@@ -1,8 +1,8 @@
-"""Linear layers that keep their weight packed; the products are kernels/decode.py's.
+"""Linear layers whose weight stays packed; the products are those of kernels/packed.py.
 
 Buffers are named as the containers name their tensors, so a stored layer is the module's state dict. On a CPU with
-native kernels ``prepare`` lays the codes out anew, in place of the stored ones (nothing is held twice); the state dict
-stays the stored layout."""
+native kernels ``prepare`` replaces the stored codes by the same codes in the kernels' layout (tiles), so that nothing
+is held twice; the state dict is still in the stored layout."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -18,20 +18,20 @@ from leangrid.kernels import packed
 
 
 class PackedLinear(nn.Module, ABC):
-    """y = x W^T + bias, W [out_features, in_features] kept as ``bits``-bit codes.
+    """y = x W^T + bias, with W [out_features, in_features] held as ``bits``-bit codes.
 
     Args:
-        in_features: columns of W.
-        out_features: rows of W.
+        in_features: the number of columns of W.
+        out_features: the number of rows of W.
         bits: 1..8.
         bias: whether there is a bias [out_features].
-        dtype: of the grid's parameters and the bias, and of the dequantized weight.
-        device: where the (uninitialised) buffers are made; "meta" makes none.
+        dtype: of the grid's parameters, the bias, the input and the dequantized weight.
+        device: where the (uninitialised) buffers are made; "meta" allocates nothing.
     """
 
     bias: nn.Parameter | None
-    tiles: Tensor  # the codes after ``prepare``
-    CODES: str  # the name of the stored codes
+    tiles: Tensor  # uint8, the codes after ``prepare``
+    CODES: str  # name of the buffer that holds the stored codes
 
     def __init__(
         self,
@@ -56,22 +56,22 @@ class PackedLinear(nn.Module, ABC):
         self.register_parameter("bias", value)
 
     def prepare(self) -> None:
-        """Lay the codes out for this device's kernels. Loading does it; a layer that was filled by hand works
-        without."""
+        """Bring the codes into the layout that this device's kernels read. Loading does it; a layer that was filled by
+        hand works without."""
         codes = self._buffers.get(self.CODES)
         if codes is not None and packed.can_tile(codes):
             self.register_buffer("tiles", packed.tile(codes, self.bits, self.in_features), persistent=False)
             del self._buffers[self.CODES]
 
     def restore(self) -> None:
-        """The stored layout again."""
+        """Bring the codes back into the stored layout."""
         if "tiles" in self._buffers:
             self.register_buffer(self.CODES, self.words)
             del self._buffers["tiles"]
 
     @property
     def words(self) -> Int32[Tensor, "rows words"] | UInt32[Tensor, "rows words"]:
-        """The codes as they are stored."""
+        """The codes in the stored layout."""
         codes = self.codes
         return (
             packed.untile(codes, self.bits, self.out_features, self.in_features) if "tiles" in self._buffers else codes
@@ -79,11 +79,11 @@ class PackedLinear(nn.Module, ABC):
 
     @property
     def codes(self) -> Tensor:
-        """The codes in whichever layout they are kept."""
+        """The codes in the layout that they are in now."""
         return getattr(self, "tiles" if "tiles" in self._buffers else self.CODES)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # Elsewhere other kernels read the codes: the move is of the stored layout.
+        # Kernels of another device read another layout, so the stored one is what moves.
         self.restore()
         super()._apply(fn, recurse)
         self.prepare()
@@ -100,23 +100,23 @@ class PackedLinear(nn.Module, ABC):
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> Float[Tensor, "tile cols"]:
-        """Rows ``start`` to ``stop`` of W, dequantized."""
+        """Rows ``start`` to ``stop`` (exclusive) of W, dequantized."""
 
     @abstractmethod
     def product(self, x: Tensor) -> Tensor:
-        """x W^T + bias by the kernels."""
+        """x W^T + bias, computed by the kernels."""
 
     def matrix(self) -> Any:
-        """The C++ extension's view of W and the bias (kernels/decode.py); only for a layer with tiles."""
+        """The C++ extension's view of W and the bias; only for a layer with tiles."""
         raise ShapeError(f"{type(self).__name__} has no tiles")
 
     @property
     def weight_hat(self) -> Float[Tensor, "rows cols"]:
-        """W, dequantized: [out_features, in_features]."""
+        """W, dequantized, [out_features, in_features]."""
         return self.rows(0, self.out_features)
 
     def forward(self, x: Float[Tensor, "*batch cols"]) -> Float[Tensor, "*batch rows"]:
-        """x [..., in_features] -> [..., out_features].
+        """y [..., out_features] of x [..., in_features].
 
         Raises:
             ShapeError: the input's features, dtype or device are not the layer's.
@@ -132,14 +132,18 @@ class PackedLinear(nn.Module, ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the grid, the input and the output."""
+        """The dtype of the grid, the input and the output."""
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bits={self.bits}, bias={self.bias is not None}"
 
 
 class LutLinear(PackedLinear):
-    """W[i, j] = lut[i, code[i, j]]. Buffers: ``weight`` int32 [rows, words] (the codes), ``lut`` [rows, 2^bits]."""
+    """W[i, j] = lut[i, code[i, j]].
+
+    Its buffers are named as format lut names them: ``weight`` int32 [rows, words] (the codes), ``lut`` [rows, 2^bits].
+    """
 
     lut: Tensor
     CODES = "weight"
@@ -174,19 +178,34 @@ class LutLinear(PackedLinear):
 
 
 class AffineLinear(PackedLinear):
-    """W[i, j] = S[i, g] (code[i, j] - Z[i, g]), g = j // group_size; buffers as compressed-tensors names them.
+    """W[i, j] = S[i, g] (code[i, j] - Z[i, g]), g = j // group_size.
 
-    ``group_size`` None: one (S, Z) a row. ``symmetric``: Z = 2^(bits-1) everywhere and not stored. ``stored_dtype``:
-    the dtype of S in the file. W is rounded to it, as every dequantizing reader of the file does, whatever dtype it is
-    computed in."""
+    Its buffers are named as compressed-tensors names them.
+
+    Args:
+        group_size: columns that share one (S, Z); None: a whole row does.
+        symmetric: whether every Z is 2^(bits-1) and none is stored.
+        stored_dtype: the dtype of S in the file; None: ``dtype``. W is rounded to it, as every dequantizing reader of
+            the file does, in whatever dtype the layer computes.
+    """
 
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     zero_point: Tensor | None
     CODES = "weight_packed"
 
-    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool, dtype: torch.dtype, device: str | torch.device = "cpu",
-                 group_size: int | None = None, symmetric: bool = False, stored_dtype: torch.dtype | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        group_size: int | None = None,
+        symmetric: bool = False,
+        stored_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(in_features, out_features, bits, bias, dtype, device)
         self.stored_dtype = stored_dtype or dtype
         self.group_size, self.symmetric = group_size or in_features, symmetric
@@ -218,7 +237,7 @@ class AffineLinear(PackedLinear):
         self.zero_point = None
 
     def zero_points(self) -> UInt8[Tensor, "rows groups"]:
-        """Z, one byte each: as ``prepare`` left it, else unpacked."""
+        """Z, uint8: as ``prepare`` unpacked it, else unpacked now."""
         if self.zero_point is not None:
             return self.zero_point
         if self.weight_zero_point is None:
@@ -243,19 +262,27 @@ class AffineLinear(PackedLinear):
 
 
 class OffsetLinear(PackedLinear):
-    """W[i, j] = S[i, g] code[i, j] + B[i, g], g = j // group_size; buffers as MLX names them, ``weight`` (the codes)
-    uint32.
+    """W[i, j] = S[i, g] code[i, j] + B[i, g], g = j // group_size.
 
-    No kernel reads these codes: every pass dequantizes a tile of rows at a time. ``leangrid.load(dense=True)`` does it
-    once."""
+    Its buffers are named as MLX names them: ``weight`` uint32 [rows, words] (the codes), ``scales`` (S) and ``biases``
+    (B) [rows, groups]. No kernel reads these codes: every pass dequantizes a tile of rows at a time, which
+    ``leangrid.load(dense=True)`` does once."""
 
     weight: Tensor
     scales: Tensor
     biases: Tensor
     CODES = "weight"
 
-    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool, dtype: torch.dtype, device: str | torch.device = "cpu",
-                 group_size: int = 64) -> None:  # fmt: skip
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        group_size: int = 64,
+    ) -> None:
         super().__init__(in_features, out_features, bits, bias, dtype, device)
         if in_features % group_size or in_features * bits % 32:
             raise ShapeError(

@@ -1,6 +1,5 @@
-"""A quantized directory -> a transformers model that runs, on our packed layers."""
+"""Opening a quantized directory as a transformers model that runs on packed layers."""
 
-import json
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from leangrid.errors import ArchitectureError, CheckpointError, LeangridError, f
 from leangrid.formats import schemes_of
 from leangrid.inference import transformers_quantizer
 from leangrid.inference.layers import PackedLinear
-from leangrid.machine.devices import checked
+from leangrid.machine.devices import parse_device
 from leangrid.models.gguf import dequantize, is_gguf
 from leangrid.models.original import open_original
 from leangrid.models.skeleton import Skeleton
@@ -32,33 +31,41 @@ from leangrid.storage.source import open_source
 def load(
     directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, dense: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Open a result of ``leangrid.quantize``, or whatever ``quantize`` takes, for inference. No code of it runs.
+    """Open a result of ``leangrid.quantize``, or a source that ``quantize`` accepts, for inference. No code in it runs.
 
     Args:
         directory: a result (config.json, safetensors, usually a tokenizer), a checkpoint directory, a hub id
             ``org/name[@revision]``, or a .gguf file, which is dequantized into a temporary directory.
-        device: where the model goes.
-        dtype: of its floating-point tensors; None: as stored.
-        dense: dequantize every packed layer once into a plain nn.Linear. Same numbers, 16 or 32 bits a weight of
-            memory, no dequantization in each forward pass.
+        device: where the model is put.
+        dtype: of its floating-point tensors; None: as they are stored.
+        dense: dequantize every packed layer once into an nn.Linear: the same numbers, with 16 or 32 bits of memory a
+            weight and without dequantizing in each forward pass.
 
     Returns:
-        The model in evaluation mode and its tokenizer (None where the directory has none).
+        The model in evaluation mode, and its tokenizer (None where the directory has none).
 
     Raises:
         CheckpointError: a file is missing, damaged or not what the config says.
-        ArchitectureError: the model class is not one of transformers'.
-        FormatError: a quantization that leangrid does not read.
+        ArchitectureError: transformers has no such model class.
+        FormatError: leangrid does not read this quantization.
+
+    Example:
+        >>> model, tokenizer = leangrid.load("out")
+        >>> inputs = tokenizer("A sentence.", return_tensors="pt")
+        >>> model(input_ids=inputs.input_ids).logits.shape[-1]
+        512
     """
-    checked(str(device))
+    parse_device(str(device))
     _refuse_unfinished(Path(directory))
     path = locate_source(str(directory))
     if is_gguf(path):
         with tempfile.TemporaryDirectory(prefix="leangrid-") as folder:
             dequantize(path, Path(folder) / "model")
             return load(Path(folder) / "model", device, dtype, dense)
-    stored = _read_config(path)
-    read_config(path / "config.json")  # refuses sizes that no model has before transformers allocates by them
+    stored = read_config(path / "config.json")  # refuses sizes that no model has before transformers allocates by them
+    if not isinstance(stored.get("quantization_config") or {}, dict):
+        where = f"{path / 'config.json'}: quantization_config"
+        raise CheckpointError("quantization_config is not an object", where, "Copy the directory again")
     refuse_pointers(path)
     model = _dense_checkpoint(path, dtype) if not stored.get("quantization_config") else _packed(path, stored, dtype)
     if dense:
@@ -67,21 +74,21 @@ def load(
 
 
 def _dense_checkpoint(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A plain checkpoint: refused by the same reader as in ``quantize``, opened by transformers."""
+    """A plain checkpoint, checked as ``quantize`` does and opened by transformers."""
     with open_source(directory) as checkpoint:
         skeleton = Skeleton(checkpoint)
         return open_original(checkpoint, type(skeleton.model), dtype=dtype, absent=skeleton.naming.absent)[0]
 
 
 def _packed(directory: Path, stored: dict[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:
-    """A quantized directory, on our layers."""
+    """A quantized directory, on packed layers."""
     model_class, quantization = _model_class(stored), stored["quantization_config"]
     with _transformers_errors(directory):
         config = transformers.CONFIG_MAPPING[stored["model_type"]].from_dict(
             deepcopy({k: v for k, v in stored.items() if k != "quantization_config"})
         )
-    schemes_of(quantization, ())  # refused here, by name, before transformers sees it
-    config.quantization_config = transformers_quantizer.through_leangrid(
+    schemes_of(quantization, ())  # refuses what leangrid does not read, before transformers does
+    config.quantization_config = transformers_quantizer.route_to_leangrid(
         quantization, stored.get("dtype") or stored.get("torch_dtype")
     )
     return _from_pretrained(model_class, directory, config, dtype)
@@ -97,21 +104,8 @@ def _refuse_unfinished(directory: Path) -> None:
         )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        read_config(path)  # refuses it, with what the directory holds instead
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"config.json cannot be read: {error}", path, "Copy the directory again") from error
-    if not isinstance(config, dict) or not isinstance(config.get("quantization_config") or {}, dict):
-        raise CheckpointError("config.json is not an object", path, "Copy the directory again")
-    return config
-
-
 def _model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
-    """The class that ``architectures`` names, if transformers has it; never code from the checkpoint."""
+    """The class of transformers that ``architectures`` names; never code from the checkpoint."""
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     kind = config.get("model_type")
@@ -127,7 +121,7 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
 
 @contextmanager
 def _transformers_errors(directory: Path) -> Iterator[None]:
-    """Whatever a damaged file makes of transformers' classes is one sentence; nobody can list the exceptions."""
+    """Turn whatever transformers raises for a damaged file, which nobody can list, into one CheckpointError."""
     try:
         yield
     except (LeangridError, MemoryError):
@@ -153,7 +147,7 @@ def _from_pretrained(
     model, info = loaded
     modules = {path for path, _ in model.named_modules()}
     missing = sorted(info["missing_keys"])
-    # What lies beside the model (Naming.beyond) was said when the result was made; one tensor more of its own modules
+    # What lies beside the model (Naming.extra) was said when the result was made; one tensor more of its own modules
     # was not.
     unexpected = sorted(name for name in info["unexpected_keys"] if name.rpartition(".")[0] in modules)
     if missing:

@@ -1,7 +1,7 @@
-"""A decoder that steps one token at a time without Python between its layers: transformers' model, kernels/cpu/step.h's
-arithmetic.
+"""One token of a Llama-like model without Python between its layers: the weights of transformers' model, computed by
+kernels/cpu/step.h.
 
-The twin is the model's own forward pass, which also reads the prompt; both write the same cache.
+The model's own forward pass reads the prompt and computes the same; both write the same cache.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ Step = Callable[[int, int], Tensor]
 
 # Llama's block: RMSNorm, rotary attention, RMSNorm, SwiGLU. Qwen3 also normalises queries and keys.
 _MODELS = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-_ROPES = frozenset({"default", "linear", "llama3", "yarn"})  # angles depend on the position alone
+_ROPES = frozenset({"default", "linear", "llama3", "yarn"})  # those whose angles depend on the position alone
 _LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -31,12 +31,12 @@ _LINEARS = (
 
 
 def native_step(model: nn.Module, keys: list[Tensor], values: list[Tensor]) -> Step | None:
-    """``step(token, position)`` -> logits f32 [vocabulary], which also writes the token into the cache.
+    """A function ``step(token, position)`` that returns the logits, float32 [vocabulary], and adds the token to the
+    cache.
 
     Args:
         model: a causal model of transformers, in evaluation mode.
-        keys, values: the cache of each layer, f32 [1, kv_heads, capacity, head_dim]; positions before ``position`` are
-        filled.
+        keys, values: the cache of each layer, float32 [1, kv_heads, capacity, head_dim], filled before ``position``.
 
     Returns:
         None where the model's forward pass has to be used: another architecture, device or dtype, a sliding window
@@ -99,13 +99,15 @@ def _fits(model: nn.Module, config: Any, keys: list[Tensor]) -> bool:
 
 
 def _readable(layer: nn.Module) -> bool:
-    """A plain linear or a packed one that is laid out for the processor; a wrapper around one computes something
-    else."""
+    """Whether a layer is a plain linear or a packed one in the CPU kernels' layout; a wrapper around one may compute
+    something else."""
     return type(layer) is nn.Linear or (isinstance(layer, PackedLinear) and layer.codes.dtype == torch.uint8)
 
 
 def _matrix(layer: nn.Module, done: dict[int, Any]) -> Any:
-    """The extension's view of a layer's weight. A plain one is read in bfloat16 where that is exact: half the bytes."""
+    """The extension's view of a layer's weight; a plain one in bfloat16 where that is exact, which halves its bytes.
+
+    ``done`` holds the views that were already made, by the layer's id."""
     if isinstance(layer, PackedLinear):
         return layer.matrix()
     if id(layer) not in done:
@@ -115,6 +117,7 @@ def _matrix(layer: nn.Module, done: dict[int, Any]) -> Any:
 
 
 def _narrow(weight: Tensor) -> Tensor:
+    """``weight`` in bfloat16 if that is exact, else in float32."""
     narrow = torch.empty_like(weight, dtype=torch.bfloat16)
     for start in range(0, len(weight), 256):  # pieces that stay in the cache
         part = weight[start : start + 256]

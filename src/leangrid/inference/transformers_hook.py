@@ -1,7 +1,7 @@
-"""Teach transformers to read leangrid's LUT results, without importing transformers.
+"""Registering leangrid's quantizer with transformers, without importing transformers.
 
-transformers looks for a checkpoint's ``quant_method`` in the tables of ``transformers.quantizers.auto`` and has no
-entry-point discovery. ``install`` adds our row now if that module is loaded, else right after it is first imported.
+transformers looks a checkpoint's ``quant_method`` up in the tables of ``transformers.quantizers.auto`` and knows no
+entry points. ``install`` adds our quantizer at once if that module is loaded, else right after it is first imported.
 """
 
 import importlib
@@ -26,7 +26,7 @@ def install() -> None:
 
 def _register() -> None:
     try:
-        importlib.import_module("leangrid.inference.transformers_quantizer")  # adds the row when it is executed, once
+        importlib.import_module("leangrid.inference.transformers_quantizer")  # registers when it is first executed
     except ImportError as error:  # an older or newer transformers must stay usable for everything else
         warnings.warn(
             f"leangrid cannot register with this transformers, so it will not open LUT results: {error}", stacklevel=2
@@ -34,7 +34,7 @@ def _register() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds one module, once, through the other finders, and registers when it has been executed."""
+    """A finder that finds ``_TABLES`` once, through the other finders, and registers when it has been executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,47 +1,62 @@
-"""leangrid's row in transformers' table of quantizers: makes packed layers where the checkpoint has them.
+"""leangrid's quantizer for transformers: it makes packed layers where the checkpoint stores codes.
 
-Everything a damaged file could spoil is checked here, so it holds for ``leangrid.load`` and ``from_pretrained`` alike:
-names, shapes and dtypes against the headers before a tensor is read, values before the model is handed out.
+What a damaged file could spoil is checked here, for ``leangrid.load`` and ``from_pretrained`` alike: names, shapes and
+dtypes against the headers before a tensor is read, and values before the model is returned.
 
-Importing this file is what adds the row: transformers_hook imports it while transformers is being imported, and that
-may be half way through this file's own import."""
+Importing this module adds the quantizer to transformers' tables. transformers_hook imports it while transformers is
+being imported, which may be in the middle of this module's own import."""
 
 import re
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats import FORMATS, Format, compressed_tensors, format_of, schemes_of
+from leangrid.formats import FORMATS, Format, format_of, schemes_of
+from leangrid.formats.base import Layout
+from leangrid.formats.checks import holds_codes
 from leangrid.grids import AffineGrid
 from leangrid.inference.layers import AffineLinear, LutLinear, OffsetLinear, PackedLinear
 from leangrid.models import experts
+from leangrid.models.linears import LINEARS, linear_shape
 from leangrid.recipe import Scheme
-from leangrid.storage.safetensors import TensorInfo, read_header
+from leangrid.storage.dtypes import COMPUTED, DTYPES, dtype_of
+from leangrid.storage.safetensors import TensorInfo, read_tensor_infos
 
 METHOD = FORMATS["lut"].QUANT_METHOD
-_OF_LAYERS = (FORMATS["lut"], FORMATS["compressed-tensors"], FORMATS["mlx"])  # stored as the layers' own buffers
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "I64": torch.int64,
-           "U32": torch.uint32, "U8": torch.uint8}  # fmt: skip
+# Containers whose tensors are the buffers of our layers -> the layer for (scheme, rows, cols, bias, dtype of the model,
+# dtype of the scales in the file). The tensors of every other container are unpacked after they are read.
+_LAYERS: dict[str, Callable[[Scheme, int, int, bool, torch.dtype, torch.dtype], PackedLinear]] = {
+    "lut": lambda scheme, rows, cols, bias, dtype, _: LutLinear(cols, rows, scheme.bits, bias, dtype, "meta"),
+    "compressed-tensors": lambda scheme, rows, cols, bias, dtype, stored: AffineLinear(
+        cols, rows, scheme.bits, bias, dtype, "meta", scheme.group_size, scheme.symmetric, stored_dtype=stored
+    ),
+    "mlx": lambda scheme, rows, cols, bias, dtype, _: OffsetLinear(
+        cols, rows, scheme.bits, bias, dtype, "meta", scheme.group_size or cols
+    ),
+}
 
 
-def through_leangrid(quantization_config: dict[str, Any], dtype: str | None = None) -> dict[str, Any]:
-    """A ``quantization_config`` of any of our formats, routed to our layers; saving the model writes the original back.
+def route_to_leangrid(quantization_config: dict[str, Any], dtype: str | None = None) -> dict[str, Any]:
+    """The ``quantization_config`` that makes transformers load a checkpoint of any container of ours on our layers.
 
-    ``dtype`` is what config.json says: W is rounded to it, whatever it is computed in.
+    Args:
+        quantization_config: the checkpoint's own; saving the model writes it back.
+        dtype: the ``dtype`` in config.json, to which weights are rounded, in whatever dtype they are computed; None
+            where config.json says none.
     """
     return {"quant_method": METHOD, "stored": deepcopy(quantization_config), "model_dtype": dtype}
 
 
 class LeangridConfig(QuantizationConfigMixin):
-    """The checkpoint's ``quantization_config``, kept as it was stored."""
+    """The checkpoint's ``quantization_config``, as it is stored."""
 
     def __init__(self, **fields: Any) -> None:
         self.quant_method = METHOD  # pyright: ignore[reportAttributeAccessIssue]
@@ -53,7 +68,7 @@ class LeangridConfig(QuantizationConfigMixin):
 
 
 class StoredLinear(nn.Module):
-    """A linear as a container stores it, buffers named and typed by its layout, until it becomes a packed layer."""
+    """A linear while it is loaded: its buffers are the container's tensors, until it becomes a packed layer."""
 
     bias: nn.Parameter | None
 
@@ -63,7 +78,7 @@ class StoredLinear(nn.Module):
         cols: int,
         bias: bool,
         dtype: torch.dtype,
-        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        layout: Layout,
     ) -> None:
         super().__init__()
         self.shape = (rows, cols)
@@ -75,7 +90,7 @@ class StoredLinear(nn.Module):
 
 
 class LeangridQuantizer(HfQuantizer):
-    """Loads finished results only: quantizing is ``leangrid.quantize``."""
+    """Loads quantized checkpoints; quantizing itself is ``leangrid.quantize``."""
 
     requires_calibration = True
 
@@ -83,77 +98,60 @@ class LeangridQuantizer(HfQuantizer):
         super().__init__(quantization_config, **fields)
         self.stored = quantization_config.stored
         self.format: Format = format_of(self.stored)
-        schemes_of(self.stored, ())  # refused here, by name
-        self._separate = False  # a mixture of experts, an expert's linears apart
-        self.schemes: dict[str, Scheme] = {}  # of the layers made, by module
-        known = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES.values()}
-        self.model_dtype: torch.dtype | None = known.get(str(quantization_config.model_dtype))
+        schemes_of(self.stored, ())  # refuses what leangrid does not read, by its name
+        self._separate = False  # whether this is a mixture of experts, with each expert's linears apart
+        self.schemes: dict[str, Scheme] = {}  # module -> scheme, of the layers made
+        self.model_dtype = dtype_of(quantization_config.model_dtype)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if experts.separate(model, model.config.model_type == "mixtral"):
+        if experts.unfuse_experts(model, model.config.model_type == "mixtral"):
             self._separate = True
         headers = _headers(kwargs.get("checkpoint_files") or [])
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         for name, layer in list(model.named_modules()):
-            if not isinstance(layer, (nn.Linear, Conv1D)):
+            if not isinstance(layer, LINEARS):
                 continue
-            cols, rows = (
-                (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)
-            )
+            shape = linear_shape(layer)
             schemes = schemes_of(self.stored, _spellings(name, model.base_model_prefix))
-            stored = next(
-                (n for n, scheme in schemes.items() if self._is_quantized(n, headers, scheme, (rows, cols))), None
-            )
+            stored = next((n for n, scheme in schemes.items() if self._is_quantized(n, headers, scheme, shape)), None)
             if stored is None:
                 continue
             if headers:
-                self._check_headers(headers, stored, schemes[stored], (rows, cols))
+                self._check_headers(headers, stored, schemes[stored], shape)
             scale = headers.get(f"{stored}.weight_scale")
-            in_file = dtype if scale is None else _DTYPES[scale.dtype]
+            scale_dtype = dtype if scale is None else scale.torch_dtype
             self.schemes[name] = schemes[stored]
-            model.set_submodule(name, self._make(schemes[stored], rows, cols, layer.bias is not None, dtype, in_file))
+            made = self._make_layer(schemes[stored], shape, layer.bias is not None, dtype, scale_dtype)
+            model.set_submodule(name, made)
         self._check_complete(model, headers)
 
     def _is_quantized(self, name: str, headers: dict[str, TensorInfo], scheme: Scheme, shape: tuple[int, int]) -> bool:
-        # Most containers say "every Linear but these", so the spelling that the file uses decides; a dense weight is
-        # called weight too.
+        """Whether a covered linear is stored quantized under this spelling of its name: where config.json lists no
+        layers, the file decides."""
         layout = self.format.layout(scheme, shape, torch.float32)
-        codes = [
-            f"{name}.{suffix}"
-            for suffix, (dtype, _) in layout.items()
-            if dtype in (torch.int32, torch.uint32, torch.uint8)
-        ]
-        found = [
-            key
-            for key in codes
-            if key in headers and (not key.endswith(".weight") or headers[key].dtype in ("I32", "U32", "U8"))
-        ]
-        return "layers" in self.stored or not headers or bool(found)
+        return "layers" in self.stored or not headers or holds_codes(headers, name, layout)
 
-    def _make(
-        self, scheme: Scheme, rows: int, cols: int, bias: bool, dtype: torch.dtype, in_file: torch.dtype
+    def _make_layer(
+        self, scheme: Scheme, shape: tuple[int, int], bias: bool, dtype: torch.dtype, scale_dtype: torch.dtype
     ) -> PackedLinear | StoredLinear:
-        if self.format not in _OF_LAYERS:
-            return StoredLinear(rows, cols, bias, dtype, self.format.layout(scheme, (rows, cols), dtype))
-        if scheme.grid == "nonuniform":
-            return LutLinear(cols, rows, scheme.bits, bias, dtype, "meta")
-        if self.format is FORMATS["mlx"]:
-            return OffsetLinear(cols, rows, scheme.bits, bias, dtype, "meta", scheme.group_size or cols)
-        return AffineLinear(
-            cols, rows, scheme.bits, bias, dtype, "meta", scheme.group_size, scheme.symmetric, stored_dtype=in_file
-        )
+        make = _LAYERS.get(self.format.NAME)
+        if make is None:
+            return StoredLinear(*shape, bias, dtype, self.format.layout(scheme, shape, dtype))
+        return make(scheme, *shape, bias, dtype, scale_dtype)
 
     def _check_headers(self, headers: dict[str, TensorInfo], name: str, scheme: Scheme, shape: tuple[int, int]) -> None:
-        """The layer's tensors, by header alone: present, of the right shape and dtype, and nothing else beside them."""
-        allowed_floats = (torch.float32, torch.float16, torch.bfloat16)
+        """CheckpointError unless the headers say all of the layer's tensors, of the right shapes and dtypes, and no
+        other."""
+        allowed_floats = {DTYPES[float_] for float_ in COMPUTED}
         layout = self.format.layout(scheme, shape, torch.float32)
         way_out = "The result is damaged or incomplete: leangrid verify DIR, then quantize or copy it again"
         for suffix, (dtype, expected) in layout.items():
             info = headers.get(f"{name}.{suffix}")
             if info is None:
                 raise CheckpointError("is missing", f"{name}.{suffix}", way_out)
-            stored = _DTYPES.get(info.dtype)
-            right = stored == dtype or (dtype == torch.float32 and stored in allowed_floats)  # float32: as the model is
+            stored = info.torch_dtype
+            # float32: the model's dtype
+            right = stored == dtype or (dtype == torch.float32 and stored in allowed_floats)
             if not right or tuple(info.shape) != expected:
                 raise CheckpointError(
                     f"is {info.dtype} {list(info.shape)}, not {dtype} {list(expected)}", f"{name}.{suffix}", way_out
@@ -163,8 +161,8 @@ class LeangridQuantizer(HfQuantizer):
             raise CheckpointError("does not belong to this format", min(beside), way_out)
 
     def _check_complete(self, model: Any, headers: dict[str, TensorInfo]) -> None:
-        """Every layer that the config lists exists in the model, and every one that MLX's files hold quantized is a
-        linear."""
+        """Refuse a config that lists a layer which the model lacks, and MLX's files where they hold another layer than
+        a linear quantized."""
         made = {
             s
             for n, m in model.named_modules()
@@ -179,7 +177,7 @@ class LeangridQuantizer(HfQuantizer):
             )
         scaled = (
             {n.removesuffix(".scales") for n in headers if n.endswith(".scales")}
-            if self.format is FORMATS["mlx"]
+            if self.format.NAME == "mlx"
             else set[str]()
         )
         if others := sorted(scaled - made):
@@ -188,16 +186,15 @@ class LeangridQuantizer(HfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        """A mixture is already as the checkpoint stores it: transformers must not stack or rename its experts. (5.17
-        gives no model.)"""
+        """No conversion for a mixture whose experts are already as the checkpoint stores them: transformers would stack
+        and rename them. (transformers 5.17 gives no model.)"""
         return [] if self._separate else super().update_weight_conversions(weight_conversions, *model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Values, before anything runs: finite grids in order, padding bits zero. Then the layout that the kernels
-        read."""
+        """Check the values of every layer, then bring its codes into the layout that the kernels read."""
         for name, layer in list(model.named_modules()):
             if isinstance(layer, StoredLinear):
-                model.set_submodule(name, self._packed(name, layer, kwargs.get("dtype") or model.dtype))
+                model.set_submodule(name, self._unpacked(name, layer, kwargs.get("dtype") or model.dtype))
             elif isinstance(layer, PackedLinear):
                 self.format.check(
                     dict(layer.named_buffers()), self.schemes[name], (layer.out_features, layer.in_features), name
@@ -205,12 +202,12 @@ class LeangridQuantizer(HfQuantizer):
                 layer.prepare()
         return model
 
-    def _packed(self, name: str, stored: StoredLinear, dtype: torch.dtype) -> nn.Module:
-        """A linear of another container as our own layer, checked, that computes in ``dtype``; llama.cpp's blocks as a
-        dense one."""
+    def _unpacked(self, name: str, stored: StoredLinear, dtype: torch.dtype) -> nn.Module:
+        """A linear of another container, checked, as an ``AffineLinear`` that computes in ``dtype``; llama.cpp's blocks
+        as an nn.Linear."""
         (rows, cols), scheme = stored.shape, self.schemes[name]
         codes, grid = self.format.unpack(dict(stored.named_buffers()), scheme, stored.shape, name)
-        if self.format is FORMATS["gguf"]:
+        if self.format.BLOCKS:
             linear = nn.Linear(cols, rows, bias=False, device="meta")
             linear.weight = nn.Parameter(grid.dequantize(codes).to(dtype), requires_grad=False)
             linear.register_parameter("bias", stored.bias)
@@ -218,20 +215,19 @@ class LeangridQuantizer(HfQuantizer):
         if not isinstance(grid, AffineGrid):
             raise FormatError(f"leangrid has no layer for {type(grid).__name__}", name, "Load it with its own engine")
         try:
-            tensors = compressed_tensors.pack(codes, grid, dtype, scheme)
+            tensors = FORMATS["compressed-tensors"].pack(codes, grid, dtype, scheme)
         except FormatError as error:
             raise FormatError(error.what, name, "Load it with dtype float16 or float32") from error
-        grouping = (scheme.group_size, scheme.symmetric)
-        in_file = self.format.precision(self.model_dtype or dtype).dtype
-        layer = AffineLinear(cols, rows, scheme.bits, False, dtype, "meta", *grouping, stored_dtype=in_file)
+        rounded_to = self.format.precision(self.model_dtype or dtype).dtype
+        layer = _LAYERS["compressed-tensors"](scheme, rows, cols, False, dtype, rounded_to)
         layer.load_state_dict(tensors, assign=True)
         layer.register_parameter("bias", stored.bias)
         return layer
 
     def is_serializable(self) -> bool:
-        """``save_pretrained`` writes packed tensors back as they are; a converted container would get its config with
-        our tensors."""
-        return self.format in _OF_LAYERS
+        """Whether ``save_pretrained`` may write the model: not where the layers hold other tensors than the
+        container's."""
+        return self.format.NAME in _LAYERS
 
     @property
     def is_trainable(self) -> bool:
@@ -241,13 +237,12 @@ class LeangridQuantizer(HfQuantizer):
 def _headers(files: list[str]) -> dict[str, TensorInfo]:
     headers: dict[str, TensorInfo] = {}
     for file in files:
-        headers.update(read_header(Path(file)))
+        headers.update(read_tensor_infos(Path(file)))
     return headers
 
 
 def _spellings(name: str, prefix: str) -> tuple[str, ...]:
-    """Names under which a checkpoint may keep the module ``name``: a base model is stored with or without its
-    prefix."""
+    """Names under which a checkpoint may store the module ``name``: a base model's with or without its prefix."""
     return (name, f"{prefix}.{name}", re.sub(rf"^{re.escape(prefix)}\.", "", name)) if prefix else (name,)
 
 

@@ -1,8 +1,7 @@
-"""Non-uniform results in vLLM: linear layers with packed codes and one table a row, on the kernels of
-kernels/decode.py.
+"""Non-uniform results in vLLM: linear layers with packed codes and one look-up table a row (kernels/packed.py).
 
-vLLM joins q, k, v and gate, up into one layer by their rows. Tables belong to rows, so the joined layer is as exact as
-its parts. Imported by ``vllm_plugin.register`` alone."""
+vLLM merges q, k, v and gate, up into one layer by their rows. A table belongs to a row, so the merged layer is as exact
+as its parts. Only ``vllm_plugin.register`` imports this module."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,15 +18,18 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs  # pyright: ignore[reportMissingImports]
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats import lut
+from leangrid.formats import FORMATS
 from leangrid.formats.bit_stream import packed_width
 from leangrid.kernels import packed
 from leangrid.recipe import Scheme
+from leangrid.storage.dtypes import torch_name
+
+LUT = FORMATS["lut"]
 
 
 def register() -> None:
     """Put ``LeangridConfig`` into vLLM's table of quantizations, in place of an earlier registration."""
-    register_quantization_config(lut.QUANT_METHOD)(LeangridConfig)
+    register_quantization_config(LUT.QUANT_METHOD)(LeangridConfig)
 
 
 class LeangridConfig(QuantizationConfig):
@@ -41,7 +43,7 @@ class LeangridConfig(QuantizationConfig):
         return f"LeangridConfig(NU{self.scheme.bits}, {len(self.layers)} layers)"
 
     def get_name(self) -> str:
-        return lut.QUANT_METHOD
+        return LUT.QUANT_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16, torch.float32]
@@ -57,20 +59,22 @@ class LeangridConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "LeangridConfig":
         """FormatError for any other container of ours."""
-        return cls(lut.scheme_of(config), list(config["layers"]))
+        return cls(LUT.scheme_of(config), list(config["layers"]))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """vLLM renames modules of some models; the list follows."""
         self.layers = hf_to_vllm_mapper.apply_list(self.layers)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """Our method where the checkpoint holds codes, vLLM's plain one for other linears, None for what is no linear.
+        """``LeangridLinearMethod`` where the checkpoint holds codes, vLLM's plain method for other linears, None for
+        what is no linear.
 
-        FormatError where vLLM joins quantized layers with plain ones.
+        Raises:
+            FormatError: vLLM merges quantized layers with plain ones.
         """
         if not isinstance(layer, LinearBase):
             return None
-        parts = joined(prefix, self.packed_modules_mapping)
+        parts = merged_layers(prefix, self.packed_modules_mapping)
         listed = [name in self.layers for name in parts]
         if all(listed):
             return LeangridLinearMethod(self.scheme)
@@ -89,12 +93,20 @@ class LeangridLinearMethod(LinearMethodBase):
     def __init__(self, scheme: Scheme) -> None:
         self.scheme, self.bits = scheme, scheme.bits
 
-    def create_weights(self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
-                       output_size: int, params_dtype: torch.dtype, **extra_weight_attrs: Any) -> None:  # fmt: skip
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
         """``weight`` int32 [rows, words] and ``lut`` [rows, 2^bits] of this rank's rows and columns."""
         rows, bits, self.cols = sum(output_partition_sizes), self.bits, input_size_per_partition
         check_columns(getattr(layer, "prefix", "a layer"), bits, input_size_per_partition, input_size)
-        load = exactly(extra_weight_attrs.pop("weight_loader"))
+        load = exact_loader(extra_weight_attrs.pop("weight_loader"))
         weight = nn.Parameter(
             torch.empty(rows, packed_width(input_size_per_partition, bits), dtype=torch.int32), requires_grad=False
         )
@@ -104,12 +116,12 @@ class LeangridLinearMethod(LinearMethodBase):
             set_weight_attrs(parameter, {"output_dim": 0, "weight_loader": load, **extra, **extra_weight_attrs})
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """The values, as ``leangrid.load`` checks them; then the layout that the kernels read, in place of the stored
-        one."""
-        if layer.weight.dtype != torch.int32:  # laid out before
+        """Check the values, as ``leangrid.load`` does, and bring the codes into the layout that the kernels read, in
+        place of the stored one."""
+        if layer.weight.dtype != torch.int32:  # done before
             return
         stored, cols = {"weight": layer.weight.data, "lut": layer.lut.data}, self.cols
-        lut.check(stored, self.scheme, (len(stored["lut"]), cols), getattr(layer, "prefix", "a layer"))
+        LUT.check(stored, self.scheme, (len(stored["lut"]), cols), getattr(layer, "prefix", "a layer"))
         if packed.can_tile(stored["weight"]):
             layer.weight = nn.Parameter(packed.tile(stored["weight"], self.bits, cols), requires_grad=False)
 
@@ -117,8 +129,8 @@ class LeangridLinearMethod(LinearMethodBase):
         return packed.lut_linear(x, layer.weight, layer.lut, bias, self.bits)
 
 
-def joined(prefix: str, mapping: dict[str, list[str]]) -> list[str]:
-    """The checkpoint's names of the layers that vLLM's layer ``prefix`` is made of: itself, or those that it joins."""
+def merged_layers(prefix: str, mapping: dict[str, list[str]]) -> list[str]:
+    """The checkpoint's names of the layers that vLLM's layer ``prefix`` is made of: itself, or those that it merges."""
     parent, _, name = prefix.rpartition(".")
     return [f"{parent}.{part}" if parent else part for part in mapping.get(name, [name])]
 
@@ -131,15 +143,16 @@ def check_columns(name: str, bits: int, here: int, all_ranks: int) -> None:
                           "Use a smaller --tensor-parallel-size, such as 1")  # fmt: skip
 
 
-def exactly(load: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's ``load(parameter, stored, ...)``, but it copies nothing that the parameter's dtype would round or wrap."""
+def exact_loader(load: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's ``load(parameter, stored, ...)``, which now raises CheckpointError where the parameter's dtype would round
+    or wrap a stored value."""
 
     def checked(parameter: nn.Parameter, stored: Tensor, *rest: Any, **named: Any) -> Any:
         exact = parameter.dtype == stored.dtype
         if not exact and parameter.dtype.is_floating_point and stored.dtype.is_floating_point:
             exact = torch.equal(stored.to(parameter.dtype).to(stored.dtype), stored)
         if not exact:
-            kinds = f"{str(stored.dtype).removeprefix('torch.')}, vLLM asks for {str(parameter.dtype).removeprefix('torch.')}"
+            kinds = f"{torch_name(stored.dtype)}, vLLM asks for {torch_name(parameter.dtype)}"
             raise CheckpointError(
                 f"a table is stored in {kinds}, which changes its values", "--dtype", "Start vLLM with --dtype auto"
             )

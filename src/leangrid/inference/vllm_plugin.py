@@ -1,6 +1,6 @@
-"""vLLM's door: the entry point ``vllm.general_plugins`` calls ``register`` in every process that vLLM starts.
+"""vLLM's entry point ``vllm.general_plugins``: vLLM calls ``register`` in every process that it starts.
 
-Nothing of vLLM is imported before that, so leangrid stays installable and importable without it.
+Nothing of vLLM is imported before that, so leangrid is installed and imported without it.
 """
 
 from importlib import import_module

@@ -1,8 +1,9 @@
-"""Which build runs an op: C++ for CPU tensors, Triton for CUDA tensors, the torch twins where those are missing or not
-wanted.
+"""Which implementation runs an op: C++ for CPU tensors, Triton for CUDA tensors, plain torch where those are missing or
+LEANGRID_KERNELS asks for it.
 
-``LEANGRID_KERNELS=torch|portable|avx2|avx512|triton`` overrides: torch means torch everywhere, the next three are for
-CPU tensors alone, triton insists on Triton (for CPU tensors too, in its interpreter, where TRITON_INTERPRET=1)."""
+``LEANGRID_KERNELS=torch|portable|avx2|avx512|triton`` overrides the choice: torch is used everywhere, the next three
+concern CPU tensors alone, triton makes anything but Triton an error (CPU tensors then run in its interpreter, where
+TRITON_INTERPRET=1)."""
 
 import os
 import warnings
@@ -18,32 +19,34 @@ from leangrid.kernels import native, plain
 
 
 def ops(tensor: Tensor) -> ModuleType:
-    """The module with the functions for this tensor's device; all have the same. RecipeError where the one wanted
-    cannot run."""
+    """The module whose functions compute on this tensor's device: native, triton or plain, which have the same names.
+
+    RecipeError where LEANGRID_KERNELS names one that cannot run here."""
     return _module(tensor.device)
 
 
 def backend(device: torch.device | str = "cpu") -> str:
-    """Which path tensors on ``device`` take: cpu-avx512, cpu-avx2, cpu-portable, triton or torch. Errors as ``ops``."""
+    """Which implementation tensors on ``device`` get: "cpu-avx512", "cpu-avx2", "cpu-portable", "triton" or "torch".
+    Raises as ``ops`` does."""
     module = _module(torch.device(device))
     return native.backend() if module is native else "torch" if module is plain else "triton"
 
 
 def _module(device: torch.device) -> ModuleType:
-    wanted = native.wanted()
-    if wanted == "triton":
-        return _insisted(device)
+    requested = native.requested()
+    if requested == "triton":
+        return _required_triton(device)
     if device.type == "cpu":
         return native if native.available() else plain
-    if device.type == "cuda" and wanted != "torch":
+    if device.type == "cuda" and requested != "torch":
         module, why = _triton()
         if module is None:
-            _notice(why)
+            _warn_once(why)
         return module or plain
     return plain
 
 
-def _insisted(device: torch.device) -> ModuleType:
+def _required_triton(device: torch.device) -> ModuleType:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         raise RecipeError(
@@ -61,7 +64,7 @@ def _insisted(device: torch.device) -> ModuleType:
 
 @cache
 def _triton(interpreted: bool = False) -> tuple[ModuleType | None, str]:
-    """The Triton kernels, or why they cannot run here."""
+    """The module of the Triton kernels, or None and why they cannot run here."""
     try:
         module = import_module("leangrid.kernels.triton")
         if not interpreted:
@@ -72,5 +75,5 @@ def _triton(interpreted: bool = False) -> tuple[ModuleType | None, str]:
 
 
 @cache
-def _notice(why: str) -> None:
+def _warn_once(why: str) -> None:
     warnings.warn(f"leangrid runs without its Triton kernels (slower, same results): {why}", stacklevel=2)

@@ -1,13 +1,13 @@
-"""Products with packed weights: y = x W^T + bias without W ever being kept.
+"""Products with packed weights: y = x W^T + bias, where W is never in memory as a whole.
 
-Codes come in one of two layouts. Stored: i32 [rows, words], the bit stream of packing.py. Tiled: u8 [ceil(rows / 4),
-bytes], the same codes laid out for the processor's loads (cpu/codes.h); only a CPU with the C++ extension makes it. Up
-to ``FEW`` tokens a tiled weight is multiplied straight from its codes, summing in float32; more tokens, or stored
-codes, go through dense rows, ``TILE`` weights at a time. W is exactly what ``kernels.plain.packed`` says, by either
-way.
+Codes come in one of two layouts. Packed: i32 [rows, words], the bit stream that checkpoints store
+(formats/bit_stream.py). Tiled: u8 [ceil(rows / 4), bytes], the same codes in the order in which the C++ products load
+them (cpu/codes.h); only a CPU with the extension uses it. Up to ``MAX_TOKENS`` tokens a tiled weight is multiplied
+straight from its codes, summing in float32. More tokens, or packed codes on a CPU, go through dense rows of W,
+``DENSE_CHUNK`` weights at a time; packed codes on a GPU through Triton. W is exactly what ``kernels.plain.packed``
+says, whichever way is taken.
 
-``leangrid::lut_linear`` and ``leangrid::affine_linear`` are custom ops, so torch.compile keeps a layer in one graph.
-"""
+``leangrid::lut_linear`` and ``leangrid::affine_linear`` are custom ops, so torch.compile keeps a layer in one graph."""
 
 from collections.abc import Callable
 from functools import cache
@@ -21,34 +21,33 @@ from torch.nn import functional
 
 from leangrid.errors import ShapeError
 from leangrid.kernels import native
+from leangrid.kernels.checks import check_packed, check_product, check_tiles
 from leangrid.kernels.choice import backend
 from leangrid.kernels.plain import packed
 
-FEW = 32  # tokens; at 64 a dense tile is as fast
-# Weights dequantized at once: 2^20 (4 MB in float32) stay in a processor's cache and in the allocator's hands; 2^24
-# took twice the time at 4096 x 4096. Smaller layers are one tile, and then the product is the dense layer's, bit for
-# bit.
-TILE = 1 << 20
+MAX_TOKENS = 32  # multiplied from tiled codes; at 64 tokens dense rows are as fast
+# Weights dequantized at once: 2^20 (4 MB in float32) stay in a processor's cache; 2^24 took twice the time at 4096 x
+# 4096. A smaller layer is dequantized as a whole, and its product is then the dense layer's, bit for bit.
+DENSE_CHUNK = 1 << 20
 
 _ROUNDING = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_FLOATS = tuple(_ROUNDING)
-Rows = Callable[[int, int], Tensor]
+Rows = Callable[[int, int], Tensor]  # rows(start, stop) -> W[start:stop], dense
 
 
 def can_tile(codes: Tensor) -> bool:
-    """Whether ``tile`` would help: stored codes on a CPU whose kernels read tiles."""
+    """Whether these are packed codes on a CPU with the extension, whose products are faster from tiles."""
     return codes.dtype == torch.int32 and _is_native(codes)
 
 
 def _is_native(tensor: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling() and tensor.device.type == "cpu" and native.available()
-    )  # a trace sees the twins
+    # torch.compile traces the plain torch code instead.
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and native.available()
 
 
 def tile(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Tensor, "tiles bytes"]:
-    """Stored codes, tiled."""
-    _check_words(words, bits, cols)
+    """Lay packed codes out in tiles, u8 [ceil(rows / 4), bytes]. ShapeError where ``words`` does not have ``cols``
+    codes of ``bits`` bits a row."""
+    check_packed(words, bits, cols)
     if not can_tile(words):
         return packed.tile(packed.unpack(words, bits, cols), bits)
     rows = len(words)
@@ -58,8 +57,9 @@ def tile(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Tens
 
 
 def untile(tiles: UInt8[Tensor, "tiles bytes"], bits: int, rows: int, cols: int) -> Int32[Tensor, "rows words"]:
-    """Tiled codes, as they are stored."""
-    _check_tiles(tiles, bits, rows, cols)
+    """Lay tiled codes out as they are stored, i32 [rows, ceil(cols * bits / 32)]. ShapeError where they do not have
+    this shape."""
+    check_tiles(tiles, bits, rows, cols)
     if not _is_native(tiles):
         return packed.pack(packed.untile(tiles, bits, rows, cols), bits)
     words = torch.empty(rows, -(-cols * bits // 32), dtype=torch.int32)
@@ -68,7 +68,7 @@ def untile(tiles: UInt8[Tensor, "tiles bytes"], bits: int, rows: int, cols: int)
 
 
 def unpack(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Tensor, "rows cols"]:
-    """Stored codes, one byte each."""
+    """Packed codes as one byte each, u8 [rows, cols]."""
     if not can_tile(words):
         return packed.unpack(words, bits, cols)
     codes = torch.empty(len(words), cols, dtype=torch.uint8)
@@ -78,7 +78,8 @@ def unpack(words: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Te
 
 
 def pack(codes: UInt8[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "rows words"]:
-    """Codes, below 2^bits, as they are stored."""
+    """Pack codes u8 [rows, cols], below 2^bits, into i32 [rows, ceil(cols * bits / 32)], the layout of
+    formats/bit_stream.py."""
     if not codes.numel() or not _is_native(codes):
         return packed.pack(codes, bits)
     rows, cols = codes.shape
@@ -89,24 +90,51 @@ def pack(codes: UInt8[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "rows wo
 
 def lut_linear(x: Float[Tensor, "*batch cols"], codes: Shaped[Tensor, "lines width"], lut: Float[Tensor, "rows levels"],
                bias: Float[Tensor, "rows"] | None, bits: int) -> Float[Tensor, "*batch rows"]:  # fmt: skip
-    """x W^T + bias, W[i, j] = lut[i, code[i, j]]. ``codes`` stored or tiled; x of the LUT's dtype and device.
+    """x W^T + bias for W[i, j] = lut[i, code[i, j]].
+
+    Args:
+        x: the input, float32, float16 or bfloat16.
+        codes: packed i32 [rows, words], or tiled u8 [ceil(rows / 4), bytes].
+        lut: the levels of each row, [rows, 2^bits], of x's dtype.
+        bias: [rows], of x's dtype; or None.
+        bits: 1..8.
+
+    Returns:
+        [..., rows] of x's dtype.
 
     Raises:
-        ShapeError: shapes, dtypes or devices that do not belong together.
+        ShapeError: shapes, dtypes or devices that do not fit.
     """
-    _check("lut_linear", x, codes, lut, bias, bits)
+    check_product("lut_linear", x, codes, lut, bias, bits)
     if lut.shape[1] != 2**bits:
         raise ShapeError(f"lut_linear: {lut.shape[1]} levels at {bits} bits", "lut", f"Give {2**bits} levels a row")
-    op = _lut_linear if _direct(x) else torch.ops.leangrid.lut_linear
+    op = _lut_linear if _skips_dispatcher(x) else torch.ops.leangrid.lut_linear
     return op(x, codes, lut, bias, bits)
 
 
-def affine_linear(x: Float[Tensor, "*batch cols"], codes: Shaped[Tensor, "lines width"], scale: Float[Tensor, "rows groups"],
-                  zero_point: UInt8[Tensor, "rows groups"], bias: Float[Tensor, "rows"] | None, bits: int, group_size: int,
-                  stored_dtype: torch.dtype) -> Float[Tensor, "*batch rows"]:  # fmt: skip
-    """x W^T + bias, W[i, j] = S[i, g] (code[i, j] - Z[i, g]) rounded to ``stored_dtype``, g = j // group_size. As
-    ``lut_linear``."""
-    _check("affine_linear", x, codes, scale, bias, bits)
+def affine_linear(
+    x: Float[Tensor, "*batch cols"],
+    codes: Shaped[Tensor, "lines width"],
+    scale: Float[Tensor, "rows groups"],
+    zero_point: UInt8[Tensor, "rows groups"],
+    bias: Float[Tensor, "rows"] | None,
+    bits: int,
+    group_size: int,
+    stored_dtype: torch.dtype,
+) -> Float[Tensor, "*batch rows"]:
+    """x W^T + bias for W[i, j] = S[i, g] (code[i, j] - Z[i, g]), g = j // group_size, rounded to ``stored_dtype``.
+
+    Args:
+        x, codes, bias, bits: as in ``lut_linear``.
+        scale: S [rows, groups], of x's dtype.
+        zero_point: Z, u8 [rows, groups].
+        group_size: columns of a group; groups * group_size = cols.
+        stored_dtype: the dtype in which other readers of the checkpoint hold W.
+
+    Returns:
+        [..., rows] of x's dtype. Raises as ``lut_linear`` does.
+    """
+    check_product("affine_linear", x, codes, scale, bias, bits)
     if (
         x.shape[-1] != scale.shape[1] * group_size
         or zero_point.shape != scale.shape
@@ -115,48 +143,62 @@ def affine_linear(x: Float[Tensor, "*batch cols"], codes: Shaped[Tensor, "lines 
         grid = f"scale {tuple(scale.shape)}, zero_point {tuple(zero_point.shape)}"
         what = f"affine_linear: {x.shape[-1]} columns in groups of {group_size}, {grid}"
         raise ShapeError(what, "scale", "One scale and zero point for every group of columns, on one device")
-    op = _affine_linear if _direct(x) else torch.ops.leangrid.affine_linear
+    op = _affine_linear if _skips_dispatcher(x) else torch.ops.leangrid.affine_linear
     return op(x, codes, scale, zero_point, bias, bits, group_size, stored_dtype)
 
 
 def lut_rows(codes: Tensor, lut: Tensor, bits: int, cols: int) -> Rows:
-    """``rows(start, stop)`` of W, dense, in the LUT's dtype."""
+    """The weight of ``lut_linear`` as a function of a range of rows, which returns them dense in the LUT's dtype."""
 
-    def slow(start: int, stop: int) -> Tensor:
+    def in_torch(start: int, stop: int) -> Tensor:
         return packed.lut_weight(_codes(codes, bits, len(lut), cols, start, stop), lut[start:stop])
 
-    return _rows(codes, slow, lambda: lut_matrix(codes, lut, None, bits, cols), (len(lut), cols), lut.dtype)
+    return _rows(codes, in_torch, lambda: lut_matrix(codes, lut, None, bits, cols), (len(lut), cols), lut.dtype)
 
 
 def affine_rows(
     codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group_size: int, stored_dtype: torch.dtype
 ) -> Rows:
-    """``rows(start, stop)`` of W, dense, in the scale's dtype."""
+    """The weight of ``affine_linear`` as a function of a range of rows, which returns them dense in the scale's
+    dtype."""
     rows, cols = len(scale), scale.shape[1] * group_size
 
-    def slow(start: int, stop: int) -> Tensor:
+    def in_torch(start: int, stop: int) -> Tensor:
         found = _codes(codes, bits, rows, cols, start, stop)
         return packed.affine_weight(found, scale[start:stop], zero_point[start:stop], group_size, stored_dtype)
 
-    plain = scale.dtype in (torch.float32, stored_dtype)  # else W is rounded twice: the slow way knows how
-    quick = (lambda: affine_matrix(codes, scale, zero_point, None, bits, group_size, stored_dtype)) if plain else None
-    return _rows(codes, slow, quick, (rows, cols), scale.dtype)
+    def in_cpp() -> Any:
+        return affine_matrix(codes, scale, zero_point, None, bits, group_size, stored_dtype)
+
+    once = scale.dtype in (torch.float32, stored_dtype)  # else W is rounded twice, which only plain torch does
+    return _rows(codes, in_torch, in_cpp if once else None, (rows, cols), scale.dtype)
 
 
-def offset_linear(x: Float[Tensor, "*batch cols"], words: Int32[Tensor, "rows words"], scale: Float[Tensor, "rows groups"],
-                  offset: Float[Tensor, "rows groups"], bias: Float[Tensor, "rows"] | None, bits: int,
-                  group_size: int) -> Float[Tensor, "*batch rows"]:  # fmt: skip
-    """x W^T + bias, W[i, j] = S[i, g] code[i, j] + B[i, g], g = j // group_size; always through dense rows. As
-    ``lut_linear``."""
-    _check("offset_linear", x, words, scale, bias, bits)
+def offset_linear(
+    x: Float[Tensor, "*batch cols"],
+    words: Int32[Tensor, "rows words"],
+    scale: Float[Tensor, "rows groups"],
+    offset: Float[Tensor, "rows groups"],
+    bias: Float[Tensor, "rows"] | None,
+    bits: int,
+    group_size: int,
+) -> Float[Tensor, "*batch rows"]:
+    """x W^T + bias for W[i, j] = S[i, g] code[i, j] + B[i, g], g = j // group_size; always through dense rows.
+
+    Arguments, result and errors are those of ``affine_linear``; ``words`` are packed codes, ``offset`` is B [rows,
+    groups] of x's dtype.
+    """
+    check_product("offset_linear", x, words, scale, bias, bits)
     if x.shape[-1] != scale.shape[1] * group_size or offset.shape != scale.shape or offset.device != scale.device:
-        what = f"offset_linear: {x.shape[-1]} columns in groups of {group_size}, scale {tuple(scale.shape)}, offset {tuple(offset.shape)}"
+        grid = f"scale {tuple(scale.shape)}, offset {tuple(offset.shape)}"
+        what = f"offset_linear: {x.shape[-1]} columns in groups of {group_size}, {grid}"
         raise ShapeError(what, "scale", "One scale and offset for every group of columns, on one device")
     return _through_rows(x, offset_rows(words, scale, offset, bits, group_size), len(scale), bias)
 
 
 def offset_rows(words: Tensor, scale: Tensor, offset: Tensor, bits: int, group_size: int) -> Rows:
-    """``rows(start, stop)`` of W, dense, in the scale's dtype."""
+    """The weight of ``offset_linear`` as a function of a range of rows, which returns them dense in the scale's
+    dtype."""
 
     def rows(start: int, stop: int) -> Tensor:
         codes = unpack(words[start:stop], bits, scale.shape[1] * group_size)
@@ -166,13 +208,13 @@ def offset_rows(words: Tensor, scale: Tensor, offset: Tensor, bits: int, group_s
 
 
 def lut_matrix(codes: Tensor, lut: Tensor, bias: Tensor | None, bits: int, cols: int) -> Any:
-    """The extension's view of a tiled weight; it keeps the tensors alive."""
+    """The extension's object for a tiled weight W[i, j] = lut[i, code[i, j]]; it holds references to the tensors."""
     return native.module().Matrix(len(lut), cols, codes, _exact(lut), None, bits, cols, 0, _float(bias))
 
 
 def affine_matrix(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, bits: int, group_size: int,
                   stored_dtype: torch.dtype) -> Any:  # fmt: skip
-    """As ``lut_matrix``."""
+    """As ``lut_matrix``, for a tiled weight of ``affine_linear``."""
     cols = scale.shape[1] * group_size
     values, zeros, rounding = _exact(scale), zero_point.contiguous(), _ROUNDING[stored_dtype]
     return native.module().Matrix(len(scale), cols, codes, values, zeros, bits, group_size, rounding, _float(bias))
@@ -184,7 +226,7 @@ def dense_matrix(weight: Float[Tensor, "rows cols"], bias: Tensor | None) -> Any
 
 
 def can_step() -> bool:
-    """Whether ``new_step`` works here."""
+    """Whether ``new_step`` works here: it needs the extension."""
     return native.available()
 
 
@@ -198,15 +240,27 @@ def new_step(
     epsilon: float,
     scaling: float,
 ) -> Any:
-    """An empty decoder of the extension (cpu/step.h): add its blocks and its head, then ``run_step`` it token by
-    token."""
+    """Make the extension's forward pass of one token through a Llama-like decoder (cpu/step.h), still without blocks.
+
+    Args:
+        hidden, intermediate, heads, kv_heads, head_dim: sizes from the model's config.
+        capacity: positions that the key-value cache holds.
+        epsilon: of RMSNorm.
+        scaling: of the attention scores.
+    """
     return native.module().Step(hidden, intermediate, heads, kv_heads, head_dim, capacity, epsilon, scaling)
 
 
-def run_step(step: Any, x: Float32[Tensor, "hidden"], cos: Float32[Tensor, "head_dim"], sin: Float32[Tensor, "head_dim"], position: int,
-             logits: Float32[Tensor, "vocab"]) -> None:  # fmt: skip
-    """One token: its embedding and its angles in, its logits out; its keys and values go into the cache at
-    ``position``."""
+def run_step(
+    step: Any,
+    x: Float32[Tensor, "hidden"],
+    cos: Float32[Tensor, "head_dim"],
+    sin: Float32[Tensor, "head_dim"],
+    position: int,
+    logits: Float32[Tensor, "vocab"],
+) -> None:
+    """Run one token, whose embedding is x, through the decoder ``step``: its ``logits`` are written in place, its keys
+    and values into the cache at ``position``."""
     step.run(native.isa(), torch.get_num_threads(), x, cos, sin, position, logits)
 
 
@@ -219,32 +273,34 @@ def _float(bias: Tensor | None) -> Tensor | None:
 
 
 def _rows(
-    codes: Tensor, slow: Rows, quick: Callable[[], Any] | None, shape: tuple[int, int], dtype: torch.dtype
+    codes: Tensor, in_torch: Rows, in_cpp: Callable[[], Any] | None, shape: tuple[int, int], dtype: torch.dtype
 ) -> Rows:
-    if quick is None or codes.dtype != torch.uint8 or not _is_native(codes):
-        return slow
-    matrix, (rows, cols) = quick(), shape
+    """Dense rows by the extension, from the matrix that ``in_cpp`` makes, where codes are tiled; else by torch."""
+    if in_cpp is None or codes.dtype != torch.uint8 or not _is_native(codes):
+        return in_torch
+    matrix, (rows, cols) = in_cpp(), shape
 
-    def fast(start: int, stop: int) -> Tensor:
+    def dense(start: int, stop: int) -> Tensor:
         first, last = start // 4 * 4, min(-(-stop // 4) * 4, rows)  # whole tiles
         out = torch.empty(last - first, cols, dtype=torch.float32 if dtype == torch.float16 else dtype)
         native.call("dense", matrix, out, first)
         return out[start - first : stop - first].to(dtype)
 
-    return fast
+    return dense
 
 
 def _codes(codes: Tensor, bits: int, rows: int, cols: int, start: int, stop: int) -> Tensor:
+    """Rows start..stop of packed or tiled codes, u8 [stop - start, cols]."""
     if codes.dtype == torch.int32:
         return unpack(codes[start:stop], bits, cols)
-    first, last = start // 4, -(-stop // 4)
-    return packed.untile(codes[first:last], bits, min(4 * last, rows) - 4 * first, cols)[
-        start - 4 * first : stop - 4 * first
-    ]
+    first, last = start // 4, -(-stop // 4)  # whole tiles of four rows
+    found = packed.untile(codes[first:last], bits, min(4 * last, rows) - 4 * first, cols)
+    return found[start - 4 * first : stop - 4 * first]
 
 
-def _direct(x: Tensor) -> bool:
-    """A plain tensor outside torch.compile: the op's body without the dispatcher's overhead."""
+def _skips_dispatcher(x: Tensor) -> bool:
+    """Whether x is a plain tensor outside of torch.compile, for which the op's body is called without torch's
+    dispatcher and its overhead."""
     return type(x) is Tensor and x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
 
 
@@ -252,23 +308,23 @@ def _lut_linear(x: Tensor, codes: Tensor, lut: Tensor, bias: Tensor | None, bits
     if triton := _triton("lut_linear", x, codes, bits):
         return _with_bias(triton(_flat(x), codes, lut, bits), x, bias)
     cols = x.shape[-1]
-    if _few(x, codes):
+    if _tiled_product_applies(x, codes):
         return _product(lut_matrix(codes, lut, bias, bits, cols), x, len(lut))
     return _through_rows(x, lut_rows(codes, lut, bits, cols), len(lut), bias)
 
 
-def _affine_linear(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, bits: int, group_size: int,
-                   stored_dtype: torch.dtype) -> Tensor:  # fmt: skip
+def _affine_linear(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, bits: int,
+                   group_size: int, stored_dtype: torch.dtype) -> Tensor:  # fmt: skip
     once = scale.dtype in (torch.float32, stored_dtype)  # else W is rounded twice
     if once and (triton := _triton("affine_linear", x, codes, bits)):
         return _with_bias(triton(_flat(x), codes, scale, zero_point, bits, group_size, stored_dtype), x, bias)
-    if _few(x, codes) and once:
+    if _tiled_product_applies(x, codes) and once:
         return _product(affine_matrix(codes, scale, zero_point, bias, bits, group_size, stored_dtype), x, len(scale))
     return _through_rows(x, affine_rows(codes, scale, zero_point, bits, group_size, stored_dtype), len(scale), bias)
 
 
 def _triton(name: str, x: Tensor, codes: Tensor, bits: int) -> Callable[..., Tensor] | None:
-    """The device kernel of this op, where there is one for such codes."""
+    """The Triton kernel of this op where it runs here for such codes, else None."""
     return _kernel(name, bits) if codes.dtype == torch.int32 and backend(x.device) == "triton" else None
 
 
@@ -286,11 +342,12 @@ def _with_bias(out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     return (out if bias is None else out + bias).view(*x.shape[:-1], out.shape[1])
 
 
-def _few(x: Tensor, codes: Tensor) -> bool:
-    return codes.dtype == torch.uint8 and 1 <= x.numel() // x.shape[-1] <= FEW and _is_native(x)
+def _tiled_product_applies(x: Tensor, codes: Tensor) -> bool:
+    return codes.dtype == torch.uint8 and 1 <= x.numel() // x.shape[-1] <= MAX_TOKENS and _is_native(x)
 
 
 def _product(matrix: Any, x: Tensor, rows: int) -> Tensor:
+    """x W^T + bias from a tiled weight: float16 inputs are multiplied in float32."""
     flat = _flat(x.float() if x.dtype == torch.float16 else x).detach().contiguous()
     out = torch.empty(len(flat), rows)
     native.call("product", matrix, flat, out)
@@ -298,7 +355,8 @@ def _product(matrix: Any, x: Tensor, rows: int) -> Tensor:
 
 
 def _through_rows(x: Tensor, weight: Rows, rows: int, bias: Tensor | None) -> Tensor:
-    step = max(4, TILE // x.shape[-1] // 4 * 4)
+    """x W^T + bias with some rows of W dequantized at a time, whole tiles of four."""
+    step = max(4, DENSE_CHUNK // x.shape[-1] // 4 * 4)
     if step >= rows:
         return functional.linear(x, weight(0, rows), bias)
     out = x.new_empty(*x.shape[:-1], rows)
@@ -306,47 +364,6 @@ def _through_rows(x: Tensor, weight: Rows, rows: int, bias: Tensor | None) -> Te
         stop = min(start + step, rows)
         out[..., start:stop] = functional.linear(x, weight(start, stop), None if bias is None else bias[start:stop])
     return out
-
-
-def _check(name: str, x: Tensor, codes: Tensor, values: Tensor, bias: Tensor | None, bits: int) -> None:
-    if x.dtype != values.dtype or x.dtype not in _FLOATS or (bias is not None and bias.dtype != x.dtype):
-        what = f"{name}: the input is {x.dtype}, the grid {values.dtype}" + (
-            "" if bias is None else f", the bias {bias.dtype}"
-        )
-        raise ShapeError(what, name, "All of one dtype: float32, bfloat16 or float16")
-    if x.device != codes.device or x.device != values.device or (bias is not None and bias.device != x.device):
-        raise ShapeError(
-            f"{name}: the input is on {x.device}, the weight on {codes.device}",
-            name,
-            "Move one of them: layer.to(device)",
-        )
-    if x.ndim < 1 or (bias is not None and len(bias) != len(values)):
-        raise ShapeError(f"{name}: input {tuple(x.shape)}, {len(values)} rows, a bias that does not fit", name)
-    rows, cols = len(values), x.shape[-1]
-    if codes.dtype == torch.int32:
-        _check_words(codes, bits, cols, rows)
-    else:
-        _check_tiles(codes, bits, rows, cols)
-
-
-def _check_words(words: Tensor, bits: int, cols: int, rows: int | None = None) -> None:
-    fits = (
-        1 <= bits <= 8
-        and cols >= 1
-        and words.shape[1] == -(-cols * bits // 32)
-        and len(words) == (len(words) if rows is None else rows)
-    )
-    if not fits:
-        raise ShapeError(
-            f"codes of {bits} bits for {cols} columns are not {tuple(words.shape)} words", "codes", "Look at packing.py"
-        )
-
-
-def _check_tiles(tiles: Tensor, bits: int, rows: int, cols: int) -> None:
-    fits = tiles.dtype == torch.uint8 and 1 <= bits <= 8 and cols >= 1 and rows >= 1
-    if not fits or tuple(tiles.shape) != (-(-rows // packed.TILE_ROWS), packed.tile_bytes(cols, bits)):
-        what = f"codes of {bits} bits for {rows} x {cols} are not {tiles.dtype} {tuple(tiles.shape)}"
-        raise ShapeError(what, "codes", "Give int32 words (packing.py), or what leangrid.kernels.decode.tile made")
 
 
 def _fake(x: Tensor, codes: Tensor, values: Tensor, *rest: Any) -> Tensor:

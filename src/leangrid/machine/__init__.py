@@ -1,1 +1,1 @@
-"""What this machine has: memory, devices, arithmetic, and where time and operations went."""
+"""The machine a run uses: its memory, its devices, its arithmetic, and the time and operations a run takes."""

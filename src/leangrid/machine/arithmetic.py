@@ -1,13 +1,13 @@
-"""Which arithmetic the forward passes and the Hessian products use; everything that is solved stays in float32.
+"""Chooses the arithmetic of forward passes and Hessian products. Factorizations and sweeps are always in float32.
 
-With ``bfloat16`` a bfloat16 model computes its forward passes in its own dtype, as it is served; processors with
-bfloat16 tiles or dot products do that several times faster. The Hessians take those activations as they are: a product
-of two bfloat16 numbers is exact in float32, sums are float32, and a Hessian of rounded inputs is still exactly positive
-semidefinite.
+``float32``: all products in float32.
 
-On a CUDA device ``bfloat16`` means any 16-bit model's own dtype, and Hessians on TensorFloat-32 units: a bfloat16 or
-float16 number is one of TF32 exactly, so those products lose nothing either. ``tfloat32`` is for float32 models:
-weights and states in float32, products in TF32."""
+``bfloat16``: a bfloat16 model computes its forward passes in bfloat16, as when it is served, which processors with
+instructions for it do several times faster. Hessians are sums of products of these activations. A product of two
+bfloat16 numbers is exact in float32 and the sums are in float32, so the Hessian is that of the rounded activations, and
+positive semidefinite. On a CUDA device these products use TensorFloat-32, in which bfloat16 numbers are exact too.
+
+``tfloat32`` (CUDA): weights and hidden states are float32, products use TensorFloat-32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,33 +16,34 @@ from typing import Any
 
 import torch
 
-_FLAGS = ("amx_bf16", "avx512_bf16")
+_FLAGS = ("amx_bf16", "avx512_bf16")  # processor flags in /proc/cpuinfo
 
 
-def bfloat16_pays(dtype: torch.dtype, device: str) -> bool:
-    """Whether products in bfloat16 are both harmless (the model is stored in it) and fast (this processor has them)."""
+def is_bfloat16_faster(dtype: torch.dtype, device: str) -> bool:
+    """Whether bfloat16 products lose nothing (the model is stored in bfloat16) and are fast on this processor."""
     return device == "cpu" and dtype == torch.bfloat16 and _switch() is not None and _processor_has_bfloat16()
 
 
-def best_products(dtype: torch.dtype, device: str) -> str:
-    """What ``auto`` means for a model stored in ``dtype`` on ``device``."""
+def choose_products(dtype: torch.dtype, device: str) -> str:
+    """The arithmetic that ``auto`` stands for, for a model stored in ``dtype`` on ``device``: its name in a recipe."""
     if torch.device(device).type == "cuda":
         return "bfloat16" if dtype == torch.bfloat16 else "tfloat32"
-    return "bfloat16" if bfloat16_pays(dtype, device) else "float32"
+    return "bfloat16" if is_bfloat16_faster(dtype, device) else "float32"
 
 
-def compute_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
-    """Of weights and hidden states: a bfloat16 model's own where ``kind`` is bfloat16, else float32.
+def choose_compute_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of weights and hidden states in forward passes, for the arithmetic ``kind`` and a stored ``dtype``.
 
-    Never float16: activations of late blocks pass its largest number, and the infinities would be found a block too
-    late."""
+    It is bfloat16 if both are, else float32. It is never float16: activations of late blocks exceed its largest number,
+    and the infinities would be noticed only a block later."""
     return dtype if kind == "bfloat16" and dtype == torch.bfloat16 else torch.float32
 
 
 @contextmanager
-def products(kind: str) -> Iterator[None]:
-    """Inside the ``with``, float32 matrix products use ``kind`` operands: float32, bfloat16 (on the CPU; TF32 on CUDA),
-    tfloat32 (CUDA)."""
+def use_products(kind: str) -> Iterator[None]:
+    """Inside the ``with``, matrix products of float32 tensors use the arithmetic ``kind``, then the former one again.
+
+    ``bfloat16`` means bfloat16 operands on the CPU and TensorFloat-32 on CUDA."""
     settings = [(torch.backends.cuda.matmul, "tf32")] if kind != "float32" and torch.cuda.is_available() else []
     switch = _switch()
     settings += [(switch, "bf16")] if kind == "bfloat16" and switch is not None else []
@@ -57,12 +58,13 @@ def products(kind: str) -> Iterator[None]:
 
 
 def _switch() -> Any:
-    """torch's setting, absent before 2.9."""
+    """torch's setting for CPU products; None for a torch before 2.9, or without oneDNN."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     return matmul if torch.backends.mkldnn.is_available() and hasattr(matmul, "fp32_precision") else None
 
 
 def _processor_has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16 products; False on systems without /proc/cpuinfo."""
     try:
         flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):

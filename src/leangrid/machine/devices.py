@@ -1,5 +1,4 @@
-"""What is different on a device that is not the CPU: its own memory, which runs out; its own time, which must be waited
-for."""
+"""What differs between the CPU and a CUDA device: its memory, and that its work is asynchronous."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,19 +10,22 @@ from leangrid.errors import LeangridError, RecipeError
 from leangrid.machine import memory
 from leangrid.machine.stopwatch import Clock
 
-# cuBLAS and cuSOLVER say in their own words that there was no memory for a handle or a workspace.
+# Parts of the messages of errors other than torch.OutOfMemoryError that mean a lack of memory.
 _NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
     "DefaultCPUAllocator",
 )
-# Of what is free: the rest goes to the allocator's holes, on a device also to the libraries' workspaces.
+# The part of the free memory that a run plans with, on a device and on the CPU. The rest is for fragmentation in the
+# allocator, and on a device for the workspaces of libraries.
 _USABLE, _USABLE_HOST = 0.94, 0.9
 
 
-def checked(device: str) -> torch.device:
-    """``device`` as torch knows it; LeangridError where it is none, or not on this machine."""
+def parse_device(device: str) -> torch.device:
+    """``device``, such as ``cuda:1``, as a torch.device.
+
+    Raises LeangridError if it is no device, is neither cpu nor cuda, or is not on this machine."""
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -41,8 +43,8 @@ def checked(device: str) -> torch.device:
     return found
 
 
-def use_threads(threads: int | None) -> None:
-    """Let torch use so many CPU threads; its own choice where None. RecipeError for fewer than one."""
+def set_threads(threads: int | None) -> None:
+    """Set the number of CPU threads of torch; None leaves it as it is. RecipeError for less than 1."""
     if threads is None:
         return
     if threads < 1:
@@ -50,65 +52,66 @@ def use_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
-def accelerated(device: torch.device | str) -> bool:
-    """True where the device has memory of its own, so that the CPU can step in for it."""
+def has_own_memory(device: torch.device | str) -> bool:
+    """Whether the device has memory of its own, so that work that does not fit there can be done on the CPU."""
     return torch.device(device).type != "cpu"
 
 
 def available_bytes(device: torch.device | str) -> int:
-    """What a run may take on ``device``: of the device's own memory, or of the machine's."""
-    if not accelerated(device):
+    """How many bytes of memory a run may use on ``device``: of its own memory, or of the machine's for the CPU."""
+    if not has_own_memory(device):
         return int(_USABLE_HOST * memory.available_bytes())
     free, _ = torch.cuda.mem_get_info(device)
     return usable_bytes(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def usable_bytes(free: int) -> int:
-    """Of ``free`` bytes of an accelerator, what a run may take."""
+    """How many of ``free`` bytes of a CUDA device a run may use."""
     return int(_USABLE * free)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a device, or torch's CPU allocator, had no memory left."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` means that a device, or the CPU allocator of torch, had not enough memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
     )
 
 
-def release_cached(device: torch.device | str) -> None:
-    """Give memory that torch keeps for later back to the device."""
-    if accelerated(device):
+def release_cached_memory(device: torch.device | str) -> None:
+    """Give memory that torch's allocator keeps for reuse back to the device. Does nothing for the CPU."""
+    if has_own_memory(device):
         torch.cuda.empty_cache()
 
 
-def wait(device: torch.device | str) -> None:
-    """Until the device has done all that it was asked."""
-    if accelerated(device):
+def synchronize(device: torch.device | str) -> None:
+    """Wait until the device has finished all work that was submitted to it. Does nothing for the CPU."""
+    if has_own_memory(device):
         torch.cuda.synchronize(device)
 
 
-def start_counting(device: torch.device | str) -> None:
-    """From now on ``peak_bytes`` counts."""
-    if accelerated(device):
-        torch.cuda.init()  # before it, there is no allocator to ask
+def reset_peak_bytes(device: torch.device | str) -> None:
+    """Let ``peak_bytes`` count from now on. Does nothing for the CPU."""
+    if has_own_memory(device):
+        torch.cuda.init()  # the allocator exists only after it
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_bytes(device: torch.device | str) -> int:
-    """Most bytes of tensors on ``device`` at once since ``start_counting``; 0 for the CPU."""
-    return torch.cuda.max_memory_allocated(device) if accelerated(device) else 0
+    """The most bytes of tensors on ``device`` at one time since ``reset_peak_bytes``; 0 for the CPU."""
+    return torch.cuda.max_memory_allocated(device) if has_own_memory(device) else 0
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, pinned where that makes the way back asynchronous; the tensor itself where it is there
-    already."""
+def copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` in pinned CPU memory, from which copies to a device can be asynchronous.
+
+    A tensor on the CPU is returned itself."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 class DeviceClock(Clock):
-    """A clock whose stages end when the device has done their work, not when it was asked to."""
+    """A clock whose stages include the work of the device: each waits until the device has finished."""
 
     def __init__(self, device: torch.device | str) -> None:
         super().__init__()
@@ -116,9 +119,9 @@ class DeviceClock(Clock):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """As Clock.stage, on a device that is idle before and after."""
+        """As ``Clock.stage``; the time ends when the device has finished its work."""
         with super().stage(name):
             try:
                 yield
             finally:
-                wait(self._device)
+                synchronize(self._device)

@@ -1,4 +1,4 @@
-"""How much memory the process holds, held at most, and may still take."""
+"""How much memory the process uses, used at most, and may still use; all sizes in bytes."""
 
 import contextlib
 import ctypes
@@ -9,18 +9,17 @@ from pathlib import Path
 
 import psutil
 
-_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20
+_M_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # an option of glibc's mallopt, and its value in bytes
 _GROUPS = Path("/sys/fs/cgroup")
-# Limit, use, and the part of the use that is page cache, in both generations of control groups.
+# Control groups, versions 1 and 2: the names of page cache in memory.stat, and the files with limit and use.
 _CACHE = ("total_inactive_file", "total_active_file", "inactive_file", "active_file")
 _FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 def peak_bytes() -> int:
-    """Largest resident size of this process so far.
+    """The largest resident size of this process so far.
 
-    Linux: VmHWM, because ru_maxrss survives an exec and would show a large parent's peak.
-    """
+    On Linux this is VmHWM: ru_maxrss would include the peak of a parent process from before the exec."""
     try:
         return _status("VmHWM:")
     except (OSError, StopIteration):
@@ -29,13 +28,13 @@ def peak_bytes() -> int:
 
 
 def _status(field: str) -> int:
-    """A field of /proc/self/status in bytes; OSError or StopIteration where there is none."""
+    """A field of /proc/self/status, in bytes. OSError or StopIteration if there is none."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def resident_bytes() -> int:
-    """Resident size of this process now; the peak where the system does not tell."""
+    """The resident size of this process now; its peak on systems without /proc."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -44,29 +43,32 @@ def resident_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """What the process may still take: what the machine has left, and no more than its control groups (containers,
-    Slurm, systemd) and its own limits leave. Page cache counts as free: the system gives it up when it is needed."""
+    """How much more memory the process may use.
+
+    It is the least of what the machine has free, what the limits of its control groups leave (containers, Slurm,
+    systemd), and what its own limits leave. Page cache counts as free, because the system gives it up on demand."""
     left = [psutil.virtual_memory().available, *_left_in_groups()]
     left += [limit - _status(field) for field, limit in _own_limits().items()]
     return max(0, min(left))
 
 
-def maps(size: int) -> bool:
-    """Whether a file of ``size`` bytes may be mapped into memory: its pages cost nothing, but a limit on addresses
-    counts them."""
+def can_map(size: int) -> bool:
+    """Whether a file of ``size`` bytes can be mapped: its pages need no memory, but count against address limits."""
     return all(size < limit - _status(field) for field, limit in _own_limits().items())
 
 
-def spare_addresses() -> None:
-    """Where the process's addresses are limited, let the C library map each large piece by itself and give it back when
-    it is freed: in its heap they leave holes that are no memory, but count. It costs page faults, so not elsewhere."""
+def avoid_heap_holes() -> None:
+    """Let the C library map each large allocation separately, if the addresses of the process are limited.
+
+    Freed allocations in its heap would leave holes, which use no memory but count against such a limit. Without a
+    limit nothing is changed, because separate mappings cost page faults."""
     if _own_limits():
-        with contextlib.suppress(OSError, AttributeError):  # glibc alone has the call
+        with contextlib.suppress(OSError, AttributeError):  # only glibc has mallopt
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def _own_limits() -> dict[str, int]:
-    """Bytes that the process may have, by the field of /proc/self/status that counts them."""
+    """The limits of the process that are set, by the field of /proc/self/status that counts against each."""
     limits = {
         "VmData:": resource.getrlimit(resource.RLIMIT_DATA)[0],
         "VmSize:": resource.getrlimit(resource.RLIMIT_AS)[0],
@@ -75,10 +77,10 @@ def _own_limits() -> dict[str, int]:
 
 
 def _left_in_groups(root: Path = _GROUPS, mine: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Bytes that the memory limit of each control group over this process leaves."""
+    """What the memory limit of each control group of this process leaves, its parent groups included."""
     try:
         lines = mine.read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return []
     left = []
     for line in lines:
@@ -95,6 +97,7 @@ def _left_in_groups(root: Path = _GROUPS, mine: Path = Path("/proc/self/cgroup")
 
 
 def _left_in(folder: Path, limit: str, used: str) -> int | None:
+    """What the control group at ``folder`` leaves; None if it has no limit or none that can be read."""
     try:
         allowed = (folder / limit).read_text().strip()
         if allowed == "max":
@@ -102,16 +105,11 @@ def _left_in(folder: Path, limit: str, used: str) -> int | None:
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         names = _CACHE[:2] if "total_active_file" in stat else _CACHE[2:]
         return int(allowed) - int((folder / used).read_text()) + sum(int(stat[name]) for name in names)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-    ):  # the root group has no limit; inside a container the outer ones are not shown
-        return None
+    except (OSError, ValueError, KeyError):
+        return None  # the root group has no limit, and a container does not show its outer groups
 
 
-def return_free() -> None:
-    """Give memory that was freed back to the system where the C library keeps it: after a whole model was loaded, that
-    is most of it."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone has the call
+def return_freed_memory() -> None:
+    """Give freed memory that the C library keeps back to the system, which is much after a whole model was loaded."""
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has malloc_trim
         ctypes.CDLL(None).malloc_trim(0)

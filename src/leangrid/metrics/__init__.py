@@ -1,1 +1,1 @@
-"""How far two models are apart, as functions of logits and embeddings."""
+"""Perplexity, and how far two models are apart, as functions of logits and embeddings."""

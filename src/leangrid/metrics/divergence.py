@@ -17,8 +17,12 @@ Logits = Callable[[Int64[Tensor, " tokens"]], Float[Tensor, "tokens vocab"]]
 
 @dataclass(frozen=True)
 class Divergence:
-    """Of one window: KL in nats (float64) and whether both models prefer the same next token, for each predicted
-    token."""
+    """How far two models are apart on one window, for each predicted token.
+
+    Attributes:
+        kl: KL(reference || model) in nats, float64.
+        agrees: whether both give the same token the highest probability.
+    """
 
     kl: Float[Tensor, " predicted"]
     agrees: Bool[Tensor, " predicted"]
@@ -30,8 +34,10 @@ def divergence(
     """KL(reference || model) per predicted token.
 
     Args:
-        reference: log-probabilities of the reference, float32 or float16 (then renormalized: rounding moved their sum).
-        logits: the model's, one position more; the last predicts beyond the window and is left out.
+        reference: log-probabilities of the reference, float32, or float16, which is normalized again because rounding
+            changed the sum of the probabilities.
+        logits: logits of the model for all tokens of the window; those of the last token, whose successor is not in the
+            window, are left out.
 
     Raises:
         ShapeError: the two vocabularies differ.
@@ -55,14 +61,23 @@ def divergence(
 class Reference:
     """The original's log-probabilities on all windows, to compare several models with.
 
-    They are kept in memory in float32 where that fits in ``budget`` bytes, else in float16 (top-1 ties aside this moves
-    a mean KL by less than 1e-5). Where neither fits, the original is run again for each model: it then stays loaded,
-    and ``kept`` is False."""
+    They are held in memory in float32 where that fits in ``budget`` bytes, else in float16, which changes a mean KL by
+    less than 1e-5. Where neither fits, the original stays loaded and is run again for each model.
+
+    Args:
+        logits: computes the original's logits of one window.
+        windows: token ids.
+        budget: bytes; None: 4 GiB, or a quarter of the machine's memory where that is less.
+
+    Attributes:
+        nll: -log p of each predicted token under the original, in nats, float64.
+        in_memory: whether the log-probabilities are held.
+    """
 
     def __init__(self, logits: Logits, windows: Int64[Tensor, "windows length"], budget: int | None = None) -> None:
         self._logits: Logits | None = logits
         self._windows = windows
-        self._kept: list[Tensor] = []
+        self._held: list[Tensor] = []
         budget = _budget() if budget is None else budget
         dtype: torch.dtype | None = None
         nll = []
@@ -75,16 +90,16 @@ class Reference:
                     (kind for kind in (torch.float32, torch.float16) if elements * kind.itemsize <= budget), None
                 )
             if dtype is not None:
-                self._kept.append(_log_probs(found, dtype))
+                self._held.append(_log_probs(found, dtype))
         self.nll: Float[Tensor, " predicted"] = torch.cat(nll)
-        self.kept = dtype is not None
-        if self.kept:
+        self.in_memory = dtype is not None
+        if self.in_memory:
             self._logits = None  # lets the caller's model go
 
     def log_probs(self, index: int) -> Float[Tensor, "predicted vocab"]:
-        """Of window ``index``, float32 or float16 [length - 1, vocab]."""
+        """Log-probabilities of window ``index``, float32 or float16 [length - 1, vocab]."""
         if self._logits is None:
-            return self._kept[index]
+            return self._held[index]
         return _log_probs(self._logits(self._windows[index]), torch.float32)
 
 
@@ -97,9 +112,9 @@ def _log_probs(logits: Float[Tensor, "tokens vocab"], dtype: torch.dtype) -> Flo
 
 
 def _budget() -> int:
-    """4 GiB, or a quarter of the machine's memory where that is less."""
+    """The default of ``Reference``'s budget."""
     try:
         physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not told on this system
+    except (AttributeError, ValueError, OSError):  # this system does not say
         return 4 << 30
     return min(4 << 30, physical // 4)

@@ -1,4 +1,4 @@
-"""Encoders have no next token: what counts is where their embeddings point."""
+"""How far two encoders are apart: the angle between their embeddings, since encoders predict no next token."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def states(model: torch.nn.Module, **inputs: Tensor) -> Float[Tensor, "batch tokens width"]:
-    """The last hidden states of the encoder below whatever head the model has."""
+    """The last hidden states of the encoder, without the head that the model may have."""
     output: Any = getattr(model, "base_model", model)(**inputs)
     return output.last_hidden_state
 
@@ -19,5 +19,5 @@ def mean_pooled(model: torch.nn.Module, window: Int64[Tensor, " tokens"]) -> Flo
 
 
 def cosine_distance(first: Float[Tensor, "windows width"], second: Float[Tensor, "windows width"]) -> float:
-    """Mean over windows of 1 - cosine similarity: 0 the same direction, 1 none in common."""
+    """The mean over windows of 1 - cosine similarity: 0 for equal directions, 1 for orthogonal ones."""
     return float((1 - torch.cosine_similarity(first, second, dim=-1)).mean())

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-CHUNK = 128  # positions whose log-probabilities exist at once, besides the logits of one window
+CHUNK = 128  # positions whose log-probabilities are computed at once
 
 
 def negative_log_likelihood(
@@ -22,6 +22,6 @@ def negative_log_likelihood(
 
 
 def perplexity(nll: Float[Tensor, " predicted"]) -> float:
-    """exp of the mean negative log-likelihood; infinite where a model left the range of floats."""
+    """exp of the mean negative log-likelihood (nats); infinite where that overflows a float."""
     mean = float(nll.mean())
     return math.exp(mean) if mean < 700 else math.inf

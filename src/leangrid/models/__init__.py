@@ -1,1 +1,2 @@
-"""The model: which linears a block holds, one block in memory at a time, and the walk through it."""
+"""Models: the table of architectures, transformers modules of which one block is in memory at a time, the walk through
+a block, GGUF files as checkpoints."""

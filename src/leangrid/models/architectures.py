@@ -1,14 +1,14 @@
-"""The architectures leangrid knows: one row each.
+"""The architectures leangrid knows, one row each.
 
-A row says where the blocks are and which linears read the same input, in the order the block calls them. Linears of one
-group share their Hessian and its factor; a later group sees the already quantized earlier ones ("true-sequential"). To
-add an architecture, add its row here and a tiny model of it in tests/support/tiny_models.py: the walk needs nothing
-else."""
+A row says where the blocks are and which linears of a block read the same input, in the order in which the block calls
+them. The linears of a group share their Hessian and its factor; the inputs of a later group come from the quantized
+earlier ones (GPTQ's "true-sequential"). To add an architecture, add its row here and a tiny model of it to
+tests/support/tiny_models.py."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from leangrid.errors import ArchitectureError
 
@@ -17,15 +17,15 @@ Groups = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where a model family keeps its blocks.
+    """Where the linears of a model family are.
 
     Attributes:
-        blocks: path of the list of blocks, from the base model (the model without its head).
-        groups: linears of a block by shared input, in the order of the forward pass; paths from the block.
-        kind: "decoder" (causal, has perplexity) or "encoder".
-        layer: "linear" (nn.Linear, weight [out, in]) or "conv1d" (GPT-2's transposed twin).
-        sparse: a mixture of experts; ``*`` in a name is every expert, and blocks differ: names that a block lacks are
-        left out.
+        blocks: the path of the list of blocks in the base model, which is the model without its head.
+        groups: the linears of a block by shared input, in the order of the forward pass; paths from the block.
+        kind: "decoder" (causal, has a perplexity) or "encoder".
+        layer: "linear" (nn.Linear, weight [out, in]) or "conv1d" (transformers' Conv1D, weight [in, out]).
+        sparse: a mixture of experts. ``*`` in a name stands for every expert; names that a block lacks are left out,
+            since blocks differ.
     """
 
     blocks: str
@@ -34,9 +34,12 @@ class Architecture:
     layer: Literal["linear", "conv1d"] = "linear"
     sparse: bool = False
 
+    def transposed(self, weight: Tensor) -> Tensor:
+        """A weight as [rows, cols] from how the module stores it, or back: GPT-2's Conv1D stores the transpose."""
+        return weight.t() if self.layer == "conv1d" else weight
+
     def groups_of(self, block: nn.Module) -> Groups:
-        """The groups of one block. All linears that read the experts' inputs at one point make one group (walk.py,
-        experts.py)."""
+        """The groups of one block. All experts' linears of one stage (experts.py) are one group."""
         if not self.sparse:
             return self.groups
         there = {name for name, _ in block.named_modules()}
@@ -114,9 +117,9 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture_of(config: dict[str, Any]) -> Architecture:
-    """The row for a checkpoint's ``config.json``; ArchitectureError names an unknown one and how to add it.
+    """The row of the architecture that a checkpoint's config.json names; ArchitectureError where there is none.
 
-    A checkpoint that brings its own code (``auto_map``) is read as the plain model of its type; its code is never run.
+    A checkpoint with code of its own (``auto_map``) is read as transformers' model of its type; its code is never run.
     """
     name = config.get("model_type")
     row = ARCHITECTURES.get(name) if isinstance(name, str) else None

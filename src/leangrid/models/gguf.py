@@ -1,8 +1,9 @@
-"""A .gguf file as a checkpoint: dequantized once into a plain directory, a few hundred megabytes at a time.
+"""A .gguf file as a checkpoint: dequantized once into a directory with config.json and safetensors files, 512 MB at a
+time.
 
-The header says what the model is (gguf_families.py); gguf-py knows llama.cpp's names of the tensors and the numbers in
-its blocks. Every tensor of the class must be in the file and every tensor of the file in the class, before a weight is
-read."""
+The header says what the model is (gguf_families.py); gguf-py has llama.cpp's names of the tensors and dequantizes its
+blocks. Before a weight is read every tensor of transformers' class must be found in the file, and every tensor of the
+file must have its place in the class."""
 
 import copy
 import json
@@ -21,20 +22,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from leangrid.errors import ArchitectureError, CheckpointError
 from leangrid.models import gguf_tokenizer
 from leangrid.models.gguf_families import Family, family_of
-from leangrid.models.gguf_fields import Fields, chunk, readable, rows
+from leangrid.models.gguf_fields import Fields, can_dequantize, read_rows, rows_at_once
 from leangrid.models.shapes import DescribedCheckpoint, TensorShape
 from leangrid.models.skeleton import empty_model
 from leangrid.storage import files, safetensors
+from leangrid.storage.dtypes import NAMES, torch_name, weight_dtype
 from leangrid.storage.gguf import Field
 from leangrid.storage.gguf_header import Header, StoredTensor, begins_as_gguf, read_header
-from leangrid.storage.gguf_shards import parts, read_model_header
+from leangrid.storage.gguf_shards import list_parts, read_model_header
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float32}
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _INTEGERS = ("I8", "I16", "I32", "I64")
-_NOT_OF_A_FILE = ("_name_or_path", "torch_dtype", "id2label", "label2id")
-_MAX_BLOCKS = 10_000  # as storage/config.py
-_SHARD = 512 << 20  # bytes of weights that are held before they are written
+# Fields of transformers' config objects that no config.json needs.
+_OBJECT_FIELDS = ("_name_or_path", "torch_dtype", "id2label", "label2id")
+_MAX_BLOCKS = 10_000  # as in storage/config.py
+_SHARD = 512 << 20  # bytes of weights in one safetensors file, which are in memory until it is written
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _OF_QKV = re.compile(r"blk\.\d+\.attn_([qkv])\.(weight|bias)")
 _WAY_OUT = "Give a complete file, or the model's own checkpoint (safetensors and config.json) as SOURCE"
@@ -42,11 +43,16 @@ _WAY_OUT = "Give a complete file, or the model's own checkpoint (safetensors and
 
 @dataclass(frozen=True)
 class Part:
-    """Where a tensor of the checkpoint lies in the file: ``count`` rows from ``first`` on; None stands for a bias of
-    zeros.
+    """Where a tensor of the checkpoint lies in the file, and how it is converted.
 
-    ``heads``: rows of each head are put back from the original Llama's order; ``transposed``: rows become columns;
-    ``shift`` is added."""
+    Attributes:
+        stored: the tensor of the file; None for a bias that the file leaves out, which is zeros.
+        first, count: its rows that are meant.
+        shape: of the checkpoint's tensor.
+        heads: None, or the number of heads whose rows are permuted from the original Llama's order to transformers'.
+        transposed: rows become columns.
+        shift: is added to every value.
+    """
 
     stored: StoredTensor | None
     first: int
@@ -59,8 +65,8 @@ class Part:
 
 @dataclass(frozen=True)
 class GgufSource:
-    """A GGUF model that was understood from its header alone: the config of transformers, and each tensor's place in
-    the file."""
+    """What the header of a GGUF model means: config.json, the dtype of most weights, and each tensor's place in the
+    file."""
 
     header: Header
     config: dict[str, Any]
@@ -69,31 +75,30 @@ class GgufSource:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether ``path`` is named like a GGUF file, or is one by its first bytes, as in caches that name files by their
-    hash."""
+    """Whether ``path`` is named ``*.gguf``, or begins with GGUF's magic bytes as in caches that name files by hash."""
     return path.suffix.lower() == ".gguf" or begins_as_gguf(path)
 
 
 def all_files(path: Path) -> list[Path]:
-    """The files of the model that ``path`` belongs to: itself, or all parts of a split one. CheckpointError where a
+    """The files of the model that ``path`` belongs to: itself, or all parts of a split model. CheckpointError where a
     part is missing."""
-    return parts(path)
+    return list_parts(path)
 
 
 def dequantizing_bytes(weights: Iterable[int]) -> int:
-    """The most memory that dequantizing takes at once, for tensors of so many weights each: those of one file of the
-    result, and the largest tensor once more while its rows are put in order."""
+    """The peak memory of ``dequantize`` in bytes, for tensors with these numbers of weights: the tensors of one file of
+    the result, and the largest one once more while its rows are permuted."""
     sizes = [4 * count for count in weights]
     largest = max(sizes, default=0)
     return min(sum(sizes), max(_SHARD, largest)) + largest
 
 
 def open_gguf(path: Path) -> GgufSource:
-    """Understand a GGUF model from its header, without reading a weight.
+    """Translate the header of a GGUF model into transformers' terms, without reading a weight.
 
     Raises:
         CheckpointError: the file or a part of it is missing or damaged; its architecture, a field, a type of weights or
-            its tokenizer is not read here; tensors are missing from it or have no place in the model.
+            its tokenizer is not known here; tensors are missing from it or have no place in the model.
     """
     header = read_model_header(path)
     fields = Fields(header, _architecture(header))
@@ -109,10 +114,10 @@ def open_gguf(path: Path) -> GgufSource:
         )
     config |= {"vocab_size": embedding.shape[0], "tie_word_embeddings": "output.weight" not in header.tensors}
     config |= gguf_tokenizer.special_ids(header)
-    fields.check_rest()
+    fields.refuse_unread()
     gguf_tokenizer.check_tokenizer(header, embedding.shape[0])
     for name, stored in header.tensors.items():
-        if stored.kind in _INTEGERS or not readable(stored.kind):
+        if stored.kind in _INTEGERS or not can_dequantize(stored.kind):
             raise CheckpointError(
                 f"the tensor {name} is stored as {stored.kind}, which cannot be made weights", path, _WAY_OUT
             )
@@ -137,29 +142,28 @@ def _architecture(header: Header) -> str:
 
 
 def _dtype(header: Header) -> torch.dtype:
-    """The dtype of most weights in matrices; bfloat16 where they are in blocks."""
+    """The dtype of most weights of the file's matrices; bfloat16 where most are quantized in blocks."""
     counts: dict[torch.dtype, int] = {}
     for stored in header.tensors.values():
         if len(stored.shape) > 1:
-            dtype = _DTYPES.get(stored.kind, torch.bfloat16)
+            dtype = weight_dtype(stored.kind) or torch.bfloat16
             counts[dtype] = counts.get(dtype, 0) + torch.Size(stored.shape).numel()
     return max(counts, key=lambda dtype: counts[dtype])
 
 
 def _completed(path: Path, config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The whole config.json: what the file says, and transformers' defaults for what no forward pass of llama.cpp
-    knows."""
+    """The whole config.json: what the header says, completed by transformers' defaults."""
     try:
         whole = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(config)).to_dict()
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"no config can be made of its header: {error}", path, _WAY_OUT) from error
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
-    whole |= copy.deepcopy(config) | {"architectures": [name], "dtype": str(dtype).removeprefix("torch.")}
-    return json.loads(json.dumps({key: value for key, value in whole.items() if key not in _NOT_OF_A_FILE}))
+    whole |= copy.deepcopy(config) | {"architectures": [name], "dtype": torch_name(dtype)}
+    return json.loads(json.dumps({key: value for key, value in whole.items() if key not in _OBJECT_FIELDS}))
 
 
 def _placed(fields: Fields, family: Family, config: dict[str, Any]) -> dict[str, Part]:
-    """Where each tensor of the class lies; CheckpointError where file and class disagree."""
+    """Where each tensor of transformers' class lies; CheckpointError where file and class disagree."""
     header = fields.header
     model = empty_model(DescribedCheckpoint(header.file, config, {}))
     number = next(number for number, text in gguf.MODEL_ARCH_NAMES.items() if text == fields.arch)
@@ -182,12 +186,14 @@ def _placed(fields: Fields, family: Family, config: dict[str, Any]) -> dict[str,
         used.add(source)
         found[name] = part = _as_stored(part, family, name, tuple(tensor.shape), config)
         if not _fits(part):
-            wrong.append(
-                f"{source} has shape {list(part.stored.shape) if part.stored else []}, the header asks for {list(part.shape)}"
-            )
+            shape = list(part.stored.shape) if part.stored else []
+            wrong.append(f"{source} has shape {shape}, the header asks for {list(part.shape)}")
     extra = [name for name in header.tensors if name not in used]
-    for problem, names in (("tensors are missing from the GGUF file", missing), ("the GGUF file holds tensors that have no place in a "
-                           f"{config['architectures'][0]}", extra), ("header and tensors of the GGUF file disagree", wrong)):  # fmt: skip
+    for problem, names in (
+        ("tensors are missing from the GGUF file", missing),
+        (f"the GGUF file holds tensors that have no place in a {config['architectures'][0]}", extra),
+        ("header and tensors of the GGUF file disagree", wrong),
+    ):
         if names:
             more = f"; and {len(names) - 4} more" if len(names) > 4 else ""
             raise CheckpointError(f"{problem}: {'; '.join(dict.fromkeys(names[:4]))}{more}", header.file, _WAY_OUT)
@@ -197,8 +203,8 @@ def _placed(fields: Fields, family: Family, config: dict[str, Any]) -> dict[str,
 def _place(
     header: Header, theirs: str, name: str, shape: tuple[int, ...], config: dict[str, Any]
 ) -> tuple[Part, str] | None:
-    """The tensor called ``theirs``, or the expert or the queries, keys or values in one that holds more; None where
-    there is none."""
+    """Where the tensor lies that llama.cpp calls ``theirs`` and transformers ``name``, and in which tensor of the file:
+    one of its own, or one that fuses experts, or queries, keys and values. None where it is in none."""
     expert = _EXPERT.search(name)
     if expert is not None:
         number = int(expert[1])
@@ -224,12 +230,13 @@ def _place(
 
 
 def _zero_bias(header: Header, family: Family, theirs: str) -> bool:
-    """Whether the bias called ``theirs`` is one that no block of the file has, and llama.cpp then adds none."""
+    """Whether ``theirs`` is a bias that llama.cpp leaves out where no block of the file has it."""
     end = next((end for end in family.zero_biases if theirs.endswith(f".{end}")), None)
     return end is not None and not any(name.endswith(f".{end}") for name in header.tensors)
 
 
 def _as_stored(part: Part, family: Family, name: str, shape: tuple[int, ...], config: dict[str, Any]) -> Part:
+    """The part with the conversions that its family and its name ask for."""
     heads = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
     permuted = next((config[key] for text, key in heads.items() if text in name), None) if family.permuted else None
     transposed = config["model_type"] == "gpt2" and len(shape) == 2 and ".h." in name
@@ -239,6 +246,7 @@ def _as_stored(part: Part, family: Family, name: str, shape: tuple[int, ...], co
 
 
 def _fits(part: Part) -> bool:
+    """Whether the stored shape is the one that the checkpoint's tensor needs."""
     stored = part.stored
     if stored is None:
         return True
@@ -246,27 +254,24 @@ def _fits(part: Part) -> bool:
     wanted = part.shape[::-1] if part.transposed else part.shape
     if part.heads and wanted[0] % (2 * part.heads):
         return False
-    return shape == wanted or (
-        len(wanted) == 2 and wanted[0] == 1 and shape == wanted[1:]
-    )  # a gate of one row is stored as a vector
+    # A gate of one row is stored as a vector.
+    return shape == wanted or (len(wanted) == 2 and wanted[0] == 1 and shape == wanted[1:])
 
 
 def _read(part: Part, dtype: torch.dtype) -> Tensor:
-    """One tensor of the checkpoint, in ``dtype``; what is stored as plain floats is only narrowed where that loses
-    nothing."""
+    """One tensor of the checkpoint in ``dtype``; in its own dtype where it is floats that ``dtype`` would round."""
     stored = part.stored
     if stored is None:
         return torch.zeros(part.shape, dtype=dtype)
-    columns, plain = stored.shape[-1], stored.kind in _DTYPES
-    kept = _DTYPES[stored.kind] if plain else dtype
+    columns, dtype_read = stored.shape[-1], weight_dtype(stored.kind) or dtype
     vector = len(stored.shape) == 1
-    made = torch.empty((1 if vector else part.count, columns), dtype=kept)
-    step = chunk(stored)
+    made = torch.empty((1 if vector else part.count, columns), dtype=dtype_read)
+    step = rows_at_once(stored)
     for first in range(0, len(made), step):
         count = min(step, len(made) - first)
-        values = rows(stored, part.first + first, count)
+        values = read_rows(stored, part.first + first, count)
         made[first : first + count] = values + part.shift if part.shift else values
-    if part.heads is not None:
+    if part.heads is not None:  # pairs beside each other -> the two halves of a head
         length = made.numel() if vector else len(made)
         order = torch.arange(length).reshape(part.heads, -1, 2).transpose(1, 2).reshape(-1)
         made = made[:, order] if vector else made[order]
@@ -278,11 +283,11 @@ def _read(part: Part, dtype: torch.dtype) -> Tensor:
 
 
 def _shards(source: GgufSource) -> Iterator[list[str]]:
-    """Names of the tensors that are written together."""
+    """Yield the names of the tensors of each file of the result."""
     held: list[str] = []
     size = 0
     for name, part in source.tensors.items():
-        kind = source.dtype if part.stored is None else _DTYPES.get(part.stored.kind, source.dtype)
+        kind = source.dtype if part.stored is None else (weight_dtype(part.stored.kind) or source.dtype)
         nbytes = max(kind.itemsize, source.dtype.itemsize) * torch.Size(part.shape).numel()
         if held and size + nbytes > _SHARD:
             yield held
@@ -293,15 +298,16 @@ def _shards(source: GgufSource) -> Iterator[list[str]]:
 
 
 def dequantize(path: Path, directory: Path) -> torch.dtype:
-    """Write the model in ``path`` (and its other parts) to ``directory`` as config.json, safetensors files and
+    """Write the GGUF model in ``path`` and its other parts to ``directory`` as config.json, safetensors files and
     tokenizer files.
 
     Returns:
-        the dtype of most written weights: the file's own for plain floats, bfloat16 for blocks. Plain tensors of
-        another dtype keep it where the common one cannot hold them exactly.
+        the dtype of most written weights: that of the file for floats, bfloat16 for blocks. Tensors of floats in
+        another dtype keep it where the common one would round them.
 
     Raises:
-        CheckpointError: as ``open_gguf``; or the file cannot be read to its end. OutputError from the disk.
+        CheckpointError: as ``open_gguf``; or the file ends early.
+        OutputError: the disk is full or not writable.
     """
     source = open_gguf(path)
     tokenizer = gguf_tokenizer.tokenizer_of(source.header)
@@ -323,14 +329,13 @@ def dequantize(path: Path, directory: Path) -> torch.dtype:
         )
     generation = gguf_tokenizer.generation_config(source.header)
     files.atomic_write(directory / "generation_config.json", json.dumps(generation, indent=2).encode())
-    files.atomic_write(
-        directory / "config.json", json.dumps(source.config, indent=2).encode()
-    )  # the last: it says that all is there
+    # Written last: a directory with config.json is complete.
+    files.atomic_write(directory / "config.json", json.dumps(source.config, indent=2).encode())
     return source.dtype
 
 
 def header(path: Path) -> dict[str, Field]:
-    """The key-value fields of a GGUF file, by key.
+    """Read the key-value fields of a GGUF file, by key.
 
     Raises:
         CheckpointError: the file is missing, no GGUF, or its header is damaged.
@@ -339,12 +344,12 @@ def header(path: Path) -> dict[str, Field]:
 
 
 def describe(path: Path) -> DescribedCheckpoint:
-    """The checkpoint that ``dequantize(path, ...)`` would write, from the file's header alone; its errors."""
+    """Describe the checkpoint that ``dequantize`` would write, from the header alone. Raises as ``open_gguf`` does."""
     try:
         source = open_gguf(path)
     except ArchitectureError as error:
         raise CheckpointError(error.what, path, error.way_out) from error
-    name, size = _NAMES[source.dtype], source.dtype.itemsize
+    name, size = NAMES[source.dtype], source.dtype.itemsize
     shapes = {name_: (part.shape, torch.Size(part.shape).numel() * size) for name_, part in source.tensors.items()}
     return DescribedCheckpoint(
         path, source.config, {n: TensorShape(name, shape, nbytes) for n, (shape, nbytes) in shapes.items()}

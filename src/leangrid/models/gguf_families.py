@@ -1,7 +1,7 @@
-"""The architectures of llama.cpp that leangrid reads: what a header of each means as a transformers config.
+"""The architectures of llama.cpp that leangrid reads: config.json from the header of each.
 
-Read from llama.cpp's loaders (src/models/*.cpp): a field that a file leaves out takes llama.cpp's default, not
-transformers'. To add one, add its function and its row; the tensors' names follow from gguf-py's name map."""
+Source: llama.cpp's loaders (src/models/*.cpp). A missing field takes llama.cpp's default, not transformers'. To add an
+architecture, add its function and its row to FAMILIES; the names of its tensors come from gguf-py's name map."""
 
 import math
 from collections.abc import Callable
@@ -13,19 +13,20 @@ from leangrid.models.gguf_fields import Fields
 from leangrid.models.gguf_rope import rope_parameters
 
 Config = dict[str, Any]
-_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # blocks of the ones whose attention is scaled by hidden_size / heads
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # numbers of blocks of those whose attention is scaled by hidden_size / heads
 _ATTENTION_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias")
 _MLP_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
 
 
 @dataclass(frozen=True)
 class Family:
-    """How tensors of an architecture differ from transformers', and the function that makes the config.
+    """How llama.cpp stores an architecture.
 
     Attributes:
-        permuted: rows of q and k are in the order of the original Llama: pairs beside each other.
-        norm_plus_one: transformers stores a norm's weight less one.
-        zero_biases: ends of names; biases of which no block of the file has one are zeros.
+        config: makes config.json from the header's fields.
+        permuted: rows of q and k are in the original Llama's order: rotated pairs beside each other.
+        norm_plus_one: llama.cpp stores a norm's weight, transformers the weight minus one.
+        zero_biases: ends of names of biases that are zeros where no block of the file has them.
     """
 
     config: Callable[[Fields], Config]
@@ -35,7 +36,7 @@ class Family:
 
 
 def _common(fields: Fields) -> Config:
-    """What all architectures with RMSNorm and rotary positions have."""
+    """The settings that all architectures with RMSNorm and rotary positions have."""
     heads = _positive(fields, "attention.head_count")
     hidden = _positive(fields, "embedding_length")
     head_dim = _head_dim(fields, hidden, heads)
@@ -54,28 +55,28 @@ def _common(fields: Fields) -> Config:
 def _positive(fields: Fields, key: str) -> int:
     value = fields.integer(key)
     if value == 0:
-        raise fields.refuse(key, "0")
+        raise fields.refusal(key, "0")
     return value
 
 
 def _head_dim(fields: Fields, hidden: int, heads: int) -> int:
-    """The size of a head; queries, keys and values have the same in all classes here."""
+    """The size of a head, which must be the same for keys and values."""
     usual = hidden // heads
     size, values = fields.integer("attention.key_length", usual), fields.integer("attention.value_length", usual)
     if size != values:
-        raise fields.refuse("attention.value_length", f"{values} beside attention.key_length = {size}")
+        raise fields.refusal("attention.value_length", f"{values} beside attention.key_length = {size}")
     if size == 0 or (
         hidden % heads and "attention.key_length" not in {key.partition(".")[2] for key in fields.header.fields}
     ):
-        raise fields.refuse("attention.head_count", f"{heads} heads in {hidden} dimensions")
+        raise fields.refusal("attention.head_count", f"{heads} heads in {hidden} dimensions")
     return size
 
 
 def _whole_rope(fields: Fields, head_dim: int) -> Config:
-    """Rotary parameters where the class rotates whole heads."""
+    """The rotary parameters of a class that rotates whole heads."""
     dims = fields.integer("rope.dimension_count", head_dim)
     if dims != head_dim:
-        raise fields.refuse("rope.dimension_count", f"{dims} of {head_dim} dimensions of a head")
+        raise fields.refusal("rope.dimension_count", f"{dims} of {head_dim} dimensions of a head")
     return {"rope_parameters": rope_parameters(fields, head_dim)}
 
 
@@ -84,7 +85,7 @@ def _inner(fields: Fields) -> Config:
 
 
 def _window(fields: Fields) -> int | None:
-    """How many tokens a token sees, where that is less than the whole context."""
+    """The length of the sliding window; None where it is the whole context."""
     window = fields.integer("attention.sliding_window", 0)
     return window if 0 < window < fields.integer("context_length") else None
 
@@ -92,7 +93,7 @@ def _window(fields: Fields) -> int | None:
 def _no_window(fields: Fields) -> None:
     window = _window(fields)
     if window is not None:
-        raise fields.refuse("attention.sliding_window", str(window))
+        raise fields.refusal("attention.sliding_window", str(window))
 
 
 def _biases(fields: Fields, ends: tuple[str, ...]) -> bool:
@@ -103,7 +104,7 @@ def _llama(fields: Fields) -> Config:
     common = _common(fields)
     common |= _whole_rope(fields, common["head_dim"]) | _inner(fields)
     window = _window(fields)
-    if fields.take("expert_count", 0):
+    if fields.value("expert_count", 0):
         return (
             common | _experts(fields, "num_local_experts", True) | {"model_type": "mixtral", "sliding_window": window}
         )
@@ -114,14 +115,17 @@ def _llama(fields: Fields) -> Config:
 
 
 def _experts(fields: Fields, count: str, normalised: bool) -> Config:
-    """Numbers of experts; ``normalised``: whether llama.cpp makes the weights of a token's experts sum to one."""
+    """The numbers of experts, that of all under the key ``count``.
+
+    ``normalised``: whether llama.cpp makes the weights of a token's experts sum to one for this architecture; a file
+    that says otherwise is refused."""
     found = {count: _positive(fields, "expert_count"), "num_experts_per_tok": _positive(fields, "expert_used_count")}
     stored = {tensor.shape[0] for name, tensor in fields.header.tensors.items() if "_exps." in name}
     if stored - {found[count]} or (not stored and found[count] > len(fields.header.tensors)):
-        raise fields.refuse("expert_count", f"{found[count]}, and its tensors hold another number of experts")
-    norm = fields.take("expert_weights_norm", normalised)
+        raise fields.refusal("expert_count", f"{found[count]}, and its tensors hold another number of experts")
+    norm = fields.value("expert_weights_norm", normalised)
     if bool(norm) != normalised:
-        raise fields.refuse("expert_weights_norm", str(norm))
+        raise fields.refusal("expert_weights_norm", str(norm))
     return found
 
 
@@ -180,7 +184,7 @@ def _olmoe(fields: Fields) -> Config:
     _no_window(fields)
     common = _common(fields)
     if common["head_dim"] * common["num_attention_heads"] != common["hidden_size"]:
-        raise fields.refuse(
+        raise fields.refusal(
             "attention.key_length", f"{common['head_dim']}, which is not embedding_length / attention.head_count"
         )
     del common["head_dim"]
@@ -193,13 +197,13 @@ def _olmoe(fields: Fields) -> Config:
 def _phi3(fields: Fields) -> Config:
     common = _common(fields)
     if common["head_dim"] * common["num_attention_heads"] != common["hidden_size"]:
-        raise fields.refuse(
+        raise fields.refusal(
             "attention.key_length", f"{common['head_dim']}, which is not embedding_length / attention.head_count"
         )
     head_dim, context = common.pop("head_dim"), common["max_position_embeddings"]
     dims = fields.integer("rope.dimension_count", head_dim)
     if not 0 < dims <= head_dim or dims % 2 or int(head_dim * (dims / head_dim)) != dims:
-        raise fields.refuse("rope.dimension_count", f"{dims} of {head_dim} dimensions of a head")
+        raise fields.refusal("rope.dimension_count", f"{dims} of {head_dim} dimensions of a head")
     rope = rope_parameters(fields, dims, "longrope")
     window = fields.integer("attention.sliding_window", 0)
     return common | _inner(fields) | {
@@ -211,19 +215,19 @@ def _phi3(fields: Fields) -> Config:
 
 
 def _gemma(fields: Fields, arch: str, period: int, window: int) -> Config:
-    """What Gemma 2 and 3 share: some blocks attend to a window only, and queries are scaled by a number of their
+    """The settings that Gemma 2 and 3 share: some blocks attend to a sliding window, and attention has a scale of its
     own."""
     common = _common(fields) | _inner(fields)
     layers, heads = common["num_hidden_layers"], common["num_attention_heads"]
     wide = layers == _GEMMA_27B[arch]
     dims = fields.integer("rope.dimension_count", common["head_dim"])
     if dims != common["head_dim"]:
-        raise fields.refuse("rope.dimension_count", f"{dims} of {common['head_dim']} dimensions of a head")
+        raise fields.refusal("rope.dimension_count", f"{dims} of {common['head_dim']} dimensions of a head")
     del common["hidden_act"]
     scale = common["hidden_size"] // heads if wide else common["head_dim"]
     given = fields.number("attention.scale", 0.0)
     if given and not math.isclose(given, scale**-0.5, rel_tol=1e-5):
-        raise fields.refuse("attention.scale", str(given))
+        raise fields.refusal("attention.scale", str(given))
     return common | {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scale,
@@ -233,11 +237,12 @@ def _gemma(fields: Fields, arch: str, period: int, window: int) -> Config:
 
 
 def _layer_types(fields: Fields, layers: int, period: int) -> list[str]:
-    """One full attention in ``period`` blocks, the last of them; or as the file says, by a period or block by block."""
-    given = fields.take("attention.sliding_window_pattern", period)
+    """Whether each block attends to the window or to everything: by the file's list or period, else the last of every
+    ``period`` blocks attends to everything."""
+    given = fields.value("attention.sliding_window_pattern", period)
     if isinstance(given, list):
         if len(given) != layers:
-            raise fields.refuse("attention.sliding_window_pattern", f"{len(given)} values for {layers} blocks")
+            raise fields.refusal("attention.sliding_window_pattern", f"{len(given)} values for {layers} blocks")
         windows = [bool(value) for value in given]
     else:
         windows = [bool(given) and i % given < given - 1 for i in range(layers)]
@@ -248,7 +253,7 @@ def _gemma2(fields: Fields) -> Config:
     found = _gemma(fields, "gemma2", 2, 4096)
     rope = rope_parameters(fields, found["head_dim"], "linear")
     if fields.number("rope.freq_base_swa", rope["rope_theta"]) != rope["rope_theta"]:
-        raise fields.refuse("rope.freq_base_swa", "another base in blocks with a window")
+        raise fields.refusal("rope.freq_base_swa", "another base in blocks with a window")
     caps = {"attn_logit_softcapping": fields.number("attn_logit_softcapping", 50.0),
             "final_logit_softcapping": fields.number("final_logit_softcapping", 30.0)}  # fmt: skip
     return found | caps | {"model_type": "gemma2", "rope_parameters": rope}
@@ -256,11 +261,9 @@ def _gemma2(fields: Fields) -> Config:
 
 def _gemma3(fields: Fields) -> Config:
     found = _gemma(fields, "gemma3", 6, 0)
-    if not found["sliding_window"]:  # llama.cpp: no window, no block with one, and one base for all
-        found["sliding_window"], found["layer_types"] = (
-            found["max_position_embeddings"],
-            ["full_attention"] * found["num_hidden_layers"],
-        )
+    if not found["sliding_window"]:  # without a window llama.cpp computes full attention in all blocks
+        found["sliding_window"] = found["max_position_embeddings"]
+        found["layer_types"] = ["full_attention"] * found["num_hidden_layers"]
     local = {"rope_type": "default", "rope_theta": fields.number("rope.freq_base_swa", 10000.0)}
     rope = {"sliding_attention": local, "full_attention": rope_parameters(fields, found["head_dim"], "linear")}
     cap = fields.number("final_logit_softcapping", 0.0) or None
@@ -276,7 +279,7 @@ def _gpt2(fields: Fields) -> Config:
         or fields.integer("attention.head_count_kv", heads) != heads
         or _head_dim(fields, hidden, heads) != hidden // heads
     ):
-        raise fields.refuse(
+        raise fields.refusal(
             "attention.head_count", f"{heads} in {hidden} dimensions with fewer keys or another size of heads"
         )
     return {
@@ -306,7 +309,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(fields: Fields) -> Family:
-    """The row of an architecture; CheckpointError names one that is not in the table."""
+    """The row of the header's architecture; CheckpointError where the table has none."""
     found = FAMILIES.get(fields.arch)
     if found is None:
         raise CheckpointError(

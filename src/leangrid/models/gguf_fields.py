@@ -1,5 +1,5 @@
-"""The header fields of one architecture, taken one by one: what nobody took in the end changes the model and was not
-understood."""
+"""The header fields of a GGUF model, read one by one. A field that was not read and is not known to be neutral would
+change the model, so it is refused."""
 
 import math
 from functools import cache
@@ -15,10 +15,10 @@ from leangrid.storage.gguf_header import Header, StoredTensor
 
 _WAY_OUT = "Give the model's own checkpoint (safetensors and config.json) as SOURCE"
 _PLAIN: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
-_CHUNK = 1 << 22  # weights that become numbers at once
+_CHUNK = 1 << 22  # weights that are dequantized at once
 
-# Fields that change nothing at these values (a missing field of llama.cpp's is one of them); they are refused at
-# others.
+# Fields that change nothing at these values, one of which llama.cpp takes where the field is missing; other values are
+# refused.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
@@ -47,44 +47,50 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "residual_scale": (0, 1),
     "router_logit_softcapping": (0,),
 }
-# Fields that no forward pass reads.
-_SAID_ONLY = ("vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon",
+# Fields that no forward pass of llama.cpp reads.
+_UNUSED = ("vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon",
               "rope.scaling.original_context_length")  # fmt: skip
 
 
 class Fields:
-    """The fields ``ARCH.*`` of a header, and its tensors; every read is remembered."""
+    """The fields ``ARCH.*`` of a header and its tensors, with a record of which were read.
+
+    Attributes:
+        header: the file's header. arch: llama.cpp's name of the architecture, ARCH.
+        keys_read: the fields that were read. vectors: names of tensors that were read into the config.
+    """
 
     def __init__(self, header: Header, arch: str) -> None:
         self.header, self.arch = header, arch
-        self.taken: set[str] = set()
-        self.vectors: set[str] = set()  # tensors that became part of the config
+        self.keys_read: set[str] = set()
+        self.vectors: set[str] = set()
 
-    def take(self, key: str, default: Any = None) -> Any:
-        """The value of ``ARCH.key``, as it is stored; ``default`` where the file says nothing."""
-        self.taken.add(key)
+    def value(self, key: str, default: Any = None) -> Any:
+        """The value of the field ``ARCH.key`` as stored; ``default`` where it is missing."""
+        self.keys_read.add(key)
         return self.header.value(f"{self.arch}.{key}", default)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number, as the shortest decimal that float32 reads as the stored one; CheckpointError where it is
-        required or none."""
-        value = self._one(key, self.take(key, default))
+        """The field as a finite number: the shortest decimal that float32 rounds to the stored value. CheckpointError
+        where it is no number, or is missing and ``default`` is None."""
+        value = self._one(key, self.value(key, default))
         if isinstance(value, str) or not math.isfinite(value):
-            raise self.refuse(key, repr(value))
+            raise self.refusal(key, repr(value))
         return float(str(np.float32(value))) if isinstance(value, float) and abs(value) < 1e38 else float(value)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A number from 0 to 2^31; one value of a list where all are the same."""
-        value = self._one(key, self.take(key, default))
+        """The field as an integer from 0 to 2^31 - 1; for a list of equal values, that value. CheckpointError where it
+        is something else, or is missing and ``default`` is None."""
+        value = self._one(key, self.value(key, default))
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-            raise self.refuse(key, repr(value))
+            raise self.refusal(key, repr(value))
         return value
 
     def text(self, key: str, default: str) -> str:
-        """A string."""
-        value = self.take(key, default)
+        """The field as a string; CheckpointError where it is none."""
+        value = self.value(key, default)
         if not isinstance(value, str):
-            raise self.refuse(key, repr(value))
+            raise self.refusal(key, repr(value))
         return value
 
     def _one(self, key: str, value: Any) -> Any:
@@ -92,36 +98,36 @@ class Fields:
             raise CheckpointError(f"the field {self.arch}.{key} is missing", self.header.file, _WAY_OUT)
         if isinstance(value, list):
             if not value or any(item != value[0] for item in value):
-                raise self.refuse(key, "one value a block")
+                raise self.refusal(key, "one value a block")
             return value[0]
         return value
 
     def has_tensor(self, *names: str) -> bool:
-        """Whether the file holds one of these tensors."""
+        """Whether the file has one of these tensors."""
         return any(name in self.header.tensors for name in names)
 
     def vector(self, name: str, length: int) -> list[float] | None:
-        """The values of a small tensor; None where the file has none of this name. Its name counts as understood."""
+        """The values of a tensor [length], which then counts as read; None where the file does not have it."""
         stored = self.header.tensors.get(name)
         if stored is None:
             return None
         self.vectors.add(name)
         if stored.shape != (length,):
-            raise self.refuse(name, f"{list(stored.shape)} factors, where the heads have {length}")
-        return [float(str(np.float32(value))) for value in rows(stored, 0, 1).reshape(-1).tolist()]
+            raise self.refusal(name, f"{list(stored.shape)} factors, where the heads have {length}")
+        return [float(str(np.float32(value))) for value in read_rows(stored, 0, 1).reshape(-1).tolist()]
 
-    def check_rest(self) -> None:
-        """CheckpointError for the first field that was not taken and is not known to change nothing."""
+    def refuse_unread(self) -> None:
+        """Raise CheckpointError for the first field that was not read and is not known to change nothing."""
         for key, field in self.header.fields.items():
             name = key.removeprefix(f"{self.arch}.")
-            if name == key or name in self.taken or name in _SAID_ONLY:
+            if name == key or name in self.keys_read or name in _UNUSED:
                 continue
             values = field.value if isinstance(field.value, list) else [field.value]
             if not all(value in _NEUTRAL.get(name, ()) for value in values):
-                raise self.refuse(name, str(field.value)[:60])
+                raise self.refusal(name, str(field.value)[:60])
 
-    def refuse(self, key: str, value: str) -> CheckpointError:
-        """The refusal of a field or tensor whose meaning transformers' class cannot be told."""
+    def refusal(self, key: str, value: str) -> CheckpointError:
+        """The CheckpointError for a field or tensor that transformers' class has no setting for."""
         name = key if key.endswith(".weight") else f"{self.arch}.{key}"
         return CheckpointError(
             f"the GGUF file says {name} = {value}, which leangrid cannot carry over", self.header.file, _WAY_OUT
@@ -129,9 +135,8 @@ class Fields:
 
 
 @cache
-def readable(kind: str) -> bool:
-    """Whether weights of ggml's type ``kind`` can be made numbers: plain floats, and the blocks that gguf-py has
-    formulas for."""
+def can_dequantize(kind: str) -> bool:
+    """Whether weights of ggml's type ``kind`` can be read: floats, and the blocks that gguf-py dequantizes."""
     number = gguf.GGMLQuantizationType[kind]
     if kind in _PLAIN:
         return True
@@ -142,9 +147,9 @@ def readable(kind: str) -> bool:
     return True
 
 
-def rows(stored: StoredTensor, first: int, count: int) -> Tensor:
-    """``count`` rows of a tensor from row ``first`` on, as float32 [count, columns] (float64 where they are stored
-    so)."""
+def read_rows(stored: StoredTensor, first: int, count: int) -> Tensor:
+    """Read and dequantize ``count`` rows of a tensor from row ``first`` on: float32 [count, columns], float64 for F64.
+    CheckpointError where the file ends early."""
     with stored.file.open("rb", buffering=0) as file:
         file.seek(stored.start + first * stored.row_bytes)
         raw = np.empty((count, stored.row_bytes), np.uint8)
@@ -155,10 +160,10 @@ def rows(stored: StoredTensor, first: int, count: int) -> Tensor:
     if stored.kind in _PLAIN:
         values = raw.view(_PLAIN[stored.kind])
         return torch.from_numpy(values if stored.kind == "F64" else values.astype(np.float32))
-    with np.errstate(all="ignore"):  # a scale that is no number: whoever reads the weights says so
+    with np.errstate(all="ignore"):  # a NaN or infinite weight is refused where the weights are used
         return torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[stored.kind]))
 
 
-def chunk(stored: StoredTensor) -> int:
-    """How many rows are made numbers at once."""
+def rows_at_once(stored: StoredTensor) -> int:
+    """How many rows of a tensor are dequantized at once."""
     return max(1, _CHUNK // stored.shape[-1])

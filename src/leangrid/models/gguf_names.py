@@ -1,8 +1,8 @@
-"""A config.json as llama.cpp knows it: its name for the architecture, its header fields, its names and order of the
-tensors.
+"""A config.json in llama.cpp's terms: its name of the architecture, its header fields, its names of the tensors and the
+order of their rows.
 
-Read from llama.cpp's loaders (src/models/*.cpp) and its converter: what a field leaves out takes a default there, so
-everything is said, and everything that no field can say is refused."""
+Sources: llama.cpp's loaders (src/models/*.cpp) and its converter. A missing field takes a default there, so every field
+is written, and a setting for which llama.cpp has no field is refused."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -19,17 +19,19 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from leangrid.errors import ArchitectureError
 from leangrid.storage.gguf import Field
 
-_GEMMA3_PERIOD = 6  # llama.cpp: every sixth block attends to everything
+_GEMMA3_PERIOD = 6  # in llama.cpp every sixth block attends to the whole context
 _GEMMA3_27B = 62  # blocks of the one Gemma 3 whose attention is scaled by hidden_size / heads
 ROPE_FREQS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
 class _Family:
+    """How llama.cpp computes an architecture: its name, its activation, and how tensors differ from transformers'."""
+
     arch: str
     activation: str
-    permuted: bool = False  # rows of q and k in the order of the original Llama: pairs beside each other
-    norm_plus_one: bool = False  # transformers stores a norm's weight less one
+    permuted: bool = False  # rows of q and k are in the original Llama's order: rotated pairs beside each other
+    norm_plus_one: bool = False  # llama.cpp stores a norm's weight, transformers the weight minus one
 
 
 _FAMILIES: dict[str, _Family] = {
@@ -43,10 +45,15 @@ _FAMILIES: dict[str, _Family] = {
 
 @dataclass(frozen=True, eq=False)
 class GgufModel:
-    """What llama.cpp must be told of a model.
+    """A model in llama.cpp's terms.
 
-    ``fields``: the header without the tokenizer. ``extra``: tensors that no checkpoint holds. ``notices``: sentences
-    for the user."""
+    Attributes:
+        arch: its name of the architecture.
+        fields: the header's fields without the tokenizer.
+        extra: tensors by name that a checkpoint does not have, f32.
+        notices: sentences for the user.
+        norm_plus_one: whether 1 is added to the weights of norms.
+    """
 
     arch: str
     fields: dict[str, Field]
@@ -74,10 +81,10 @@ class GgufModel:
 
 
 def describe(config: dict[str, Any], name: str) -> GgufModel:
-    """The header of a model called ``name`` with this config.json.
+    """Translate a config.json into llama.cpp's terms; ``name`` becomes general.name.
 
     Raises:
-        ArchitectureError: an architecture that is not in the table, or a setting that llama.cpp cannot be told.
+        ArchitectureError: the architecture is not in the table, or llama.cpp has no field for a setting.
     """
     family = _FAMILIES.get(config.get("model_type", ""))
     if family is None:
@@ -118,19 +125,20 @@ def describe(config: dict[str, Any], name: str) -> GgufModel:
 
 
 def _context(config: Any, notices: list[str]) -> int:
-    """The longest context in which llama.cpp computes the same: a Mistral's sliding window is unknown to it, so it is
-    the limit."""
+    """The longest context in which llama.cpp computes the same as transformers. It does not know Mistral's sliding
+    window, so the context is limited to the window."""
     window = getattr(config, "sliding_window", None)
     if config.model_type == "mistral" and window and window < config.max_position_embeddings:
         notices.append(
-            f"llama.cpp knows no sliding window for this architecture: the context is limited to the window, {window} tokens"
+            "llama.cpp knows no sliding window for this architecture: "
+            f"the context is limited to the window, {window} tokens"
         )
         return window
     return config.max_position_embeddings
 
 
 def _check(config: Any, family: _Family, head_dim: int) -> None:
-    """ArchitectureError for what llama.cpp's graph of this architecture does otherwise and no field changes."""
+    """Raise ArchitectureError for a setting that llama.cpp computes differently and has no field for."""
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     wrong = None
     if activation != family.activation:
@@ -159,7 +167,7 @@ def _check(config: Any, family: _Family, head_dim: int) -> None:
 
 
 def _rope(config: Any, family: _Family) -> tuple[dict[str, Tensor], dict[str, tuple[str, Any]]]:
-    """Rotary parameters: tensors and fields."""
+    """The rotary parameters as tensors and as fields."""
     rope = config.rope_parameters
     fields: dict[str, tuple[str, Any]] = {}
     if family.arch == "gemma3":
@@ -182,7 +190,7 @@ def _rope(config: Any, family: _Family) -> tuple[dict[str, Tensor], dict[str, tu
 
 
 def _llama3_factors(config: Any) -> Float[Tensor, " half_head_dim"]:
-    """What llama.cpp divides each frequency by: transformers' plain frequencies over its scaled ones."""
+    """The factor by which llama.cpp divides each frequency: transformers' unscaled frequencies over its scaled ones."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim

@@ -1,12 +1,12 @@
-"""Rotary positions: llama.cpp's header fields and factor tensors as transformers' ``rope_parameters``, the same
-function or a refusal.
+"""Rotary positions: llama.cpp's header fields and factor tensors as transformers' ``rope_parameters``, or a refusal.
 
-llama.cpp's angle of frequency i at position p is p / (base^(2i/d) x scale x factors[i]), cosine and sine times one
-attention factor (llama-context.cpp, ggml's rope). transformers says so as default, linear, llama3 or, for any other
-factors, longrope with two equal lists."""
+llama.cpp's angle of frequency i at position p is p / (base^(2i/d) x scale x factors[i]); cosine and sine are multiplied
+by one attention factor (llama-context.cpp, ggml's rope). In transformers' terms that is default, linear, llama3 or, for
+any other factors, longrope with two equal lists."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,90 +18,119 @@ from leangrid.models.gguf_fields import Fields
 
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 _DEFAULT_BASE = 10000.0  # llama-model.cpp
-_EXACT = 1e-6  # relative; float32 holds six to seven digits
-_META = ((8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0))  # factor, low, high, original length of Meta's releases
+_EXACT = 1e-6  # relative; float32 has six to seven digits
+# factor, low_freq_factor, high_freq_factor, original_max_position_embeddings of Meta's releases of Llama 3.
+_META = ((8.0, 1.0, 4.0, 8192.0), (32.0, 1.0, 4.0, 8192.0))
 
 
-def rope_parameters(fields: Fields, dims: int, families: str = "any") -> dict[str, Any]:
-    """``rope_parameters`` for a model that rotates ``dims`` dimensions of each head.
+@dataclass(frozen=True)
+class _Scaling:
+    """The fields of a header that scale rotary positions.
 
-    Args:
-        families: what transformers' class can be told: "any", "longrope" (Phi-3: default and longrope), or "linear"
-            (Gemma: default and linear, in blocks that attend to everything).
-
-    Raises:
-        CheckpointError: scaling that the class cannot compute, or factors of another number than ``dims`` / 2.
+    Attributes:
+        base: of the frequencies.
+        kind: llama.cpp's name of the scaling.
+        scale: what positions are divided by.
+        attention: what cosine and sine are multiplied by.
+        context, original: the longest text in tokens, and that of the model before it was scaled.
+        yarn: the fields of YaRN alone.
     """
+
+    base: float
+    kind: str
+    scale: float
+    attention: float
+    context: int
+    original: int
+    yarn: dict[str, float]
+
+
+def _read_scaling(fields: Fields) -> _Scaling:
     base = fields.number("rope.freq_base", _DEFAULT_BASE)
-    kind = fields.text("rope.scaling.type", "linear")  # so llama.cpp, where only the factor is given
+    kind = fields.text("rope.scaling.type", "linear")  # llama.cpp's default where only the factor is given
     legacy = fields.number("rope.scale_linear", 0.0)
     scale = fields.number("rope.scaling.factor", legacy) or 1.0
     attention = fields.number("rope.scaling.attn_factor", 1.0) or 1.0
-    fields.take("rope.scaling.finetuned")  # only said, never computed with
+    fields.value("rope.scaling.finetuned")  # llama.cpp does not compute with it
     context = fields.integer("context_length")
     original = fields.integer("rope.scaling.original_context_length", context) or context
-    yarn = _yarn_fields(fields)
-    if kind == "yarn" and scale != 1.0:
-        if families != "any" or fields.has_tensor(FREQS, LONG, SHORT):
-            raise fields.refuse("rope.scaling.type", "'yarn'")
-        return _yarn(fields, yarn, base, scale, attention, original)
-    if kind not in ("none", "linear", "longrope", "yarn"):
-        raise fields.refuse("rope.scaling.type", repr(kind))
-    if kind == "none":
+    return _Scaling(base, kind, scale, attention, context, original, _yarn_fields(fields))
+
+
+def rope_parameters(fields: Fields, dims: int, supported: str = "any") -> dict[str, Any]:
+    """``rope_parameters`` of config.json for a model that rotates ``dims`` dimensions of each head.
+
+    Args:
+        supported: the scalings that transformers' class computes: "any", "longrope" (Phi-3: default and longrope), or
+            "linear" (Gemma: default and linear, in blocks that attend to the whole context).
+
+    Raises:
+        CheckpointError: the class cannot compute the scaling, or the number of factors is not ``dims`` / 2.
+    """
+    rope = _read_scaling(fields)
+    scale, attention = rope.scale, rope.attention
+    if rope.kind == "yarn" and scale != 1.0:
+        if supported != "any" or fields.has_tensor(FREQS, LONG, SHORT):
+            raise fields.refusal("rope.scaling.type", "'yarn'")
+        return _yarn(fields, rope)
+    if rope.kind not in ("none", "linear", "longrope", "yarn"):
+        raise fields.refusal("rope.scaling.type", repr(rope.kind))
+    if rope.kind == "none":
         scale = 1.0
-    if base <= 0 or scale <= 0 or attention <= 0:
-        raise fields.refuse("rope.scaling.factor", str(scale))
+    if rope.base <= 0 or scale <= 0 or attention <= 0:
+        raise fields.refusal("rope.scaling.factor", str(scale))
     short, long = _factors(fields, dims)
-    if short is not None and scale != 1.0:
-        raise fields.refuse(
-            "rope.scaling.factor", f"{scale} beside a tensor of factors"
-        )  # both at once: nothing writes it so
-    if short is None and kind == "longrope":
-        raise fields.refuse("rope.scaling.type", f"'longrope' without {LONG} and {SHORT}")
-    plain = {"rope_theta": base}
-    if attention == 1.0 and short is None and (scale == 1.0 or families != "longrope"):
-        return plain | ({"rope_type": "default"} if scale == 1.0 else {"rope_type": "linear", "factor": scale})
-    if families == "linear":
-        raise fields.refuse("rope.scaling", "factors of single frequencies or of attention")
+    if short is not None and scale != 1.0:  # no converter writes both at once
+        raise fields.refusal("rope.scaling.factor", f"{scale} beside a tensor of factors")
+    if short is None and rope.kind == "longrope":
+        raise fields.refusal("rope.scaling.type", f"'longrope' without {LONG} and {SHORT}")
+    # One factor for all frequencies: default or linear.
+    theta = {"rope_theta": rope.base}
+    if attention == 1.0 and short is None and (scale == 1.0 or supported != "longrope"):
+        return theta | _one_factor(scale)
+    if supported == "linear":
+        raise fields.refusal("rope.scaling", "factors of single frequencies or of attention")
     short = [scale] * (dims // 2) if short is None else short
     if attention == 1.0 and long is None:
-        if all(factor == short[0] for factor in short) and (short[0] == 1.0 or families != "longrope"):
-            return plain | (
-                {"rope_type": "default"} if short[0] == 1.0 else {"rope_type": "linear", "factor": short[0]}
-            )
-        found = _llama3(short, base, dims, original) if families == "any" else None
+        if all(factor == short[0] for factor in short) and (short[0] == 1.0 or supported != "longrope"):
+            return theta | _one_factor(short[0])
+        # The factors of Llama 3's scaling.
+        found = _llama3(short, rope.base, dims, rope.original) if supported == "any" else None
         if found is not None:
-            return plain | found
-    extent = {
-        "original_max_position_embeddings": original,
-        "factor": max(context / original, 1.0),
-        "attention_factor": attention,
-    }
-    return plain | {
+            return theta | found
+    # Any other factors.
+    return theta | {
         "rope_type": "longrope",
         "short_factor": short,
         "long_factor": short if long is None else long,
-        **extent,
+        "original_max_position_embeddings": rope.original,
+        "factor": max(rope.context / rope.original, 1.0),
+        "attention_factor": attention,
     }
 
 
+def _one_factor(factor: float) -> dict[str, Any]:
+    return {"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor}
+
+
 def _factors(fields: Fields, dims: int) -> tuple[list[float] | None, list[float] | None]:
-    """What each frequency is divided by, in short and in long texts; None for both without a tensor, None for ``long``
-    where it is one."""
+    """What each frequency is divided by in short and in long texts: None twice where no tensor says so, None for long
+    texts where one tensor is for both."""
     freqs, long, short = (fields.vector(name, dims // 2) for name in (FREQS, LONG, SHORT))
     for name, found in ((FREQS, freqs), (LONG, long), (SHORT, short)):
         if found is not None and not all(math.isfinite(factor) and factor > 0 for factor in found):
-            raise fields.refuse(name, "factors that are not positive numbers")
+            raise fields.refusal(name, "factors that are not positive numbers")
     if freqs is not None:
         if long is not None or short is not None:
-            raise fields.refuse(FREQS, f"factors beside those of {LONG}")
+            raise fields.refusal(FREQS, f"factors beside those of {LONG}")
         return freqs, None
     if (long is None) != (short is None):
-        raise fields.refuse(LONG if short is None else SHORT, "one list of factors without the other")
+        raise fields.refusal(LONG if short is None else SHORT, "one list of factors without the other")
     return short, long
 
 
 def _yarn_fields(fields: Fields) -> dict[str, float]:
+    """The fields of YaRN, with llama.cpp's defaults."""
     return {
         name: fields.number(f"rope.scaling.yarn_{name}", default)
         for name, default in (
@@ -114,32 +143,31 @@ def _yarn_fields(fields: Fields) -> dict[str, float]:
     }
 
 
-def _yarn(
-    fields: Fields, yarn: dict[str, float], base: float, scale: float, attention: float, original: int
-) -> dict[str, Any]:
+def _yarn(fields: Fields, rope: _Scaling) -> dict[str, Any]:
+    """The parameters of YaRN (Peng et al. 2023), whose attention factor transformers and llama.cpp compute alike."""
+    scale, yarn = rope.scale, rope.yarn
     if scale < 1.0:
-        raise fields.refuse("rope.scaling.factor", str(scale))
+        raise fields.refusal("rope.scaling.factor", str(scale))
     if yarn["ext_factor"] not in (1.0, -1.0):
-        raise fields.refuse("rope.scaling.yarn_ext_factor", str(yarn["ext_factor"]))
-    whole = 0.1 * math.log(scale) + 1.0  # llama-context.cpp and transformers agree on this one
+        raise fields.refusal("rope.scaling.yarn_ext_factor", str(yarn["ext_factor"]))
+    whole = 0.1 * math.log(scale) + 1.0  # the same in llama-context.cpp and transformers
     if not (yarn["attn_factor"] in (1.0, -1.0) or math.isclose(yarn["attn_factor"], whole, rel_tol=1e-4)):
-        raise fields.refuse("rope.scaling.yarn_attn_factor", str(yarn["attn_factor"]))
+        raise fields.refusal("rope.scaling.yarn_attn_factor", str(yarn["attn_factor"]))
     if yarn["log_multiplier"]:
         whole /= 0.1 * yarn["log_multiplier"] * math.log(scale) + 1.0
     return {
         "rope_type": "yarn",
-        "rope_theta": base,
+        "rope_theta": rope.base,
         "factor": scale,
-        "original_max_position_embeddings": original,
-        "attention_factor": attention * whole,
+        "original_max_position_embeddings": rope.original,
+        "attention_factor": rope.attention * whole,
         "beta_fast": yarn["beta_fast"],
         "beta_slow": yarn["beta_slow"],
     }
 
 
 def _llama3(factors: Sequence[float], base: float, dims: int, original: int) -> dict[str, Any] | None:
-    """The parameters of Llama 3's scaling that give these factors, checked against each of them; None where there are
-    none."""
+    """The parameters of Llama 3's scaling whose factors equal these within float32; None where no parameters do."""
     wanted = np.asarray(factors, dtype=np.float64)
     turns = base ** (-np.arange(0, dims, 2) / dims) / (2 * math.pi)  # turns per position
     usual = (
@@ -155,8 +183,8 @@ def _llama3(factors: Sequence[float], base: float, dims: int, original: int) -> 
 
 
 def _solved(wanted: np.ndarray, turns: np.ndarray) -> list[tuple[float, float, float, float]]:
-    """Parameters from the factors between 1 and the largest: 1 / factor is a line in the turns there, low is 1 by
-    choice of the length."""
+    """Candidate parameters, computed from the factors between 1 and the largest, where 1 / factor is a linear function
+    of the turns; low_freq_factor is set to 1, since only its product with the length matters."""
     factor = float(wanted.max())
     between = np.flatnonzero((wanted > 1 + 1e-5) & (wanted < factor * (1 - 1e-5)))
     if len(between) < 2:
@@ -171,7 +199,7 @@ def _solved(wanted: np.ndarray, turns: np.ndarray) -> list[tuple[float, float, f
 
 
 def _computed(parameters: dict[str, Any], base: float, dims: int) -> np.ndarray:
-    """The factors that transformers computes with."""
+    """The factors that transformers computes from these parameters, f64 [dims / 2]."""
     given = {**parameters, "rope_theta": base}
     sizes: dict[str, Any] = {
         "hidden_size": dims,

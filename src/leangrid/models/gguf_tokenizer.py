@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF header holds, built from the header alone: gguf_vocab.py read backwards.
+"""Builds a tokenizer from the header of a GGUF file; gguf_vocab.py does the reverse.
 
-transformers' own builders differ from one release to the next and lose the space prefix, ids and rules in silence, and
-its loader looks at the files beside the GGUF, which may name code. So the backend is put together here, from the parts
-of the tokenizers library."""
+transformers' own conversion differs between releases and loses the space prefix, ids and rules without a warning, and
+its loader reads the files beside the GGUF file, which may name code. So the tokenizer is built here from the parts of
+the tokenizers library."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ _GPT4O = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# llama-vocab.cpp's names of rules that are one expression.
+# llama-vocab.cpp's names of rules that split text by one regular expression.
 _EXPRESSIONS = {
     **dict.fromkeys(WHOLE - {"tekken"}, LLAMA3),
     **dict.fromkeys(("dbrx", "smaug-bpe"), LLAMA3),
@@ -50,8 +50,8 @@ _SPECIAL = {
 
 
 def check_tokenizer(header: Header, rows: int) -> None:
-    """Refuse a tokenizer that cannot be built, before anything is: CheckpointError for an unknown kind or rule, for
-    more tokens than the model's ``rows`` embeddings, and for lists that do not belong together."""
+    """Raise CheckpointError for a tokenizer that ``tokenizer_of`` cannot build: one of an unknown kind or rule, with
+    more tokens than the model has embeddings (``rows``), or with lists of different lengths."""
     kind = header.value("tokenizer.ggml.model")
     if kind is None or kind in _NONE:
         return
@@ -83,7 +83,7 @@ def check_tokenizer(header: Header, rows: int) -> None:
 
 
 def tokenizer_of(header: Header) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a header that ``check_tokenizer`` accepted; None where the file has none."""
+    """Build the tokenizer of a header that ``check_tokenizer`` accepted; None where the file has none."""
     kind, tokens = header.value("tokenizer.ggml.model"), header.value("tokenizer.ggml.tokens")
     if kind is None or kind in _NONE:
         return None
@@ -119,14 +119,14 @@ def tokenizer_of(header: Header) -> PreTrainedTokenizerBase | None:
 
 
 def special_ids(header: Header) -> dict[str, int | None]:
-    """bos_token_id, eos_token_id and pad_token_id for config.json; None where the file names no token."""
+    """bos_token_id, eos_token_id and pad_token_id for config.json; None for those that the file does not name."""
     keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     return {name: header.value(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
 
 
 def generation_config(header: Header) -> dict[str, Any]:
-    """generation_config.json: the special tokens, and all that end an answer (llama.cpp stops at the end of a turn
-    too)."""
+    """generation_config.json: the special tokens, and all tokens that end an answer; llama.cpp also stops at the end of
+    a turn."""
     ids = special_ids(header)
     ends = [ids["eos_token_id"], *(header.value(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))]
     ends = list(dict.fromkeys(number for number in ends if isinstance(number, int)))
@@ -147,8 +147,8 @@ def _adds(header: Header, which: str, default: bool) -> bool:
 
 
 def _rule(header: Header) -> str:
-    """The name of the rule by which text is split. Files of before May 2024 have none: then the one of the model's own
-    tokenizer."""
+    """The name of the rule by which text is split before BPE. Files of before May 2024 have none; the rule is then that
+    of the model's own tokenizer."""
     rule = header.value("tokenizer.ggml.pre", "")
     if rule not in _UNNAMED:
         return rule
@@ -158,15 +158,15 @@ def _rule(header: Header) -> str:
 
 
 def _byte_level(header: Header, tokens: list[str]) -> Tokenizer:
-    """Byte-level BPE behind the rule that the header names."""
+    """Byte-level BPE on text split by the rule that the header names."""
     rule = _rule(header)
     merges = [tuple(text.split(" ", 1)) for text in header.value("tokenizer.ggml.merges")]
     vocab = {text: number for number, text in enumerate(tokens)}
-    # Merges of an old file may name what a broken converter dropped; the library would refuse the whole tokenizer.
-    kept: list[Any] = [
+    # Merges of old files may name tokens that a faulty converter dropped, for which the library would refuse them all.
+    usable: list[Any] = [
         pair for pair in merges if len(pair) == 2 and all(part in vocab for part in (*pair, "".join(pair)))
     ]
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=kept, ignore_merges=rule in WHOLE))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=usable, ignore_merges=rule in WHOLE))
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if rule in _EXPRESSIONS:
         split = pre_tokenizers.Split(Regex(_EXPRESSIONS[rule]), behavior="isolated")
@@ -183,7 +183,7 @@ def _byte_level(header: Header, tokens: list[str]) -> Tokenizer:
 
 
 def _sentencepiece(header: Header, tokens: list[str], types: list[int]) -> Tokenizer:
-    """SentencePiece's BPE, whose merges follow from the scores, with bytes for what is not in the vocabulary."""
+    """SentencePiece's BPE, whose merges follow from the scores; text that is not in the vocabulary becomes bytes."""
     vocab = {text: number for number, text in enumerate(tokens)}
     scores = header.value("tokenizer.ggml.scores")
     unknown = header.value("tokenizer.ggml.unknown_token_id")
@@ -198,7 +198,7 @@ def _sentencepiece(header: Header, tokens: list[str], types: list[int]) -> Token
 
 
 def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> list[Any]:
-    """All pairs of tokens that make a token, the best first: the higher its score, then the earlier."""
+    """All pairs of tokens that join to a token, in order of its falling score, then of its id."""
     found = []
     for text, number in vocab.items():
         if types[number] != NORMAL:
@@ -210,7 +210,7 @@ def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> lis
 
 
 def _template(header: Header) -> Any:
-    """The chat template, or all by name where the file has several."""
+    """The chat template; a dict of all by name where the file has several; None where it has none."""
     default, names = header.value("tokenizer.chat_template"), header.value("tokenizer.chat_templates")
     named = {name: header.value(f"tokenizer.chat_template.{name}") for name in names or [] if isinstance(name, str)}
     found = {name: text for name, text in ({"default": default} | named).items() if isinstance(text, str) and text}

@@ -1,8 +1,7 @@
-"""A tokenizer as llama.cpp's header fields, from what transformers made of it (the backend's own JSON).
+"""A tokenizer as llama.cpp's header fields, from the JSON of the tokenizers library (tokenizer.json).
 
-llama.cpp knows a pre-tokenizer by name only, and each name is one fixed rule in its source (llama-vocab.cpp). The rule
-of a tokenizer is compared with those; one that is not among them is refused, because a near one gives other tokens and
-a worse model without a word."""
+llama.cpp knows a pre-tokenizer by name only; each name is a fixed rule in its source (llama-vocab.cpp). A tokenizer
+whose rule is none of those is refused: a similar rule would give other tokens, and a worse model without a warning."""
 
 import json
 from typing import Any
@@ -14,15 +13,18 @@ from leangrid.storage.gguf import Field
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
 SPACE = "\u2581"
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# (steps before the bytes, whether the byte level splits by GPT-2's rule, whether a whole word in the vocabulary skips
-# the merges) -> name
+# (splits before the byte level, whether the byte level splits by GPT-2's rule, whether a word of the vocabulary skips
+# the merges) -> llama.cpp's name
 _PRE: dict[tuple[tuple[str, ...], bool, bool], str] = {
     ((), True, False): "gpt-2",
     (("digits",), True, False): "smollm",
@@ -31,8 +33,8 @@ _PRE: dict[tuple[tuple[str, ...], bool, bool], str] = {
     ((QWEN2,), False, False): "qwen2",
     ((TEKKEN,), False, True): "tekken",
 }
-# Names in files whose rule is another's (llama-vocab.cpp): digits apart and then GPT-2's, GPT-2's alone, words of the
-# vocabulary whole.
+# Further names in llama-vocab.cpp. DIGITS: digits apart, then GPT-2's rule. GPT2: GPT-2's rule. WHOLE: words of the
+# vocabulary skip the merges.
 DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 GPT2 = {
     "gpt-2",
@@ -70,11 +72,11 @@ WHOLE = {
 _WAY_OUT = "Take tokenizer and metadata from a file of the same model: --like FILE.gguf"
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict[str, Field], list[str]]:
-    """The tokenizer fields for a model with ``rows`` embeddings, and notices for the user.
+def tokenizer_fields(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[dict[str, Field], list[str]]:
+    """The header fields of a tokenizer for a model with ``rows`` embeddings, and notices for the user.
 
     Raises:
-        CheckpointError: a tokenizer that llama.cpp has no name for.
+        CheckpointError: llama.cpp has no name for this tokenizer.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -116,13 +118,13 @@ def _steps(part: dict[str, Any] | None, plural: str) -> list[dict[str, Any]]:
 
 
 def _byte_level(described: dict[str, Any]) -> dict[str, Field]:
-    """Byte-level BPE (GPT-2, Llama 3, Qwen): which of llama.cpp's pre-tokenizers it is."""
+    """The kind and pre-tokenizer of a byte-level BPE (GPT-2, Llama 3, Qwen)."""
     steps, normal = _steps(described["pre_tokenizer"], "pretokenizers"), _steps(described["normalizer"], "normalizers")
     last = steps[-1] if steps else {}
     before = tuple(_rule(step) for step in steps[:-1])
     splits, skips = bool(last.get("use_regex", True)), bool(described["model"].get("ignore_merges"))
     name = _PRE.get((before, splits, skips))
-    # Unicode's composed form is what Qwen's texts are brought to; llama.cpp leaves that to whoever sends the text.
+    # Qwen normalises texts to Unicode's composed form (NFC), which llama.cpp leaves to its caller.
     plain = not normal or (name == "qwen2" and [step["type"] for step in normal] == ["NFC"])
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or name is None or not plain:
         shown = [step["type"] for step in (*normal, *steps)]
@@ -131,8 +133,7 @@ def _byte_level(described: dict[str, Any]) -> dict[str, Field]:
 
 
 def _rule(step: dict[str, Any]) -> str:
-    """A step before the byte level: "digits", the expression it splits by, or "" for one that llama.cpp knows nothing
-    of."""
+    """The rule of a step before the byte level: "digits", or the expression that it splits by; "" for any other."""
     if step["type"] == "Digits" and step.get("individual_digits"):
         return "digits"
     if step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
@@ -141,14 +142,12 @@ def _rule(step: dict[str, Any]) -> str:
 
 
 def _sentencepiece(described: dict[str, Any], notices: list[str]) -> dict[str, Field]:
-    """SentencePiece's BPE with bytes for what is not in the vocabulary (Llama 2, Mistral, Gemma): where a space goes in
-    front."""
+    """The kind of a BPE with byte fallback (Llama 2, Mistral, Gemma), and whether a space is put in front of a text."""
     normal, steps = _steps(described["normalizer"], "normalizers"), _steps(described["pre_tokenizer"], "pretokenizers")
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     prepend = {"type": "Prepend", "prepend": SPACE}
-    split = (
-        len(steps) == 1 and steps[0]["type"] == "Split" and steps[0]["pattern"] == {"String": " "}
-    )  # no space is left to split at
+    # Spaces were replaced, so a split at spaces does nothing.
+    split = len(steps) == 1 and steps[0]["type"] == "Split" and steps[0]["pattern"] == {"String": " "}
     first = False
     if normal == [prepend, spaces] and not steps:
         first = True
@@ -156,7 +155,8 @@ def _sentencepiece(described: dict[str, Any], notices: list[str]) -> dict[str, F
         first = steps[0].get("prepend_scheme", "always") != "never"
         if steps[0].get("prepend_scheme") == "first":
             notices.append(
-                "llama.cpp puts a space also in front of text behind a special token; this tokenizer only at the very start"
+                "llama.cpp puts a space also in front of text behind a special token; "
+                "this tokenizer only at the very start"
             )
     elif normal != [spaces] or not (split or not steps):
         raise _unknown(
@@ -169,7 +169,7 @@ def _sentencepiece(described: dict[str, Any], notices: list[str]) -> dict[str, F
 def _tokens(
     described: dict[str, Any], rows: int, kind: dict[str, Field], notices: list[str]
 ) -> tuple[list[str], list[int]]:
-    """Text and type of each id below ``rows``; ids without a token are named and marked unused."""
+    """The text and type of each id below ``rows``; an id without a token is called [PAD<id>] and marked as unused."""
     sentencepiece = kind["tokenizer.ggml.model"].value == "llama"
     tokens, types = [f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows
     unknown = described["model"].get("unk_token")
@@ -189,9 +189,8 @@ def _tokens(
             beyond += 1
         elif types[number] != UNKNOWN:
             types[number] = CONTROL if added["special"] else USER_DEFINED
-            tokens[number] = (
-                text if added["special"] else text.replace(SPACE, " ")
-            )  # looked for in the text as it comes
+            # llama.cpp looks for user-defined tokens in the text before its spaces are replaced.
+            tokens[number] = text if added["special"] else text.replace(SPACE, " ")
     if beyond:
         notices.append(f"{beyond} tokens of the tokenizer lie behind the model's {rows} embeddings: left out")
     twice = len(tokens) - len(set(tokens))
@@ -205,8 +204,8 @@ def _tokens(
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """SentencePiece joins the pair with the highest score first: minus the rank of the first merge that makes the
-    token."""
+    """The score of each token: minus the rank of the first merge that makes it, since SentencePiece joins the pair with
+    the highest score first."""
     rank: dict[str, int] = {}
     for number, pair in enumerate(merges):
         rank.setdefault("".join(pair), number)
@@ -214,7 +213,7 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Field]:
-    """Ids of the special tokens, what is put around a text, and the chat template."""
+    """The fields of the special tokens, of those put around a text, and of the chat template."""
     fields: dict[str, Field] = {}
     for key, attribute in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         number = getattr(tokenizer, f"{attribute}_token_id", None)

@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint is which of the model: found by name, held against shape and dtype, ties settled as
-transformers does.
+"""Which tensor of a checkpoint is which of the model: found by name, compared in shape and dtype, tied as transformers
+ties them.
 
-What a checkpoint holds beyond the model (a layer that predicts further tokens, the head of another task) is copied to
-the result under its own name. What lies inside of the model's own blocks and has no place there is refused."""
+What a checkpoint holds beside the model (a layer that predicts further tokens, the head of another task) is copied to
+the result under its own name. A tensor inside of the model's own modules that the model does not have is refused."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,31 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from leangrid.errors import CheckpointError
-from leangrid.storage.foreign import refuse_disguised, wrapped_names
+from leangrid.storage.dtypes import FLOATS
+from leangrid.storage.foreign import OLD_BUFFERS, explain_foreign_names, refuse_disguised
 
 # Names that old checkpoints use for today's parameters.
 _LEGACY_SUFFIXES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
-_TABLES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", "attn.bias", "attn.masked_bias",
-           "embeddings.position_ids")  # fmt: skip
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-_FURTHER_LAYERS = (
-    "num_nextn_predict_layers",
-    "num_mtp_layers",
-    "mtp_num_hidden_layers",
-)  # of config.json: blocks behind the last one
-# Parts of a base model that a class may leave out while the checkpoint has them: transformers leaves them unread too.
+# Fields of config.json that count blocks behind the last one, which predict further tokens.
+_FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+# Parts of a base model that a class may leave out while the checkpoint has them; transformers ignores them too.
 _LEFT_OUT = re.compile(r"pooler|mtp\w*|\w*(vision|visual|audio|image|multi_modal|multimodal)\w*")
-_SHOWN = 4  # missing names, and as many unexpected ones, in a refusal
+_SHOWN = 4  # names of each kind of difference in an error
 
 
 @runtime_checkable
 class Weights(Protocol):
-    """What a skeleton needs of its source: a Checkpoint, or for ``plan`` the description of one."""
+    """What a skeleton needs of its source: a Checkpoint (storage/source.py), or for ``plan`` a DescribedCheckpoint
+    (shapes.py)."""
 
     @property
     def directory(self) -> Path: ...
@@ -45,78 +40,82 @@ class Weights(Protocol):
     @property
     def notices(self) -> Sequence[str]: ...
     def read(self, name: str) -> Tensor: ...
-    def equal(self, one: str, other: str) -> bool: ...
+    def tensors_equal(self, one: str, other: str) -> bool: ...
 
 
 @dataclass(frozen=True)
 class Naming:
-    """How a checkpoint's names belong to a model's.
+    """Which names of a checkpoint are which of a model.
 
     Attributes:
-        sources: model name -> checkpoint name of every tensor that the checkpoint holds; tied ones once.
-        beyond: names of the checkpoint that are no part of the model and are copied as they are.
+        sources: name in the model -> name in the checkpoint, of every tensor of the model that is stored; tied ones
+            once.
+        extra: names of stored tensors that are no part of the model; they are copied as stored.
         notices: sentences for the user.
-        untied: the config ties tensors that the checkpoint stores apart, with other values.
-        absent: the parts of the model (``pooler``) that the checkpoint lacks as a whole and the model can be built
-        without.
+        untied: the config ties tensors that the checkpoint stores with different values, so they are not tied.
+        absent: the modules (``pooler``) of which the checkpoint has no tensor, and without which the model is built.
     """
 
     sources: dict[str, str]
-    beyond: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     untied: bool = False
     absent: tuple[str, ...] = ()
 
 
 def match_names(model: PreTrainedModel, checkpoint: Weights, blocks: str, count: int) -> Naming:
-    """Find every tensor of ``model`` (on the meta device) in ``checkpoint``.
+    """Find every tensor of ``model`` in ``checkpoint``.
 
     Args:
-        blocks: path of the list of blocks with a final dot, as ``model.layers.``; count: how many there are.
+        model: on the meta device.
+        blocks: the path of its list of blocks with a final dot, such as ``model.layers.``.
+        count: the number of blocks.
 
     Raises:
-        CheckpointError: tensors are missing, of another shape or dtype, or have no place: the first of each are named,
-            and what kind of checkpoint it is where that is known.
+        CheckpointError: tensors are missing, have another shape or dtype, or do not belong to the model. The first of
+            each are named, and what kind of checkpoint it is where the names tell.
     """
     prefix = model.base_model_prefix
     expected = dict(model.state_dict(keep_vars=True))
     found = {name: spelled for name in expected if (spelled := _stored_as(name, prefix, checkpoint)) is not None}
-    sources, missing, untied = _settled_ties(model, expected, found, checkpoint)
+    sources, missing, untied = _resolve_ties(model, expected, found, checkpoint)
     wrong = list(_wrong_shapes(expected, found, checkpoint))
     known = {spelled for name in expected for spelled in _spellings(name, prefix)}
     known |= {spelled for name, _ in model.named_buffers() for spelled in _spellings(name, prefix)}
     left = [name for name in checkpoint.tensors if name not in known and not _is_table(model, name)]
-    beyond = [name for name in left if _is_beyond(name, model, checkpoint.config, blocks, count)]
-    unexpected = sorted(set(left) - set(beyond))
+    extra = [name for name in left if _is_extra(name, model, checkpoint.config, blocks, count)]
+    unexpected = sorted(set(left) - set(extra))
     pooler = {name for name in expected if ".pooler." in f".{name}"}
     absent = ("pooler",) if missing and set(missing) == pooler else ()
     if (missing and not absent) or wrong or unexpected:
         refuse_disguised(checkpoint.tensors, checkpoint.directory)
-        raise _disagreement(missing, wrong, unexpected, beyond, checkpoint, _head(model))
+        raise _disagreement(missing, wrong, unexpected, extra, checkpoint, _head(model))
     _check_dtypes(expected, sources, checkpoint)
     notices = []
-    if beyond:
-        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
-        notices.append(f"'{beyond[0]}'{more}: no part of {type(model).__name__}, copied as stored, not quantized")
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        notices.append(f"'{extra[0]}'{more}: no part of {type(model).__name__}, copied as stored, not quantized")
     if untied:
         notices.append(
-            "config.json ties the output head to the embeddings, the checkpoint stores another head: they are kept apart"
+            "config.json ties the output head to the embeddings, "
+            "the checkpoint stores another head: they are kept apart"
         )
     if absent:
         notices.append(f"the checkpoint has no {absent[0]}: the model is read without it")
-    return Naming(sources, tuple(beyond), tuple(notices), untied, absent)
+    return Naming(sources, tuple(extra), tuple(notices), untied, absent)
 
 
-def _settled_ties(
+def _resolve_ties(
     model: PreTrainedModel, expected: Mapping[str, Any], found: Mapping[str, str], checkpoint: Weights
 ) -> tuple[dict[str, str], list[str], bool]:
-    """(sources, missing, untied), tied tensors settled as transformers does (PreTrainedModel.tie_weights): a target
-    that is stored with other values is kept apart; where only the target is stored it is read for both."""
+    """Sources, missing names, and whether tensors are untied, as transformers decides (PreTrainedModel.tie_weights): a
+    tied tensor that is stored with other values than its owner is untied; where only the tied one is stored it is read
+    for both."""
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     sources = {name: spelled for name, spelled in found.items() if name not in tied}
     stored_twice = [name for name, owner in tied.items() if name in found and owner in found]
     untied = any(
-        not checkpoint.equal(found[name], found[tied[name]])
+        not checkpoint.tensors_equal(found[name], found[tied[name]])
         for name in stored_twice
         if _same_shape(expected, name, tied[name])
     )
@@ -125,7 +124,7 @@ def _settled_ties(
         if owner not in found and target in found:
             sources[owner] = found[target]
             missing = [name for name in missing if name != owner]
-        if untied and sources.get(owner) is not None:  # without the tie each has a tensor of its own in the result
+        if untied and sources.get(owner) is not None:  # not tied: each has a tensor of its own in the result
             sources[target] = found.get(target, sources[owner])
     return sources, missing, untied
 
@@ -142,7 +141,7 @@ def _wrong_shapes(expected: Mapping[str, Any], found: Mapping[str, str], checkpo
 
 
 def _check_dtypes(expected: Mapping[str, Any], sources: Mapping[str, str], checkpoint: Weights) -> None:
-    """Every tensor's dtype, before any is read: weights are floats of 16 bits or more."""
+    """Raise CheckpointError, before a weight is read, for weights that are not floats of 16 bits or more."""
     wrong = [
         (name, checkpoint.tensors[spelled].dtype)
         for name, spelled in sources.items()
@@ -159,10 +158,10 @@ def _check_dtypes(expected: Mapping[str, Any], sources: Mapping[str, str], check
         )
 
 
-def _is_beyond(name: str, model: PreTrainedModel, config: Mapping[str, Any], blocks: str, count: int) -> bool:
-    """Whether a tensor that the model does not have belongs to something beside it, which transformers leaves
-    unread."""
-    if wrapped_names([name]) is not None:
+def _is_extra(name: str, model: PreTrainedModel, config: Mapping[str, Any], blocks: str, count: int) -> bool:
+    """Whether a tensor that the model does not have belongs to something beside the model that transformers does not
+    read either; False: it lies inside of the model's own modules."""
+    if explain_foreign_names([name]) is not None:
         return False
     if any(re.search(pattern, name) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()):
         return True
@@ -178,28 +177,29 @@ def _is_beyond(name: str, model: PreTrainedModel, config: Mapping[str, Any], blo
         return False
     if inner != name:
         return _LEFT_OUT.fullmatch(top) is not None
-    modules = {path for path, _ in model.named_modules()}
-    return (
-        name.rpartition(".")[0] not in modules
-    )  # one more bias of a head that the model has would change what it computes
+    # One more tensor of a module that the model has, such as a bias of its head, would change what it computes.
+    return name.rpartition(".")[0] not in {path for path, _ in model.named_modules()}
 
 
 def _disagreement(
     missing: list[str],
     wrong: list[str],
     unexpected: list[str],
-    beyond: list[str],
+    extra: list[str],
     checkpoint: Weights,
     head: str | None,
 ) -> CheckpointError:
-    """What does not fit, a few names of each kind, and what the names tell of the checkpoint."""
-    stranger = [*unexpected, *beyond] if missing else unexpected
-    told = _prefixed(missing, stranger) or wrapped_names(stranger)
-    parts = [*_few(missing, " is missing"), *_few(wrong, ""), *_few(stranger, " is not part of the model")]
-    if told is None and not (wrong or stranger) and all(name.rpartition(".")[0] == head for name in missing):
-        told = "If the model has no head of its own, set tie_word_embeddings to true, or name the class without a head under architectures"
+    """The error that names what does not fit, a few of each kind, and says what the names tell of the checkpoint."""
+    unknown = [*unexpected, *extra] if missing else unexpected
+    way_out = _prefixed(missing, unknown) or explain_foreign_names(unknown)
+    parts = [*_few(missing, " is missing"), *_few(wrong, ""), *_few(unknown, " is not part of the model")]
+    if way_out is None and not (wrong or unknown) and all(name.rpartition(".")[0] == head for name in missing):
+        way_out = (
+            "If the model has no head of its own, set tie_word_embeddings to true, "
+            "or name the class without a head under architectures"
+        )
     return CheckpointError(f"config and tensors disagree: {'; '.join(parts)}", checkpoint.directory,
-                           told or "Use the config that belongs to these weights")  # fmt: skip
+                           way_out or "Use the config that belongs to these weights")  # fmt: skip
 
 
 def _head(model: PreTrainedModel) -> str | None:
@@ -213,10 +213,10 @@ def _few(names: Sequence[str], what: str) -> list[str]:
     return [f"{name}{what}" for name in names[:_SHOWN]] + more
 
 
-def _prefixed(missing: Sequence[str], stranger: Sequence[str]) -> str | None:
-    """A sentence where what is missing is there with something in front of its name."""
+def _prefixed(missing: Sequence[str], unknown: Sequence[str]) -> str | None:
+    """The way out where a missing tensor is stored with a prefix before its name; None where it is not."""
     for name in missing[:1]:
-        longer = next((other for other in stranger if other.endswith(f".{name}")), None)
+        longer = next((other for other in unknown if other.endswith(f".{name}")), None)
         if longer is not None:
             return (
                 f"The names begin with '{longer.removesuffix(name)}': they are of a model inside of another. "
@@ -230,7 +230,8 @@ def _stored_as(name: str, prefix: str, checkpoint: Weights) -> str | None:
 
 
 def _spellings(name: str, prefix: str) -> Iterator[str]:
-    """The names under which a checkpoint may store the model's tensor ``name``."""
+    """The names under which a checkpoint may store the tensor that the model calls ``name``: with or without the base
+    model's prefix, today's or those of old checkpoints."""
     for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
         yield candidate
         for new, old in _LEGACY_SUFFIXES:
@@ -239,5 +240,5 @@ def _spellings(name: str, prefix: str) -> Iterator[str]:
 
 
 def _is_table(model: PreTrainedModel, name: str) -> bool:
-    """Tables that old checkpoints carry and today's modules compute."""
-    return name.endswith(_TABLES) and name not in dict(model.named_parameters())
+    """Whether a stored tensor is a buffer that today's modules compute."""
+    return name.endswith(OLD_BUFFERS) and name not in dict(model.named_parameters())

@@ -1,9 +1,8 @@
-"""A checkpoint as transformers itself opens it: its class, its names, its reading of the files. What our own reading is
-held against.
+"""A checkpoint as transformers itself opens it, with which our own reading of it is compared.
 
-Nothing is downloaded and no code of the checkpoint runs. Where transformers cannot find weights that
-``storage/source.py`` accepts (an index without ``metadata``, a single file of another name) or would look for more than
-the weights (an adapter beside them), it is shown a temporary directory of links."""
+Nothing is downloaded and no code of the checkpoint runs. transformers is given a temporary directory of links where it
+would not find weights that ``storage/source.py`` accepts (an index without ``metadata``, a single file of another name)
+or would load more than the weights (an adapter beside them)."""
 
 import logging
 import tempfile
@@ -21,13 +20,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from leangrid.errors import CheckpointError, LeangridError, first_line
-from leangrid.machine.devices import out_of_memory
+from leangrid.machine.devices import is_out_of_memory
 from leangrid.models.naming import Weights
 from leangrid.storage import files
-from leangrid.storage.safetensors import strict_json
+from leangrid.storage.safetensors import parse_strict_json
 
 _SINGLE, _INDEX, _GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
-_MISREAD = ("adapter_config.json",)  # files that make transformers load something else than these weights
+_MISREAD = ("adapter_config.json",)  # files that make transformers load something other than these weights
 
 
 def open_original(
@@ -37,18 +36,17 @@ def open_original(
     dtype: torch.dtype | None = None,
     absent: Sequence[str] = (),
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The dense checkpoint in memory by transformers' own ``from_pretrained``, in evaluation mode on the CPU.
+    """Open a dense checkpoint by transformers' own ``from_pretrained``.
 
     Args:
-        checkpoint: an opened source that lies in a directory: its files are read, by transformers.
+        checkpoint: an opened source that lies in a directory.
         model_class: a class of transformers itself.
-        config: None: config.json as transformers reads it.
-        dtype: of its floating-point parameters; None: as stored.
-        absent: modules that the checkpoint is known not to hold (Naming.absent); transformers gives them random
-        weights.
+        config: None is config.json as transformers reads it.
+        dtype: the dtype of the floating-point parameters; None is the stored one.
+        absent: modules of which the checkpoint holds no tensor (Naming.absent); transformers gives them random weights.
 
     Returns:
-        the model, and the names of stored tensors that it has no place for.
+        the model in memory, in evaluation mode on the CPU, and the names of stored tensors that it does not have.
 
     Raises:
         CheckpointError: transformers cannot open it, or finds a tensor of the model in no file.
@@ -65,10 +63,10 @@ def original_on_disk(
     absent: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> Iterator[PreTrainedModel]:
-    """The same for the length of the ``with``, computing on ``device``, with its weights left in their files: each is
-    read whenever a module needs it, so that memory holds one module, and tied tables.
+    """Context: the model of ``open_original`` computing on ``device``, its weights left in their files. Each is read
+    whenever its module computes, so that memory holds one module at a time, and tied weights.
 
-    Not for experts that transformers fuses: it would write all of them to disk.
+    Not for experts that transformers fuses into one tensor, since it would write them all to disk.
     """
     with _readable(checkpoint) as where:
         config = _config(checkpoint.directory, model_class)
@@ -100,8 +98,8 @@ def _open(
             )
     except (LeangridError, MemoryError):
         raise
-    except Exception as error:  # what a stranger's files do inside of transformers, nobody can list
-        if out_of_memory(error):
+    except Exception as error:  # any file may raise anything inside of transformers
+        if is_out_of_memory(error):
             raise
         raise CheckpointError(
             f"transformers cannot load it: {first_line(error)}", directory, "Check the download"
@@ -115,8 +113,8 @@ def _open(
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by its name, tied ones under each; those that wait in files are read one module at a
-    time."""
+    """Yield every parameter and buffer with its name, tied ones under each of their names; those left in files are read
+    one module at a time."""
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
         with align_module_device(module, torch.device("cpu")):
@@ -126,8 +124,7 @@ def tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the ``with``, transformers and accelerate report nothing on the terminal: what they find is returned, or
-    an error."""
+    """Context: transformers and accelerate print no warnings and no progress bars."""
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     placing = logging.getLogger("accelerate.big_modeling")
     before = placing.level
@@ -153,14 +150,15 @@ def _config(directory: Path, model_class: type[PreTrainedModel]) -> PreTrainedCo
 def _map(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, absent: Sequence[str], device: torch.device | str
 ) -> dict[str, str]:
-    """Every module's weights on disk but those that are in no file, and tied ones: of two that wait on disk
-    transformers does not see whether they are equal. accelerate wants one that is not on disk: the smallest."""
+    """A device map that leaves weights on disk, except those that are in no file, and tied ones, which transformers
+    cannot compare on disk. accelerate needs at least one module that is not on disk: the smallest."""
     with torch.device("meta"):
         empty = model_class(config)
     tied = getattr(empty, "all_tied_weights_keys", None) or {}
     names = {name for pair in tied.items() for name in pair}
     names |= {name for name, _ in empty.named_parameters() if set(name.split(".")) & set(absent)}
-    sizes: dict[str, int] = {}  # of the outermost modules with parameters of their own: accelerate places whole modules
+    # accelerate places whole modules: the sizes of the outermost ones with parameters of their own.
+    sizes: dict[str, int] = {}
     for path, module in empty.named_modules():
         if any(True for _ in module.parameters(recurse=False)) and not any(
             path.startswith(f"{outer}.") for outer in sizes
@@ -174,8 +172,8 @@ def _map(
 
 @contextmanager
 def _readable(checkpoint: Weights) -> Iterator[Path]:
-    """The checkpoint's directory, or for the length of the ``with`` one of links in which transformers finds the same
-    weights."""
+    """Context: the checkpoint's directory where transformers finds the weights in it, else a temporary one with links
+    to them under the names it looks for."""
     directory = checkpoint.directory
     if _found(directory) and not any((directory / name).exists() for name in _MISREAD):
         yield directory
@@ -184,23 +182,23 @@ def _readable(checkpoint: Weights) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="leangrid-") as folder:
         view = Path(folder)
         if len(shards) == 1:
-            files.link(view / _SINGLE, shards[0])
+            files.make_link(view / _SINGLE, shards[0])
         else:
             owners = {name: shard.name for shard in shards for name in _names(shard)}
             files.write_json(view / _INDEX, {"metadata": {}, "weight_map": owners})
             for shard in shards:
-                files.link(view / shard.name, shard)
+                files.make_link(view / shard.name, shard)
         if (directory / _GENERATION).is_file():
-            files.link(view / _GENERATION, directory / _GENERATION)
+            files.make_link(view / _GENERATION, directory / _GENERATION)
         yield view
 
 
 def _found(directory: Path) -> bool:
-    """Whether transformers finds the weights: a single file of its own name, or an index as it writes them."""
+    """Whether transformers finds weights here: a single file of the usual name, or an index with metadata."""
     if (directory / _SINGLE).is_file():
         return True
     index = directory / _INDEX
-    return index.is_file() and isinstance(strict_json(index.read_bytes(), index).get("metadata"), dict)
+    return index.is_file() and isinstance(parse_strict_json(index.read_bytes(), index).get("metadata"), dict)
 
 
 def _names(shard: Path) -> list[str]:

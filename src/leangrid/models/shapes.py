@@ -1,8 +1,8 @@
-"""Models without their weights: shapes by name, from a config.json, or described by another file's header. For
-``plan``.
+"""Checkpoints that are described instead of stored, for ``plan``: well-known models by name, any model by its
+config.json, or by the header of another file.
 
-The table holds the fields of each model's config.json that decide shapes, as its publisher gives them on the hub. To
-add a model, add its row; anything else can be given as the path of a config.json."""
+SHAPES has the fields of each model's config.json that decide shapes, as its publisher gives them on the hub. To add a
+model, add its row."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from leangrid.errors import CheckpointError
 from leangrid.models.skeleton import empty_model
 from leangrid.storage.config import read_config
+from leangrid.storage.dtypes import COMPUTED, DTYPES, NAMES, torch_name
 
-_NAMES = {torch.float32: ("F32", 4), torch.float16: ("F16", 2), torch.bfloat16: ("BF16", 2)}
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {torch_name(DTYPES[name]): DTYPES[name] for name in COMPUTED}  # as config.json spells them
 
 
 def _row(
@@ -32,7 +32,7 @@ def _row(
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "vocab_size": vocabulary,
-        # enough for any calibration window; the rotary tables are the only thing it would change
+        # Enough for any calibration window; only the rotary tables depend on it.
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
@@ -59,7 +59,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TensorShape:
-    """A tensor that is not here: its dtype as safetensors names it, its shape, its bytes."""
+    """A tensor without its values: its dtype as safetensors names it, its shape, its size in bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -68,7 +68,14 @@ class TensorShape:
 
 @dataclass(frozen=True)
 class DescribedCheckpoint:
-    """A checkpoint that is only described: the config and the shapes, no weights."""
+    """The config and the shapes of a checkpoint, without weights.
+
+    Attributes:
+        directory: what it is called in errors; nothing has to lie there.
+        config: config.json.
+        tensors: its tensors by name.
+        notices: sentences for the user.
+    """
 
     directory: Path
     config: dict[str, Any]
@@ -77,8 +84,8 @@ class DescribedCheckpoint:
 
     @classmethod
     def of(cls, where: Path, config: dict[str, Any], model: nn.Module, dtype: torch.dtype) -> "DescribedCheckpoint":
-        """All tensors of ``model`` (on the meta device) in ``dtype``, tied ones once."""
-        name, size = _NAMES[dtype]
+        """The description of ``model``, which is on the meta device, in ``dtype``, tied tensors once."""
+        name, size = NAMES[dtype], dtype.itemsize
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         tensors = {
             n: TensorShape(name, tuple(t.shape), t.numel() * size)
@@ -88,20 +95,20 @@ class DescribedCheckpoint:
         return cls(where, config, tensors)
 
     def read(self, name: str) -> Tensor:
-        """Never: a description holds no weights."""
+        """Raise CheckpointError: a description has no weights."""
         raise CheckpointError("a described checkpoint holds no weights", name, "Give the checkpoint itself")
 
-    def equal(self, one: str, other: str) -> bool:
-        """Nothing says that two tensors of a description differ."""
+    def tensors_equal(self, one: str, other: str) -> bool:
+        """True: nothing tells two tensors of a description apart."""
         return True
 
 
-def shape(text: str) -> DescribedCheckpoint:
-    """The model that ``text`` names: a row of the table, or the path of a config.json (or of its directory).
+def describe_shape(text: str) -> DescribedCheckpoint:
+    """Describe the model that ``text`` names: a row of SHAPES, or the path of a config.json or of its directory.
 
     Raises:
-        CheckpointError: it is neither, or no model can be built from the config. ArchitectureError: its type is not
-        known.
+        CheckpointError: it is neither, or no model can be built from the config.
+        ArchitectureError: its architecture is not known.
     """
     row = SHAPES.get(text.lower())
     path = Path(text).expanduser()

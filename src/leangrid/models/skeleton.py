@@ -1,8 +1,7 @@
-"""A model without its weights: shapes from the config, tensors from disk only while they are needed.
+"""A model without its weights: modules on the meta device, tensors read from the checkpoint while they are needed.
 
-The skeleton lives on the meta device. A block is materialised, quantized, written and released before the next one, so
-memory grows with the largest block and never with the model.
-"""
+A block is materialised, quantized, written and released before the next one, so memory grows with the largest block,
+not with the model."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,25 +17,33 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 
 from leangrid.errors import ArchitectureError, CheckpointError, first_line
 from leangrid.models.architectures import Architecture, Groups, architecture_of
-from leangrid.models.experts import separate
-from leangrid.models.naming import FLOATS, Naming, Weights, match_names
+from leangrid.models.experts import unfuse_experts
+from leangrid.models.naming import Naming, Weights, match_names
+from leangrid.storage.dtypes import weight_dtype
 from leangrid.storage.safetensors import TensorInfo
 
 
 class Skeleton:
-    """The model's modules on the meta device, and the way to fill and empty them.
+    """The model's modules on the meta device, whose weights can be read and released block by block.
 
     Args:
-        checkpoint: an opened source (its headers were checked).
-        compute_dtype: dtype of materialised parameters.
+        checkpoint: an opened source, whose headers were checked; or the description of one.
+        compute_dtype: the dtype of materialised parameters.
+
+    Attributes:
+        architecture: the row of the table (architectures.py).
+        config: transformers' config.
+        naming: which stored tensor is which of the model (naming.py).
+        model: the whole model. base: the model without its head, at the path ``prefix`` in it.
+        blocks: the list of blocks.
+        dtype: the dtype in which most of the weights to be quantized are stored; float32 for float64.
 
     Raises:
         ArchitectureError: the model type is unknown or brings its own code.
-        CheckpointError: config and tensors disagree; all differences are listed.
+        CheckpointError: config and tensors disagree; the first differences of each kind are named.
     """
 
     def __init__(self, checkpoint: Weights, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -45,9 +52,8 @@ class Skeleton:
         self._reading = Lock()
         self.architecture: Architecture = architecture_of(checkpoint.config)
         self.config = _read_config(checkpoint)
-        with torch.device(
-            "meta"
-        ):  # tables grow with what the config claims: its shapes are held against the tensors first
+        # First all on the meta device: buffers grow with what the config claims, which is not checked yet.
+        with torch.device("meta"):
             empty = _empty_model(self.config, self.architecture)
         self.naming = _named(empty, self.architecture, checkpoint)
         del empty
@@ -62,7 +68,7 @@ class Skeleton:
         self.dtype = self._stored_dtype()
 
     def block_name(self, index: int) -> str:
-        """Path of block ``index`` in the model, e.g. ``model.layers.3``."""
+        """The path of block ``index`` in the model, such as ``model.layers.3``."""
         return f"{self._base_dot}{self.architecture.blocks}.{index}"
 
     @property
@@ -71,24 +77,40 @@ class Skeleton:
 
     @property
     def blocks_prefix(self) -> str:
-        """Path of the list of blocks with a final dot, e.g. ``model.layers.``."""
+        """The path of the list of blocks with a final dot, such as ``model.layers.``."""
         return f"{self._base_dot}{self.architecture.blocks}."
 
     @property
     def causal(self) -> bool:
-        """Whether the model has a language-model head, so that its predictions can be compared."""
+        """Whether the model predicts the next token, so that it has a perplexity: a decoder with its head."""
         return self.architecture.kind == "decoder" and self.model.can_generate()
 
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model knows: rows of its embedding."""
+        return self._embedding.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in a token's hidden state between two blocks."""
+        return self._embedding.shape[1]
+
+    @property
+    def _embedding(self) -> Tensor:
+        table: Any = self.base.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        return table.weight
+
     def groups(self, index: int) -> Groups:
-        """The linears of block ``index`` by shared input, from the block."""
+        """The linears of block ``index`` grouped by shared input, as paths from the block, in the order of the forward
+        pass."""
         return self.architecture.groups_of(self.blocks[index])
 
-    def four_groups(self) -> list[list[tuple[int, int]]]:
-        """Shapes of the linears into attention, out of it, into the MLP and out of it, for the block with the most
-        weights.
+    def group_shapes(self) -> list[list[tuple[int, int]]]:
+        """(rows, cols) of the linears into attention, out of it, into the MLP and out of it, four lists, for the block
+        with the most weights.
 
-        Where a block has more groups (compressed queries, experts, shared experts) each is counted with the one it runs
-        beside."""
+        Linears of further groups (compressed queries, experts, shared experts) are in the list of the part they belong
+        to."""
         if not self.architecture.sparse:
             return [
                 [self.shape(f"{self.block_name(0)}.{name}") for name in names] for names in self.architecture.groups
@@ -110,57 +132,58 @@ class Skeleton:
         return parts
 
     def linear_names(self, index: int) -> list[str]:
-        """Full paths of the linears of block ``index`` that are quantized, in the order of the groups."""
+        """The paths in the model of the linears of block ``index`` that are quantized, in the order of the groups."""
         return [f"{self.block_name(index)}.{name}" for group in self.groups(index) for name in group]
 
     def shape(self, linear: str) -> tuple[int, int]:
         """(rows, cols) = (out_features, in_features) of a linear."""
-        shape = tuple(self.model.get_parameter(f"{linear}.weight").shape)
-        return (shape[1], shape[0]) if self.architecture.layer == "conv1d" else (shape[0], shape[1])
+        rows, cols = self.architecture.transposed(self.model.get_parameter(f"{linear}.weight")).shape
+        return rows, cols
 
-    def stored(self, name: str) -> Tensor:
-        """One tensor as the checkpoint stores it, under its name in the model. Any thread may ask."""
-        with self._reading:  # a checkpoint holds one open file and its position
+    def read(self, name: str) -> Tensor:
+        """The tensor that the model calls ``name``, as the checkpoint stores it. Any thread may call this."""
+        with self._reading:  # a checkpoint has one open file with one position
             return self.checkpoint.read(self._sources[name])
 
-    def stored_info(self, name: str) -> TensorInfo:
-        """Where the checkpoint stores that tensor."""
+    def tensor_info(self, name: str) -> TensorInfo:
+        """The header entry of the tensor that the model calls ``name``: file, dtype, shape, bytes."""
         return self.checkpoint.tensors[self._sources[name]]
 
     def parameter_names(self) -> list[str]:
-        """Names of all tensors of the model that the checkpoint holds (tied ones once)."""
+        """The names of all tensors of the model that the checkpoint holds, tied ones once."""
         return list(self._sources)
 
     def materialise(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
-        """Fill ``module`` (at path ``prefix``) from the checkpoint, except below ``skip`` (a path with a final dot)."""
+        """Fill ``module``, which lies at the path ``prefix`` in the model, from the checkpoint, except what lies below
+        ``skip``, a path with a final dot."""
         dot = f"{prefix}." if prefix else ""
         for name, parameter in list(module.named_parameters()):
             full = dot + name
             if not parameter.is_meta or (skip and full.startswith(skip)) or full not in self._sources:
                 continue
-            _set_parameter(module, name, self.stored(full).to(self.compute_dtype))
+            _set_parameter(module, name, self.read(full).to(self.compute_dtype))
         for name, buffer in list(module.named_buffers()):
             full = dot + name
             if full in self._sources and not (skip and full.startswith(skip)):
-                buffer.copy_(self.stored(full).to(buffer.dtype))
+                buffer.copy_(self.read(full).to(buffer.dtype))
 
     def block_sources(self, index: int) -> list[str]:
-        """The checkpoint's names of all tensors of block ``index``."""
+        """The names that the tensors of block ``index`` have in the checkpoint."""
         prefix = f"{self.block_name(index)}."
         return [source for name, source in self._sources.items() if name.startswith(prefix)]
 
-    def block_weights(self, index: int) -> dict[str, Tensor]:
-        """The parameters of block ``index``, named from the block, in the compute dtype in host memory."""
+    def read_block(self, index: int) -> dict[str, Tensor]:
+        """The parameters of block ``index`` by their names in the block, in the compute dtype, in host memory."""
         prefix = f"{self.block_name(index)}."
         names = (name for name, _ in self.blocks[index].named_parameters() if prefix + name in self._sources)
-        return {name: self.stored(prefix + name).to(self.compute_dtype) for name in names}
+        return {name: self.read(prefix + name).to(self.compute_dtype) for name in names}
 
     @contextmanager
-    def block(
+    def load_block(
         self, index: int, device: torch.device | str = "cpu", weights: Mapping[str, Tensor] | None = None
     ) -> Iterator[nn.Module]:
-        """Block ``index`` with its weights, for the length of the ``with``; ``weights`` are its ``block_weights`` if
-        they are there."""
+        """Context: block ``index`` with its weights on ``device``, released at the end. ``weights`` are what
+        ``read_block`` gave where that was called already; None reads them."""
         block = self.blocks[index]
         try:
             for name, weight in (weights or {}).items():
@@ -172,9 +195,9 @@ class Skeleton:
             self.release(block)
 
     @contextmanager
-    def without_blocks(self, device: torch.device | str = "cpu", head: bool = False) -> Iterator[nn.Module]:
-        """The base model with embeddings and norms filled and its blocks still empty; with ``head`` the whole model
-        likewise."""
+    def load_outside_blocks(self, device: torch.device | str = "cpu", head: bool = False) -> Iterator[nn.Module]:
+        """Context: the base model on ``device`` with the weights outside of its blocks (embeddings, norms), its blocks
+        still empty; released at the end. ``head``: the whole model with its head instead."""
         model = self.model if head else self.base
         self.materialise(model, "" if head else self.prefix, skip=self.blocks_prefix)
         if head:
@@ -192,38 +215,25 @@ class Skeleton:
                 self.model.tie_weights()
 
     def release(self, module: nn.Module) -> None:
-        """Put the module's parameters back on the meta device and free their memory."""
+        """Free the memory of the module's parameters: they are on the meta device again."""
         for name, parameter in list(module.named_parameters()):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
 
     def _stored_dtype(self) -> torch.dtype:
-        """The dtype in which most of the weights to be quantized are stored; float32 for float64, which no engine
-        computes in."""
+        """The dtype of most of the weights to be quantized; float32 for float64, in which no engine computes."""
         counts: Counter[str] = Counter()
         for name in (f"{name}.weight" for index in range(len(self.blocks)) for name in self.linear_names(index)):
             info = self.checkpoint.tensors[self._sources[name]]
             counts[info.dtype] += int(torch.Size(info.shape).numel())
-        dtype = FLOATS[counts.most_common(1)[0][0]]
-        return torch.float32 if dtype == torch.float64 else dtype
+        return weight_dtype(counts.most_common(1)[0][0]) or torch.float32
 
 
 def described_model(config: dict[str, Any]) -> PreTrainedModel:
-    """The model of a finished result's config.json, on the meta device, as if it were not quantized; errors as
-    ``Skeleton``."""
+    """The dense model that the config.json of a finished result describes, on the meta device. Raises as ``Skeleton``
+    does."""
     kind = transformers.CONFIG_MAPPING[config["model_type"]]
     plain = kind.from_dict(deepcopy({key: value for key, value in config.items() if key != "quantization_config"}))
     return _empty_model(plain, architecture_of(config))
-
-
-def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[tuple[int, int], str]]:
-    """Every linear of ``model``, in its order: name -> ((rows, cols), "linear" or "conv1d")."""
-    found: dict[str, tuple[tuple[int, int], str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            found[name] = ((module.out_features, module.in_features), "linear")
-        elif isinstance(module, Conv1D):
-            found[name] = ((module.weight.shape[1], module.weight.shape[0]), "conv1d")
-    return found
 
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
@@ -233,7 +243,8 @@ def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def empty_model(checkpoint: Weights) -> PreTrainedModel:
-    """The model that a checkpoint's config describes, wholly on the meta device; errors as ``Skeleton``."""
+    """The model that a checkpoint's config describes, parameters and buffers on the meta device. Raises as ``Skeleton``
+    does."""
     architecture = architecture_of(checkpoint.config)
     with torch.device("meta"):
         return _empty_model(_read_config(checkpoint), architecture)
@@ -253,7 +264,7 @@ def _read_config(checkpoint: Weights) -> PreTrainedConfig:
         config = kind.from_dict(deepcopy(checkpoint.config))  # transformers completes nested dicts in place
     except MemoryError:
         raise
-    except Exception as error:  # what a stranger's values do inside of transformers' classes, nobody can list
+    except Exception as error:  # any value of the config may raise anything inside of transformers' classes
         where = checkpoint.directory / "config.json"
         raise _unknown_rope(checkpoint.config, where) or CheckpointError(
             f"the config cannot be used: {first_line(error)}", where
@@ -263,7 +274,7 @@ def _read_config(checkpoint: Weights) -> PreTrainedConfig:
 
 
 def _unknown_rope(config: Mapping[str, Any], where: object) -> CheckpointError | None:
-    """The refusal of a rotary embedding whose type transformers does not compute, if the config names one."""
+    """The error for a rotary embedding whose type transformers does not compute; None where the config names none."""
     known = {"default", *ROPE_INIT_FUNCTIONS}
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key)
@@ -303,7 +314,7 @@ def _empty_model(
         with init_empty_weights(include_buffers=False), _NothingAllocated():
             model = model_class(config, **({"add_pooling_layer": False} if "pooler" in without else {}))
             if architecture.sparse:
-                separate(model, config.model_type == "mixtral")
+                unfuse_experts(model, config.model_type == "mixtral")
     except MemoryError:
         raise
     except Exception as error:
@@ -314,9 +325,9 @@ def _empty_model(
 
 
 class _NothingAllocated(TorchFunctionMode):
-    """``torch.empty``, of which parameters are made, gives meta tensors at once. Parameters that are allocated and then
-    put on the meta device leave holes in the heap: 9 GB of addresses for 249 small blocks, which a limit on memory
-    counts."""
+    """Makes ``torch.empty``, which allocates parameters, return meta tensors. Parameters that are allocated first and
+    then put on the meta device leave holes in the heap: 9 GB of addresses for 249 small blocks, which count against a
+    limit on memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})

@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer, or None where it has none."""
+"""The tokenizer of a checkpoint."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ _WAY_OUT = "Restore the checkpoint's own tokenizer files"
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """Read the tokenizer beside the weights; never runs a checkpoint's own code.
+    """Read the tokenizer in a checkpoint's directory; None where there is none. Code of the checkpoint is never run.
 
     Raises:
         CheckpointError: tokenizer files exist and cannot be read.
@@ -43,12 +43,12 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
     except (LeangridError, MemoryError):
         raise
-    except Exception as error:  # what the files of any tokenizer class do inside of transformers, nobody can list
+    except Exception as error:  # any tokenizer file may raise anything inside of transformers
         raise _refusal(directory, there, error) from error
 
 
 def _refusal(directory: Path, there: list[Path], error: Exception) -> CheckpointError:
-    """The file that is at fault where one is, or the code that the tokenizer asks for; else what transformers says."""
+    """The error that names the file at fault or the code that the tokenizer needs, else what transformers said."""
     configs = {}
     for path in (directory / name for name in _JSON):
         try:
@@ -74,9 +74,8 @@ def _refusal(directory: Path, there: list[Path], error: Exception) -> Checkpoint
                 directory / name,
                 "Save it as tokenizer.json with its own software, and remove auto_map",
             )
-    if (
-        "tiktoken" in str(error) and (directory / "tokenizer.model").is_file()
-    ):  # what transformers tries when sentencepiece gives up
+    # transformers tries tiktoken where SentencePiece cannot read the file.
+    if "tiktoken" in str(error) and (directory / "tokenizer.model").is_file():
         return CheckpointError(
             "'tokenizer.model' is no model of SentencePiece", directory / "tokenizer.model", _WAY_OUT
         )

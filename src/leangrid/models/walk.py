@@ -1,19 +1,25 @@
-"""The walk through a block: what the linears of each group read, in both streams, in two ways that give the same bits.
+"""The walk through one block: what the linears of each group read, in both streams.
 
-A block's forward is not rewritten for each architecture. Each batch runs as a greenlet (a cooperative thread): just
-before the first linear of a group would multiply, it stops and hands out that linear's input.
+A block's forward is not rewritten for each architecture. Each batch runs it as a greenlet (a cooperative thread): just
+before the first linear of a group would multiply, the pass stops and hands out that linear's input.
 
-* Pausing: all batches stop at a group, the group is quantized, then each pass goes on, the original stream with the
-  original weights, the quantized stream with the new ones. Every product is computed once per token and stream; what
-  all batches hold at a group is in memory together.
+            q, k, v            o                gate, up          down
+    batch 0 ──●────────────────●────────────────●─────────────────●────────────> leaves the block
+    batch 1 ──●────────────────●────────────────●─────────────────●────────────> leaves the block
+              │ all batches stop here; their inputs are summed into H, q, k and v are quantized;
+              │ then each pass goes on: the original stream with the original weights,
+              │ the quantized stream with the new ones
+
+There are two ways, which give the same bits:
+
+* Pausing, as above. Every product is computed once for a token and stream; what all batches hold at a group is in
+  memory together.
 * Replaying: for each group every batch runs from the block's input to that group and is dropped. About 2.6 forward
   passes instead of one; the activations of one batch are in memory, and the replaced weights beside the original ones.
+"""
 
-Two streams (ALGORITHM section 7): ``quantized`` went through the already quantized model, ``original`` through the
-source. They may wait in host memory while the block is on another device."""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,127 +27,11 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from leangrid.errors import ArchitectureError, CalibrationError
-from leangrid.machine.devices import to_host
+from leangrid.machine.devices import copy_to_host
 from leangrid.machine.flops import product
 from leangrid.models import experts
 from leangrid.models.architectures import Groups
-from leangrid.models.skeleton import Skeleton
-
-
-@dataclass
-class Streams:
-    """Hidden states that enter a block: one tensor [windows, length, hidden] a batch. ``original`` is None with one
-    stream."""
-
-    quantized: list[Tensor]
-    original: list[Tensor] | None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As named tensors, for the state file."""
-        named = {f"quantized.{i}": x for i, x in enumerate(self.quantized)}
-        return named | {f"original.{i}": x for i, x in enumerate(self.original or [])}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor]) -> "Streams":
-        """The inverse of ``tensors``."""
-        pick = {
-            kind: [tensors[n] for n in sorted((n for n in tensors if n.startswith(kind)), key=_number)]
-            for kind in ("quantized", "original")
-        }
-        return cls(pick["quantized"], pick["original"] or None)
-
-    def move(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every batch by ``change`` of it, one after another; batches that both streams share stay shared."""
-        for index, hidden in enumerate(self.quantized):
-            shared = self.original is not None and self.original[index] is hidden
-            self.quantized[index] = change(hidden)
-            if self.original is not None:
-                self.original[index] = self.quantized[index] if shared else change(self.original[index])
-
-    def rebatch(self, windows: int) -> None:
-        """Cut batches of more than ``windows`` windows."""
-        shared = self.original is not None and all(a is b for a, b in zip(self.quantized, self.original, strict=True))
-        self.quantized[:] = [part for x in self.quantized for part in x.split(windows)]
-        if self.original is not None:
-            self.original[:] = self.quantized if shared else [part for x in self.original for part in x.split(windows)]
-
-
-def _number(name: str) -> int:
-    return int(name.rpartition(".")[2])
-
-
-@dataclass
-class Calls:
-    """The other arguments with which the model calls each block (masks, rotary tables), by batch size."""
-
-    by_batch: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
-
-    def of(self, index: int, windows: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of block ``index`` for a batch of ``windows`` windows, on ``device``."""
-        return _moved(self.by_batch[windows][index], device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """The same nest of tuples, lists and dicts with its tensors on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if type(value) in (tuple, list) else value
-
-
-class _Captured(Exception):
-    """The forward pass went as far as it was needed."""
-
-
-def embed(
-    skeleton: Skeleton,
-    batches: Sequence[Tensor],
-    device: torch.device | str = "cpu",
-    keep: Callable[[Tensor], Tensor] = lambda x: x,
-) -> tuple[list[Tensor], Calls]:
-    """Run everything before the first block.
-
-    Args:
-        batches: token ids, int64 [windows, length] each.
-        keep: is given each batch's hidden states and returns what to hold of them, such as a copy in host memory.
-
-    Returns:
-        the hidden states entering block 0, one tensor a batch, and the arguments of every block.
-    """
-    hidden: list[Tensor] = []
-    calls = Calls()
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    last = len(skeleton.blocks) - 1
-
-    def record(index: int, want_all: bool, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if index == 0:
-            hidden.append(keep(states))
-        arguments.append((args, kwargs))
-        if index == last or not want_all:
-            raise _Captured
-        return states
-
-    with skeleton.without_blocks(device) as base:
-        for ids in batches:
-            new_size = ids.shape[0] not in calls.by_batch
-            arguments = []
-            for index, block in enumerate(skeleton.blocks):
-                block.forward = _bind(record, index, new_size)
-            try:
-                base(input_ids=ids.to(device), use_cache=False)
-            except _Captured:
-                pass  # the only way out of a recorded pass
-            finally:
-                for block in skeleton.blocks:
-                    del block.forward
-            if new_size:
-                calls.by_batch[ids.shape[0]] = arguments
-    return hidden, calls
-
-
-def _bind(record: Any, index: int, want_all: bool) -> Any:
-    return lambda *args, **kwargs: record(index, want_all, *args, **kwargs)
+from leangrid.models.streams import Calls, Streams
 
 
 class _Pass(greenlet):
@@ -209,13 +99,13 @@ class BlockWalk:
         streams: Streams,
         replay: bool = False,
         park: bool = False,
-        take: Callable[[Tensor, torch.device], Tensor] = Tensor.to,
-        keep: Callable[[Tensor], Tensor] = lambda x: x,
+        get: Callable[[Tensor, torch.device], Tensor] = Tensor.to,
+        put: Callable[[Tensor], Tensor] = lambda hidden: hidden,
     ) -> None:
         self._block, self._groups, self._calls, self._index, self._streams = block, groups, calls, index, streams
         self._device = next(block.parameters()).device
         self._replay, self._park = replay, replay and park
-        self._take, self._keep = take, keep
+        self._get, self._put = get, put
         self._replacements: dict[str, Tensor] = {}
         self._outputs: Streams | None = None
         self.flops = 0.0  # of the groups' linears, as they were called
@@ -223,7 +113,7 @@ class BlockWalk:
     def replace(self, name: str, weight: Tensor) -> None:
         """Let the quantized stream go on with ``weight`` [rows, cols as the module stores it] in the linear
         ``name``."""
-        self._replacements[name] = to_host(weight) if self._park else weight
+        self._replacements[name] = copy_to_host(weight) if self._park else weight
 
     def finished(self) -> Streams:
         """The streams that leave the block, once every group was walked."""
@@ -232,7 +122,7 @@ class BlockWalk:
         return self._outputs
 
     def __iter__(self) -> Iterator[GroupInputs | ExpertInputs]:
-        mixtures = [experts.of_group(self._block, names) for names in self._groups]
+        mixtures = [experts.experts_of_group(self._block, names) for names in self._groups]
         hooks = [
             self._block.get_submodule(name).register_forward_pre_hook(self._pause_at(group, name))
             for group, names in enumerate(self._groups)
@@ -241,7 +131,7 @@ class BlockWalk:
         ]
         for first, mixture in enumerate(mixtures):
             if mixture is not None and mixture[2] == 0:
-                mixture[1].stop = self._pause_experts(first)
+                mixture[1].before_stage = self._pause_experts(first)
         try:
             yield from self._replayed() if self._replay else self._paused()
         finally:
@@ -249,12 +139,12 @@ class BlockWalk:
                 hook.remove()
             for mixture in mixtures:
                 if mixture is not None:
-                    mixture[1].stop = None
+                    mixture[1].before_stage = None
 
     def _inputs(
         self, group: int, paired: bool, read: Callable[[], Iterator[tuple[Any, Any]]]
     ) -> GroupInputs | ExpertInputs:
-        mixture = experts.of_group(self._block, self._groups[group])
+        mixture = experts.experts_of_group(self._block, self._groups[group])
         if mixture is None:
             return GroupInputs(self._groups[group], paired, read)
         path, module, stage = mixture
@@ -333,8 +223,8 @@ class BlockWalk:
 
         def forward() -> Tensor:
             args, kwargs = self._calls.of(self._index, hidden.shape[0], self._device)
-            result = self._block(self._take(hidden, self._device), *args, **kwargs)
-            return self._keep(result[0] if isinstance(result, tuple) else result)
+            result = self._block(self._get(hidden, self._device), *args, **kwargs)
+            return self._put(result[0] if isinstance(result, tuple) else result)
 
         return _Pass(forward)
 
@@ -367,7 +257,7 @@ class BlockWalk:
                 return
             current.group, current.input = first + stage, inputs
             current.parent.switch(inputs)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
-            mixture = experts.of_group(self._block, self._groups[first + stage])
+            mixture = experts.experts_of_group(self._block, self._groups[first + stage])
             if mixture is not None:
                 for names, x in zip(mixture[1].stage(stage), inputs, strict=True):
                     shapes = [mixture[1].get_parameter(f"{name}.weight").shape for name in names]

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 
 from leangrid.errors import LeangridError
+from leangrid.grids import kind_of
 from leangrid.machine import flops
-from leangrid.machine.arithmetic import products
-from leangrid.machine.devices import accelerated, usable_bytes, wait
+from leangrid.machine.arithmetic import use_products
+from leangrid.machine.devices import has_own_memory, synchronize, usable_bytes
 from leangrid.machine.stopwatch import STAGES
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.placement import Placement
-from leangrid.planning.sizes import LayerSize, hidden_size, state_bytes
+from leangrid.planning.sizes import LayerSize, state_bytes
 from leangrid.recipe import Recipe
 
 _REPLAYED = 2.6  # forward passes that replaying takes instead of one: up to each group, and once to the end
-# One thread with the native kernels: benchmarks/cost_model.py on AVX-512; AVX2 takes about twice as long.
-_GRID_SECONDS_A_WEIGHT = {"affine": 3.5e-8, "offset": 6e-8, "superblock": 3.5e-7, "nonuniform": 4.5e-8}
 # Shares of a large product's rate that the stages reach (the same benchmark): sweeps in blocks with their descents, the
 # baseline's sweep and losses, factorizations, the correction's products, forward passes; LeanQuant-Exact in float64.
 _SOLVE, _BASELINE, _FACTOR, _CORRECT, _FORWARD, _EXACT = 0.4, 0.6, 0.36, 0.8, 0.7, 0.125
@@ -117,30 +116,30 @@ class Described:
                      ranks=self.count, assumed=True)  # fmt: skip
 
 
-def measured(skeleton: Skeleton, recipe: Recipe, device: str) -> Rates:
+def measure_rates(skeleton: Skeleton, recipe: Recipe, device: str) -> Rates:
     """Of a device that is here, in less than a second."""
-    with products(recipe.products):
+    with use_products(recipe.products):
         forward, sums = _gemm_rate(device, skeleton.compute_dtype), _gemm_rate(device)
     algebra = _gemm_rate(device)
-    threads = algebra * _GRID_SHARE / _THREAD if accelerated(device) else float(torch.get_num_threads())
+    threads = algebra * _GRID_SHARE / _THREAD if has_own_memory(device) else float(torch.get_num_threads())
     return Rates(forward, sums, algebra, threads)
 
 
 def _gemm_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s of ``device`` in a quarter second of the product that dominates a run."""
-    size = 8192 if accelerated(device) else 1024
+    size = 8192 if has_own_memory(device) else 1024
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     _ = a @ b
-    wait(device)
+    synchronize(device)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < 0.25:
         _ = a @ b
-        wait(device)
+        synchronize(device)
         count += 1
     return count * 2 * size**3 / (time.perf_counter() - begin)
 
 
-def seconds(
+def estimate_seconds(
     skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placement: Placement, rates: Rates
 ) -> dict[str, float]:
     """Estimated seconds by stage and ``total``; with several ranks also ``exchange``."""
@@ -148,7 +147,7 @@ def seconds(
     weights, states = sum(layer.rows * layer.cols for layer in layers), state_bytes(skeleton, recipe, tokens)
     before, after = sum(layer.bytes_before for layer in layers), sum(layer.bytes_after for layer in layers)
     groups = [_shape(skeleton, index, group) for index in range(blocks) for group in skeleton.groups(index)]
-    attention = blocks * 2 * recipe.length * hidden_size(skeleton)  # of a token
+    attention = blocks * 2 * recipe.length * skeleton.hidden_size  # of a token
     forward, algebra = _FORWARD * rates.forward, rates.algebra
     solved = sum(
         (0 if recipe.parsed.method == "rtn" else flops.sweep(la.rows, la.cols))
@@ -163,7 +162,7 @@ def seconds(
     shared = {
         "calibrate": passes * streams * tokens * (2 * weights + attention) / forward,
         "hessian": sum(flops.hessian(tokens, cols, streams, min(_SUMS_PANEL, cols)) for _, cols in groups) / rates.sums,
-        "grid": weights * _GRID_SECONDS_A_WEIGHT[recipe.parsed.grid] / rates.threads,
+        "grid": weights * kind_of(recipe.parsed).FIT_SECONDS_PER_WEIGHT / rates.threads,
         "solve": solved / (_SOLVE * algebra),
         "baseline": baseline / (_BASELINE * algebra),
     }

@@ -1,8 +1,8 @@
-"""How much memory a run needs at its peak, as sums of named parts: what the plan prints and the placement is chosen by.
+"""How much memory a run needs at its peak, as sums of named parts: the plan prints them, the placement is chosen by them.
 
-Everything that is alive together stands in one phase; the peak is the largest phase. Sizes are bytes of tensors, as
-torch.cuda.max_memory_allocated counts them. Counts that a formula does not give (how many copies a factorization holds)
-are measured by tests/unit/test_footprint.py, which holds these sums against the live tensors of real runs.
+A phase lists everything that is alive at the same time; the peak is the largest phase. Sizes are bytes of tensors, as
+torch.cuda.max_memory_allocated counts them. What no formula gives (how many copies a factorization holds) is measured:
+tests/unit/planning/test_footprint.py compares these sums with the live tensors of real runs.
 
 Symbols: T calibration tokens, t tokens a forward pass, h hidden size, S streams, and for a group of linears n columns,
 R rows in all, r rows of its tallest.
@@ -11,13 +11,14 @@ R rows in all, r rows of its tallest.
 from dataclasses import dataclass, field, replace
 
 from leangrid import kernels
-from leangrid.machine.arithmetic import compute_dtype
-from leangrid.machine.devices import accelerated, available_bytes
+from leangrid.grids import kind_of
+from leangrid.machine.arithmetic import choose_compute_dtype
+from leangrid.machine.devices import available_bytes, has_own_memory
 from leangrid.metrics.perplexity import CHUNK
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.placement import Placement
 from leangrid.planning.sizes import GATE_LENGTH, GATE_WINDOWS
-from leangrid.recipe import Recipe
+from leangrid.recipe import Recipe, Scheme
 from leangrid.solve.in_place import PANEL, TILE_BYTES
 
 _F32 = 4
@@ -25,12 +26,10 @@ TOKENS_A_BATCH = {"cpu": 1024, "cuda": 16384}  # full-speed products; on the CPU
 # Matrices of the Hessian's size at once. Plain: finish copies H; factorize holds two permuted, damped, flipped, L, I,
 # U.
 _FINISH, _FACTOR, _SOLVE = 4, 8, 3
-_LEAN_FACTOR, _LEAN_PANELS, _LEAN_SOLVE = 2, 3, 3
-# Float32 copies of a layer's weights, of a tile of its rows where lean: target, sweep, codes, the refinement's two
+_IN_PLACE_FACTOR, _IN_PLACE_PANELS, _IN_PLACE_SOLVE = 2, 3, 3
+# Float32 copies of a layer's weights, of a tile of its rows where in place: target, sweep, codes, the refinement's two
 # states.
 _LAYER, _LAYER_SWEPT = 9, 5
-_NORMAL_CHUNK, _NORMAL = 1 << 27, 3  # bytes of the normal equations that a refit solves at once; with ridge and factor
-_GRAM = 6 * _F32 << 25  # level_gram on a device: chunks of one-hot codes in float32 and float64, and their products
 _NORM = 3  # float32 copies of a batch's hidden states inside a norm
 
 
@@ -68,7 +67,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Demand:
-    """What decides the sums: shapes, tokens, bytes a number."""
+    """The numbers that decide the sums: shapes, tokens, bytes of one number."""
 
     groups: tuple[Group, ...]
     hidden: int
@@ -80,25 +79,23 @@ class Demand:
     stored_itemsize: int
     packed: int  # bytes of a quantized block
     accelerated: bool
+    schemes: tuple[Scheme, ...]
     refined: bool = True
-    group_size: int = 0  # columns of an affine grid; 0: whole rows
-    levels: int = 0  # of a non-uniform grid
     head: bool = True  # the quality gate compares logits; of other models their states
     tiled: bool = False  # Hessians take 16-bit inputs as they are: no copy in float32
 
     @classmethod
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Demand":
-        """From a skeleton and a settled recipe."""
+        """Of a run of ``samples`` windows of ``length`` tokens on ``device``, by a resolved recipe."""
         groups = []
-        for shapes in skeleton.four_groups():
+        for shapes in skeleton.group_shapes():
             groups.append(
                 Group(max(cols for _, cols in shapes), sum(rows for rows, _ in shapes), max(rows for rows, _ in shapes))
             )
-        vocabulary, hidden = skeleton.base.get_input_embeddings().weight.shape  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        vocabulary, hidden = skeleton.vocabulary, skeleton.hidden_size
         weights = sum(g.rows * g.cols for g in groups)
-        itemsize = compute_dtype(recipe.products, skeleton.dtype).itemsize
+        itemsize = choose_compute_dtype(recipe.products, skeleton.dtype).itemsize
         bits = max(scheme.fitting(group.cols).bits for scheme in recipe.schemes for group in groups)
-        group_size = min((scheme.group_size for scheme in recipe.schemes if scheme.group_size), default=0)
         return cls(
             tuple(groups),
             hidden,
@@ -109,10 +106,9 @@ class Demand:
             itemsize,
             skeleton.dtype.itemsize,
             weights * (bits + 1) // 8,
-            accelerated(device),
+            has_own_memory(device),
+            tuple(recipe.schemes),
             bool(recipe.refine),
-            group_size,
-            recipe.parsed.levels if recipe.parsed.grid == "nonuniform" else 0,
             skeleton.causal,
             kernels.outer_takes_bfloat16(device),
         )
@@ -158,14 +154,14 @@ class Demand:
         return tokens * max(norm, made)
 
 
-def footprint(work: Demand, placement: Placement) -> Footprint:
+def sum_footprint(work: Demand, placement: Placement) -> Footprint:
     """The sums for one placement."""
     result = Footprint(host=_host(work, placement) if work.accelerated else {})
     tokens = min(placement.windows, work.samples) * work.length
     away = placement.disk_streams or (placement.host_streams and work.accelerated)
     streams = 0 if away else work.states
     base = {"weights": work.weights, "streams": streams}
-    if work.accelerated and not placement.lean:
+    if work.accelerated and not placement.in_place:
         base["next block"] = work.weights
     result.phases["embedding"] = {
         "table": work.vocabulary * work.hidden * (work.itemsize + (0 if work.accelerated else work.stored_itemsize)),
@@ -210,7 +206,7 @@ def _waiting(work: Demand, placement: Placement, number: int) -> dict[str, int]:
     original ones."""
     if not placement.replay:
         return {"activations": work.streams * work.tokens * work.held(number)}
-    if placement.lean and work.accelerated:
+    if placement.in_place and work.accelerated:
         return {}  # parked on the host
     return {"new weights": _new_weights(work, number)}
 
@@ -248,14 +244,18 @@ def _algebra(work: Demand, placement: Placement, group: Group) -> dict[str, dict
     square, layer = _F32 * group.cols**2, _F32 * group.tallest * group.cols
     cross = work.streams - 1
     copies = _LAYER if work.refined else _LAYER_SWEPT
-    if placement.lean:
+    if placement.in_place:
         moves = cross * (group.rows >= group.cols)  # M stays; W (G - H) waits on the host
-        panels = max(_LEAN_PANELS * _F32 * min(PANEL, group.cols) * group.cols, square)
+        panels = max(_IN_PLACE_PANELS * _F32 * min(PANEL, group.cols) * group.cols, square)
         new = group.rows * group.cols * (1 + work.itemsize)
         tile = min(layer, max(TILE_BYTES, _F32 * group.cols))
         return {
-            "factor": {"H, U": (_LEAN_FACTOR + moves) * square, "panels, then H damped": panels},
-            "solve": {"H, U, damped": (_LEAN_SOLVE + moves) * square, "tile": copies * tile, "codes, new weights": new}
+            "factor": {"H, U": (_IN_PLACE_FACTOR + moves) * square, "panels, then H damped": panels},
+            "solve": {
+                "H, U, damped": (_IN_PLACE_SOLVE + moves) * square,
+                "tile": copies * tile,
+                "codes, new weights": new,
+            }
             | _refit(work, group.cols, tile // (_F32 * group.cols)),
         }
     return {
@@ -267,13 +267,11 @@ def _algebra(work: Demand, placement: Placement, group: Group) -> dict[str, dict
 
 
 def _refit(work: Demand, cols: int, rows: int) -> dict[str, int]:
-    """The normal equations of the grids of ``rows`` rows that are solved together."""
+    """What a refit of ``rows`` rows together needs: the most of any scheme."""
     if not work.refined:
         return {}
-    unknowns = work.levels or (cols // work.group_size if work.group_size else 1)
-    equations = rows * unknowns**2 * 8
-    gram = min(_GRAM, 6 * _F32 * rows * cols * work.levels) if work.accelerated and work.levels else 0
-    return {"normal equations": _NORMAL * (equations if work.levels else min(equations, _NORMAL_CHUNK)) + gram}
+    sizes = (kind_of(scheme).refit_bytes(scheme, rows, cols, work.accelerated) for scheme in work.schemes)
+    return {"normal equations": max(sizes)}
 
 
 def _host(work: Demand, placement: Placement) -> dict[str, int]:
@@ -288,13 +286,13 @@ def _host(work: Demand, placement: Placement) -> dict[str, int]:
     if placement.host_groups or placement.host_block:
         alone = replace(placement, host_groups=(), host_block=False)
         parts["algebra"] = max(sum(p.values()) for g in work.groups for p in _algebra(work, alone, g).values())
-    if placement.lean and work.streams == 2:
+    if placement.in_place and work.streams == 2:
         parts["new weights"] = _new_weights(work, len(work.groups))
         parts["folded"] = max((_F32 * g.rows * g.cols for g in work.groups if g.rows < g.cols), default=0)
     return parts
 
 
-def choose(
+def choose_placement(
     skeleton: Skeleton,
     recipe: Recipe,
     samples: int,
@@ -303,13 +301,18 @@ def choose(
     budget: int | None = None,
     host_budget: int | None = None,
 ) -> tuple[Placement, Footprint]:
-    """The first placement that fits ``budget`` bytes on the device and ``host_budget`` beside it (what is free there,
-    where None), else the thriftiest."""
+    """The fastest placement whose memory fits, or the smallest where none does, and its footprint.
+
+    Args:
+        samples, length: windows of this process, and their tokens.
+        budget: bytes on the device; None: what is free there.
+        host_budget: bytes in host memory beside a device; None: what is free there.
+    """
     work = Demand.of(skeleton, recipe, samples, length, device)
     budget = available_bytes(device) if budget is None else budget
     host_budget = available_bytes("cpu") if host_budget is None else host_budget
     first = Placement(max(1, min(samples, TOKENS_A_BATCH["cuda" if work.accelerated else "cpu"] // length)))
-    every = [(option, footprint(work, option)) for option in first.options()]
+    every = [(option, sum_footprint(work, option)) for option in first.options()]
     here = [found for found in every if found[1].peak <= budget] or every[-1:]
     return next(
         (found for found in here if found[1].host_peak <= host_budget), min(here, key=lambda found: found[1].host_peak)

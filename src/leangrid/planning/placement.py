@@ -1,8 +1,8 @@
-"""How a run uses its device: how much at a time, what waits on the host, and what gives way when memory runs out.
+"""What a run keeps on its device, what waits elsewhere, and how much it does at once.
 
-None of it is asked for in a recipe: the same arithmetic in another place. The plan chooses the first placement whose
-sum fits (footprint.py); a run that still runs out goes one step down, says so, and keeps the step for the blocks that
-follow."""
+A recipe does not ask for it: it is the same arithmetic in another place. The plan takes the first placement whose
+memory fits (footprint.py). A run that still runs out of memory takes the next smaller one, says so, and stays with it.
+"""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,14 +13,14 @@ Failed = Literal["forward", "algebra"]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where things are and how much at once.
+    """Where things are and how much is done at once.
 
-    Args:
-        windows: calibration windows a forward pass.
+    Attributes:
+        windows: calibration windows in a forward pass.
         replay: walk blocks by replaying (models/walk.py) instead of pausing.
         host_streams: hidden states wait in host memory between their turns.
         disk_streams: they wait in mapped files beside the journal's states instead.
-        lean: the algebra of wide.py.
+        in_place: the algebra of solve/in_place.py, with three matrices of the Hessian's size at once.
         host_groups: groups of linears whose Hessian, factor and solve are on the CPU.
         host_block: the whole block is on the CPU.
     """
@@ -29,60 +29,54 @@ class Placement:
     replay: bool = False
     host_streams: bool = False
     disk_streams: bool = False
-    lean: bool = False
+    in_place: bool = False
     host_groups: tuple[int, ...] = ()
     host_block: bool = False
 
     def options(self) -> "Iterator[Placement]":
-        """This placement and ever thriftier ones, in the order in which they cost time; what the plan chooses from."""
+        """Placements that need less and less memory and more and more time; the plan takes the first that fits."""
         base = Placement(self.windows)
         yield from (base, replace(base, replay=True))
-        for lean in (False, True):
+        for in_place in (False, True):
             for disk in (False, True):
-                yield replace(base, replay=True, host_streams=True, disk_streams=disk, lean=lean)
+                yield replace(base, replay=True, host_streams=True, disk_streams=disk, in_place=in_place)
         while base.windows > 1:
             base = replace(base, windows=base.windows // 2)
             for disk in (False, True):
-                yield replace(base, replay=True, host_streams=True, disk_streams=disk, lean=True)
+                yield replace(base, replay=True, host_streams=True, disk_streams=disk, in_place=True)
 
-    def thriftier(self, failed: Failed, group: int, groups: int, accelerated: bool) -> "tuple[Placement, str] | None":
-        """One step down the ladder after running out of memory, and the step in words; None at its end.
+    def reduced(self, failed: Failed, group: int, groups: int, accelerated: bool) -> "tuple[Placement, str] | None":
+        """The next smaller placement after this one ran out of memory, and the change in words; None: there is none.
 
         Args:
-            failed: what ran out: a forward pass, or the algebra of ``group``; smaller batches help the first alone.
+            failed: what ran out: a forward pass, or the algebra of ``group``. Smaller batches help the first alone.
             groups: how many groups a block has.
-            accelerated: whether the CPU is another place than the device.
+            accelerated: whether the device has memory of its own, so that the CPU's is another.
         """
         if self.windows > 1 and failed == "forward":
-            return replace(
-                self, windows=self.windows // 2
-            ), f"{self.windows // 2} instead of {self.windows} windows a forward pass"
+            half = self.windows // 2
+            return replace(self, windows=half), f"{half} instead of {self.windows} windows a forward pass"
         if not self.replay:
-            return replace(
-                self, replay=True, host_streams=True
-            ), "forward passes replayed for each group instead of paused"
-        if not self.lean:
-            return replace(
-                self, lean=True, host_streams=True
-            ), "three matrices of the Hessian's size at once, rows in tiles"
-        if not accelerated and not self.disk_streams:
-            return replace(self, disk_streams=True), "hidden states in mapped files"
-        if accelerated and not self.host_block and len(self.host_groups) < groups:
-            moved = (
-                tuple(range(groups))
-                if failed == "forward" or group in self.host_groups
-                else tuple(sorted({*self.host_groups, group}))
-            )
+            words = "forward passes replayed for each group instead of paused"
+            return replace(self, replay=True, host_streams=True), words
+        if not self.in_place:
+            words = "three matrices of the Hessian's size at once, rows in tiles"
+            return replace(self, in_place=True, host_streams=True), words
+        if not accelerated:
+            return None if self.disk_streams else (replace(self, disk_streams=True), "hidden states in mapped files")
+        every = tuple(range(groups))
+        if not self.host_block and len(self.host_groups) < groups:
+            one = failed == "algebra" and group not in self.host_groups
+            moved = tuple(sorted({*self.host_groups, group})) if one else every
             which = "all groups" if len(moved) == groups else f"group {group}"
             return replace(self, host_groups=moved, host_streams=True), f"Hessian and factor of {which} on the CPU"
-        if accelerated and not self.host_block:
-            return replace(
-                self, host_block=True, host_streams=True, host_groups=tuple(range(groups))
-            ), "the whole block on the CPU"
+        if not self.host_block:
+            words = "the whole block on the CPU"
+            return replace(self, host_block=True, host_streams=True, host_groups=every), words
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The fields as JSON holds them."""
         return asdict(self) | {"host_groups": list(self.host_groups)}
 
     @classmethod

@@ -1,41 +1,64 @@
 """What a run would cost, from headers alone: size, memory, disk, time, and what bounds it.
 
-Memory is summed in footprint.py, time in cost.py, size and disk in sizes.py. Neither the model nor the device needs to
-be here: a shape by name stands for a checkpoint, ``2x48GB`` for devices."""
+Memory is added up in footprint.py, time in cost.py, size and disk in sizes.py. Neither the model's weights nor the
+device has to be on this machine: the name of a known shape describes a checkpoint, ``2x48GB`` describes devices."""
 
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from leangrid import kernels
 from leangrid.errors import LeangridError, OutputError
 from leangrid.machine import memory
-from leangrid.machine.arithmetic import compute_dtype
-from leangrid.machine.devices import accelerated, available_bytes, checked, use_threads
+from leangrid.machine.arithmetic import choose_compute_dtype
+from leangrid.machine.devices import available_bytes, has_own_memory, parse_device, set_threads
 from leangrid.models.gguf import dequantizing_bytes, describe, is_gguf
 from leangrid.models.naming import Weights
-from leangrid.models.shapes import SHAPES
-from leangrid.models.shapes import shape as shape_of
+from leangrid.models.shapes import SHAPES, describe_shape
 from leangrid.models.skeleton import Skeleton
-from leangrid.planning.cost import Described, measured, seconds
-from leangrid.planning.footprint import Demand, Footprint, choose, footprint
-from leangrid.planning.settle import refuse_impossible, settle
-from leangrid.planning.sizes import LayerSize, disk_bytes, sizes
+from leangrid.planning.cost import Described, estimate_seconds, measure_rates
+from leangrid.planning.footprint import Demand, Footprint, choose_placement, sum_footprint
+from leangrid.planning.resolve import refuse_impossible, resolve_recipe
+from leangrid.planning.sizes import LayerSize, compute_sizes, disk_bytes
 from leangrid.recipe import Recipe
+from leangrid.results import Result
 from leangrid.storage.hub import locate_stream
 from leangrid.storage.source import open_source
 
-_F32 = 4
-_MARGIN = 1.05
-_HOLES = 1.1  # what the allocator keeps between live tensors
+_F32 = 4  # bytes
+_DISK_MARGIN = 1.05
+_FRAGMENTATION = 1.1  # memory that the allocator holds, over the bytes of live tensors
 _CUDA_RUNTIME = 1 << 30  # host memory of the driver, cuBLAS and cuSOLVER
-_PROCESS = 600 << 20  # of Python, torch and transformers, before anything is read
+_PROCESS = 600 << 20  # host memory of Python, torch and transformers, before anything is read
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Estimates under the keys of ``quantize --json``; bytes and seconds."""
+class Plan(Result):
+    """What a run would come to: estimates under the keys of ``quantize --json``; sizes in bytes, times in seconds.
+
+    Attributes:
+        source: the source, or the name of the shape.
+        scheme, format: what ``auto`` stands for in the recipe, written out.
+        layers: how many linears would be quantized.
+        bits_per_weight: of the quantized linears, codes and grids.
+        bytes, bytes_before: size of all weights, of the result and of the source.
+        peak_ram_bytes: host memory of the process, or of all processes of several devices together.
+        available_ram_bytes: host memory that the process can have here; None for devices that are not here.
+        peak_gpu_bytes: memory of one device; 0 on the CPU.
+        disk_bytes: free disk space that the run needs, the result included.
+        seconds: time by stage, and ``total``.
+        kernels: which implementation would run, by kernel.
+        bound: what limits the run: ``memory``, ``compute`` or ``disk``.
+        placement: what would lie in memory of the device, of the host and on disk (planning/placement.py).
+        memory: bytes of each phase of the run by what they hold, the phase with the peak, and
+            ``ram_with_states_on_disk``: host memory if the hidden states lay on disk.
+        layer_plans: one entry for each linear: name, shape, scheme, bytes before and after.
+        samples: calibration windows.
+        devices: how many processes, one for each device.
+        rates: the speeds that the times were divided by, and under ``assumed`` whether they were assumed instead of
+            measured here.
+    """
 
     source: str
     scheme: str
@@ -58,12 +81,6 @@ class Plan:
     devices: int = 1
     rates: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """The promised keys; the layers as a list under ``layer_plans``; under ``memory`` the parts of every phase in
-        bytes and the host memory with hidden states in RAM and on disk; under ``rates`` what time was divided by, and
-        whether it was assumed."""
-        return asdict(self)
-
 
 def plan(
     source: str | Path | None = None,
@@ -74,19 +91,33 @@ def plan(
     *,
     shape: str | None = None,
 ) -> Plan:
-    """Estimate ``quantize(source, out, recipe)`` without reading a weight.
+    """Estimate what ``quantize(source, out, recipe)`` would cost, without reading a weight. Nothing is written.
 
     Args:
-        shape: instead of a source, a known model's name or a config.json (models/shapes.py).
-        device: as in ``quantize``, or devices that are not here, such as ``48GB`` or ``2x48GB@90TF`` (cost.Described).
+        source: as in ``quantize``; None where ``shape`` is given.
+        recipe: as in ``quantize``; None: the defaults.
+        threads: CPU threads; None: torch's own choice.
+        device: as in ``quantize``, or devices that are not here, such as ``48GB`` or ``2x48GB@90TF``: how many, memory
+            of each, and TFLOP/s where they are known.
+        out: where the result would be written, whose free disk space is looked at; None: the working directory.
+        shape: instead of a source the name of a known model, or the path of a config.json (models/shapes.py).
+
+    Returns:
+        The estimates.
 
     Raises:
-        LeangridError: what ``quantize`` would refuse; OutputError where it cannot fit, with what would.
+        OutputError: memory or disk space do not suffice; it says what would fit. LeangridError: whatever ``quantize``
+            would refuse.
+
+    Example:
+        >>> planned = leangrid.plan("model", leangrid.Recipe(scheme="NU4", samples=16, length=64))
+        >>> planned.layers, planned.scheme, planned.peak_gpu_bytes
+        (14, 'NU4', 0)
     """
-    use_threads(threads)
+    set_threads(threads)
     absent = Described.parse(device)
     skeleton = Skeleton(_opened(source, shape))
-    result = _estimate(str(source or shape), skeleton, recipe or Recipe.build(), device, absent)
+    result = _estimate(str(source or shape), skeleton, recipe or Recipe(), device, absent)
     if absent is None:
         _refuse_what_is_not_here(result, Path(out) if out is not None else Path.cwd())
     _refuse_small_device(result, device, absent.usable if absent else available_bytes(device))
@@ -95,36 +126,36 @@ def plan(
 
 def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, absent: Described | None) -> Plan:
     """The plan of a run on ``device``, or on the devices that it describes."""
-    kind = str(checked(device)) if absent is None else "cuda"
-    settled = settle(recipe, skeleton, kind)
-    skeleton.compute_dtype = compute_dtype(settled.products, skeleton.dtype)
-    refuse_impossible(settled, skeleton)
-    sized, tokens = sizes(skeleton, settled), settled.samples * settled.length
+    kind = str(parse_device(device)) if absent is None else "cuda"
+    resolved = resolve_recipe(recipe, skeleton, kind)
+    skeleton.compute_dtype = choose_compute_dtype(resolved.products, skeleton.dtype)
+    refuse_impossible(resolved, skeleton)
+    sized, tokens = compute_sizes(skeleton, resolved), resolved.samples * resolved.length
     ranks, budgets = (1, (None, None)) if absent is None else (absent.count, (absent.usable, 1 << 62))
-    windows = -(-settled.samples // ranks)
-    placement, held = choose(skeleton, settled, windows, settled.length, kind, *budgets)
-    on_disk = footprint(
-        Demand.of(skeleton, settled, windows, settled.length, kind),
+    windows = -(-resolved.samples // ranks)
+    placement, held = choose_placement(skeleton, resolved, windows, resolved.length, kind, *budgets)
+    on_disk = sum_footprint(
+        Demand.of(skeleton, resolved, windows, resolved.length, kind),
         replace(placement, host_streams=True, disk_streams=True),
     )
     here = _PROCESS if absent else memory.resident_bytes()
-    ram, thrifty = (ranks * (here + _peak_ram(skeleton, settled, one, kind)) for one in (held, on_disk))
-    rates = measured(skeleton, settled, kind) if absent is None else absent.rates(settled)
-    times = seconds(skeleton, settled, sized.layers, placement, rates)
+    ram, ram_on_disk = (ranks * (here + _peak_ram(skeleton, resolved, one, kind)) for one in (held, on_disk))
+    rates = measure_rates(skeleton, resolved, kind) if absent is None else absent.rates(resolved)
+    times = estimate_seconds(skeleton, resolved, sized.layers, placement, rates)
     available = None if absent else here + memory.available_bytes()  # both of the whole process
     return Plan(
         source=source,
-        samples=settled.samples,
-        scheme=settled.scheme,
-        format=settled.format,
+        samples=resolved.samples,
+        scheme=resolved.scheme,
+        format=resolved.format,
         layers=len(sized.layers),
         bits_per_weight=sized.bits_per_weight,
         bytes=sized.bytes_after,
         bytes_before=sized.bytes_before,
         peak_ram_bytes=ram,
         available_ram_bytes=available,
-        peak_gpu_bytes=held.peak if accelerated(kind) else 0,
-        disk_bytes=int(sum(disk_bytes(skeleton, settled, tokens, placement.disk_streams)) * _MARGIN),
+        peak_gpu_bytes=held.peak if has_own_memory(kind) else 0,
+        disk_bytes=int(sum(disk_bytes(skeleton, resolved, tokens, placement.disk_streams)) * _DISK_MARGIN),
         seconds=times,
         kernels=dict.fromkeys(("grid", "solve"), "triton" if absent else kernels.backend(kind)),
         bound="memory"
@@ -137,7 +168,7 @@ def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, abse
             "peak_phase": held.peak_phase,
             "phases": held.phases,
             "host": held.host,
-            "ram_with_states_on_disk": thrifty,
+            "ram_with_states_on_disk": ram_on_disk,
         },
         layer_plans=sized.layers,
         devices=ranks,
@@ -152,26 +183,27 @@ def _opened(source: str | Path | None, named: str | None) -> Weights:
             "plan takes a SOURCE or a --shape, one of them", "SOURCE", f"Known shapes: {', '.join(SHAPES)}"
         )
     if named is not None:
-        return shape_of(named)
+        return describe_shape(named)
     path, remote = locate_stream(str(source))
     return describe(path) if is_gguf(path) else open_source(path, remote=remote)
 
 
 def _peak_ram(skeleton: Skeleton, recipe: Recipe, held: Footprint, device: str) -> int:
-    """What the process will hold besides itself: everything on the CPU; beside a device what waits for it and the
-    runtime's own."""
+    """Host bytes that the run adds to the process: everything on the CPU; beside a device what is moved to it later,
+    and the runtime of the device."""
     parameters = sum(t.nbytes for t in skeleton.checkpoint.tensors.values()) // skeleton.dtype.itemsize
     sampling = _F32 * parameters if recipe.calibration == "self" else 0
     counts = (t.nbytes // skeleton.dtype.itemsize for t in skeleton.checkpoint.tensors.values())
     dequantizing = dequantizing_bytes(counts) if is_gguf(skeleton.checkpoint.directory) else 0
-    needed = held.host_peak + _CUDA_RUNTIME if accelerated(device) else held.peak
-    return int(_HOLES * max(needed, sampling, dequantizing))
+    needed = held.host_peak + _CUDA_RUNTIME if has_own_memory(device) else held.peak
+    return int(_FRAGMENTATION * max(needed, sampling, dequantizing))
 
 
 def _refuse_small_device(result: Plan, device: str, free: int) -> None:
     if result.peak_gpu_bytes > free:
+        needed, usable = result.peak_gpu_bytes / 2**30, free / 2**30
         raise OutputError(
-            f"the run needs {result.peak_gpu_bytes / 2**30:.1f} GiB on {device} at its thriftiest, {free / 2**30:.1f} GiB can be used",
+            f"the run needs {needed:.1f} GiB on {device} at the least, {usable:.1f} GiB can be used",
             result.source,
             "Describe a larger one" if result.rates["assumed"] else "Free the device, or use --device cpu",
         )
@@ -180,8 +212,9 @@ def _refuse_small_device(result: Plan, device: str, free: int) -> None:
 def _refuse_what_is_not_here(result: Plan, out: Path) -> None:
     if result.available_ram_bytes is not None and result.peak_ram_bytes > result.available_ram_bytes:
         fewer = max(1, int(result.samples * result.available_ram_bytes / result.peak_ram_bytes / 1.2))
+        needed, available = result.peak_ram_bytes / 2**30, result.available_ram_bytes / 2**30
         raise OutputError(
-            f"the run needs {result.peak_ram_bytes / 2**30:.1f} GiB of memory, {result.available_ram_bytes / 2**30:.1f} GiB can be had",
+            f"the run needs {needed:.1f} GiB of memory, {available:.1f} GiB can be had",
             result.source,
             f"Try --samples {fewer}, or a machine with more memory",
         )

@@ -1,11 +1,11 @@
-"""Bytes before and after, from shapes alone: what the plan estimates, the door checks, and the result reports."""
+"""Bytes before and after, from shapes alone: the plan estimates by them, a run checks the disk, a result reports them."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from leangrid.formats import FORMATS, stored_as
+from leangrid.formats import FORMATS, schemes_stored_by
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe, Scheme
 
@@ -41,15 +41,15 @@ class Sizes:
 
 
 def stored_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
-    """Layer -> the scheme that the files of a settled ``recipe`` will say, in the model's order."""
+    """Layer -> the scheme that the files of a resolved ``recipe`` will say, in the model's order."""
     names = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
-    return stored_as(
+    return schemes_stored_by(
         FORMATS[recipe.format], {name: (recipe.for_layer(name).parsed, skeleton.shape(name)[1]) for name in names}
     )
 
 
-def sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
-    """The sizes that quantizing ``skeleton`` by a settled ``recipe`` gives."""
+def compute_sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
+    """The sizes that quantizing ``skeleton`` by a resolved ``recipe`` gives."""
     layers, schemes = [], stored_schemes(skeleton, recipe)
     for index in range(len(skeleton.blocks)):
         for name in skeleton.linear_names(index):
@@ -70,14 +70,9 @@ def sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
     return Sizes(layers, before, before + sum(layer.bytes_after - layer.bytes_before for layer in layers))
 
 
-def hidden_size(skeleton: Skeleton) -> int:
-    """Numbers of a token's hidden state between two blocks."""
-    return skeleton.base.get_input_embeddings().weight.shape[1]  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-
-
 def state_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
     """The hidden states of all ``tokens`` between two blocks: two streams where the input's error is corrected."""
-    return (2 if recipe.correct else 1) * tokens * hidden_size(skeleton) * skeleton.compute_dtype.itemsize
+    return (2 if recipe.correct else 1) * tokens * skeleton.hidden_size * skeleton.compute_dtype.itemsize
 
 
 class DiskBytes(NamedTuple):
@@ -91,5 +86,5 @@ def disk_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int, mapped: bool = F
     """The journal's blocks and the finished shards beside them; two sets of states, and two more (those that enter a
     block and those that leave it) where they are worked on in ``mapped`` files."""
     return DiskBytes(
-        2 * sizes(skeleton, recipe).bytes_after, (4 if mapped else 2) * state_bytes(skeleton, recipe, tokens)
+        2 * compute_sizes(skeleton, recipe).bytes_after, (4 if mapped else 2) * state_bytes(skeleton, recipe, tokens)
     )

@@ -1,1 +1,1 @@
-"""What a run did, for people: one record a layer, tables for the terminal, the model card."""
+"""What a run did, for people: one record for each layer, tables for the terminal, the model card, the report page."""

@@ -1,4 +1,4 @@
-"""README.md of a result: what it is, how it was made, and only numbers that were measured; its header in the hub's
+"""README.md of a result, the model card: what it is, how it was made and what was measured, with a header in the hub's
 metadata format."""
 
 import logging
@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from leangrid.grids import kind_of
 from leangrid.recipe import Recipe
 from leangrid.report.experts import expert_figures
 from leangrid.report.facts import Facts, finite
@@ -26,15 +27,17 @@ FIGURES = (
     ("top1_agreement", "same most likely token"),
     ("embedding_cosine_mean", "1 - cosine of embeddings"),
 )
-_COUNTS = ("n", "seconds", "limit", "version")  # of a task's figures those that measure nothing
-_OF_ORIGINAL = "reference_perplexity"  # no figure of this model
+_COUNTS = ("n", "seconds", "limit", "version")  # figures of a task that are no metrics
+_OF_ORIGINAL = "reference_perplexity"  # a figure of the original, not of this model
 
 
-def model_card(facts: Facts) -> str:
-    """The card as Markdown with the hub's YAML header. It never fails a run: where it cannot be written it says so."""
+def render_card(facts: Facts) -> str:
+    """The card as Markdown with the hub's YAML header.
+
+    An error in rendering does not end a run that took hours: it is logged, and the card says where the figures are."""
     try:
         return _card(facts)
-    except Exception as error:  # hours of work do not end at a line of prose
+    except Exception as error:
         log.warning("the model card could not be written: %s: %s", type(error).__name__, error)
         return (
             f"# {facts.result['scheme']}\n\nQuantized with leangrid. The figures of each layer are in records.jsonl.\n"
@@ -56,19 +59,20 @@ def _card(facts: Facts) -> str:
 
 
 def measurements(facts: Facts) -> Iterator[dict[str, Any]]:
-    """What was measured, each under the keys of ``eval --json`` and ``on``, what it was measured on: the quality
-    gate's, then eval's.
+    """Everything that was measured, each under the keys of ``eval --json`` with ``on``, what it was measured on: first
+    by the quality gate, then by ``eval --keep``.
 
-    The gate's first is ``seen``: on text that the run calibrated with, where every quantizer looks better than
-    elsewhere; its second is of ``few`` tokens."""
+    The gate's first measurement is ``seen``: its text was calibrated with, which makes every quantizer look better; its
+    second is on other text, of ``few`` tokens."""
     gate, recipe = facts.quality, facts.recipe
     if finite(gate.get("value")):
-        on = f"the first {gate.get('windows')} calibration windows, {gate.get('tokens')} tokens of {calibration_words(recipe)}"
+        tokens = f"{gate.get('tokens')} tokens of {describe_calibration(recipe)}"
+        on = f"the first {gate.get('windows')} calibration windows, {tokens}"
         key = "kl_mean" if gate["measure"] == "kl" else "embedding_cosine_mean"
         names = ("perplexity", "reference_perplexity", "top1_agreement", "tokens")
         yield {
             "on": on,
-            "dataset": calibration_words(recipe),
+            "dataset": describe_calibration(recipe),
             key: gate["value"],
             **{name: gate.get(name) for name in names},
             "seen": True,
@@ -85,8 +89,8 @@ def measurements(facts: Facts) -> Iterator[dict[str, Any]]:
         yield {"seen": False, **found, "on": on, "dataset": text}
 
 
-def calibration_words(recipe: Recipe) -> str:
-    """The calibration corpus in words; of a file its name alone."""
+def describe_calibration(recipe: Recipe) -> str:
+    """The calibration corpus in words; a file without its folder."""
     words = {
         "self": "text sampled from the model itself",
         "embedded": "Python's documentation (a smoke test, not a quality recipe)",
@@ -94,12 +98,10 @@ def calibration_words(recipe: Recipe) -> str:
     return words.get(recipe.calibration, _last(recipe.calibration))
 
 
-def scheme_words(recipe: Recipe) -> str:
+def describe_scheme(recipe: Recipe) -> str:
     """What the scheme stores and how it was found, in words."""
     scheme = recipe.parsed
-    kinds = {"affine": "affine grid (scale and zero point)", "offset": "affine grid (scale and offset)",
-             "superblock": f"{scheme.block} grid (integer scales in blocks of 256)"}  # fmt: skip
-    kind = kinds.get(scheme.grid, f"non-uniform grid of {scheme.levels} levels")
+    kind = kind_of(scheme).describe(scheme)
     over = f"each group of {scheme.group_size} weights" if scheme.group_size else "each row"
     learned = {
         "leanquant": "learned on the inverse Hessian (LeanQuant)",
@@ -110,7 +112,7 @@ def scheme_words(recipe: Recipe) -> str:
 
 
 def _metadata(facts: Facts, measured: Sequence[Mapping[str, Any]]) -> ModelCardData:
-    """The header: https://huggingface.co/docs/hub/model-cards, with the figures as model-index."""
+    """The header (https://huggingface.co/docs/hub/model-cards), with the figures as model-index."""
     source, encoder = facts.source, facts.quality.get("measure") == "cosine"
     from_hub = _HUB_ID.fullmatch(source.split("@")[0]) is not None
     task = "feature-extraction" if encoder else "text-generation"
@@ -160,7 +162,7 @@ def _digits(value: float) -> float:
 
 
 def _one_line(text: str) -> str:
-    """Printable text of one line: what YAML and the hub take as a name."""
+    """The text on one line without unprintable characters, as YAML and the hub take names."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
@@ -173,7 +175,7 @@ def _made(facts: Facts) -> str:
     version = str((facts.manifest.get("versions") or {}).get("leangrid", ""))
     rows = [
         ("source", _plain(facts.source)),
-        ("weights", scheme_words(recipe)),
+        ("weights", describe_scheme(recipe)),
         *(
             [("other schemes", "; ".join(f"`{_plain(key)}` {value}" for key, value in recipe.layers.items()))]
             if recipe.layers
@@ -186,7 +188,7 @@ def _made(facts: Facts) -> str:
         *([("bits per weight", f"{bits:.3f} with grids")] if bits is not None else []),
         (
             "calibration",
-            f"{recipe.samples} x {recipe.length} tokens: {_plain(calibration_words(recipe))}, seed {recipe.seed}",
+            f"{recipe.samples} x {recipe.length} tokens: {_plain(describe_calibration(recipe))}, seed {recipe.seed}",
         ),
         ("settings", f"p {recipe.p}, correct {recipe.correct}, refine {recipe.refine}, damping {recipe.damping}"),
         ("made with", f"leangrid {version}".strip()),
@@ -212,8 +214,8 @@ def _experts(found: Mapping[str, Any]) -> str:
     keys = ("experts", "min", "median", "max", "starved", "unseen")
     rows = [(name, *(f"{of[key]:.0f}" for key in keys)) for name, of in every]
     what = (
-        "Calibration tokens that the routers sent to an expert. A starved one had fewer than its linears have columns and shares the "
-        "Hessian of all, an unseen one had none."
+        "Calibration tokens that the routers sent to an expert. A starved one had fewer than its linears have columns "
+        "and shares the Hessian of all, an unseen one had none."
     )
     return "\n\n".join(("## Tokens per expert", what, _table(head, rows)))
 
@@ -237,5 +239,5 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line that cannot open a table cell, a tag or a code span: names come from files of strangers."""
+    """The text on one line, with what would begin a table cell, a tag or a code span escaped."""
     return " ".join(text.split()).replace("|", "\\|").replace("`", "'").replace("<", "&lt;")

@@ -1,5 +1,4 @@
-"""Tokens per expert of a mixture, from the records of its linears: what a run's summary, card and page say of its
-experts."""
+"""Tokens per expert of a mixture of experts, from the records of its linears; for summary, model card and page."""
 
 import re
 import statistics
@@ -12,12 +11,12 @@ _EXPERT = re.compile(r"(.+?)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.")
 
 
 def expert_figures(records: Sequence[LayerRecord]) -> dict[str, Any]:
-    """Calibration tokens that the routers sent to each expert; empty for a model without a mixture.
+    """How many calibration tokens the routers sent to each expert; empty for a model without experts.
 
     Returns:
         {"experts", "min", "median", "max", "starved", "unseen"} over all experts, and under "blocks" the same of each
-        block with its name as "block". Tokens count once for each expert that they are sent to. "starved" is how many
-        experts had fewer tokens than one of their linears has columns, "unseen" how many of the others had none.
+        block, with the name of the block as "block". A token counts once for each expert that it is sent to. "starved"
+        is how many experts had fewer tokens than one of their linears has columns, "unseen" how many had none.
     """
     blocks: dict[str, dict[str, list[LayerRecord]]] = {}
     for record in records:
@@ -46,8 +45,8 @@ def _figures(experts: Sequence[Sequence[LayerRecord]]) -> dict[str, Any]:
     }
 
 
-def expert_words(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures over all experts as (name, value) lines for people; none where there are none."""
+def describe_experts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures over all experts as (name, value) rows; no row for a model without experts."""
     if not found:
         return []
     lines = [
@@ -60,7 +59,7 @@ def expert_words(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "starved experts",
-                f"{found['starved']}, and {found['unseen']} that saw no token: more calibration is the cure",
+                f"{found['starved']}, and {found['unseen']} that saw no token: calibrate with more text",
             )
         )
     return lines

@@ -1,5 +1,5 @@
-"""What is known of a finished result: its manifest, one record a layer, and what the run took. Card, page and
-comparison are made of it."""
+"""What is known of a finished result: its manifest, its records, and run.json. Card, page and comparison are made from
+it."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from leangrid.errors import VerifyError
 from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord, read_records
-from leangrid.storage.writer import MANIFEST
+from leangrid.storage.manifest import MANIFEST
 
 RECORDS, RUN = "records.jsonl", "run.json"
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx.data")
@@ -21,7 +21,13 @@ _BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 
 @dataclass(frozen=True)
 class Facts:
-    """One result. ``run`` is the JSON of run.json (report/run_log.py), empty for results that have none."""
+    """One result.
+
+    Attributes:
+        manifest: the JSON of manifest.json.
+        records: one for each quantized layer.
+        run: the JSON of run.json (report/run_log.py); empty for results without one.
+    """
 
     manifest: Mapping[str, Any]
     records: Sequence[LayerRecord]
@@ -29,7 +35,7 @@ class Facts:
 
     @classmethod
     def read(cls, directory: Path) -> "Facts":
-        """Of a directory that verifies; VerifyError for one whose files are of another kind all the same."""
+        """Read the files of a directory that was verified; VerifyError where they are not those of a result."""
         try:
             manifest = json.loads((directory / MANIFEST).read_bytes())
             run = json.loads((directory / RUN).read_bytes()) if (directory / RUN).exists() else {}
@@ -42,7 +48,7 @@ class Facts:
 
     @property
     def recipe(self) -> Recipe:
-        """The settled recipe."""
+        """The recipe with every default written out."""
         return Recipe.model_validate(self.manifest["recipe"])
 
     @property
@@ -52,7 +58,7 @@ class Facts:
 
     @property
     def source(self) -> str:
-        """As it was given to quantize: a path or a hub id."""
+        """The source as it was given to quantize: a path or a hub id."""
         return self.manifest.get("source_name") or "unknown (the manifest has its fingerprint)"
 
     @property
@@ -62,35 +68,35 @@ class Facts:
 
     @property
     def container(self) -> str:
-        """How the files hold the codes: a key of ``formats.FORMATS``, dense, or a whole file's."""
+        """How the files hold the codes: a key of ``formats.FORMATS``, ``dense``, or the name of a whole-file export."""
         return self.result["format"]
 
     @property
     def exported_from(self) -> str | None:
-        """The result, and its format, whose codes these are; None where quantize wrote them."""
+        """The result that this one was exported from, and its format; None where quantize wrote it."""
         came = self.manifest.get("exported")
         return f"{came['from']}, {came['format']}" if came else None
 
     @property
     def quality(self) -> Mapping[str, Any]:
-        """What the gate found (gate.py), or nothing."""
+        """What the quality gate found (gate/quality.py); empty where it did not run."""
         return self.manifest.get("quality") or {}
 
     @property
     def evaluations(self) -> Sequence[Mapping[str, Any]]:
-        """Results of ``eval --keep``, oldest first."""
+        """The evaluations that ``eval --keep`` added, oldest first."""
         return self.manifest.get("evaluations") or []
 
     @property
     def bytes_after(self) -> int:
-        """Of the files with the weights."""
+        """Size of the files with the weights."""
         return sum(entry["bytes"] for name, entry in self.manifest["files"].items() if name.endswith(_WEIGHTS))
 
 
 @dataclass(frozen=True)
 class LossMap:
-    """Losses by linear and block. ``losses[linear][block]`` is (ours, min-max GPTQ, rounding), or None where there is
-    no such layer."""
+    """Losses by linear and block: ``losses[linear][block]`` is (of this result, of min-max GPTQ, of rounding), or None
+    where there is no such layer."""
 
     linears: list[str]
     blocks: list[str]
@@ -98,7 +104,8 @@ class LossMap:
 
     @classmethod
     def of(cls, records: Sequence[LayerRecord]) -> "LossMap":
-        """Layers of one block that differ in a number alone (experts) are summed in one cell: ``experts.*.up_proj``."""
+        """The map of some records. Layers of one block whose names differ in a number only (experts) are added up in
+        one cell, such as ``experts.*.up_proj``."""
         cells: dict[tuple[str, str], tuple[float, float, float]] = {}
         for record in records:
             block, linear = place(record.name)
@@ -119,11 +126,11 @@ def place(name: str) -> tuple[str, str]:
 
 
 def finite(value: Any) -> bool:
-    """Whether it is a number that can be shown."""
+    """Whether the value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(linears: list[str]) -> list[str]:
-    """Last parts alone where they are enough to tell the linears apart."""
+    """The last part of each name, where these are all different; else the names."""
     last = [linear.rsplit(".", 1)[-1] for linear in linears]
     return last if len(set(last)) == len(last) else linears

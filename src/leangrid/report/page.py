@@ -1,7 +1,7 @@
-"""report.html of a result: one file that asks for nothing else, readable on a phone, in the light and in the dark.
+"""report.html of a result: one file that loads nothing else, for wide and narrow screens, light and dark.
 
-This file chooses what is shown and computes every figure; the templates beside it say how it looks. They escape every
-value, because names of models and tensors are strangers' text."""
+This module chooses what is shown and computes every figure; the templates define how it looks. They escape every value,
+because names of models and tensors come from files of others."""
 
 import json
 import math
@@ -13,13 +13,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from leangrid.recipe import Recipe
-from leangrid.report.card import calibration_words, measurements, scheme_words, task_figures
+from leangrid.report.card import describe_calibration, describe_scheme, measurements, task_figures
 from leangrid.report.experts import expert_figures
 from leangrid.report.facts import Facts, LossMap, finite, place
 from leangrid.report.plots import RATIOS, Axis, Number, Shades, dots, line, ratio_step, strokes
 from leangrid.report.records import LayerRecord
-from leangrid.report.serving import GENERATES, SERVE, kind_of, snippet
-from leangrid.report.text import duration, size
+from leangrid.report.serving import NOT_LOADED, SERVE, kind_of, snippet
+from leangrid.report.text import format_duration, format_size
 from leangrid.solve.rescue import KINDS, NOTES
 
 _WORST = 8  # layers in the table
@@ -48,15 +48,15 @@ _STAGES = {
 }
 
 
-def page(facts: Facts) -> str:
-    """The whole file, UTF-8 text."""
+def render_page(facts: Facts) -> str:
+    """The text of the HTML file."""
     recipe = facts.recipe
     losses, measured = LossMap.of(facts.records), _measured(facts)
-    return template("page.html.jinja").render(
+    return load_template("page.html.jinja").render(
         facts=facts,
         recipe=recipe,
-        scheme=scheme_words(recipe),
-        calibration=calibration_words(recipe),
+        scheme=describe_scheme(recipe),
+        calibration=describe_calibration(recipe),
         sizes=_sizes(facts),
         measured=measured,
         measures=[(key, words) for key, words in _MEASURES if any(finite(row[key]) for row in measured)],
@@ -72,25 +72,25 @@ def page(facts: Facts) -> str:
         rescues=_rescues(facts),
         opened=snippet(facts.container, facts.exported_from is not None),
         served=SERVE.get(kind_of(facts.container, facts.exported_from is not None)),
-        generates=kind_of(facts.container, facts.exported_from is not None) in GENERATES,
+        generates=kind_of(facts.container, facts.exported_from is not None) not in NOT_LOADED,
         command=f"leangrid quantize {shlex.quote(facts.source)} OUT --recipe recipe.toml",
         toml=toml(recipe),
     )
 
 
 @cache
-def template(name: str) -> Template:
-    """One of the templates, with the filters that write numbers."""
+def load_template(name: str) -> Template:
+    """One of the templates, with the filters that format numbers."""
     loader = PackageLoader("leangrid", "report/templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters |= {"size": size, "duration": duration, "figure": figure, "share": share}
+    made.filters |= {"size": format_size, "duration": format_duration, "figure": figure, "share": share}
     made.globals |= {"number": _plain_number, "power": _power, "bytes": _round_size}
     made.tests["finite"] = finite
     return made.get_template(name)
 
 
 def figure(value: Any, digits: int = 4) -> str:
-    """A number for people; a dash for one that was not measured, in words where it is not finite."""
+    """A number with ``digits`` significant digits; a dash for None, "not finite" for NaN and infinities."""
     if value is None:
         return "–"
     if not finite(value):
@@ -101,7 +101,7 @@ def figure(value: Any, digits: int = 4) -> str:
 
 
 def share(value: Any) -> str:
-    """A share as per cent."""
+    """A share such as 0.123 as 12.3%."""
     return f"{value:.1%}" if finite(value) else figure(None)
 
 
@@ -119,7 +119,7 @@ def _power(value: Number) -> str:
 
 
 def _round_size(value: Number) -> str:
-    return size(value).replace(".0 ", " ") if value else "0"
+    return format_size(value).replace(".0 ", " ") if value else "0"
 
 
 def toml(recipe: Recipe) -> str:
@@ -143,7 +143,7 @@ def _sizes(facts: Facts) -> dict[str, Any]:
 
 
 def _measured(facts: Facts) -> list[dict[str, Any]]:
-    """Rows of the quality table; ``tasks`` are rows of their own below."""
+    """Rows of the quality table; the tasks of each are rows below it."""
     keys = ("on", "seen", "tokens", *(key for key, _ in _MEASURES))
     rows = []
     for found in measurements(facts):
@@ -160,12 +160,13 @@ def _stderr(figures: Mapping[str, Any], metric: str) -> Any:
 
 
 def _worst(records: Sequence[LayerRecord]) -> list[LayerRecord]:
-    """The layers with the largest loss; one that is no number is larger than any."""
+    """The layers with the largest loss; one that is not finite counts as largest."""
     return sorted(records, key=lambda record: -record.loss if finite(record.loss) else -math.inf)[:_WORST]
 
 
 def _sums(facts: Facts) -> dict[str, Any]:
-    """The three losses summed over layers, each as a share of the largest, and in how many layers ours is the least."""
+    """The three losses summed over layers, in per cent of the largest, and in how many layers the result's is below
+    min-max GPTQ's."""
     totals = {key: sum(getattr(r, key) for r in facts.records) for key in ("loss", "loss_minmax", "loss_rounding")}
     most = max((value for value in totals.values() if finite(value)), default=0.0) or 1.0
     bars = [
@@ -177,7 +178,7 @@ def _sums(facts: Facts) -> dict[str, Any]:
 
 
 def _maps(losses: LossMap) -> dict[str, Any]:
-    """Heat maps: classes of cells, row by row, with what they stand for."""
+    """The heat maps: CSS classes of the cells, row by row, and the legend."""
     every = [value for row in losses.losses for cell in row if cell for value in cell]
     shades = Shades.over(every)
     titled = sum(len(row) for row in losses.losses) <= _TITLED
@@ -199,7 +200,7 @@ def _maps(losses: LossMap) -> dict[str, Any]:
 
 
 def _cell(cell: tuple[Number, Number, Number] | None, which: int | None, shades: Shades, title: str) -> tuple[str, str]:
-    """(class, title) of one cell; class "" where there is no layer, "n" where there is no number."""
+    """(class, title) of one cell; class "" where there is no layer, "n" where the loss is not finite."""
     if cell is None:
         return "", ""
     step = ratio_step(cell[0], cell[1]) if which is None else shades.step(cell[which])
@@ -216,7 +217,7 @@ def _title(linear: str, block: str, cell: tuple[Number, Number, Number] | None) 
 
 
 def _blocks(losses: LossMap) -> list[tuple[str, Number, Number, Number]]:
-    """Sums over each block, as a table for those who do not see the maps."""
+    """Sums over each block, as a table for readers who cannot see the maps."""
     rows = []
     for block, column in zip(losses.blocks, zip(*losses.losses, strict=True), strict=True):
         ours, minmax, rounding = (sum(cell[which] for cell in column if cell) for which in range(3))
@@ -225,7 +226,7 @@ def _blocks(losses: LossMap) -> list[tuple[str, Number, Number, Number]]:
 
 
 def _sample(sample: Mapping[str, Any] | None, recipe: Recipe) -> dict[str, Any] | None:
-    """Paths of the figure of one row."""
+    """The paths of the figure of one row; None where the run took no sample."""
     if sample is None:
         return None
     x = Axis.linear([*sample["weights"], *sample["levels"], *sample["levels_minmax"]], count=8)
@@ -262,7 +263,8 @@ def _weighted_errors(sample: Mapping[str, Any]) -> tuple[Number, Number]:
 
 
 def _stages(seconds: Mapping[str, Number]) -> dict[str, Any] | None:
-    """Time by stage, as words, seconds and shares of the longest; what no stage counts is "the rest"."""
+    """Time by stage: words, seconds, share of the total, per cent of the longest; "the rest" is outside all stages.
+    None where the run has no times."""
     total = seconds.get("total")
     if not total:
         return None
@@ -277,7 +279,7 @@ def _stages(seconds: Mapping[str, Number]) -> dict[str, Any] | None:
 
 
 def _memory(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Lines of memory over time, by block; None where the run kept none."""
+    """Lines of memory over time, by block; None where the run recorded none."""
     blocks = run.get("blocks") or []
     if not blocks:
         return None
@@ -287,21 +289,21 @@ def _memory(run: Mapping[str, Any]) -> dict[str, Any] | None:
         ends.append(elapsed)
     kinds = [("resident, at its fullest in each block", "resident_bytes", "a"), ("peak so far", "peak_ram_bytes", "b"),
              ("GPU peak so far", "peak_gpu_bytes", "c")]  # fmt: skip
-    kept = [
+    drawn = [
         (label, [block[key] for block in blocks], style)
         for label, key, style in kinds
         if any(block[key] for block in blocks)
     ]
     unit, word = (60.0, "minutes") if ends[-1] >= 180 else (1.0, "seconds")
     x = Axis.linear([0.0, *(end / unit for end in ends)], zero=True)
-    y = Axis.linear([value for _, values, _ in kept for value in values], zero=True, count=4)
+    y = Axis.linear([value for _, values, _ in drawn for value in values], zero=True, count=4)
     lines = [
         (
             label,
             line([(end / unit, value) for end, value in zip(_stretched(ends), _stretched(values), strict=True)], x, y),
             style,
         )
-        for label, values, style in kept
+        for label, values, style in drawn
     ]
     return {
         "x": x,
@@ -314,12 +316,12 @@ def _memory(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _stretched(values: Sequence[Number]) -> Sequence[Number]:
-    """One point is no line: a single block is drawn from its beginning to its end."""
+    """Two points for a single block, so that it is drawn as a line from its beginning to its end."""
     return values if len(values) > 1 else [values[0] * 0.999, values[0]]
 
 
 def _rescues(facts: Facts) -> dict[str, list[dict[str, Any]]]:
-    """What deviated, by kind: ``real`` (counted against the limit) and ``notes``."""
+    """The rescues by kind: ``real`` (counted against the limit) and ``notes``."""
     found: dict[str, list[str]] = {}
     for record in facts.records:
         for rescue in record.rescues:

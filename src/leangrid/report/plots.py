@@ -1,7 +1,7 @@
-"""Geometry of the figures: values to per cent of a plot, ticks, colour steps. The templates draw them.
+"""Geometry of the figures: values as per cent of a plot, ticks, colour steps. The templates draw them.
 
-A plot is a square of 100 by 100 that the page stretches to whatever width there is; text stands beside it as text, so
-it keeps its size on a phone. y points down, as in SVG."""
+A plot is a square of 100 by 100 that the page stretches to the width that it has. Text is placed over it as HTML, so
+that it is not stretched. y points down, as in SVG."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ _LEAST = 1e-12
 
 @dataclass(frozen=True)
 class Axis:
-    """``low`` to ``high``, linear or logarithmic. ``ticks`` are values inside."""
+    """An axis from ``low`` to ``high``, linear or logarithmic; ``ticks`` are values between them."""
 
     low: float
     high: float
@@ -25,9 +25,9 @@ class Axis:
 
     @classmethod
     def linear(cls, values: Iterable[Number], zero: bool = False, count: int = 5) -> "Axis":
-        """Around finite ``values`` with a little room; ``zero`` begins at 0."""
-        kept = [value for value in values if finite(value)] or [0.0, 1.0]
-        low, high = (0.0 if zero else min(kept)), max(kept)
+        """An axis around the finite ``values`` with a margin; with ``zero`` it begins at 0. About ``count`` ticks."""
+        usable = [value for value in values if finite(value)] or [0.0, 1.0]
+        low, high = (0.0 if zero else min(usable)), max(usable)
         room = 0.04 * (high - low) or abs(high) * 0.1 or 1.0
         low, high = (low if zero else low - room), high + room
         step = _round_step((high - low) / count)
@@ -37,9 +37,9 @@ class Axis:
 
     @classmethod
     def logarithmic(cls, values: Iterable[Number], decades: Number = math.inf, count: int = 6) -> "Axis":
-        """Around the positive finite ``values``, at most ``decades`` below the largest."""
-        kept = [value for value in values if finite(value) and value > 0] or [1.0]
-        high, low = math.log10(max(kept)), math.log10(min(kept))
+        """A logarithmic axis around the positive finite ``values``, at most ``decades`` below the largest."""
+        usable = [value for value in values if finite(value) and value > 0] or [1.0]
+        high, low = math.log10(max(usable)), math.log10(min(usable))
         low = max(low, high - decades)
         room = 0.06 * (high - low) or 0.5
         low, high = low - room, high + room
@@ -60,26 +60,26 @@ class Axis:
         return round(100 * min(1.0, max(0.0, place)), 2)
 
     def down(self, value: Number) -> float:
-        """The same for an axis that goes up: per cent from the top."""
+        """The same for a vertical axis: per cent from the top."""
         return round(100 - self.at(value), 2)
 
 
 def dots(points: Iterable[tuple[Number, Number]], x: Axis, y: Axis) -> str:
-    """A path with a dot at each point that has numbers: lines without length, whose round ends stay round when the plot
-    is stretched."""
+    """A path with a dot at each point whose coordinates are finite: lines of length 0, whose round ends stay round when
+    the plot is stretched."""
     return "".join(f"M{x.at(a):g} {y.down(b):g}h0" for a, b in points if finite(a) and finite(b))
 
 
 def line(points: Iterable[tuple[Number, Number]], x: Axis, y: Axis) -> str:
-    """A path through the points that have numbers."""
-    kept = [f"{x.at(a):g} {y.down(b):g}" for a, b in points if finite(a) and finite(b)]
-    return "M" + "L".join(kept) if kept else ""
+    """A path through the points whose coordinates are finite."""
+    usable = [f"{x.at(a):g} {y.down(b):g}" for a, b in points if finite(a) and finite(b)]
+    return "M" + "L".join(usable) if usable else ""
 
 
 def stairs(points: Iterable[tuple[Number, Number]], x: Axis, y: Axis) -> str:
-    """A path through the points, first along and then up or down: what lies beyond a front of finite many."""
-    kept = [(x.at(a), y.down(b)) for a, b in points if finite(a) and finite(b)]
-    return f"M{kept[0][0]:g} {kept[0][1]:g}" + "".join(f"H{a:g}V{b:g}" for a, b in kept[1:]) if kept else ""
+    """A path through the points in horizontal and vertical steps: the border of what a front dominates."""
+    usable = [(x.at(a), y.down(b)) for a, b in points if finite(a) and finite(b)]
+    return f"M{usable[0][0]:g} {usable[0][1]:g}" + "".join(f"H{a:g}V{b:g}" for a, b in usable[1:]) if usable else ""
 
 
 def strokes(values: Iterable[Number], x: Axis) -> str:
@@ -88,7 +88,7 @@ def strokes(values: Iterable[Number], x: Axis) -> str:
 
 
 def ratio_step(loss: Number, other: Number) -> int | None:
-    """0 (far below ``other``) to 7 (far above), by RATIOS; None where there is no such ratio."""
+    """0 (``loss`` far below ``other``) to 7 (far above), by RATIOS; None where the ratio is undefined."""
     if not (finite(loss) and finite(other)) or loss < 0 or other < 0 or loss == other == 0:
         return None
     return sum(loss > edge * other for edge in RATIOS)
@@ -96,25 +96,25 @@ def ratio_step(loss: Number, other: Number) -> int | None:
 
 @dataclass(frozen=True)
 class Shades:
-    """Colour steps over positive values, each for as many of them as any other: losses span five decades, most of them
-    one."""
+    """Colour steps over positive values, each for the same number of values, because losses span five decades and most
+    of them lie in one."""
 
     edges: tuple[float, ...]
 
     @classmethod
     def over(cls, values: Iterable[Number], count: int = 7) -> "Shades":
         """``count`` steps between the quantiles of the positive finite values."""
-        kept = sorted(value for value in values if finite(value) and value > 0) or [1.0]
-        return cls(tuple(kept[round(index / count * (len(kept) - 1))] for index in range(count + 1)))
+        usable = sorted(value for value in values if finite(value) and value > 0) or [1.0]
+        return cls(tuple(usable[round(index / count * (len(usable) - 1))] for index in range(count + 1)))
 
     def step(self, value: Number) -> int | None:
-        """0 (smallest) to count - 1; None for what is no number."""
+        """0 (smallest) to count - 1; None for a value that is not finite."""
         return sum(value > edge for edge in self.edges[1:-1]) if finite(value) else None
 
 
 def pareto(points: Sequence[tuple[Number, Number]]) -> set[int]:
-    """Indices of the points that no other beats: none is as small in both and smaller in one. Points without numbers
-    are never in it."""
+    """Indices of the Pareto front: points for which no other is as small in both coordinates and smaller in one. Points
+    that are not finite are not in it."""
     front = set()
     for index, (a, b) in enumerate(points):
         if finite(a) and finite(b):

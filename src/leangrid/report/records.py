@@ -1,8 +1,8 @@
-"""One line a layer in records.jsonl: what was asked, what came out, and everything that deviated."""
+"""records.jsonl: one line for each layer, with what was asked, what came out, and every deviation from the method."""
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ class LayerRecord:
     Attributes:
         name: the layer's name in the checkpoint.
         shape: [out_features, in_features].
-        scheme: the scheme it was quantized with; of a K type the narrow one where 256 does not divide the columns.
+        scheme: the scheme that it was quantized with: of a K type the narrow one where 256 does not divide the columns.
         loss: tr(E H E^T)/2 of the stored result; ``loss_minmax`` min-max GPTQ's and ``loss_rounding`` rounding's on the
             same target, Hessian, bits and groups.
         damping: lambda / mean(diag H) that the factor needed.
-        rescues: what deviated: kind, detail, count (see rescue.py).
+        rescues: deviations from the method: kind, detail, count (solve/rescue.py).
         seconds: wall time by stage: grid, solve, refine.
-        tokens: calibration tokens its Hessian saw.
+        tokens: calibration tokens that its Hessian is a sum over.
     """
 
     name: str
@@ -44,8 +44,16 @@ class LayerRecord:
     tokens: int
 
     @classmethod
-    def of(cls, name: str, recipe: Recipe, result: LinearResult, hessian: Hessian, factor: Factor) -> "LayerRecord":
-        """The record of one solved layer. A rescue that several steps report appears once."""
+    def of(
+        cls,
+        name: str,
+        recipe: Recipe,
+        result: LinearResult,
+        hessian: Hessian,
+        factor: Factor,
+        seconds: Mapping[str, float],
+    ) -> "LayerRecord":
+        """The record of one solved layer. A rescue that is reported more than once appears once."""
         every = (*hessian.rescues, *factor.rescues, *result.rescues)
         rows, cols = result.codes.shape
         return cls(
@@ -57,13 +65,13 @@ class LayerRecord:
             float(result.loss_rounding),
             float(factor.damping),
             tuple(dict.fromkeys(every)),
-            {key: round(value, 4) for key, value in result.seconds.items()},
+            {key: round(value, 4) for key, value in seconds.items()},
             int(hessian.tokens),
         )
 
     @property
     def rescued(self) -> bool:
-        """True where something other than a note happened: it counts against ``--max-rescued``."""
+        """Whether there is a rescue that is no note: the layer then counts against ``--max-rescued``."""
         return any(not rescue.is_note for rescue in self.rescues)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""run.json of a result: what the run took, block by block in whichever process, and one layer's sample. The rest is in
-the manifest."""
+"""run.json of a result: time and memory of the run block by block, and the sample of one layer (report/sample.py)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,14 +12,15 @@ def run_log(
     """The JSON of run.json.
 
     Args:
-        infos: what the journal keeps of each block, in order.
+        infos: what the journal holds for each block, in order.
         last: seconds by stage since the last block was committed.
-        bytes_before: of all tensors of the source.
+        bytes_before: size of all tensors of the source.
+        device: where the run computed.
 
     Returns:
-        ``seconds`` (total and by stage, over all processes that worked on it), ``blocks`` (of each: seconds,
-        resident_bytes at its fullest, and the peaks of its process until its end), ``peak_ram_bytes``,
-        ``peak_gpu_bytes``, ``bytes_before``, ``sample``.
+        ``seconds`` (total and by stage, over all processes that resumed the run), ``blocks`` (of each: seconds, the
+        most resident bytes during it, and the peaks of its process until its end), ``peak_ram_bytes``,
+        ``peak_gpu_bytes``, ``bytes_before``, ``sample`` (None where no layer was sampled).
     """
     laps = [*(info["seconds"] for info in infos), last]
     stages = dict.fromkeys(name for lap in laps for name in lap)

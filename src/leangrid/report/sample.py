@@ -1,8 +1,8 @@
-"""One row of one layer, kept when the run solves it: weights, what an error costs at each, learned levels. The paper's
-Figure 1, here.
+"""One row of one layer as the report shows it: its weights, what an error at each costs, and the learned levels (the
+paper's Figure 1 for this model).
 
-The finished files have codes and levels but neither the original weights nor the Hessian, so the figure's numbers are
-kept at the moment that has all of them: at most ``POINTS`` columns, some 20 kB."""
+The finished files have codes and levels but neither the original weights nor the Hessian, so the numbers of the figure
+are taken when the layer is solved: at most ``POINTS`` columns, some 20 kB."""
 
 from typing import Any
 
@@ -10,37 +10,40 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from leangrid.grids import Precision
+from leangrid.grids import Precision, kind_of
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
 from leangrid.solve.factor import Factor
-from leangrid.solve.layer import LinearResult, minmax_grid
+from leangrid.solve.layer import LinearResult
 
 POINTS = 768
 _HEAVIEST = POINTS // 4
 
 
-def sampled_layer(skeleton: Skeleton) -> str:
-    """The last linear of the middle block: in a decoder the one that reads the MLP's hidden units, where outliers
-    live."""
+def choose_sampled_layer(skeleton: Skeleton) -> str:
+    """The name of the last linear of the middle block: in a decoder the one that reads the hidden units of the MLP,
+    which have outliers."""
     return skeleton.linear_names(len(skeleton.blocks) // 2)[-1]
 
 
-def sample_of(
+def sample_row(
     name: str, weight: Float[Tensor, "rows cols"], result: LinearResult, factor: Factor, recipe: Recipe
 ) -> dict[str, Any]:
-    """What run.json keeps of a solved layer: JSON values.
+    """The sample of a solved layer, as JSON values.
 
     The row is the one whose range of weights is the layer's median; of a grid with groups, the group with the costliest
-    column. Of more than ``POINTS`` columns the costliest quarter of ``POINTS`` is kept, and an even choice of the rest.
+    column. Of more than ``POINTS`` columns the costliest ``POINTS`` / 4 are shown, and an even choice of the others.
 
     Args:
+        name: the layer's name.
         weight: the original weights, before the correction of the inputs' error.
+        result, factor: of this layer.
         recipe: of this layer, resolved.
 
     Returns:
-        name, row, columns (first, last and how many), p; ``weights`` and ``stored`` (what the file holds), ``costs`` =
-        g_j = U_jj^-p over its largest in the layer, each per kept column; ``levels`` and ``levels_minmax``, ascending.
+        name, row, columns (first, last and how many), p; for each shown column ``weights``, ``stored`` (the value in
+        the file) and ``costs``: U_jj^-p divided by its largest value in the layer; ``levels`` and ``levels_minmax``,
+        ascending.
     """
     cols, span = weight.shape[1], weight.amax(1).float() - weight.amin(1).float()
     row = int(span.argsort()[len(span) // 2])
@@ -49,28 +52,27 @@ def sample_of(
     group = result.grid.group_of(cols).cpu()
     inside = (group == group[int(costs.argmax())]).nonzero().squeeze(1)
     values = weight[row].float().cpu()
-    kept = inside[_kept(costs[inside])]
-    grid = result.grid.take(torch.tensor([row], device=result.codes.device))
+    shown = inside[_choose_columns(costs[inside])]
+    grid = result.grid.select_rows(torch.tensor([row], device=result.codes.device))
     levels = grid.levels.cpu().reshape(-1, grid.levels.shape[-1])[int(group[inside[0]])]
-    minmax = minmax_grid(
-        values[None], recipe.scheme_for(cols), Precision(torch.float32)
-    )  # not rounded to what a container stores
+    scheme = recipe.scheme_for(cols)
+    minmax = kind_of(scheme).fit_minmax(values[None], scheme, Precision(torch.float32))  # not as a container rounds it
     stored = grid.dequantize(result.codes[row : row + 1])[0].float().cpu()
     return {
         "name": name,
         "row": row,
         "columns": [int(inside[0]), int(inside[-1]), len(inside)],
         "p": power,
-        "weights": _short(values[kept]),
-        "stored": _short(stored[kept]),
-        "costs": _short(costs[kept]),
+        "weights": _short(values[shown]),
+        "stored": _short(stored[shown]),
+        "costs": _short(costs[shown]),
         "levels": _short(levels.unique()),
         "levels_minmax": _short(minmax.levels[0, int(group[inside[0]])].unique()),
     }
 
 
-def _kept(costs: Float[Tensor, " cols"]) -> Tensor:
-    """Ascending positions of the columns that are kept."""
+def _choose_columns(costs: Float[Tensor, " cols"]) -> Tensor:
+    """Ascending positions of the columns that are shown."""
     order = costs.argsort(descending=True)
     if len(order) <= POINTS:
         return order.sort().values

@@ -1,4 +1,4 @@
-"""How each container is opened and served, as lines to type. What of it was tried where: docs/serving.md."""
+"""How each container is opened and served, as lines to type. Which of them were tested, and how: docs/serving.md."""
 
 _PLAIN = 'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
 _GPTQ = 'from gptqmodel import GPTQModel\nmodel = GPTQModel.load("DIR")'
@@ -6,7 +6,7 @@ _MLX = """from mlx_lm import generate, load  # pip install mlx-lm
 model, tokenizer = load("DIR")
 print(generate(model, tokenizer, prompt="Once upon a time"))"""
 _VLLM = "vllm serve DIR"
-BLOCKS = "gguf blocks"  # llama.cpp's blocks that still lie in a directory
+BLOCKS = "gguf blocks"  # llama.cpp's blocks in a directory of ours, not yet one .gguf file
 
 # Container -> (language, lines): what a model card shows.
 OPEN: dict[str, tuple[str, str]] = {
@@ -34,9 +34,8 @@ SERVE: dict[str, tuple[str, str]] = {
     "mlx": ("mlx-lm", "mlx_lm.server --model DIR"),
 }
 
-GENERATES = frozenset(
-    {"compressed-tensors", "lut", "gptq", "gptq_v1", "awq", "mlx", "dense", BLOCKS}
-)  # what leangrid.load opens
+# What leangrid.load does not open: whole files of another engine.
+NOT_LOADED = frozenset({"gguf", "onnx"})
 
 
 def kind_of(container: str, exported: bool) -> str:

@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from leangrid.report.experts import expert_words
+from leangrid.report.experts import describe_experts
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns as wide as their longest cell; numbers to the right, words to the left."""
+def format_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table as aligned text: numbers to the right, words to the left."""
     lines = [[str(cell) for cell in head], *([_cell(cell) for cell in row] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     numeric = [all(_is_number(line[column]) for line in lines[1:]) and len(lines) > 1 for column in range(len(head))]
@@ -24,23 +24,23 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join((shown[0], "-" * len(max(shown, key=len)), *shown[1:]))
 
 
-def pairs(rows: Iterable[tuple[str, object]]) -> str:
-    """One name and value a line; values that are None are left out."""
-    kept = [(name, _cell(value)) for name, value in rows if value is not None]
-    width = max((len(name) for name, _ in kept), default=0)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in kept)
+def format_pairs(rows: Iterable[tuple[str, object]]) -> str:
+    """One name and value in each line; values that are None are left out."""
+    shown = [(name, _cell(value)) for name, value in rows if value is not None]
+    width = max((len(name) for name, _ in shown), default=0)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in shown)
 
 
-def size(count: int | float) -> str:
-    """Bytes for people, in powers of 1000."""
+def format_size(count: int | float) -> str:
+    """A number of bytes such as 3.2 GB, in powers of 1000."""
     step = 0
     while abs(count) >= 1000 and step < len(_UNITS) - 1:
         count, step = count / 1000, step + 1
     return f"{count:.0f} {_UNITS[step]}" if step == 0 else f"{count:.1f} {_UNITS[step]}"
 
 
-def duration(seconds: int | float) -> str:
-    """Seconds for people: 42 s, 3 min 05 s, 2 h 10 min."""
+def format_duration(seconds: int | float) -> str:
+    """Seconds such as 42 s, 3 min 05 s, 2 h 10 min."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole} s"
@@ -52,7 +52,7 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
     """The JSON of ``quantize`` or ``plan`` as lines."""
     seconds = result.get("seconds") or {}
     stages = ", ".join(
-        f"{name} {duration(value)}" for name, value in seconds.items() if name != "total" and value >= 0.5
+        f"{name} {format_duration(value)}" for name, value in seconds.items() if name != "total" and value >= 0.5
     )
     loss = result.get("loss")
     better = (
@@ -60,8 +60,8 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
         if loss is not None and result.get("loss_minmax")
         else ""
     )
-    total = duration(seconds["total"]) + (f" ({stages})" if stages else "") if "total" in seconds else None
-    return pairs((
+    total = format_duration(seconds["total"]) + (f" ({stages})" if stages else "") if "total" in seconds else None
+    return format_pairs((
         ("out", result.get("out")),
         ("scheme", result.get("scheme")),
         ("layers", result.get("layers")),
@@ -69,7 +69,7 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
         ("size", _size(result, "bytes")),
         ("loss", None if loss is None else f"{loss:.4g}{better}"),
         ("rescues", result.get("rescues")),
-        *expert_words(result.get("experts") or {}),
+        *describe_experts(result.get("experts") or {}),
         *_quality(result.get("quality") or {}),
         ("time", total),
         ("bound by", result.get("bound")),
@@ -81,35 +81,38 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
 
 
 def _planned(result: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """What a plan alone says: disk, where hidden states wait, how many devices, what was assumed of them."""
+    """The rows that a plan has and a result has not: disk, place of the hidden states, devices, assumed speeds."""
     yield "disk", _size(result, "disk_bytes")
     placement, rates = result.get("placement") or {}, result.get("rates") or {}
     if result.get("layer_plans"):
         held = "in RAM" if placement.get("host_streams") or not result.get("peak_gpu_bytes") else "on the device"
-        instead = f" ({size(result['memory']['ram_with_states_on_disk'])} of RAM with them in files)"
+        instead = f" ({format_size(result['memory']['ram_with_states_on_disk'])} of RAM with them in files)"
         yield "hidden states", "in files" if placement.get("disk_streams") else held + instead
     if result.get("devices", 1) > 1:
         yield "devices", f"{result['devices']}, each as above; RAM is of all together"
     if rates.get("assumed"):
         speeds = ", ".join(f"{name} {rates[name] / 1e12:.1f} TFLOP/s" for name in ("forward", "sums", "algebra"))
-        yield "assumed", f"{speeds}, {size(rates['link'])}/s between devices, {size(rates['disk'])}/s to disk"
+        yield (
+            "assumed",
+            f"{speeds}, {format_size(rates['link'])}/s between devices, {format_size(rates['disk'])}/s to disk",
+        )
 
 
 def plan_summary(result: Mapping[str, Any]) -> str:
-    """The JSON of ``plan``: its layers, where it lists them, what a run would come to, and what was assumed."""
+    """The JSON of ``plan``: a table of its layers, then the figures as lines."""
     return _layer_table(result) + quantize_summary(result)
 
 
 def export_summary(result: Mapping[str, Any]) -> str:
     """The JSON of ``export`` as lines."""
-    return pairs((
+    return format_pairs((
         ("out", result["out"]),
         ("format", result["format"]),
         ("scheme", result["scheme"]),
         ("layers", result["layers"]),
         ("bits per weight", result["bits_per_weight"]),
         ("size", _size(result, "bytes")),
-        ("time", duration(result["seconds"])),
+        ("time", format_duration(result["seconds"])),
     ))  # fmt: skip
 
 
@@ -120,7 +123,7 @@ def eval_summary(result: Mapping[str, Any]) -> str:
         if result["text"] is not None
         else None
     )
-    return pairs((
+    return format_pairs((
         ("model", result["model"]),
         ("reference", result["reference"]),
         ("text", text),
@@ -132,19 +135,19 @@ def eval_summary(result: Mapping[str, Any]) -> str:
         ("1 - cosine of embeddings", result.get("embedding_cosine_mean")),
         *((name, _task(found)) for name, found in (result.get("tasks") or {}).items()),
         ("bits per weight", result["bits_per_weight"]),
-        ("time", duration(result["seconds"])),
+        ("time", format_duration(result["seconds"])),
     ))  # fmt: skip
 
 
 def comparison_summary(result: Mapping[str, Any]) -> str:
-    """The JSON of ``compare`` as a table; columns that nobody has are left out."""
+    """The JSON of ``compare`` as a table; columns without any value are left out."""
     columns = (
         ("", lambda row: "*" if row["front"] else " "),
         ("name", lambda row: row["name"]),
         ("scheme", lambda row: row["scheme"]),
         ("format", lambda row: row["format"]),
         ("bits/weight", lambda row: row["bits_per_weight"]),
-        ("size", lambda row: size(row["bytes"])),
+        ("size", lambda row: format_size(row["bytes"])),
         ("loss", lambda row: row["loss"]),
         ("perplexity", lambda row: row["perplexity"]),
         ("KL mean", lambda row: row["kl_mean"]),
@@ -153,18 +156,18 @@ def comparison_summary(result: Mapping[str, Any]) -> str:
         ("seconds", lambda row: row["seconds"]),
     )
     rows = result["rows"]
-    kept = [(head, [value(row) for row in rows]) for head, value in columns]
-    kept = [(head, values) for head, values in kept if any(value is not None for value in values)]
+    shown = [(head, [value(row) for row in rows]) for head, value in columns]
+    shown = [(head, values) for head, values in shown if any(value is not None for value in values)]
     cells = [
         ["-" if value is None else value for value in line]
-        for line in zip(*(values for _, values in kept), strict=True)
+        for line in zip(*(values for _, values in shown), strict=True)
     ]
     notes = [result["measured_on"], "* no other is smaller and nearer"]
-    return table([head for head, _ in kept], cells) + "\n" + "\n".join(note for note in notes if note)
+    return format_table([head for head, _ in shown], cells) + "\n" + "\n".join(note for note in notes if note)
 
 
 def _layer_table(values: Mapping[str, Any]) -> str:
-    """Layers that repeat in every block as one row; "" where the plan lists none."""
+    """The layers of a plan, with those that repeat in every block in one row; "" where the plan lists none."""
     kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for layer in values.get("layer_plans") or []:
         kinds.setdefault(
@@ -176,12 +179,12 @@ def _layer_table(values: Mapping[str, Any]) -> str:
             shape,
             scheme,
             len(found),
-            size(sum(la["bytes_before"] for la in found)),
-            size(sum(la["bytes_after"] for la in found)),
+            format_size(sum(la["bytes_before"] for la in found)),
+            format_size(sum(la["bytes_after"] for la in found)),
         )
         for (name, shape, scheme), found in kinds.items()
     ]
-    return table(("layer", "shape", "scheme", "count", "before", "after"), rows) + "\n\n" if rows else ""
+    return format_table(("layer", "shape", "scheme", "count", "before", "after"), rows) + "\n\n" if rows else ""
 
 
 def _task(found: Mapping[str, Any]) -> str:
@@ -201,7 +204,7 @@ def _task(found: Mapping[str, Any]) -> str:
 
 
 def _quality(found: Mapping[str, Any]) -> list[tuple[str, object]]:
-    """What the gate found: on the calibration's text, on unseen text, and what speaks against the calibration."""
+    """The quality gate's figures: on the calibration text, on unseen text, and its warnings about the calibration."""
     if found.get("value") is None:
         return []
     name = "KL to the original" if found["measure"] == "kl" else "1 - cosine"
@@ -221,7 +224,7 @@ def _less(loss: int | float, other: int | float) -> str:
 
 
 def _size(result: Mapping[str, Any], key: str) -> str | None:
-    return None if result.get(key) is None else size(result[key])
+    return None if result.get(key) is None else format_size(result[key])
 
 
 def _cell(value: object) -> str:

@@ -1,59 +1,62 @@
-"""What is made of a result's facts: the model card and the page. quantize writes both; ``report`` and ``eval --keep``
-write them again."""
+"""The model card and the report page of a result. quantize writes both; ``report`` and ``eval --keep`` write them
+again."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leangrid.report.card import model_card
+from leangrid.report.card import render_card
 from leangrid.report.facts import RECORDS, RUN, Facts
-from leangrid.report.page import page
+from leangrid.report.page import render_page
 from leangrid.report.records import LayerRecord
 from leangrid.report.strict_json import strict
-from leangrid.storage.writer import MANIFEST, amend, require_sound
+from leangrid.storage.manifest import MANIFEST, amend_result, require_unchanged
 
 log = logging.getLogger("leangrid")
 
 CARD, PAGE = "README.md", "report.html"
-TIMED = frozenset({MANIFEST, RECORDS, RUN, PAGE})  # hold seconds, or the hash of a file that does
+# Files that hold seconds, or the hash of a file that does: they differ between two runs that are otherwise equal.
+TIMED = frozenset({MANIFEST, RECORDS, RUN, PAGE})
 
 
-def views(manifest: Mapping[str, Any], records: Sequence[LayerRecord], run: Mapping[str, Any]) -> dict[str, str]:
-    """README.md and report.html of a result. They never fail a run: what cannot be written says so."""
+def render_views(manifest: Mapping[str, Any], records: Sequence[LayerRecord], run: Mapping[str, Any]) -> dict[str, str]:
+    """The text of README.md and report.html, by file name.
+
+    An error in rendering does not end a run that took hours: it is logged, and the file says where the figures are."""
     facts = Facts(manifest, records, run)
     try:
-        shown = page(facts)
-    except Exception as error:  # hours of work do not end at a picture
+        shown = render_page(facts)
+    except Exception as error:
         log.warning("the report could not be written: %s: %s", type(error).__name__, error)
-        shown = '<!doctype html><meta charset="utf-8"><title>leangrid</title>The figures are in records.jsonl and manifest.json.\n'
-    return {CARD: model_card(facts), PAGE: shown}
+        said = "The figures are in records.jsonl and manifest.json.\n"
+        shown = f'<!doctype html><meta charset="utf-8"><title>leangrid</title>{said}'
+    return {CARD: render_card(facts), PAGE: shown}
 
 
-def rewrite(directory: Path) -> Path:
+def rewrite_report(directory: Path) -> Path:
     """Write ``directory``/report.html again from what the directory holds, and return its path.
 
     Raises:
         VerifyError: the directory differs from its manifest in anything but the report itself; nothing was written.
     """
-    require_sound(directory, but=PAGE)
-    amend(directory, {PAGE: page(Facts.read(directory)).encode()})
+    require_unchanged(directory, but=PAGE)
+    amend_result(directory, {PAGE: render_page(Facts.read(directory)).encode()})
     return directory / PAGE
 
 
-def keep(directory: Path, evaluation: Mapping[str, Any]) -> None:
-    """Add what ``eval`` measured to a result: its manifest, model card and report. The same measurement again replaces
-    the older one."""
+def add_evaluation(directory: Path, evaluation: Mapping[str, Any]) -> None:
+    """Add an evaluation (``Evaluation.to_dict()``) to the manifest, model card and report of a result. One of the same
+    text, windows, reference and tasks replaces the earlier one."""
     facts = Facts.read(directory)
     mine = strict(dict(evaluation))
-    others = [kept for kept in facts.evaluations if _what(kept) != _what(mine)]
+    others = [other for other in facts.evaluations if _identity(other) != _identity(mine)]
     added = {"evaluations": [*others, mine]}
-    told = views({**facts.manifest, **added}, facts.records, facts.run)
-    amend(directory, {name: text.encode() for name, text in told.items()}, added)
+    texts = render_views({**facts.manifest, **added}, facts.records, facts.run)
+    amend_result(directory, {name: text.encode() for name, text in texts.items()}, added)
 
 
-def _what(evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two evaluations the same one, measured twice: the text, its windows, the reference, and which
-    tasks."""
+def _identity(evaluation: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What is equal in two evaluations that measured the same: text, windows, reference and names of the tasks."""
     keys = ("text", "sha256_of_text", "length", "windows", "reference")
     return (*(evaluation.get(key) for key in keys), sorted(evaluation.get("tasks") or {}))

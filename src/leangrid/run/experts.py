@@ -27,7 +27,7 @@ def expert_hessians(run: Run, group: ExpertInputs, number: int, cols: int) -> It
     Raises:
         CalibrationError: no expert saw a token.
     """
-    device = run.algebra_device(number)
+    device = run.states.algebra_device(number)
     counts = _counts(run, group)
     prior = _summed(run, group, number, cols, device, [range(len(counts))])[0].finish() if min(counts) < cols else None
     chunk = max(1, CHUNK_BYTES // (4 * cols**2))

@@ -1,13 +1,15 @@
-"""Several processes for one run, started by torchrun: who they are, and the few things they say to each other.
+"""Several processes for one run, started by torchrun: who they are, and what they exchange.
 
-Calibration windows are split; partial sums meet on rank 0, which adds them in the order of ranks, a panel at a time;
-the linears of a group are split and their results shared. Everything goes through rank 0, from one rank to one other,
-by gloo in host memory: so that whoever loses another knows which. Rank 0 alone touches the output."""
+Each rank has a part of the calibration windows. Rank 0 adds the partial sums of the Hessians in the order of ranks, a
+panel at a time, so that the result has the same bits every time. The linears of a group are shared out, and what was
+solved goes to all. Every exchange is between rank 0 and one other, by gloo in host memory: a rank that loses another
+knows which. Rank 0 alone writes."""
 
 import json
 import os
 import re
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,8 +23,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from leangrid._version import __version__
 from leangrid.errors import Interrupted, LeangridError, first_line
-from leangrid.machine.devices import checked, out_of_memory
-from leangrid.models.walk import Streams
+from leangrid.machine.devices import is_out_of_memory, parse_device
+from leangrid.models.streams import Streams
 from leangrid.solve.hessian import HessianSum
 from leangrid.storage.failpoints import failpoint
 
@@ -37,10 +39,11 @@ _PANEL = 1 << 22  # numbers sent at once
 
 
 class Ranks:
-    """This process among ``count``; with one, every call gives back what it was given.
+    """This process, number ``rank`` of ``count``; with a count of one, every call returns what it was given.
 
-    Calls that exchange something raise what ended another rank, as "rank 1: ...", with its exit code; Interrupted where
-    it is gone."""
+    Calls that exchange something raise the error that ended another rank, as "rank 1: ..." and with its exit code, or
+    Interrupted where another rank is gone without a word.
+    """
 
     def __init__(self, rank: int = 0, count: int = 1, store: Any = None) -> None:
         self.rank, self.count = rank, count
@@ -53,7 +56,7 @@ class Ranks:
         """Whether this is rank 0, which keeps journal and result."""
         return self.rank == 0
 
-    def own(self, windows: Tensor) -> Tensor:
+    def share(self, windows: Tensor) -> Tensor:
         """This rank's part of windows [samples, ...]; sizes differ by at most one.
 
         Raises:
@@ -67,7 +70,7 @@ class Ranks:
             )
         return windows.tensor_split(self.count)[self.rank]
 
-    def sum(self, total: _Sum) -> _Sum:
+    def sum_hessians(self, total: _Sum) -> _Sum:
         """``total`` with the tokens of all ranks: rank 0 adds 0, 1, 2, ... and everyone gets its bits."""
         if self.count == 1:
             return total
@@ -86,15 +89,15 @@ class Ranks:
                     self._send(host, 0)
                     self._receive(host, 0)
                 panel.copy_(host)
-        counts = self.all((total.tokens, total.dropped))
+        counts = self.gather((total.tokens, total.dropped))
         total.tokens, total.dropped = sum(c[0] for c in counts), sum(c[1] for c in counts)
         return total
 
-    def all(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """``value`` of every rank, in order."""
-        return self.from_first(self._on_first(value))
+        return self.broadcast(self._collect(value))
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's ``value``, on every rank."""
         if not self.first:
             return self._receive_object(0)
@@ -102,19 +105,19 @@ class Ranks:
             self._send_object(value, other)
         return value
 
-    def _on_first(self, value: Any) -> list[Any]:
+    def _collect(self, value: Any) -> list[Any]:
         """``value`` of every rank on rank 0; this rank's alone elsewhere."""
         if not self.first:
             self._send_object(value, 0)
         return [value, *(self._receive_object(other) for other in (self._others if self.first else ()))]
 
-    def keep_own(self, streams: Streams) -> None:
+    def cut_to_share(self, streams: Streams) -> None:
         """Cut the whole streams, where they are, to this rank's windows."""
         if self.count > 1:
             for stream in [streams.quantized, *([] if streams.original is None else [streams.original])]:
-                stream[:] = [self.own(torch.cat(stream)).clone()]
+                stream[:] = [self.share(torch.cat(stream)).clone()]
 
-    def whole(self, streams: Streams) -> Streams:
+    def gather_streams(self, streams: Streams) -> Streams:
         """The streams of all ranks, in the order of their windows, on rank 0; elsewhere those given."""
         if self.count == 1:
             return streams
@@ -123,20 +126,20 @@ class Ranks:
             None if streams.original is None else [x.cpu() for x in streams.original],
         )
         failpoint("ranks.whole")
-        parts = self._on_first(host)
+        parts = self._collect(host)
         if not self.first:
             return streams
         original = None if host.original is None else [x for part in parts for x in part.original]
         return Streams([x for part in parts for x in part.quantized], original)
 
-    def alone(self, what: str) -> None:
+    def refuse_several(self, what: str) -> None:
         """LeangridError with more ranks than one, which do not handle ``what``."""
         if self.count > 1:
             raise LeangridError(f"{what}: {self.count} ranks do not handle this", "torchrun", "Use one process")
 
-    def agree(self, **facts: str) -> None:
+    def require_agreement(self, **facts: str) -> None:
         """LeangridError naming the first of ``facts`` in which the ranks differ, and the ranks."""
-        everyone = self.all({"leangrid": __version__, "torch": torch.__version__, **facts})
+        everyone = self.gather({"leangrid": __version__, "torch": torch.__version__, **facts})
         for name, mine in everyone[0].items():
             others = [rank for rank, theirs in enumerate(everyone) if theirs[name] != mine]
             if others:
@@ -145,11 +148,10 @@ class Ranks:
                     f"{who} and rank 0 differ in {name}", "torchrun", "Start all ranks with the same command and files"
                 )
 
-    def tell(self, error: BaseException) -> None:
-        """Leave word of what ends this rank, and close its connections: the others stop waiting, and read the first
-        word that was left.
+    def report_failure(self, error: BaseException) -> None:
+        """Store what ends this rank, and close its connections: the others stop waiting and read the first such report.
 
-        Rank 0, whose process may hold the store, waits until they have.
+        Rank 0, whose process may hold the store, waits until they have read it.
         """
         if self._store is None:
             return  # gone with rank 0, and nobody is left to read
@@ -177,25 +179,24 @@ class Ranks:
         return values[0]
 
     def _with(self, other: int, exchange: Callable[[Any, int], object], what: Any) -> None:
-        """``exchange`` with ``other``; where that fails, the word that was left is raised, or that ``other`` is
-        gone."""
+        """``exchange`` with ``other``; where that fails, raise what ended it, or that it is gone."""
         try:
             exchange(what, other)
             return
         except RuntimeError as error:
-            if out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             why = first_line(error)
-        # After the except: an error holds on to the frames of the exchange, and they to the connections that tell()
-        # closes.
+        # After the except: an error holds on to the frames of the exchange, and these to connections that
+        # ``report_failure`` closes.
         self._gone.add(other)
         why = re.sub(r"^\[[^]]*\] ", "", why).partition(". ")[0]  # without gloo's own source line and advice
-        raise self._told() or Interrupted(
+        raise self._reported_failure() or Interrupted(
             f"rank {other} is lost", why, "Finished blocks are kept: run the same command again"
         )
 
-    def _told(self) -> LeangridError | None:
-        """The word that the first rank to fail has left, if any did."""
+    def _reported_failure(self) -> LeangridError | None:
+        """What the first rank to fail has reported, or None."""
         try:
             if 0 in self._gone and not _listening():
                 raise ConnectionError  # before torch writes a page of warnings about it
@@ -230,21 +231,21 @@ def _in_words(error: BaseException) -> tuple[str, int]:
     if isinstance(error, OSError):
         return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}", Interrupted.exit_code
     if isinstance(error, Exception):
-        return f"{type(error).__name__}: {first_line(error)}", 1
+        return traceback.format_exception_only(error)[0].splitlines()[0], 1
     return f"stopped{f' by {error}' if str(error) else ''}", Interrupted.exit_code
 
 
 def checksum(module: nn.Module) -> str:
-    """Of a module's weights, on whatever device, a sum a tensor: another where one number is changed."""
+    """The sum of the bits of each weight of a module, as text: it differs where one number does."""
     return str(
         [int(weight.detach().contiguous().view(torch.int16).sum(dtype=torch.int64)) for weight in module.parameters()]
     )
 
 
 @contextmanager
-def joined(device: str) -> Iterator[tuple[Ranks, str]]:
-    """The ranks of this run and this rank's device; one, and torch.distributed untouched, where torchrun did not start
-    us.
+def join_ranks(device: str) -> Iterator[tuple[Ranks, str]]:
+    """The ranks of this run, and this rank's device. Where torchrun did not start us it is one rank, without
+    torch.distributed.
 
     Raises:
         LeangridError: the address is in use or a rank does not come; this rank has no such device.
@@ -255,10 +256,10 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
     ranks = _join()
     try:
         own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
-        checked(own)
+        parse_device(own)
         yield ranks, own
     except BaseException as error:
-        ranks.tell(error)
+        ranks.report_failure(error)
         raise
     finally:
         if dist.is_initialized():
@@ -266,7 +267,7 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
 
 
 def _join() -> Ranks:
-    """All ranks, once all of them are there; LeangridError otherwise."""
+    """Wait until all ranks are there; LeangridError where one does not come."""
     try:
         rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         store: Any = next(rendezvous("env://", timeout=_START))[0]

@@ -1,16 +1,37 @@
-"""What a finished run says of itself: the JSON of ``quantize --json``."""
+"""The result of a finished run: the figures that ``quantize --json`` prints."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from leangrid.results import Result
+
 
 @dataclass(frozen=True)
-class QuantizeResult:
-    """Figures of one run. Losses are sums over layers of tr(E H E^T)/2; ``bits_per_weight`` counts codes and grids of
-    the quantized linears; ``bytes`` is the size of the published directory; ``flops`` are needed and done by stage
-    (work.py); ``quality`` is what the gate found (gate.py): measure, value, limit, passed, top1_agreement,
-    worst_layers, or error; ``experts`` is what the routers of a mixture did (report/experts.py), empty without one."""
+class QuantizeResult(Result):
+    """Figures of one run.
+
+    Attributes:
+        out: the directory with the result.
+        scheme, format: what the layers were quantized to, ``auto`` written out.
+        layers: how many linears were quantized.
+        bits_per_weight: of the quantized linears, codes and grids.
+        bytes: size of all files of the directory.
+        loss: sum over the layers of tr(E H E^T)/2; ``loss_minmax`` and ``loss_rounding`` the same for min-max GPTQ and
+            for rounding, on the same Hessians.
+        rescues: how many deviations from the method were recorded; ``rescued_layers`` in how many layers.
+        notes: how many remarks that are no rescue were recorded, by kind (solve/rescue.py).
+        seconds: time by stage, and ``total``.
+        flops: floating-point operations by stage, ``needed`` by the method and ``done`` (machine/flops.py).
+        peak_ram_bytes, peak_gpu_bytes: most memory that the process had at once, of the host and of the device.
+        kernels: which implementation ran, by kernel.
+        windows_sha256: sha256 of the calibration windows.
+        max_rescued: share of rescued layers that is allowed.
+        rescue_lines: one sentence for each rescue.
+        experts: tokens per expert of a mixture (report/experts.py); empty for other models.
+        quality: what the quality gate found (gate/quality.py): measure, value, limit, passed, top1_agreement,
+            worst_layers, or error.
+    """
 
     out: str
     scheme: str
@@ -37,7 +58,7 @@ class QuantizeResult:
 
     @property
     def directory(self) -> Path:
-        """The published directory."""
+        """The directory with the result."""
         return Path(self.out)
 
     @property
@@ -50,7 +71,3 @@ class QuantizeResult:
     def too_many_rescues(self) -> bool:
         """Whether more than ``max_rescued`` of the layers needed a rescue."""
         return self.rescued_layers > self.max_rescued * self.layers
-
-    def to_json(self) -> dict[str, Any]:
-        """The promised keys, and some more."""
-        return asdict(self)

@@ -1,380 +1,199 @@
-"""One run on disk: what it works on, what is already committed, and how it ends. The hallway asks, this room
-answers."""
+"""A run while it is open: the model, what is committed already, the hidden states, and how a block enters and leaves.
 
-import gc
-import math
-from collections.abc import Iterator, Sequence
+``open_run`` makes it; quantize.py asks it for one block after another.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leangrid import kernels
-from leangrid.errors import Interrupted, LeangridError
+from leangrid.errors import Interrupted
 from leangrid.formats import FORMATS
 from leangrid.grids import Grid
-from leangrid.machine import flops, memory
-from leangrid.machine.arithmetic import products
-from leangrid.machine.devices import (
-    DeviceClock,
-    accelerated,
-    checked,
-    peak_bytes,
-    release_cached,
-    start_counting,
-    to_host,
-)
-from leangrid.machine.stopwatch import Clock
-from leangrid.models.prefetch import Ahead
-from leangrid.models.skeleton import Skeleton
-from leangrid.models.walk import Calls, Streams, embed
-from leangrid.planning.footprint import Demand, choose, footprint
-from leangrid.planning.placement import Failed, Placement
+from leangrid.machine import memory
+from leangrid.machine.arithmetic import use_products
+from leangrid.machine.devices import DeviceClock, has_own_memory, is_out_of_memory, peak_bytes
+from leangrid.models.prefetch import Prefetch
+from leangrid.models.streams import Calls, Streams, embed
+from leangrid.models.walk import BlockWalk
 from leangrid.planning.sizes import stored_schemes
-from leangrid.progress import Event, Progress
-from leangrid.recipe import Recipe
+from leangrid.progress import Event
 from leangrid.report.records import LayerRecord
-from leangrid.report.sample import sample_of, sampled_layer
-from leangrid.run.follower import prepare_all
-from leangrid.run.open_run import Prepared, calibration_windows, check_values
-from leangrid.run.publish import publish
+from leangrid.report.sample import choose_sampled_layer, sample_row
+from leangrid.run.accounting import Accounting, LayerCosts
+from leangrid.run.block import Block
+from leangrid.run.inputs import RunInputs
+from leangrid.run.publish import publish_result
 from leangrid.run.ranks import Ranks, checksum
 from leangrid.run.result import QuantizeResult
+from leangrid.run.states import StatePlaces
 from leangrid.solve.factor import Factor
 from leangrid.solve.hessian import Hessian
 from leangrid.solve.layer import LinearResult
-from leangrid.solve.rescue import Rescue
-from leangrid.storage.journal import Journal
 from leangrid.storage.mapped import MappedTensors
 
 _TILE = 1 << 24  # weights dequantized at once
-_ALONE = Ranks()
-_PRODUCTS = ("calibrate", "hessian")
-
-
-@dataclass
-class BlockWork:
-    """The block at work: its module, and what will be committed of it."""
-
-    index: int
-    name: str
-    module: nn.Module
-    run: "Run"
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    records: list[LayerRecord] = field(default_factory=list)
-    sample: dict[str, Any] | None = None
-    resident_bytes: int = 0
-
-    def weight(self, name: str) -> Tensor:
-        """The original weight of a linear, [rows, cols] in the compute dtype."""
-        weight = self.module.get_parameter(f"{name}.weight").data
-        return weight.t() if self.run.skeleton.architecture.layer == "conv1d" else weight
-
-    def rows(self, names: Sequence[str]) -> int:
-        """Output features of some linears together."""
-        return sum(self.run.skeleton.shape(f"{self.name}.{name}")[0] for name in names)
-
-    def keep(self, name: str, result: LinearResult, hessian: Hessian, factor: Factor) -> Tensor:
-        """Pack a solved linear for the commit, record it, and return its new weight as the module stores it."""
-        run, full = self.run, f"{self.name}.{name}"
-        for stage, seconds in result.seconds.items():
-            run.clock.add("solve" if stage == "refine" else stage, seconds)
-        rows, cols = result.codes.shape
-        least = (flops.exact if run.recipe.parsed.exact else flops.sweep)(rows, cols) + flops.refine(
-            rows, cols, run.recipe.refine or 0
-        )
-        run.clock.work.add(
-            "solve", 0.0 if run.recipe.parsed.method == "rtn" else least, result.flops["solve"] + result.flops["refine"]
-        )
-        run.clock.work.add("baseline", 0.0, result.flops["baseline"])
-        parameter = self.module.get_parameter(f"{name}.weight")
-        with run.clock.stage("pack"):
-            # What a reader of the file multiplies by: rounded to the stored dtype, then computed in ours.
-            weight = _dequantized(result.grid, result.codes, run.precision.dtype).to(parameter.device, parameter.dtype)
-            codes, grid = result.codes, result.grid
-            if run.placement.lean:  # packing needs some bytes a weight for a moment
-                codes, grid = codes.cpu(), grid.to("cpu")
-            packed = run.format.pack(codes, grid, run.skeleton.dtype, run.stored_schemes[full])
-            self.tensors |= {f"{full}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
-        noted = replace(result, rescues=(*result.rescues, *run.steps))
-        record = LayerRecord.of(full, run.recipe.for_layer(full), noted, hessian, factor)
-        self.records.append(record)
-        if full == run.sampled:
-            self.sample = sample_of(full, self.weight(name), result, factor, run.recipe.for_layer(full))
-        self.resident_bytes = max(self.resident_bytes, memory.resident_bytes())
-        run.tell("layer", self.index, layer=full, loss=record.loss)
-        return weight.t().contiguous() if run.skeleton.architecture.layer == "conv1d" else weight
-
-
-def _dequantized(grid: Grid, codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights in the stored dtype, a tile of rows at a time: the float32 steps of a whole layer are several times
-    its size."""
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    tile = max(1, _TILE // codes.shape[1])
-    for start in range(0, len(codes), tile):
-        rows = torch.arange(start, min(start + tile, len(codes)), device=codes.device)
-        out[start : start + tile] = grid.take(rows).dequantize(codes[start : start + tile])
-    return out
+_FAST_PRODUCTS = ("calibrate", "hessian")  # stages in the recipe's arithmetic; everything that is solved is in float32
 
 
 class Run:
-    """An open run: holds the journal's lock until it is closed. Use ``Run.open`` in a ``with``."""
+    """An open run; it holds the journal's lock until ``open_run`` closes it.
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        journal: Journal,
-        windows: Tensor,
-        device: str,
-        clock: Clock,
-        progress: Progress | None,
-        placement: Placement,
-        ranks: Ranks,
-    ) -> None:
-        self.ranks = ranks
-        self.prepared, self.journal, self.windows, self.device, self.clock = prepared, journal, windows, device, clock
-        self.skeleton: Skeleton = prepared.skeleton
-        self.recipe: Recipe = prepared.recipe
-        self.strength: float = prepared.recipe.correct or 0.0
+    Attributes:
+        windows: the calibration tokens of all ranks, int64 [samples, length].
+        recipe: with every default written out for this model.
+        strength: a, the share of the inputs' own error that is corrected (0: one stream is enough).
+        precision: what the container keeps scales and levels in.
+    """
+
+    def __init__(self, inputs: RunInputs, windows: Tensor, clock: DeviceClock, ranks: Ranks) -> None:
+        self.inputs, self.windows, self.clock, self.ranks = inputs, windows, clock, ranks
+        self.skeleton, self.recipe, self.journal = inputs.skeleton, inputs.recipe, inputs.journal
+        self.device = inputs.request.device
+        self.strength: float = self.recipe.correct or 0.0
         self.format = FORMATS[self.recipe.format]
-        self.precision = self.format.precision(prepared.skeleton.dtype)
-        self.stored_schemes = stored_schemes(prepared.skeleton, self.recipe)
-        self.sampled = sampled_layer(prepared.skeleton)
-        self.calls = Calls()
-        self.placement = placement
-        self.steps: list[Rescue] = []  # what gave way in the block at work
-        self.at: tuple[Failed, int] = ("forward", 0)
-        self._mapped = MappedTensors(journal.states)
-        self._ahead = Ahead(prepared.skeleton, device, whole_way=not placement.lean) if accelerated(device) else None
-        self._progress = progress
-        self._done_at_start = journal.resume_point()
+        self.precision = self.format.precision(self.skeleton.dtype)
+        self.states = StatePlaces(inputs.placement, self.device, MappedTensors(self.journal.states))
+        self.accounting = Accounting(clock, self.skeleton, self.recipe, windows.numel())
+        self._stored_schemes = stored_schemes(self.skeleton, self.recipe)
+        self._sampled = choose_sampled_layer(self.skeleton)
+        self._calls = Calls()
+        self._prefetch: Prefetch | None = None
+        if has_own_memory(self.device):
+            self._prefetch = Prefetch(self.skeleton, self.device, to_device=not inputs.placement.in_place)
+        self._progress = inputs.request.progress if ranks.first else None
+        self._done_at_start = self.journal.find_resume_point()
         self._began = clock.elapsed()
 
-    @classmethod
-    @contextmanager
-    def open(
-        cls,
-        source: str | Path,
-        out: str | Path,
-        recipe: Recipe,
-        windows: Tensor | None,
-        device: str,
-        overwrite: bool,
-        restart: bool,
-        state_dir: str | Path | None,
-        progress: Progress | None,
-        placement: Placement | None = None,
-        ranks: Ranks = _ALONE,
-    ) -> Iterator["Run"]:
-        """Check everything that can be checked, lock the output, get the calibration windows.
-
-        Bad input raises before anything is written, or takes back what was: a fresh ``out.partial`` without a committed
-        block is removed again.
-        """
-        clock = DeviceClock(checked(device))
-        start_counting(device)
-        with clock.stage("load"):
-            prepared = prepare_all(source, out, recipe, windows, device, overwrite, restart, state_dir, progress, ranks)
-        journal = prepared.journal
-        run = None
-        try:
-            if prepared.skeleton.architecture.sparse:
-                ranks.alone("a mixture of experts")
-            own_text = prepared.recipe.calibration == "self" and windows is None
-            with clock.stage("load"):
-                if own_text:  # a model that is broken writes no text
-                    check_values(prepared)
-            with clock.stage("calibrate"):
-                tokens = ranks.from_first(calibration_windows(prepared, windows, progress) if ranks.first else None)
-            with clock.stage("load"):
-                if not own_text:  # a text that is refused waits for no weights
-                    check_values(prepared)
-            chosen: Placement = ranks.from_first(
-                placement or _placement(prepared, tokens, device) if ranks.first else None
-            )
-            ranks.own(tokens)  # refuses fewer windows than ranks, before any work
-            run = cls(prepared, journal, tokens, device, clock, progress if ranks.first else None, chosen, ranks)
-            yield run
-        except LeangridError as error:
-            if error.exit_code == 2 and journal.is_fresh and not journal.committed():
-                journal.discard()
-            raise
-        finally:
-            if run is not None and run._ahead is not None:
-                run._ahead.close()
-            journal.close()
+    def close(self) -> None:
+        """End the thread that reads weights ahead."""
+        if self._prefetch is not None:
+            self._prefetch.close()
 
     @contextmanager
     def stage(self, name: str, group: int = 0) -> Iterator[None]:
-        """Count the time of a stage, in the arithmetic of forward passes and Hessians where it is one of them."""
-        self.at = ("forward" if name == "calibrate" else "algebra", group)
-        with self.clock.stage(name), products(self.recipe.products if name in _PRODUCTS else "float32"):
+        """Count the body's time as stage ``name``, and compute its products in that stage's arithmetic."""
+        self.states.failing = ("forward" if name == "calibrate" else "algebra", group)
+        with self.clock.stage(name), use_products(self.recipe.products if name in _FAST_PRODUCTS else "float32"):
             yield
-
-    def count_forward(self, block: BlockWork, done: float) -> None:
-        """Count a walked block: each linear once a token and stream is what must be done."""
-        names = [name for group in self.skeleton.groups(block.index) for name in group]
-        weights = sum(math.prod(self.skeleton.shape(f"{block.name}.{name}")) for name in names)
-        streams = 2 if self.strength > 0 else 1
-        self.clock.work.add("calibrate", streams * flops.product(weights, 1, self.windows.numel()), done)
-
-    def count_group(self, hessian: Hessian, rows: int, corrected: bool) -> None:
-        """Count the sums, the factorization and the correction of a group with ``rows`` output features."""
-        counts, cols, streams = self.clock.work, len(hessian.matrix), 2 if self.strength > 0 else 1
-        blocks = kernels.outer_block(hessian.matrix.device)
-        counts.add(
-            "hessian",
-            flops.hessian(hessian.tokens, cols, streams),
-            flops.hessian(hessian.tokens, cols, streams, min(blocks, cols)),
-        )
-        moves = [flops.correction(rows, cols, done) if corrected else 0.0 for done in (False, True)]
-        counts.add("factor", flops.factor(cols, False) + moves[0], flops.factor(cols, True) + moves[1])
-
-    def algebra_device(self, group: int) -> torch.device:
-        """Where the Hessian of ``group`` is summed, factored and solved."""
-        return torch.device("cpu" if group in self.placement.host_groups else self.device)
-
-    def streams(self) -> Streams:
-        """The hidden states that enter the first block that is not committed yet."""
-        done = self.journal.committed()
-        if done:
-            self.tell("notice", done, message=f"resuming after block {done} of {len(self.skeleton.blocks)}")
-            found = (
-                self.journal.load_state(done, lambda x: self.keep(x.to(self.skeleton.compute_dtype)))
-                if self.ranks.first
-                else None
-            )
-            state = self.ranks.from_first(found)
-            if state is None:
-                raise Interrupted(
-                    "the hidden states of the unfinished run were lost",
-                    self.journal.partial,
-                    "Run the same command again",
-                )
-            streams = Streams.from_tensors(state)
-            self.ranks.keep_own(streams)
-            return streams
-        batches = self.ranks.own(self.windows).split(self.placement.windows)
-        with self.stage("calibrate"):
-            hidden, self.calls = embed(self.skeleton, batches, self.device, self.keep)
-        return Streams(hidden, list(hidden) if self.strength > 0 else None)
-
-    def place(self, streams: Streams) -> None:
-        """Cut and move the streams, where they are, to what the placement asks for."""
-        streams.rebatch(self.placement.windows)
-        streams.move(self.keep)
-        for size in {len(x) for x in streams.quantized} - self.calls.by_batch.keys():
-            with self.stage("calibrate"):
-                self.calls.by_batch |= embed(self.skeleton, [self.windows[:size]], self.device)[1].by_batch
-
-    def keep(self, hidden: Tensor) -> Tensor:
-        """A batch of hidden states where it waits for its turn."""
-        if self.placement.disk_streams:
-            return self._mapped.keep(hidden)
-        return to_host(hidden) if self.placement.host_streams else hidden.to(self.device)
-
-    def take(self, hidden: Tensor, device: torch.device) -> Tensor:
-        """A batch that waited, where it is needed now."""
-        return (
-            self._mapped.take(hidden, device) if self.placement.disk_streams else hidden.to(device, non_blocking=True)
-        )
-
-    def give_way(self, index: int) -> None:
-        """After block ``index`` ran out of memory: one step down the ladder, said and recorded. Interrupted at its
-        end."""
-        if self.ranks.count > 1:
-            what = f"out of memory, and {self.ranks.count} ranks do not give way"
-            raise Interrupted(
-                what,
-                self.skeleton.block_name(index),
-                "Finished blocks are kept: free memory, or go on with one process",
-            )
-        gc.collect()
-        release_cached(self.device)
-        step = self.placement.thriftier(*self.at, len(self.skeleton.groups(index)), accelerated(self.device))
-        if step is None:
-            needed = footprint(
-                Demand.of(self.skeleton, self.recipe, self.windows.shape[0], self.windows.shape[1], self.device),
-                self.placement,
-            ).peak
-            raise Interrupted(
-                f"out of memory, and nothing is left to give way: a block needs about {needed / 2**30:.2f} GiB",
-                self.skeleton.block_name(index),
-                "Finished blocks are kept: free memory, or go on with more of it",
-            )
-        self.placement, words = step
-        self.steps.append(Rescue("memory", f"out of memory: {words}"))
-        if self._ahead is not None:
-            self._ahead.whole_way = not self.placement.lean and not self.placement.host_block
-        self.tell("notice", index, message=f"out of memory in {self.skeleton.block_name(index)}: {words}, from here on")
 
     def remaining_blocks(self) -> range:
         """Indices of the blocks that are not committed yet, in order."""
-        return range(self.journal.committed(), len(self.skeleton.blocks))
+        return range(self.journal.count_committed(), len(self.skeleton.blocks))
+
+    def streams(self) -> Streams:
+        """The hidden states that enter the first block that is not committed yet."""
+        done = self.journal.count_committed()
+        if not done:
+            batches = self.ranks.share(self.windows).split(self.states.placement.windows)
+            with self.stage("calibrate"):
+                hidden, self._calls = embed(self.skeleton, batches, self.device, self.states.put)
+            return Streams(hidden, list(hidden) if self.strength > 0 else None)
+        self.tell("notice", done, message=f"resuming after block {done} of {len(self.skeleton.blocks)}")
+        dtype, found = self.skeleton.compute_dtype, None
+        if self.ranks.first:
+            found = self.journal.load_state(done, lambda hidden: self.states.put(hidden.to(dtype)))
+        tensors = self.ranks.broadcast(found)
+        if tensors is None:
+            what = "the hidden states of the unfinished run were lost"
+            raise Interrupted(what, self.journal.partial, "Run the same command again")
+        streams = Streams.from_tensors(tensors)
+        self.ranks.cut_to_share(streams)
+        return streams
+
+    def attempt(self, quantize: Callable[["Run", int, Streams], Streams], index: int, streams: Streams) -> Streams:
+        """``quantize`` block ``index``; where memory runs out, begin the block again with the next smaller placement.
+
+        Raises:
+            Interrupted: there is no smaller one.
+        """
+        while True:
+            try:
+                self._place(streams)
+                return quantize(self, index, streams)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._reduce(index)  # after the except: an error holds on to every tensor of the attempt
 
     @contextmanager
-    def block(self, index: int) -> Iterator[BlockWork]:
-        """Block ``index`` with its weights in memory."""
+    def open_block(self, index: int, streams: Streams) -> Iterator[Block]:
+        """Block ``index`` with its weights in memory and the streams before it."""
+        placement = self.states.placement
+        name, context = self.skeleton.block_name(index), None
         with self.stage("load"):
-            weights = None if self._ahead is None else self._ahead.take(index)
-            context = self.skeleton.block(index, "cpu" if self.placement.host_block else self.device, weights)
+            weights = None if self._prefetch is None else self._prefetch.weights_of(index)
+            context = self.skeleton.load_block(index, "cpu" if placement.host_block else self.device, weights)
             del weights
             module = context.__enter__()
             if self.ranks.count > 1:  # a look at 16 places of each file has shown them to be alike; this is all of it
-                self.ranks.agree(**{f"the weights of {self.skeleton.block_name(index)}": checksum(module)})
-        if self._ahead is not None:
-            self._ahead.start(index + 1)
-        elif index + 1 < len(self.skeleton.blocks):
-            self.prepared.checkpoint.expect(self.skeleton.block_sources(index + 1))
+                self.ranks.require_agreement(**{f"the weights of {name}": checksum(module)})
+        self._expect(index + 1)
         try:
-            yield BlockWork(index, self.skeleton.block_name(index), module, self)
+            groups, states = self.skeleton.groups(index), self.states
+            walk = BlockWalk(
+                module,
+                groups,
+                self._calls,
+                index,
+                streams,
+                placement.replay,
+                placement.in_place,
+                states.get,
+                states.put,
+            )
+            yield Block(index, name, module, walk)
         finally:
             context.__exit__(None, None, None)
 
-    def commit(self, block: BlockWork, streams: Streams) -> Streams:
-        """Make the block durable, then the streams that leave it; return them."""
-        whole = self.ranks.whole(streams)
+    def weight(self, block: Block, name: str) -> Tensor:
+        """The original weight of a linear, [rows, cols] in the compute dtype."""
+        return self.skeleton.architecture.transposed(block.parameter(name).data)
+
+    def store(
+        self, block: Block, name: str, result: LinearResult, costs: LayerCosts, hessian: Hessian, factor: Factor
+    ) -> None:
+        """Take a solved linear into its block: pack it, record it, and let the quantized stream go on with it."""
+        path = f"{block.name}.{name}"
+        self.accounting.count_layer(result.codes.shape, costs)
+        with self.clock.stage("pack"):
+            weight = self._stored_weight(block, name, result)
+            block.tensors |= self._packed(path, result)
+        noted = replace(result, rescues=(*result.rescues, *self.states.reductions))
+        record = LayerRecord.of(path, self.recipe.for_layer(path), noted, hessian, factor, costs.seconds)
+        block.records.append(record)
+        if path == self._sampled:
+            original = self.weight(block, name)
+            block.sample = sample_row(path, original, result, factor, self.recipe.for_layer(path))
+        block.resident_bytes = max(block.resident_bytes, memory.resident_bytes())
+        block.replace(name, self.skeleton.architecture.transposed(weight).contiguous())
+        self.tell("layer", block.index, layer=path, loss=record.loss)
+
+    def commit(self, block: Block) -> Streams:
+        """Make the block durable, then the streams that leave it; returns them."""
+        self.accounting.count_forward(block.index, block.walk.flops)
+        streams = block.walk.finished()
+        whole = self.ranks.gather_streams(streams)
         if not self.ranks.first:
             return streams
         with self.clock.stage("save"):
-            quantized = {f"{r.name}.weight" for r in block.records}
-            rest = [n for n in self.skeleton.parameter_names() if n.startswith(f"{block.name}.") and n not in quantized]
-            tensors = block.tensors | {name: self.skeleton.stored(name) for name in rest}
-            info = {
-                "records": [record.to_json() for record in block.records],
-                "device": self.device,
-                "kernels": kernels.backend(self.device),
-                "products": self.recipe.products,
-                "threads": torch.get_num_threads(),
-                "ranks": self.ranks.count,
-                "placement": self.placement.to_json(),
-                "memory": [f"{block.name}: {step.detail}" for step in self.steps],
-                "seconds": self.clock.lap(),
-                "resident_bytes": block.resident_bytes,
-                "peak_ram_bytes": memory.peak_bytes(),
-                "peak_gpu_bytes": peak_bytes(self.device),
-                "sample": block.sample,
-            }
-            self.steps = []
-            self.journal.commit_block(block.index, tensors, info)
+            quantized = {f"{record.name}.weight" for record in block.records}
+            within = (name for name in self.skeleton.parameter_names() if name.startswith(f"{block.name}."))
+            rest = {name: self.skeleton.read(name) for name in within if name not in quantized}
+            self.journal.commit_block(block.index, block.tensors | rest, self._info(block))
+            self.states.reductions = []
             if block.index + 1 < len(self.skeleton.blocks):
                 self.journal.save_state(block.index + 1, whole.tensors())
         self.tell("block", block.index, loss=sum(record.loss for record in block.records))
         return streams
 
-    def publish(self, max_rescued: float, max_kl: float | None = None) -> QuantizeResult:
-        """Write the finished directory, hold it against the original, write the manifest, and give it its final
-        name."""
-        self.tell("save", len(self.skeleton.blocks) - 1)
-        memory.return_free()  # what the blocks left: writing the result needs pieces of other sizes
-        judged_on = "cpu" if self.placement.host_block else self.device
-        result = publish(self.prepared, self.windows, self.clock, self.device, max_rescued, max_kl, judged_on)
-        for warning in result.quality.get("warnings", []):
-            self.tell("notice", len(self.skeleton.blocks), message=f"warning: {warning}")
-        return result
+    def publish(self) -> QuantizeResult:
+        """Write the finished directory, hold it against the original, write the manifest, give it its final name."""
+        return self.ranks.broadcast(self._publish() if self.ranks.first else None)
 
     def tell(self, stage: str, block: int, layer: str = "", loss: float = 0.0, message: str = "") -> None:
         """Send an Event to whoever watches."""
@@ -386,11 +205,79 @@ class Run:
         speed = self.windows.numel() * done / seconds if done > 0 else 0.0
         self._progress(Event(stage, block, blocks, layer, loss, speed, memory.resident_bytes(), left, message))
 
+    def _publish(self) -> QuantizeResult:
+        self.tell("save", len(self.skeleton.blocks) - 1)
+        memory.return_freed_memory()  # what the blocks left: writing the result needs pieces of other sizes
+        judged_on = "cpu" if self.states.placement.host_block else self.device
+        result = publish_result(self.inputs, self.windows, self.clock, judged_on)
+        for warning in result.quality.get("warnings", []):
+            self.tell("notice", len(self.skeleton.blocks), message=f"warning: {warning}")
+        return result
 
-def _placement(prepared: Prepared, windows: Tensor, device: str) -> Placement:
-    """Where the last committed block ended; else the first that fits by the plan's sums."""
-    done = prepared.journal.resume_point()
-    kept = prepared.journal.block_info(done - 1) if done else {}
-    if kept.get("device") == device and "placement" in kept:
-        return Placement.from_json(kept["placement"])
-    return choose(prepared.skeleton, prepared.recipe, windows.shape[0], windows.shape[1], device)[0]
+    def _place(self, streams: Streams) -> None:
+        """Cut and move the streams, where they are, to what the placement asks for."""
+        streams.rebatch(self.states.placement.windows)
+        streams.move(self.states.put)
+        for size in {len(batch) for batch in streams.quantized} - self._calls.by_batch.keys():
+            with self.stage("calibrate"):
+                self._calls.by_batch |= embed(self.skeleton, [self.windows[:size]], self.device)[1].by_batch
+
+    def _reduce(self, index: int) -> None:
+        """Use less memory from block ``index`` on, said and recorded."""
+        name = self.skeleton.block_name(index)
+        if self.ranks.count > 1:
+            what = f"out of memory, and {self.ranks.count} ranks cannot do with less"
+            raise Interrupted(what, name, "Finished blocks are kept: free memory, or go on with one process")
+        words = self.states.reduce(self.skeleton, self.recipe, self.windows, index)
+        if self._prefetch is not None:
+            self._prefetch.to_device = not self.states.placement.in_place and not self.states.placement.host_block
+        self.tell("notice", index, message=f"out of memory in {name}: {words}, from here on")
+
+    def _expect(self, index: int) -> None:
+        """Begin to read block ``index``, where there is one."""
+        if self._prefetch is not None:
+            self._prefetch.begin(index)
+        elif index < len(self.skeleton.blocks):
+            self.inputs.checkpoint.prefetch(self.skeleton.block_sources(index))
+
+    def _stored_weight(self, block: Block, name: str, result: LinearResult) -> Tensor:
+        """What a reader of the file multiplies by, [rows, cols]: rounded to the stored dtype, then computed in ours."""
+        parameter = block.parameter(name)
+        weight = _dequantized(result.grid, result.codes, self.precision.dtype)
+        return weight.to(parameter.device, parameter.dtype)
+
+    def _packed(self, path: str, result: LinearResult) -> dict[str, Tensor]:
+        """The tensors of the container, by their names in the result, on the CPU."""
+        codes, grid = result.codes, result.grid
+        if self.states.placement.in_place:  # packing needs some bytes a weight for a moment
+            codes, grid = codes.cpu(), grid.to("cpu")
+        packed = self.format.pack(codes, grid, self.skeleton.dtype, self._stored_schemes[path])
+        return {f"{path}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+
+    def _info(self, block: Block) -> dict[str, object]:
+        """What the journal says of a committed block, beside its tensors."""
+        return {
+            "records": [record.to_json() for record in block.records],
+            "device": self.device,
+            "kernels": kernels.backend(self.device),
+            "products": self.recipe.products,
+            "threads": torch.get_num_threads(),
+            "ranks": self.ranks.count,
+            "placement": self.states.placement.to_json(),
+            "memory": [f"{block.name}: {reduction.detail}" for reduction in self.states.reductions],
+            "seconds": self.clock.lap(),
+            "resident_bytes": block.resident_bytes,
+            "peak_ram_bytes": memory.peak_bytes(),
+            "peak_gpu_bytes": peak_bytes(self.device),
+            "sample": block.sample,
+        }
+
+
+def _dequantized(grid: Grid, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights in ``dtype``, a tile of rows at a time: the float32 steps of a layer are several times its size."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    tile = max(1, _TILE // codes.shape[1])
+    for start in range(0, len(codes), tile):
+        rows = torch.arange(start, min(start + tile, len(codes)), device=codes.device)
+        out[start : start + tile] = grid.select_rows(rows).dequantize(codes[start : start + tile])
+    return out

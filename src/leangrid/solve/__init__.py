@@ -1,1 +1,1 @@
-"""The mathematics of one group of linears: Hessian, factor, correction, sweep, refinement. Tensors in, tensors out."""
+"""The mathematics of one group of linears: Hessian, factor, correction, sweep and refinement of tensors."""

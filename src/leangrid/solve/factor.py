@@ -1,13 +1,13 @@
 """The damped inverse Cholesky factor of a Hessian, and what is done when it does not exist.
 
-U is upper triangular with (H + lambda I)^-1 = U^T U, rows and columns in elimination order. It comes from one Cholesky
-of the reversed matrix: J (H + lambda I) J = L L^T gives U = J L^-1 J, so no inverse is ever formed. Everything is
-computed on H over a power of four near its mean diagonal, so the scale of H changes nothing. Columns without input keep
-their damping alone: they are uncorrelated with the rest, go last, weigh least, and are simply rounded.
+U is upper triangular with (H + lambda I)^-1 = U^T U, rows and columns in elimination order. No inverse is formed: with
+J the reversal of rows and columns, J (H + lambda I) J = L L^T gives U = J L^-1 J. Everything is computed on H divided
+by a power of four near its mean diagonal, so multiplying H by such a power changes no bit of the codes. Columns without
+input have only lambda on their diagonal: they are uncorrelated with all others, go last, and are simply rounded.
 
-Ladder of rescues, each recorded: float32 with the damping asked, 10 times, 100 times, float64 with the damping asked,
-the diagonal of H; each rung is accepted only if U^T U (H + lambda I) is the identity on random probes.
-"""
+Where no factor exists, other requests are tried in this order, and each deviation is recorded as a Rescue: float32 with
+10 times the damping, with 100 times, float64 with the damping asked for, and the diagonal of H alone. A factor is
+accepted only if U^T U (H + lambda I) is the identity on a few random vectors."""
 
 import math
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from torch import Tensor
 from leangrid.errors import NumericalError, ShapeError
 from leangrid.solve.rescue import Rescue
 
-TOLERANCE = 1e-2  # relative error of U^T U (H + lambda I) - I on probes
-_PROBES = 8
+TOLERANCE = 1e-2  # relative error of U^T U (H + lambda I) - I on the random vectors
+PROBES = 8  # how many of them
 _LEAF = 64  # columns that one thread factors whole
-_RUNGS = ((torch.float32, 1.0), (torch.float32, 10.0), (torch.float32, 100.0), (torch.float64, 1.0))
+_ATTEMPTS = ((torch.float32, 1.0), (torch.float32, 10.0), (torch.float32, 100.0), (torch.float64, 1.0))
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """U with H_damped^-1 = U^T U, and what the solver needs around it.
+    """U with (H + lambda I)^-1 = U^T U, and what the solver needs beside it.
 
-    Args:
+    Attributes:
         upper: U, float32, rows and columns in elimination order.
-        order: int64; ``order[i]`` is the column eliminated at step i.
-        damped: H + lambda I, float32, columns in ORIGINAL order.
+        order: int64; ``order[i]`` is the column that is eliminated at step i.
+        damped: H + lambda I, float32, columns in original order.
         damping: lambda / mean(diag H) that was used.
         ridge: lambda.
         dead: columns that no calibration token touched, original order.
-        rescues: what deviated from the request.
+        rescues: what was done differently from what was asked.
     """
 
     upper: Float[Tensor, "cols cols"]
@@ -49,7 +49,7 @@ class Factor:
 
     @property
     def is_diagonal(self) -> bool:
-        """Whether the last rung was needed: H itself is not what was factored."""
+        """Whether nothing but the diagonal of H could be factored."""
         return any(rescue.kind == "diagonal" for rescue in self.rescues)
 
     @property
@@ -62,8 +62,8 @@ class Factor:
     def loss_error_weights(self, p: float) -> Float[Tensor, " cols"]:
         """g_j = U_jj^-p, float64, original order, scaled so that the largest is 1.
 
-        The paper writes (H^-1_jj)^-p; its code, which we follow, raises the Cholesky diagonal: p = 4 is the paper's
-        setting, p = 2 weighs by the loss error eps_j itself, p = 0 is plain k-means.
+        The paper writes (H^-1_jj)^-p; its code, which we follow, raises the diagonal of the Cholesky factor. p = 4 is
+        the paper's setting, p = 2 weighs each column by its loss error, p = 0 is plain k-means.
         """
         return relative_power(self.diagonal, p)
 
@@ -79,11 +79,11 @@ def relative_power(diagonal: Float[Tensor, " cols"], p: float) -> Float[Tensor, 
 
 
 def factorize(matrix: Float[Tensor, "cols cols"], damping: float = 0.01, act_order: bool = True) -> Factor:
-    """Factor H + lambda I, lambda = ``damping`` * mean(diag H), climbing the ladder of rescues where it must.
+    """Factor H + lambda I, lambda = ``damping`` * mean(diag H), with more damping or precision where that is needed.
 
     Args:
-        matrix: H, symmetric, any float dtype.
-        act_order: eliminate by descending diag H (stable), else in column order.
+        matrix: H, symmetric, any float dtype, original column order.
+        act_order: eliminate columns by descending diag H (stable); else in their own order.
 
     Raises:
         ShapeError: the matrix is not square.
@@ -91,64 +91,78 @@ def factorize(matrix: Float[Tensor, "cols cols"], damping: float = 0.01, act_ord
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ShapeError(f"a Hessian is square, not {tuple(matrix.shape)}", "factorize")
-    if not bool(matrix.sum().isfinite()) and not bool(
-        matrix.isfinite().all()
-    ):  # a sum is one cheap pass, and rarely overflows
+    # A sum is one cheap pass, and rarely overflows.
+    if not bool(matrix.sum().isfinite()) and not bool(matrix.isfinite().all()):
         raise NumericalError(
             "the Hessian holds NaN or infinite values", "factorize", "Run the model in float32 or bfloat16"
         )
-    rescues: list[Rescue] = []
-    scaled, scale, mean, dead = _prepare(matrix)
-    if bool(dead.any()):
-        rescues.append(
-            Rescue("dead_columns", f"{int(dead.sum())} of {len(dead)} input columns saw no activation", int(dead.sum()))
-        )
+    # H over a power of four near its mean diagonal. Without any input every error costs the same, which is rounding.
+    scale, mean, dead = scale_and_dead(matrix)
+    rescues = dead_rescues(dead)
+    if mean == 0:
+        scaled, mean = torch.eye(len(dead), device=matrix.device), 1.0
+    else:
+        scaled = (matrix / scale).float()
+    # The elimination order, and J H J in that order.
     diagonal = scaled.diagonal()
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True)
-        if act_order
-        else torch.arange(len(dead), device=matrix.device)
-    )
+    order = elimination_order(diagonal, act_order)
     backwards = order.flip(0)
     reversed_matrix = scaled.index_select(0, backwards).index_select(1, backwards)
-    for dtype, factor in _RUNGS:
-        upper, error = _inverse_cholesky(reversed_matrix, damping * factor * mean, dtype)
+    # U, from the first attempt that gives one.
+    for dtype, more in _ATTEMPTS:
+        upper, error = _inverse_cholesky(reversed_matrix, damping * more * mean, dtype)
         if upper is not None and error < TOLERANCE:
-            if factor != 1:
-                rescues.append(Rescue("damping", f"damping {damping * factor:g} instead of {damping:g}"))
+            if more != 1:
+                rescues.append(Rescue("damping", f"damping {damping * more:g} instead of {damping:g}"))
             elif dtype == torch.float64:
                 rescues.append(Rescue("float64", f"no float32 factor at damping {damping:g}"))
-            used = damping * factor
+            used = damping * more
             break
     else:
         used, scaled = damping, torch.diag(diagonal.clamp(min=0))
         upper = torch.diag((diagonal[order].clamp(min=0).double() + used * mean).rsqrt())
-        detail = f"no factor up to damping {damping * _RUNGS[2][1]:g}, nor in float64: columns are independent, inputs are not corrected"
+        most = damping * _ATTEMPTS[2][1]
+        detail = f"no factor up to damping {most:g}, nor in float64: columns are independent, inputs are not corrected"
         rescues.append(Rescue("diagonal", detail))
-    damped = scaled.mul_(scale)
-    ridge = used * mean * scale
+    # Back to the scale of H.
+    damped, ridge = scaled.mul_(scale), used * mean * scale
     damped.diagonal().add_(ridge)
     return Factor(upper.mul_(scale**-0.5).float(), order, damped, used, ridge, dead, tuple(rescues))
 
 
-def _prepare(matrix: Tensor) -> tuple[Tensor, float, float, Tensor]:
-    """H / scale in float32, scale, mean(diag H) / scale, and the mask of dead columns (which hold zeros alone)."""
+def scale_and_dead(matrix: Float[Tensor, "cols cols"]) -> tuple[float, float, Bool[Tensor, " cols"]]:
+    """The power of four nearest to the mean diagonal of H, mean(diag H) over it, and which columns hold zeros alone.
+
+    Dividing H by a power of four is exact, and so is multiplying U by its root. Where H has no positive finite mean,
+    the power is 1.
+    """
     diagonal = matrix.diagonal().double().clamp(min=0)
-    dead = diagonal == 0
-    if bool(dead.any()):
-        dead &= (matrix == 0).all(1)
-    mean = float(diagonal.mean())
-    if mean == 0:  # no input at all: every error costs the same, which is rounding
-        return torch.eye(len(dead), device=matrix.device), 1.0, 1.0, dead
-    scale = 4.0 ** round(math.log(mean, 4))  # exact in H and, as 2^k, in U
-    return (matrix / scale).float(), scale, mean / scale, dead
+    mean, dead = float(diagonal.mean()), diagonal == 0
+    for columns in dead.nonzero().squeeze(1).split(_LEAF):
+        dead[columns] = ~matrix[columns].any(1)
+    scale = 4.0 ** round(math.log(mean, 4)) if 0 < mean < math.inf else 1.0
+    return scale, mean / scale, dead
+
+
+def dead_rescues(dead: Bool[Tensor, " cols"]) -> list[Rescue]:
+    """The record of columns that no token touched; empty where there are none."""
+    count = int(dead.sum())
+    detail = f"{count} of {len(dead)} input columns saw no activation"
+    return [Rescue("dead_columns", detail, count)] if count else []
+
+
+def elimination_order(diagonal: Float[Tensor, " cols"], act_order: bool) -> Int[Tensor, " cols"]:
+    """int64: columns by descending diag H, equal ones in their own order; without ``act_order`` 0, 1, 2, ..."""
+    if act_order:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    return torch.arange(len(diagonal), device=diagonal.device)
 
 
 def split_cholesky_(matrix: Float[Tensor, "cols cols"]) -> bool:
-    """Overwrite a symmetric matrix by L, L L^T the matrix; False where it is not positive definite.
+    """Overwrite a symmetric matrix by L with L L^T = matrix; False where it is not positive definite.
 
-    On a CPU by halves down to ``_LEAF`` columns: a half more arithmetic than LAPACK's, in products and triangular
-    solves alone, which give the same bits with any number of threads. LAPACK's own blocks depend on it."""
+    On a CPU by halves, down to ``_LEAF`` columns. That is half as much arithmetic again as LAPACK's, but it consists of
+    products and triangular solves, which give the same bits with any number of threads; LAPACK's own blocks do not."""
     size = len(matrix)
     if size <= _LEAF or matrix.is_cuda:
         lower, info = torch.linalg.cholesky_ex(matrix)
@@ -165,13 +179,12 @@ def split_cholesky_(matrix: Float[Tensor, "cols cols"]) -> bool:
 
 
 def _inverse_cholesky(backwards: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """U of J backwards J + damping I and its error on probes; (None, inf) where no Cholesky factor exists."""
+    """U of J backwards J + damping I, and its error on random vectors; (None, inf) where no Cholesky factor exists."""
     damped = backwards.to(dtype, copy=True)
     damped.diagonal().add_(damping)
     size = len(damped)
-    whole = (
-        size if damped.is_cuda else -(-size // _LEAF) * _LEAF
-    )  # at ragged edges products depend on the number of threads
+    # On a CPU padded to a multiple of _LEAF: at ragged edges the bits of a product depend on the number of threads.
+    whole = size if damped.is_cuda else -(-size // _LEAF) * _LEAF
     lower = torch.eye(whole, dtype=dtype, device=damped.device)
     lower[:size, :size] = damped
     if not split_cholesky_(lower):
@@ -179,6 +192,6 @@ def _inverse_cholesky(backwards: Tensor, damping: float, dtype: torch.dtype) -> 
     identity = torch.eye(whole, dtype=dtype, device=damped.device)
     upper = torch.linalg.solve_triangular(lower, identity, upper=False)[:size, :size].flip(0, 1)
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(len(damped), _PROBES, generator=generator).to(damped.device, dtype)
+    probes = torch.randn(len(damped), PROBES, generator=generator).to(damped.device, dtype)
     error = float((upper.T @ (upper @ (damped @ probes).flip(0)) - probes.flip(0)).norm() / probes.norm())
     return upper, error if error == error else float("inf")

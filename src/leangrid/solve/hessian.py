@@ -1,8 +1,9 @@
-"""The layer Hessian H = 2/N X~^T X~ from batches of inputs, and G = 2/N X^T X~ for the correction.
+"""The layer Hessian H = 2/N X~^T X~ from batches of inputs, and G = 2/N X^T X~ for the correction of the inputs' error.
 
-Rows of x are tokens. Sums are float32 and unscaled; the division by N comes last, so that any split into batches, and
-any merge of partial sums, counts every token once. Only the upper triangle of X^T X is multiplied. Inputs in bfloat16
-are multiplied as they are: their products are exact in float32."""
+One row of X~ is one token's input in the quantized model, of X in the original one. Sums are float32 and unscaled: the
+division by N comes last, so that any split into batches and any merge of partial sums counts every token once. Only the
+upper triangle of X~^T X~ is computed. Inputs in bfloat16 are multiplied as they are: their products are exact in
+float32."""
 
 from dataclasses import dataclass
 
@@ -14,13 +15,20 @@ from leangrid import kernels
 from leangrid.errors import CalibrationError, NumericalError, ShapeError
 from leangrid.solve.rescue import Rescue
 
-MAX_DROPPED = 0.1  # share of tokens with non-finite activations above which the calibration itself is broken
+MAX_DROPPED = 0.1  # share of tokens with non-finite activations above which a run stops
 
 
 @dataclass(frozen=True, eq=False)
 class Hessian:
-    """``matrix`` = 2/N X~^T X~ and ``cross`` = 2/N X^T X~ (None for one stream), float32 [cols, cols], of ``tokens``
-    tokens."""
+    """H and G of one input.
+
+    Attributes:
+        matrix: H = 2/N X~^T X~, float32 [cols, cols].
+        cross: G = 2/N X^T X~, likewise; None where only one stream was summed.
+        tokens: N.
+        dropped: tokens that were left out because an activation was not finite.
+        blended: rescues of a Hessian that was mixed with another (run/experts.py).
+    """
 
     matrix: Float[Tensor, "cols cols"]
     cross: Float[Tensor, "cols cols"] | None
@@ -30,7 +38,7 @@ class Hessian:
 
     @property
     def rescues(self) -> tuple[Rescue, ...]:
-        """The dropped tokens, if there were any, and what else it was made of."""
+        """The tokens that were dropped, if any, and ``blended``."""
         if not self.dropped:
             return self.blended
         return (
@@ -44,7 +52,13 @@ class Hessian:
 
 
 class HessianSum:
-    """Accumulates a Hessian; ``cross=True`` also accumulates G from pairs of original and quantized inputs."""
+    """Sums of a Hessian over batches of tokens.
+
+    Args:
+        cols: columns of the layer.
+        device: where the sums are.
+        cross: whether G is summed, too, from pairs of original and quantized inputs.
+    """
 
     def __init__(self, cols: int, device: torch.device | str = "cpu", cross: bool = False) -> None:
         self.cols, self.tokens, self.dropped = cols, 0, 0
@@ -52,12 +66,12 @@ class HessianSum:
         self._cross = torch.zeros(cols, cols, device=device) if cross else None
 
     def add(self, x: Shaped[Tensor, "... cols"]) -> None:
-        """Add the tokens of ``x`` [..., cols]; with ``cross`` both streams are taken to be ``x``."""
+        """Add the tokens of ``x`` [..., cols]; for G, both streams are ``x``."""
         self._accumulate(self._tokens(x), None)
 
     def add_pair(self, original: Shaped[Tensor, "... cols"], quantized: Shaped[Tensor, "... cols"]) -> None:
-        """Add the same tokens as the original model and as the quantized prefix see them; a bad token is dropped from
-        both."""
+        """Add the same tokens [..., cols] as the original and the quantized model see them; a token that is not finite
+        in one of them is dropped from both."""
         if original.shape != quantized.shape:
             raise ShapeError(
                 f"streams of shapes {tuple(original.shape)} and {tuple(quantized.shape)} are not the same tokens",
@@ -78,7 +92,7 @@ class HessianSum:
         self.dropped += other.dropped
 
     def parts(self) -> list[Tensor]:
-        """The unscaled sums themselves, float32 [cols, cols] each: what ranks add up in place."""
+        """The unscaled sums themselves, not copies, float32 [cols, cols]: X~^T X~ and, if summed, X^T X~."""
         return [self._matrix] if self._cross is None else [self._matrix, self._cross]
 
     def finish(self) -> Hessian:
@@ -119,7 +133,7 @@ class HessianSum:
 
     def _accumulate(self, x: Tensor, original: Tensor | None) -> None:
         streams = [x] if original is None else [x, original]
-        # One pass over x; single tokens are looked at only when something is not finite.
+        # One pass over x; tokens are looked at singly only if something is not finite.
         if not all(kernels.squares_are_finite(s) for s in streams):
             good = torch.stack([_finite_rows(s) for s in streams]).all(0)
             self.dropped += int((~good).sum())
@@ -136,8 +150,7 @@ def _finite_rows(x: Float[Tensor, "tokens cols"]) -> Bool[Tensor, " tokens"]:
 
 
 def mirror_(matrix: Float[Tensor, "cols cols"], panel: int = 256) -> Float[Tensor, "cols cols"]:
-    """The upper triangle copied onto the lower, in place, a panel at a time: a whole transpose would miss the cache at
-    every step."""
+    """The matrix with its upper triangle copied onto the lower, in place, in panels that stay in the cache."""
     for start in range(0, len(matrix), panel):
         stop = start + panel
         matrix[stop:, start:stop] = matrix[start:stop, stop:].T

@@ -1,7 +1,6 @@
-"""What was done differently from what was asked, as a value that reaches the records, the summary and the exit code.
+"""What was done differently from what the recipe asks, as a value for the records, the summary and the exit code.
 
-A function that rescues returns a Rescue; it never prints, warns or stays silent.
-"""
+The mathematics never prints or warns: a function that deviates returns a Rescue."""
 
 from dataclasses import dataclass
 
@@ -15,9 +14,10 @@ KINDS = {
     "nonfinite_tokens": "calibration tokens with NaN or infinite activations were left out",
     "dead_columns": "input columns that calibration never touched",
     "guarded_rows": "rows that fell behind min-max GPTQ and took another grid",
-    "starved_expert": "an expert saw fewer tokens than its linears have columns: its Hessian was blended with that of all experts",
+    "starved_expert": "an expert saw fewer tokens than its linears have columns: "
+    "its Hessian was blended with that of all experts",
     "unseen_expert": "an expert saw no token: the Hessian of all experts' inputs was used instead",
-    "memory": "memory ran out and something gave way: the same work in smaller pieces or on the CPU",
+    "memory": "memory ran out: the same work in smaller pieces or on the CPU",
 }
 NOTES = frozenset({"dead_columns", "guarded_rows", "starved_expert", "memory"})
 

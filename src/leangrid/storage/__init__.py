@@ -1,2 +1,1 @@
-"""Everything that touches the disk: the source checkpoint, the journal of an unfinished run, the published
-directory."""
+"""Everything that reads checkpoints and writes results: source files, the journal of a run, finished directories."""

@@ -1,4 +1,4 @@
-"""config.json of a source, read with distrust: sizes are range-checked before anything is allocated by them."""
+"""Reads config.json of a checkpoint and checks its sizes, before anything is allocated according to them."""
 
 import math
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ from typing import Any
 
 from leangrid.errors import CheckpointError
 from leangrid.storage.foreign import refuse_adapter
-from leangrid.storage.safetensors import strict_json
+from leangrid.storage.safetensors import parse_strict_json
 
 _MAX_BYTES = 16 << 20
 
-# Largest value a size may have. Real models stay a hundred times below; a hostile config does not get to allocate.
+# Largest value that a size may have, about a hundred times the largest of real models.
 _LIMITS: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "embedding_size", "head_dim"), 1 << 20),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", "d_ff"), 1 << 24),
@@ -28,7 +28,10 @@ _FACTORS = ("factor", "low_freq_factor", "high_freq_factor", "partial_rotary_fac
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Parse a config.json and range-check its sizes; CheckpointError lists every value that is absurd."""
+    """Parse the config.json at ``path`` and check the range of its sizes.
+
+    Raises CheckpointError if there is none, it cannot be read, it is no JSON object, or it holds values that no model
+    has; these are listed."""
     try:
         if not path.is_file():
             refuse_adapter(path.parent)
@@ -40,10 +43,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"cannot read: {error.strerror or error}", path, "Check the file's permissions and the disk"
         ) from error
-    config = strict_json(raw, path, allow_infinity=True)
+    config = parse_strict_json(raw, path, allow_infinity=True)
     if not isinstance(config, dict):
         raise CheckpointError("config.json is not a JSON object", path)
-    problems = list(_absurdities(config, ""))
+    problems = list(_list_absurd_values(config, ""))
     if problems:
         raise CheckpointError(
             "config.json holds values no model has: " + "; ".join(problems[:8]), path, "Download the checkpoint again"
@@ -52,7 +55,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _instead(directory: Path) -> str:
-    """What to do about a directory without a config.json, from what it holds."""
+    """What the user can do about a directory without a config.json, judging by its files."""
     names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     if files := [name for name in names if name.lower().endswith(".gguf")]:
         return f"Give the .gguf file itself: {directory / files[0]}"
@@ -63,8 +66,8 @@ def _instead(directory: Path) -> str:
     return "Give the directory of a Hugging Face checkpoint"
 
 
-def check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
-    """Refuse a config that announces more layers than the checkpoint has tensors."""
+def check_layer_count(config: dict[str, Any], tensors: int, path: Path) -> None:
+    """Raise CheckpointError if the config announces more layers than the checkpoint has ``tensors``."""
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _LAYERS:
             if isinstance(section.get(key), int) and section[key] > tensors:
@@ -73,59 +76,57 @@ def check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
                 )
 
 
-def custom_code(config: dict[str, Any]) -> tuple[str, ...]:
-    """The names under which a config asks for Python files of its own (``auto_map``), at any depth. leangrid never runs
-    them."""
+def find_custom_code(config: dict[str, Any]) -> tuple[str, ...]:
+    """The names under which a config refers to Python code of its own (``auto_map``), at any depth. It is never run."""
     found: list[str] = []
     for key, value in config.items():
         if key == "auto_map":
             found += sorted(map(str, value)) if isinstance(value, dict) else [str(value)]
         elif isinstance(value, dict):
-            found += custom_code(value)
+            found += find_custom_code(value)
     return tuple(found)
 
 
-def with_older_ropes(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with its rotary embedding also in the places where readers older than transformers 5 look, mlx-lm
-    among them.
+def add_older_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` with its rotary embedding also under the keys that transformers 4 and readers such as mlx-lm use.
 
-    Without them they take defaults in silence: another base, and no scaling of a long context. What is there already
-    stays."""
+    Without these keys such readers silently use their defaults: another base, and no scaling for long contexts. Keys
+    that the config has already keep their values."""
     ropes = config.get("rope_parameters")
     if not isinstance(ropes, dict):
         return config
-    by_layer = all(isinstance(rope, dict) for rope in ropes.values()) and bool(
-        ropes
-    )  # Gemma 3: one for each kind of attention
+    # Gemma 3 has one entry for each kind of attention.
+    by_layer = bool(ropes) and all(isinstance(rope, dict) for rope in ropes.values())
     rope = ropes.get("full_attention", {}) if by_layer else ropes
     older: dict[str, Any] = {"rope_theta": rope.get("rope_theta")}
     if by_layer:
         older["rope_local_base_freq"] = ropes.get("sliding_attention", {}).get("rope_theta")
     if rope.get("rope_type", "default") != "default":
         older["rope_scaling"] = rope
-    said = {key: value for key, value in config.items() if value is not None or key not in older}
-    return {key: value for key, value in older.items() if value is not None} | said
+    present = {key: value for key, value in config.items() if value is not None or key not in older}
+    return {key: value for key, value in older.items() if value is not None} | present
 
 
-def _absurdities(section: dict[str, Any], prefix: str) -> Iterator[str]:
+def _list_absurd_values(section: dict[str, Any], prefix: str) -> Iterator[str]:
+    """Yield one phrase for each value outside of its range, with the range; ``prefix`` is the path to ``section``."""
     for key, value in section.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and prefix.count(".") < 8:
-            yield from _absurdities(value, f"{name}.")
+            yield from _list_absurd_values(value, f"{name}.")
         elif key in _LIMITS and value is not None:
-            # Some families give one size per layer (a list), as OpenELM does.
+            # Some families, such as OpenELM, give a list with one size for each layer.
             for item in value if isinstance(value, list) else [value]:
                 if type(item) is not int or not 0 <= item <= _LIMITS[key] or (item == 0 and key != "type_vocab_size"):
                     yield f"{name} = {str(item)[:40]} (a whole number from 1 to {_LIMITS[key]})"
-        elif key in _POSITIVE and value is not None and not _sensible(value):
+        elif key in _POSITIVE and value is not None and not _is_finite_and_not_negative(value):
             yield f"{name} = {str(value)[:40]} (a finite number, not negative)"
         elif (
             (key == "rope_theta" or (key in _FACTORS and prefix.startswith(_ROPES)))
             and value is not None
-            and not (_sensible(value) and value != 0)
+            and not (_is_finite_and_not_negative(value) and value != 0)
         ):
             yield f"{name} = {str(value)[:40]} (a finite number above 0)"
 
 
-def _sensible(value: Any) -> bool:
+def _is_finite_and_not_negative(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

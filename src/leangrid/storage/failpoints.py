@@ -1,9 +1,8 @@
-"""Places where a test may stop the program: one line in the code, nothing at all unless LEANGRID_FAILPOINT is set.
+"""Named points at which a test can stop the program; they do nothing unless LEANGRID_FAILPOINT is set.
 
-``LEANGRID_FAILPOINT=name[:n[:action]]`` acts at the n-th passage (default the first) of ``failpoint("name")``; the name
-``*`` is every failpoint. Actions: ``kill`` (SIGKILL, the default), ``raise:ENOSPC`` (any errno name), ``raise:OOM``,
-``raise:SIGINT``, ``sleep:SECONDS``. Tests find the names by searching the source for ``failpoint("``, so a new one is
-covered without touching them."""
+``LEANGRID_FAILPOINT=name[:n[:action]]`` acts at the n-th call (default 1) of ``failpoint("name")``; the name ``*``
+stands for every failpoint. Actions: ``kill`` (SIGKILL, the default), ``raise:ENOSPC`` (any errno name), ``raise:OOM``,
+``raise:SIGINT``, ``sleep:SECONDS``. The tests find the names by searching the source for ``failpoint("``."""
 
 import errno
 import os
@@ -16,7 +15,7 @@ _passages = 0
 
 
 def failpoint(name: str) -> None:
-    """Pass, or do what LEANGRID_FAILPOINT asks for at this passage."""
+    """Do nothing, or the action that LEANGRID_FAILPOINT names if this is the call it names."""
     wanted = os.environ.get("LEANGRID_FAILPOINT")
     if not wanted:
         return
@@ -31,7 +30,7 @@ def failpoint(name: str) -> None:
 
 
 def reset() -> None:
-    """Count passages from zero again (for tests that stay in one process)."""
+    """Count calls from zero again, for tests that stay in one process."""
     global _passages
     _passages = 0
 

@@ -1,8 +1,8 @@
-"""The only place that writes files. A file is there whole or not at all, also after a kill or a power cut.
+"""The only module that writes files. A file appears complete or not at all, even after a kill or a power cut.
 
-The protocol (SQLite's and git's): a temporary file beside the target, written and hashed in one pass, fsync,
-``os.replace``, fsync of the directory. Names of temporaries start with a dot and end in ``.tmp``, so that whoever holds
-the lock of a run may sweep what a kill left."""
+How, as SQLite and git do it: write a temporary file beside the target and hash it in the same pass, fsync it,
+``os.replace`` it to its name, fsync the directory. The names of temporary files begin with a dot and end in ``.tmp``,
+so the process that holds the lock of a run can remove those that a killed process left."""
 
 import contextlib
 import errno
@@ -19,20 +19,26 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from leangrid.errors import OutputError
+from leangrid.storage.disk import format_bytes
 from leangrid.storage.failpoints import failpoint
 
 Bytes = bytes | bytearray | memoryview
 
-# Small enough to stay in the cache between hashing and writing, large enough that the calls cost nothing.
+# Bytes. Small enough to stay in the cache between hashing and writing, large enough that the calls cost nothing.
 CHUNK = 4 << 20
 
 
 def atomic_write(path: Path, chunks: Bytes | Iterable[Bytes], size: int | None = None) -> str:
-    """Write ``path`` whole or not at all; return the sha256 (hex) of its bytes.
+    """Write ``chunks`` to the file ``path``, completely or not at all, and return the sha256 of its bytes in hex.
 
-    ``size``, in bytes, is only for the message of a full disk. Raises OutputError (exit code 3: what was finished
-    before is safe) naming the path and the step that failed; exceptions of ``chunks`` pass through. No temporary file
-    stays behind."""
+    Args:
+        chunks: the content, in one piece or as an iterable of pieces.
+        size: the size in bytes, only for the message about a full disk; None: the bytes written so far.
+
+    Raises:
+        OutputError: with exit code 3 (what was finished before is safe), naming the path and the step that failed.
+            Exceptions of ``chunks`` itself pass through. No temporary file is left in either case.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     digest, step, descriptor, written = hashlib.sha256(), "create", -1, 0
     try:
@@ -69,25 +75,24 @@ def atomic_write(path: Path, chunks: Bytes | Iterable[Bytes], size: int | None =
 
 
 def write_json(path: Path, value: object) -> str:
-    """Write ``value`` as canonical JSON (sorted keys, one space of indent); return its sha256."""
+    """Write ``value`` as ``json_bytes`` formats it and return the sha256 of the file in hex."""
     return atomic_write(path, json_bytes(value))
 
 
 def json_bytes(value: object) -> bytes:
-    """The one way leangrid spells JSON in files that are hashed."""
+    """``value`` as JSON in UTF-8, always with the same bytes: sorted keys, an indent of one space, a final newline."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 class SourceReadError(OSError):
-    """A read that failed while its bytes were being copied: not the fault of the file being written."""
+    """A file could not be read while its bytes were being copied, so the file being written is not at fault."""
 
 
 def read_chunks(path: Path, start: int = 0, length: int | None = None) -> Iterator[memoryview]:
-    """The bytes ``start`` .. ``start + length`` of a file (to its end by default) through one reused buffer of CHUNK
-    bytes.
+    """Yield the bytes of a file from ``start`` on in pieces of at most CHUNK bytes.
 
-    Each piece is valid until the next is asked for. Raises SourceReadError naming the file, also when it is shorter
-    than asked for."""
+    ``length`` is the number of bytes; None reads to the end. All pieces share one buffer, so each is valid only until
+    the next is requested. Raises SourceReadError naming the file if it cannot be read or is shorter than requested."""
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
@@ -105,12 +110,12 @@ def read_chunks(path: Path, start: int = 0, length: int | None = None) -> Iterat
         raise SourceReadError(error.errno, error.strerror, str(path)) from error
 
 
-def scratch(directory: Path, size: int) -> mmap.mmap:
-    """``size`` bytes of a file that has no name any more, mapped for reading and writing. It goes with its last
-    reference, also in a kill.
+def map_scratch_file(directory: Path, size: int) -> mmap.mmap:
+    """Map ``size`` bytes of a new file without a name in ``directory``, for reading and writing.
 
-    The space is taken at once: a mapped hole that the disk cannot fill would end the process. Raises OutputError (exit
-    code 3)."""
+    The name is removed at once, so the file disappears with its last reference, also when the process is killed. The
+    space is allocated at once too: writing to a mapped hole that the disk cannot hold would end the process with a
+    signal. Raises OutputError (exit code 3) if the disk is full."""
     path, descriptor = directory / f".scratch.{os.getpid()}.{secrets.token_hex(4)}.tmp", -1
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -125,20 +130,20 @@ def scratch(directory: Path, size: int) -> mmap.mmap:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 (hex) of a file's bytes; OSError passes."""
+    """The sha256 of a file's bytes in hex. Raises OSError if it cannot be read."""
     digest = hashlib.sha256()
     for piece in read_chunks(path):
         digest.update(piece)
     return digest.hexdigest()
 
 
-def link(path: Path, target: Path) -> None:
-    """Make ``path`` a symbolic link to the file ``target``, for a directory that is thrown away."""
+def make_link(path: Path, target: Path) -> None:
+    """Make ``path`` a symbolic link to the file ``target``. Only for temporary directories: it is not made durable."""
     os.symlink(target.resolve(), path)
 
 
 def make_dir(path: Path) -> None:
-    """Make a directory and its parents, durably; fine if it is there."""
+    """Make a directory and its missing parents, durably; one that exists is left as it is. OutputError on failure."""
     missing = [path]
     while not missing[-1].parent.exists():
         missing.append(missing[-1].parent)
@@ -161,7 +166,7 @@ def _mkdir(directory: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, an empty directory's entry or nothing if it is gone; OutputError otherwise."""
+    """Remove a file or a link. Does nothing if there is none; OutputError if it cannot be removed."""
     try:
         failpoint("remove.before")
         with contextlib.suppress(FileNotFoundError):
@@ -172,7 +177,7 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory with all it holds, without following links; fine if it is gone."""
+    """Remove a directory with everything in it, without following links. Does nothing if there is none."""
     if path.is_symlink() or path.is_file():
         return remove(path)
     if not path.is_dir():
@@ -187,7 +192,7 @@ def remove_tree(path: Path) -> None:
 
 
 def remove_if_empty(path: Path) -> None:
-    """Remove a directory that holds nothing; one that another process has begun to use stays."""
+    """Remove a directory if it is empty. One that another process has begun to use stays."""
     try:
         os.rmdir(path)
     except OSError as error:
@@ -195,8 +200,8 @@ def remove_if_empty(path: Path) -> None:
             raise _stopped("remove", path, error, 0) from error
 
 
-def move_dir(staged: Path, final: Path) -> None:
-    """Rename a directory and make the new name durable: the moment at which a result exists."""
+def rename_dir(staged: Path, final: Path) -> None:
+    """Rename the directory ``staged`` to ``final`` and make the new name durable. From then on the result exists."""
     try:
         sync_dir(staged)
         failpoint("publish.before_rename")
@@ -209,8 +214,8 @@ def move_dir(staged: Path, final: Path) -> None:
         raise _stopped(f"rename {staged} to", final, error, 0) from error
 
 
-def move_entry(path: Path, directory: Path) -> None:
-    """Rename a file or directory into another directory, durably before the next such step."""
+def move_into(path: Path, directory: Path) -> None:
+    """Move a file or directory into ``directory``, under the same name, and make that durable."""
     try:
         failpoint("publish.before_rename")
         os.replace(path, directory / path.name)
@@ -222,20 +227,8 @@ def move_entry(path: Path, directory: Path) -> None:
         raise _stopped(f"move {path} into", directory, error, 0) from error
 
 
-def is_mount(path: Path) -> bool:
-    """Whether a file system, or a part of one, is mounted at ``path``: a rename of it, or onto it, fails."""
-    if os.path.ismount(path):
-        return True
-    try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return False
-    name = os.fsencode(os.path.realpath(path))
-    return any(line.split()[4].decode("unicode_escape").encode("latin-1") == name for line in lines)
-
-
 def sync_names(directory: Path) -> None:
-    """Make every change of names in a directory durable before the next; OutputError otherwise."""
+    """As ``sync_dir``, but a failure is an OutputError (exit code 3) for the user."""
     try:
         failpoint("dir.before_sync")
         sync_dir(directory)
@@ -244,13 +237,12 @@ def sync_names(directory: Path) -> None:
 
 
 def sync_dir(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make the creations, renames and removals in a directory durable (fsync). Raises OSError if that fails."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems cannot sync a directory at all; there the rename is as durable as they make
-        # it.
+        # Some network and FUSE file systems cannot fsync a directory at all: their renames are as durable as they are.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -258,43 +250,25 @@ def sync_dir(path: Path) -> None:
 
 
 def sweep_temporaries(directory: Path) -> int:
-    """Remove what killed writers left in ``directory`` (not below it); return how many files. Only the holder of the
-    lock may call it."""
+    """Remove the temporary files that killed processes left in ``directory``, without its subdirectories.
+
+    Returns how many there were. Only the process that holds the lock of the run may call this."""
     stale = [p for p in directory.glob(".*.tmp") if p.is_file() or p.is_symlink()] if directory.is_dir() else []
     for path in stale:
         remove(path)
     return len(stale)
 
 
-def require_space(directory: Path, needed: int, margin: float = 0.05) -> None:
-    """Refuse (OutputError) when the file system of ``directory`` has fewer than ``needed`` bytes free, plus 5%."""
-    existing = directory
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    free, wanted = shutil.disk_usage(existing).free, int(needed * (1 + margin))
-    if free < wanted:
-        raise OutputError(f"not enough disk space: about {_size(wanted)} needed, {_size(free)} free", existing,
-                          "Free some, or choose another directory")  # fmt: skip
-
-
-def same_disk(one: Path, other: Path) -> bool:
-    """Whether two directories that exist lie on one file system."""
-    return one.stat().st_dev == other.stat().st_dev
-
-
-def bytes_in(directory: Path) -> int:
-    """Bytes of the files in a directory (not below it); 0 where there is none."""
-    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file()) if directory.is_dir() else 0
-
-
 class FileLock:
-    """One process at a time in a run directory. The kernel drops the lock with the process, so a kill never leaves it
-    held; the file's text (pid, host, start) is for the message that the second process prints."""
+    """A lock file that lets one process at a time use a run directory.
+
+    The kernel releases the lock (``flock``) when the process ends, so a kill never leaves it held. The text of the file
+    (process id, host, start time) is for the message that a second process shows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = -1
-        self.stale_owner: str | None = None  # who left the file without removing it: takeover is worth a notice
+        self.stale_owner: str | None = None  # the process that ended without removing the file, for a notice
 
     @property
     def held(self) -> bool:
@@ -302,7 +276,7 @@ class FileLock:
         return self._descriptor >= 0
 
     def acquire(self) -> None:
-        """Take the lock; OutputError naming the owner's pid and host if another process holds it."""
+        """Take the lock. Raises OutputError naming the process and host that hold it, if any do."""
         while True:
             try:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -324,7 +298,7 @@ class FileLock:
             held = os.fstat(descriptor)
             if current is not None and (current.st_ino, current.st_dev) == (held.st_ino, held.st_dev):
                 break
-            os.close(descriptor)  # the owner removed the file between our open and our flock: what we hold is no lock
+            os.close(descriptor)  # the owner removed the file between our open and our flock: open the new one
         self._descriptor, self.stale_owner = descriptor, _owner(descriptor)
         text = json.dumps(
             {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -333,7 +307,7 @@ class FileLock:
         os.pwrite(descriptor, text.encode(), 0)
 
     def release(self) -> None:
-        """Remove the file and drop the lock; fine if it was never taken."""
+        """Remove the file and release the lock. Does nothing if the lock is not held."""
         if self._descriptor >= 0:
             _unlink_quietly(self.path)
             os.close(self._descriptor)
@@ -375,21 +349,21 @@ def _unlink_quietly(path: Path) -> None:
 
 
 def _stopped(step: str, path: Path, error: OSError, size: int) -> OutputError:
-    """The message of an OSError in the middle of a run: what was committed stays, so the same command resumes (exit
-    code 3)."""
+    """The error for a failure during a run, with exit code 3: committed blocks stay, so the same command resumes."""
     failure = _refused(step, path, error, size)
     failure.exit_code = 3
     return failure
 
 
 def _refused(step: str, path: Path, error: OSError, size: int = 0) -> OutputError:
+    """The error for an OSError at ``step``, with what the user can do about its errno."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         try:
-            free = _size(shutil.disk_usage(path.parent).free)
+            free = format_bytes(shutil.disk_usage(path.parent).free)
         except OSError:
             free = "an unknown amount"
-        return OutputError(f"cannot {step} the file: {reason}; it needs {_size(size)}, {free} is free", path,
+        return OutputError(f"cannot {step} the file: {reason}; it needs {format_bytes(size)}, {free} is free", path,
                            "Free some space and run the same command again: it resumes")  # fmt: skip
     if error.errno == errno.EXDEV:
         return OutputError(f"cannot {step}: {reason}", path, "No part of the output may lie on another file system")
@@ -400,7 +374,3 @@ def _refused(step: str, path: Path, error: OSError, size: int = 0) -> OutputErro
             "Give this user the right to write there, or choose another output directory",
         )
     return OutputError(f"cannot {step}: {reason}", path, "Check the disk, then run the same command again")
-
-
-def _size(count: int) -> str:
-    return f"{count} bytes ({count / 2**30:.2f} GiB)" if count >= 2**27 else f"{count} bytes"

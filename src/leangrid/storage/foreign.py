@@ -1,8 +1,7 @@
-"""What lies where a plain 16-bit checkpoint was expected, recognised by its first bytes and its tensors' names: so that
-a refusal names it.
+"""Recognises what is not an unquantized checkpoint, so that the error message can say what it is.
 
-Git LFS pointers, LoRA adapters, weights of other quantizers without the config that says so, and a config that says so
-of plain weights."""
+Git LFS pointers, LoRA adapters, and weights of other quantizers, by first bytes, file names and tensor names; also a
+config.json that claims that plain weights are quantized."""
 
 import json
 import re
@@ -11,16 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from leangrid.errors import CheckpointError
+from leangrid.storage.dtypes import CODES, FLOATS
 
 LFS_MARK = b"version https://git-lfs"  # the first line of a pointer (git-lfs, docs/spec.md)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # the ends of the names of files that torch.save writes
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", re.compile(r"adapter_model.*\.safetensors")
 QUANTIZATION_KEYS = ("quantization_config", "compression_config", "quantization")
 _WAY_OUT = "Give the original, unquantized checkpoint"
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-_MASKS = ("attn.bias", "attention.bias", "masked_bias", "position_ids", "token_type_ids")  # tables of old checkpoints
-_CODES = {"U8", "I8", "I16", "U16", "I32", "U32"}  # not int64: tables of positions
+# Ends of the names of buffers that old checkpoints store and today's modules compute.
+OLD_BUFFERS = (
+    "rotary_emb.inv_freq",
+    "rotary_emb.cos_cached",
+    "rotary_emb.sin_cached",
+    "attn.bias",
+    "attn.masked_bias",
+    "embeddings.position_ids",
+)
+# Ends of the names of integer tables: causal masks and positions, which are no codes.
+_INTEGER_TABLES = (*OLD_BUFFERS, "attention.bias", "masked_bias", "position_ids", "token_type_ids")
 
-# The ends of tensors' names that only one kind of quantized weights has -> what they are.
+# Ends of tensor names that only quantized weights have -> what the weights are.
 _FORMS = (
     (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ codes"),
     (re.compile(r"\.weight_packed$"), "compressed-tensors codes"),
@@ -47,7 +56,7 @@ _NOT_MERGED = (
     "MULTITASK_PROMPT_TUNING",
     "ADAPTION_PROMPT",
 )  # PEFT's own names
-# A model inside of another, or inside of what trained it: the names begin (or go on) with this.
+# Prefixes of tensor names of a model that was part of a larger one, or was saved by what trained it.
 _WRAPPERS = (
     "base_model.model.",
     "_orig_mod.",
@@ -63,19 +72,19 @@ _WRAPPERS = (
 
 
 def is_pointer(start: bytes | bytearray | memoryview) -> bool:
-    """Whether a file that begins so is what Git LFS leaves where a large file was not fetched."""
+    """Whether a file that begins with the bytes ``start`` is a Git LFS pointer, left in place of a large file."""
     return bytes(start[: len(LFS_MARK)]) == LFS_MARK
 
 
-def pointer(path: Path) -> CheckpointError:
-    """The refusal of a Git LFS pointer at ``path``."""
+def pointer_error(path: Path) -> CheckpointError:
+    """The error for a Git LFS pointer at ``path``."""
     return CheckpointError(
         f"'{path.name}' is a Git LFS pointer, not the file itself", path, "Fetch the files: git lfs pull"
     )
 
 
 def refuse_adapter(directory: Path) -> None:
-    """CheckpointError where ``directory`` holds a LoRA adapter (PEFT's layout) and no weights of a model."""
+    """Raise CheckpointError if ``directory`` holds an adapter such as LoRA (PEFT's layout) but no model weights."""
     if not directory.is_dir():
         return
     names = [path.name for path in directory.iterdir()]
@@ -94,7 +103,7 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def _peft_type(path: Path) -> str:
-    """What kind of adapter PEFT's config says it is; LORA where it says nothing."""
+    """The kind of adapter that PEFT's config names; LORA if it names none."""
     try:
         said = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -103,8 +112,8 @@ def _peft_type(path: Path) -> str:
     return kind[:40] if isinstance(kind, str) and kind.isprintable() and kind else "LORA"
 
 
-def adapter_notice(directory: Path) -> list[str]:
-    """A sentence where an adapter lies beside the weights: it is not applied."""
+def list_adapter_notices(directory: Path) -> list[str]:
+    """A sentence for the user if an adapter is beside the weights, because it is not applied; else an empty list."""
     names = [
         path.name
         for path in directory.iterdir()
@@ -117,10 +126,10 @@ def adapter_notice(directory: Path) -> list[str]:
     )
 
 
-def quantized_form(tensors: Mapping[str, Any]) -> tuple[str, str] | None:
-    """What quantized weights these are and the tensor that tells, by names and dtypes; None where all are plain.
+def find_quantized_form(tensors: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The kind of quantized weights in ``tensors`` and the name of a tensor that shows it; None if there are none.
 
-    ``tensors``: name -> anything with ``dtype`` (as safetensors names it) and ``shape``."""
+    Names and dtypes decide. ``tensors``: name -> anything with ``dtype`` (as safetensors names it) and ``shape``."""
     for name, info in tensors.items():
         if info.dtype.startswith(("F8_", "F4", "F6")):
             return f"fp8 weights ({info.dtype})", name
@@ -136,8 +145,7 @@ def quantized_form(tensors: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def refuse_quantized(config: Mapping[str, Any], tensors: Mapping[str, Any], directory: Path) -> None:
-    """CheckpointError for a config.json that says that the weights are quantized: where they are, and where they are
-    not."""
+    """Raise CheckpointError if config.json says that the weights are quantized; the message tells whether they are."""
     said = next(
         (
             (key, section[key])
@@ -160,18 +168,20 @@ def refuse_quantized(config: Mapping[str, Any], tensors: Mapping[str, Any], dire
         else "unnamed"
     )
     matrices = {info.dtype for name, info in tensors.items() if len(info.shape) > 1}
-    if quantized_form(tensors) or matrices - _FLOATS or not matrices:
+    if find_quantized_form(tensors) or matrices - set(FLOATS) or not matrices:
         raise CheckpointError(f"the checkpoint is already quantized ({key}: {method})", directory, _WAY_OUT)
-    what = f"config.json says that the weights are quantized ({key}: {method}), but they are plain {' and '.join(sorted(matrices))}"
+    plain = " and ".join(sorted(matrices))
+    what = f"config.json says that the weights are quantized ({key}: {method}), but they are plain {plain}"
     raise CheckpointError(
         what, directory / "config.json", f"If these are the original weights, remove {key} from config.json"
     )
 
 
 def refuse_disguised(tensors: Mapping[str, Any], directory: Path) -> None:
-    """CheckpointError for quantized weights whose config.json does not say so. Only for tensors that do not fit the
-    model: names alone prove nothing."""
-    form = quantized_form(tensors)
+    """Raise CheckpointError if the weights are quantized although config.json does not say so.
+
+    Call it only with tensors that do not fit the model, because names alone prove nothing."""
+    form = find_quantized_form(tensors)
     if form is not None:
         raise CheckpointError(
             f"the checkpoint is already quantized: it holds {form[0]}, such as '{form[1]}'", directory, _WAY_OUT
@@ -179,19 +189,22 @@ def refuse_disguised(tensors: Mapping[str, Any], directory: Path) -> None:
     codes = [
         name
         for name, info in tensors.items()
-        if len(info.shape) > 1 and info.dtype in _CODES and not name.endswith(_MASKS)
+        if len(info.shape) > 1 and info.dtype in CODES and not name.endswith(_INTEGER_TABLES)
     ]
     if codes:
-        what = f"matrices are stored as integers ({tensors[codes[0]].dtype}), such as '{codes[0]}': these are quantized weights"
+        dtype = tensors[codes[0]].dtype
+        what = f"matrices are stored as integers ({dtype}), such as '{codes[0]}': these are quantized weights"
         raise CheckpointError(what, directory, _WAY_OUT)
 
 
-def wrapped_names(names: Iterable[str]) -> str | None:
-    """Why these tensor names, which the model does not have, are not its own, in a few words with the way out; None
-    where unknown."""
+def explain_foreign_names(names: Iterable[str]) -> str | None:
+    """Explain tensor names that the model does not have: where they come from and what to do; None if unknown."""
     listed = list(names)
     if found := next((name for name in listed if _ADAPTER.search(name)), None):
-        return f"'{found}' belongs to an adapter such as LoRA, saved without merging it. Merge it first (PEFT: merge_and_unload)"
+        return (
+            f"'{found}' belongs to an adapter such as LoRA, saved without merging it. "
+            "Merge it first (PEFT: merge_and_unload)"
+        )
     for wrapper in _WRAPPERS:
         inside = [name for name in listed if name.startswith(wrapper)]
         if inside and len(inside) * 2 >= len(listed):
@@ -203,7 +216,10 @@ def wrapped_names(names: Iterable[str]) -> str | None:
         (name for name in listed if re.fullmatch(r"layers\.\d+\.(attention|feed_forward)\.w[a-z0-9]+\.weight", name)),
         None,
     ):
-        return f"'{found}' is a name of Meta's and Mistral's own format. Convert the checkpoint to Hugging Face's format first"
+        return (
+            f"'{found}' is a name of Meta's and Mistral's own format. "
+            "Convert the checkpoint to Hugging Face's format first"
+        )
     return None
 
 

@@ -1,8 +1,8 @@
-"""Experts in two tensors a block, [experts, 2 x intermediate, hidden] and [experts, hidden, intermediate], as
-transformers 5 has them.
+"""Splits the expert tensors of transformers 5 into one matrix for each linear of each expert.
 
-Row-major, each matrix of each expert lies in one piece: the header alone says where. Seen from here on under the names
-that checkpoints with one tensor a matrix have."""
+A block has two of them, [experts, 2 x intermediate, hidden] and [experts, hidden, intermediate]. They are row-major, so
+each matrix is one range of bytes, which follows from the header alone. The matrices get the names that checkpoints with
+one tensor for each matrix use."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,18 +10,18 @@ from dataclasses import replace
 from leangrid.errors import CheckpointError
 from leangrid.storage.safetensors import TensorInfo
 
-# Of the expert's linears: gate, up, down.
+# Names of an expert's linears in the order gate, up, down; and of the two tensors that hold them all.
 PLAIN = ("gate_proj", "up_proj", "down_proj")
 MIXTRAL = ("w1", "w3", "w2")
 FUSED = ("gate_up_proj", "down_proj")
-_MOST = 4096  # experts; a header of a few bytes must not become a list of millions
+_MAX_EXPERTS = 4096  # so that a header of a few bytes cannot become a list of millions
 
 
-def unfused(tensors: Mapping[str, TensorInfo], mixtral: bool = False) -> dict[str, TensorInfo]:
-    """``tensors`` with every fused one as its experts' matrices [rows, cols]; a tensor of another kind stays.
+def split_fused_experts(tensors: Mapping[str, TensorInfo], mixtral: bool = False) -> dict[str, TensorInfo]:
+    """``tensors`` with each fused tensor replaced by its experts' matrices [rows, cols]; other tensors stay.
 
-    With ``mixtral`` their mixture gets the name it has in Mixtral's checkpoints, ``block_sparse_moe``, and its router
-    with it. Raises CheckpointError where an expert's matrix is stored a second time."""
+    With ``mixtral`` the experts and their router get the names of Mixtral's checkpoints, ``block_sparse_moe``. Raises
+    CheckpointError if an expert's matrix is also stored as a tensor of its own."""
     gate, up, down = MIXTRAL if mixtral else PLAIN
     found: dict[str, TensorInfo] = {}
     mixtures = {name.rpartition(".experts.")[0] for name, info in tensors.items() if _parts(name, info)}
@@ -48,13 +48,13 @@ def unfused(tensors: Mapping[str, TensorInfo], mixtral: bool = False) -> dict[st
 
 
 def _parts(name: str, info: TensorInfo) -> int:
-    """How many matrices of an expert a tensor holds; 0 where it is no fused one."""
+    """How many matrices of each expert a tensor holds: 2, 1, or 0 for a tensor that is not fused."""
     owner, _, leaf = name.rpartition(".")
     if (
         not owner.endswith(".experts")
         or leaf not in FUSED
         or len(info.shape) != 3
-        or not 0 < info.shape[0] <= _MOST
+        or not 0 < info.shape[0] <= _MAX_EXPERTS
         or not info.nbytes
     ):
         return 0
@@ -63,11 +63,10 @@ def _parts(name: str, info: TensorInfo) -> int:
 
 
 def _pieces(owner: str, info: TensorInfo, leaves: tuple[str, ...]) -> dict[str, TensorInfo]:
+    """The matrices of one fused tensor by name, each as its range of bytes."""
     count, rows, cols = info.shape
-    size, names = (
-        info.nbytes // (count * len(leaves)),
-        [f"{owner}.{expert}.{leaf}.weight" for expert in range(count) for leaf in leaves],
-    )
+    size = info.nbytes // (count * len(leaves))
+    names = [f"{owner}.{expert}.{leaf}.weight" for expert in range(count) for leaf in leaves]
     one = replace(info, shape=(rows // len(leaves), cols))
     return {
         name: replace(one, start=info.start + i * size, end=info.start + (i + 1) * size) for i, name in enumerate(names)

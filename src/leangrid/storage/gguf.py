@@ -1,7 +1,7 @@
-"""The GGUF file, version 3, written as a stream: one tensor in memory at a time.
+"""Writes GGUF files, version 3, with one tensor in memory at a time.
 
-Format (ggml's docs/gguf.md): "GGUF", version, counts; key-value pairs; for each tensor its name, shape (innermost
-dimension first), type and offset; padding; the tensors, each padded to 32 bytes. Little-endian throughout."""
+Format (ggml, docs/gguf.md): "GGUF", version, counts; key-value pairs; for each tensor its name, shape (innermost
+dimension first), type and offset; padding; the data of the tensors, each padded to 32 bytes. All little-endian."""
 
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from leangrid.storage.safetensors import memoryview_of
 _MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
 _STRING, _ARRAY = 8, 9
 _MAX_NAME = 63  # ggml's GGML_MAX_NAME, less its final zero
-# Kind of a value -> its number in the file and how struct spells it.
+# Type of a header value -> its number in the file and its format character for ``struct``.
 SCALARS = {
     "uint8": (0, "B"),
     "int8": (1, "b"),
@@ -37,8 +37,8 @@ PLAIN_TYPES = {"F32": 0, "F16": 1, "BF16": 30}  # ggml's numbers of the types wi
 
 @dataclass(frozen=True)
 class Field:
-    """A value of the header: ``kind`` is string, bool, or a number such as uint32; a list or tuple is an array of that
-    kind."""
+    """A value of the header. ``kind`` is string, bool or a number type such as uint32; a list or tuple as ``value`` is
+    an array of that kind."""
 
     kind: str
     value: Any
@@ -46,8 +46,14 @@ class Field:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor to write: ``shape`` as torch counts it (rows, columns), ggml's type number, size, and a call that makes
-    its bytes."""
+    """A tensor to write.
+
+    Attributes:
+        shape: in torch's order (rows, columns); the file has the reverse.
+        number: ggml's number of the type.
+        nbytes: size of the data in bytes, without padding.
+        make: returns the data: a tensor whose bytes are written, or pieces of bytes.
+    """
 
     shape: tuple[int, ...]
     number: int
@@ -56,10 +62,14 @@ class TensorEntry:
 
 
 def save(path: Path, fields: Mapping[str, Field], tensors: Mapping[str, TensorEntry]) -> str:
-    """Write ``path`` whole or not at all; return the sha256 of its bytes.
+    """Write the GGUF file ``path`` completely or not at all, and return the sha256 of its bytes in hex.
 
-    Each tensor is made when its turn comes and let go before the next. Raises FormatError for names or values that the
-    format cannot hold and for a tensor that is not as large as announced; OutputError from the disk."""
+    Each tensor is made when it is written and freed before the next one.
+
+    Raises:
+        FormatError: a name or value that the format cannot hold, or a tensor that has not the announced size.
+        OutputError: the file cannot be written.
+    """
     head = _header(fields, tensors)
     total = len(head) + sum(_padded(entry.nbytes) for entry in tensors.values())
     return atomic_write(path, _stream(head, tensors), size=total)
@@ -113,4 +123,5 @@ def _string(text: str) -> bytes:
 
 
 def _padded(count: int) -> int:
+    """``count`` bytes rounded up to a multiple of the alignment."""
     return -(-count // _ALIGNMENT) * _ALIGNMENT

@@ -1,9 +1,8 @@
-"""The header of a GGUF file, read with distrust: nothing is allocated by a number in it that the file's own size does
-not bear out.
+"""Reads the header of a GGUF file (ggml, docs/gguf.md) without trusting it.
 
-gguf-py's reader maps the file, makes two arrays of each token (seconds and hundreds of MB for a large vocabulary), and
-walks on behind the file's end where a count is absurd; so the header is read here, and gguf-py knows the types and
-turns blocks into numbers."""
+Every number is checked against the size of the file before anything is allocated according to it. gguf-py's reader maps
+the file, makes two arrays for each token (seconds and hundreds of MB for a large vocabulary), and reads past the end of
+the file if a count is absurd; so only its table of types and its dequantization are used."""
 
 import math
 import os
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from leangrid.errors import CheckpointError
-from leangrid.storage.foreign import LFS_MARK, is_pointer, pointer
+from leangrid.storage.foreign import LFS_MARK, is_pointer, pointer_error
 from leangrid.storage.gguf import SCALARS, Field
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # version 1 counted in 32 bits; nothing has written it since 2023
 _MAX_FIELDS, _MAX_TENSORS, _MAX_DIMENSIONS, _MAX_KEY = 65_536, 1_000_000, 4, 65_535
-_MAX_VALUES = 16_000_000  # of all arrays together; the largest vocabularies have about a million tokens and merges
-_MAX_BYTES = 512 << 20  # of the whole header
+_MAX_VALUES = 16_000_000  # in all arrays together; the largest vocabularies have about a million tokens and merges
+_MAX_BYTES = 512 << 20  # size of the whole header
 _STRING, _ARRAY = 8, 9
 _KINDS = {number: (kind, struct.Struct(f"<{letter}")) for kind, (number, letter) in SCALARS.items()}
 _WAY_OUT = "Download the file again; a file that was cut into pieces is joined first (cat, or llama-gguf-split --merge)"
@@ -30,8 +29,9 @@ _WAY_OUT = "Download the file again; a file that was cut into pieces is joined f
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: bytes ``start`` to ``start + nbytes`` of ``file``, of ``shape`` as torch counts it, in
-    ggml's type ``kind``."""
+    """Where a tensor is stored: the bytes ``start`` to ``start + nbytes`` of ``file``.
+
+    ``shape`` is in torch's order (rows, columns); ``kind`` is the name of ggml's type, such as Q4_K."""
 
     file: Path
     shape: tuple[int, ...]
@@ -41,50 +41,49 @@ class StoredTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row (the last dimension)."""
+        """Size in bytes of one row (the last dimension)."""
         return self.nbytes // max(self.rows, 1)
 
     @property
     def rows(self) -> int:
-        """How many rows there are, all leading dimensions together."""
+        """Number of rows: the product of all dimensions but the last."""
         return math.prod(self.shape[:-1])
 
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the fields and the tensors by name, in file order."""
+    """A checked header: fields and tensors by name, in the order of the file."""
 
     file: Path
     fields: dict[str, Field]
     tensors: dict[str, StoredTensor]
 
     def value(self, key: str, default: Any = None) -> Any:
-        """The value of a field; ``default`` where the file says nothing."""
+        """The value of the field ``key``; ``default`` if the file does not have it."""
         field = self.fields.get(key)
         return default if field is None else field.value
 
 
 def begins_as_gguf(path: Path) -> bool:
-    """Whether ``path`` is a file that begins as GGUF files do, whatever its name; CheckpointError for a Git LFS
-    pointer."""
+    """Whether ``path`` is a GGUF file by its first bytes, whatever its name. CheckpointError for a Git LFS pointer."""
     if not path.is_file():
         return False
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_MARK))
     except OSError:
-        return False  # whoever reads it says why
+        return False  # the error appears when the file is read
     if is_pointer(start):
-        raise pointer(path)
+        raise pointer_error(path)
     return start.startswith(_MAGIC)
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of ``path``, in memory bounded by 512 MB of header and 16 million values.
+    """Read and check the header of the GGUF file ``path``; at most 512 MB of header and 16 million values.
 
     Raises:
-        CheckpointError: no such file, no GGUF file, a Git LFS pointer in its place, a version or byte order that is not
-            read here, or any way in which the file breaks the format, its end included.
+        CheckpointError: there is no such file, it is no GGUF file or a Git LFS pointer, its version or byte order is
+            not supported, or it breaks the format, also by ending too early.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block for ever
@@ -100,6 +99,8 @@ def read_header(path: Path) -> Header:
 
 
 class _Reader:
+    """Reads an open GGUF file of ``size`` bytes from its start; ``at`` is the offset of the next byte."""
+
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.file, self.size = path, file, size
         self.at, self.values = 0, 0
@@ -123,7 +124,7 @@ class _Reader:
     def _check_start(self) -> None:
         start = self.file.read(64)
         if is_pointer(start):
-            raise pointer(self.path)
+            raise pointer_error(self.path)
         if start[:4] != _MAGIC:
             raise CheckpointError(
                 "this is no GGUF file: it does not begin with 'GGUF'", self.path, "Check the download"
@@ -156,7 +157,7 @@ class _Reader:
         return Field(kind, list(struct.unpack(f"<{count}{letter}", self._bytes(count * _KINDS[inner][1].size, key))))
 
     def _strings(self, count: int, key: str) -> list[str]:
-        """Texts one after the other: a vocabulary has hundreds of thousands, so without a call for each."""
+        """Read ``count`` strings in one loop: a vocabulary has hundreds of thousands, too many for a call each."""
         read, at, end = self.file.read, self.at, min(self.size, _MAX_BYTES)
         found: list[str] = []
         try:
@@ -185,7 +186,7 @@ class _Reader:
         return _KINDS[number][1].unpack(self._bytes(_KINDS[number][1].size, key))[0]
 
     def _places(self, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
-        """Shape, type number and offset of each tensor."""
+        """Name -> shape in torch's order, type number and offset of each tensor."""
         places: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):
             name = self._string(_MAX_KEY, "a tensor's name")
@@ -226,7 +227,8 @@ class _Reader:
 
     @cached_property
     def _types(self) -> dict[int, tuple[str, int, int]]:
-        from gguf import GGML_QUANT_SIZES  # numpy and more: only who reads a GGUF file needs it
+        """ggml's types by number: name, values in a block, bytes of a block."""
+        from gguf import GGML_QUANT_SIZES  # imports numpy; only needed for GGUF files
 
         return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
 

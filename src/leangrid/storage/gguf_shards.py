@@ -1,5 +1,4 @@
-"""A GGUF model in one file or in several (llama-gguf-split): all parts, whichever of them was given, or a refusal that
-names one."""
+"""Finds and reads all parts of a GGUF model that llama-gguf-split split into several files."""
 
 import re
 from pathlib import Path
@@ -11,11 +10,11 @@ _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffi
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
 
 
-def parts(path: Path) -> list[Path]:
-    """All files of the model that ``path`` belongs to, in order; ``path`` alone where its name is not that of a part.
+def list_parts(path: Path) -> list[Path]:
+    """All files of the model to which ``path`` belongs, in order; only ``path`` if its name is not that of a part.
 
     Raises:
-        CheckpointError: a part is not there.
+        CheckpointError: a part is missing.
     """
     match = _PART.fullmatch(path.name)
     if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
@@ -37,13 +36,13 @@ def parts(path: Path) -> list[Path]:
 
 
 def read_model_header(path: Path) -> Header:
-    """The header of a whole model: the fields of its first part, the tensors of all.
+    """The header of the whole model to which ``path`` belongs: the fields of its first part, the tensors of all.
 
     Raises:
-        CheckpointError: a part is missing, damaged, or of another model.
+        CheckpointError: a part is missing, damaged, or belongs to another model.
     """
     given = read_header(path)
-    files = parts(path)
+    files = list_parts(path)
     count = given.value(_COUNT, 0)
     if len(files) == 1 or not count:
         if isinstance(count, int) and count > 1:

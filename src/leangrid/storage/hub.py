@@ -1,7 +1,7 @@
-"""From what the user typed to a place on disk: a directory, a .gguf file, or a hub id such as ``org/name@revision``.
+"""Finds the checkpoint that a name stands for: a directory, a .gguf file, or a hub id such as ``org/name@revision``.
 
-``stream:org/name`` is a hub id whose weights stay on the hub: ``locate_stream`` gives the small files' directory and
-the way to the rest."""
+``stream:org/name`` is a hub id whose weights are not downloaded: they are read over the network when they are needed
+(storage/remote.py)."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from pathlib import Path
 from leangrid.errors import CheckpointError
 from leangrid.storage.gguf_header import begins_as_gguf
 from leangrid.storage.remote import Remote
-from leangrid.storage.side_files import module_downloads
+from leangrid.storage.side_files import list_module_patterns
 from leangrid.storage.source import ALLOWED_DOWNLOADS
 
 STREAM = "stream:"
@@ -19,8 +19,10 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.
 
 
 def locate_source(text: str) -> Path:
-    """The checkpoint directory or .gguf file meant by ``text``; a hub id is downloaded (or found in the hub's cache,
-    also offline), only files that leangrid reads. Raises CheckpointError saying what was tried."""
+    """The checkpoint directory or .gguf file that ``text`` stands for.
+
+    Of a hub id, the files that leangrid reads are downloaded, or found in the hub's cache, also offline. Raises
+    CheckpointError, saying what was tried, if there is no such source."""
     if text.startswith(STREAM):
         raise CheckpointError(
             "only plan and quantize read a model as a stream",
@@ -47,8 +49,9 @@ def locate_source(text: str) -> Path:
 
 
 def locate_stream(text: str) -> tuple[Path, Remote | None]:
-    """As ``locate_source``, also for ``stream:org/name[@revision]``: the directory with everything but the weights, and
-    those."""
+    """As ``locate_source``, but ``stream:org/name[@revision]`` is allowed too.
+
+    Returns the directory or file and, for ``stream:``, the hub model that has the weights; None otherwise."""
     if not text.startswith(STREAM):
         return locate_source(text), None
     match = _HUB_ID.fullmatch(text.removeprefix(STREAM))
@@ -56,23 +59,25 @@ def locate_stream(text: str) -> tuple[Path, Remote | None]:
         raise CheckpointError(
             "what is streamed is a hub id", text, "It looks like stream:org/name or stream:org/name@revision"
         )
-    with _in_our_words(text.removeprefix(STREAM)):
-        remote = Remote.of(match["repo"], match["revision"])
+    with _translate_errors(text.removeprefix(STREAM)):
+        remote = Remote.list_files(match["repo"], match["revision"])
     small = tuple(pattern for pattern in ALLOWED_DOWNLOADS if not pattern.endswith(".safetensors"))
     return _download(match["repo"], remote.commit, small), remote
 
 
 def _download(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
+    """Download the files of a hub model that match, and its sentence-transformers modules; return their directory."""
     from huggingface_hub import snapshot_download  # heavy, and only hub ids need it
 
-    with _in_our_words(f"{repo}@{revision}" if revision else repo):
+    with _translate_errors(f"{repo}@{revision}" if revision else repo):
         directory = Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-        further = module_downloads(directory)
+        further = list_module_patterns(directory)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=further)) if further else directory
 
 
 @contextmanager
-def _in_our_words(name: str) -> Iterator[None]:
+def _translate_errors(name: str) -> Iterator[None]:
+    """Turn the errors of the hub's client into CheckpointErrors about ``name``."""
     from huggingface_hub import errors
 
     try:

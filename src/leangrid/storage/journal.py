@@ -1,19 +1,20 @@
-"""The journal of one run: what is finished survives a kill, and nothing else is believed.
+"""The journal of a run: what it has finished, in a directory from which the same command resumes after a kill.
 
 ::
 
-    OUT.partial/                    no model by its name, no config.json at its top
-      LOCK  identity.json           who works here; what the run is
-      named/windows.safetensors     one-off artefacts (+ .json)
-      blocks/0007.safetensors       packed tensors of block 7
-      blocks/0007.json              their sha256 and the block's records       <- written after: this is the commit
-      state/0008.safetensors        hidden states entering block 8 (+ .json); older ones go once a newer one is durable
+    OUT.partial/                    its name and its lack of a config.json show that this is no model
+      LOCK  identity.json           the process that uses it; source, recipe and settings of the run
+      named/windows.safetensors     tensors of the whole run, such as the calibration windows (+ .json)
+      blocks/0007.safetensors       the packed tensors of block 7
+      blocks/0007.json              their sha256 and the block's records; written second: this is the commit
+      state/0008.safetensors        the hidden states that enter block 8 (+ .json); replaced by those of later blocks
       source/                       the dequantized checkpoint of a .gguf source
-      publish/                      the result while it is being put together, then renamed to OUT
+      head/                         tensors outside of the blocks while the result is written
+      publish/                      the result while it is written; then renamed to OUT
 
-Where OUT is a mount point, all of it lies inside, as OUT/.partial (storage/mount.py).
+If OUT cannot be replaced, such as a mount point, this directory is OUT/.partial (storage/mount.py).
 
-A tensor file counts only if its .json is there and its bytes have the hash written in it.
+A tensor file counts only if its .json exists and its bytes have the sha256 in that .json.
 """
 
 import json
@@ -28,9 +29,10 @@ from torch import Tensor
 from leangrid.errors import CheckpointError, OutputError, ResumeError
 from leangrid.storage import files, safetensors
 from leangrid.storage.failpoints import failpoint
-from leangrid.storage.mount import INSIDE, MANIFEST, fixed, restore
+from leangrid.storage.manifest import MANIFEST, RUN_INSIDE
+from leangrid.storage.mount import cannot_be_replaced, restore_older_result
 
-FORMAT_VERSION = 3  # of this layout; part of the identity, so that a newer leangrid never misreads an older journal
+FORMAT_VERSION = 3  # of this layout; part of the identity, so that no version resumes a journal of another layout
 _ENTRIES = frozenset(
     {"LOCK", "identity.json", "sealed.json", "blocks", "state", "named", "head", "publish", "replaced", "source"}
 )
@@ -39,57 +41,70 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,40}")
 
 
 class Journal:
-    """The run directory ``OUT.partial``; a context manager whose end releases the lock and sweeps temporaries, however
-    it is left.
+    """The run directory ``OUT.partial``; a context manager that releases the lock at its end.
 
-    ``notices`` holds sentences for the user. ``state_dir`` puts the hidden states on another disk; ``states`` is their
-    directory."""
+    Args:
+        partial: the run directory.
+        state_dir: a directory on another disk for the hidden states; None: they are in the run directory.
+
+    Attributes:
+        states: the directory of the hidden states.
+        identity: what the run is, as ``start_or_resume`` got it.
+        is_fresh: whether this process started the run, so that nothing of an earlier process can be lost.
+        notices: sentences for the user.
+    """
 
     def __init__(self, partial: Path, state_dir: Path | None = None) -> None:
         self.partial = partial
         self.notices: list[str] = []
         self.identity: dict[str, Any] = {}
-        self.is_fresh = False  # True for a run that this process began: nothing of an earlier one can be lost
-        self.states = partial / "state" if state_dir is None else state_dir / f"{out_of(partial).name}.partial.state"
+        self.is_fresh = False
+        self.states = partial / "state" if state_dir is None else state_dir / f"{output_of(partial).name}.partial.state"
         self._lock = files.FileLock(partial / "LOCK")
         self._committed: int | None = None
 
     @classmethod
-    def beside(cls, out: Path, state_dir: Path | None = None) -> "Journal":
+    def for_output(cls, out: Path, state_dir: Path | None = None) -> "Journal":
         """The journal of the run whose result will be ``out``."""
         return cls(partial_of(out), state_dir)
 
-    def open(self, identity: Mapping[str, Any], restart: bool = False) -> "Journal":
-        """Take the lock and start or resume the run that ``identity`` (nested dicts of JSON values) describes.
+    def start_or_resume(self, identity: Mapping[str, Any], restart: bool = False) -> "Journal":
+        """Take the lock, and start or resume the run that ``identity`` describes; return this journal.
 
-        Raises OutputError if another process is at work or the directory is not a run's; ResumeError naming the first
-        field in which an unfinished run differs. ``restart`` discards the unfinished run instead."""
+        Args:
+            identity: nested dicts of JSON values. A run is resumed only with an equal identity.
+            restart: discard an unfinished run instead of resuming it.
+
+        Raises:
+            OutputError: another process uses the directory, or it is no run directory.
+            ResumeError: the unfinished run has another identity; names the first field that differs.
+        """
         self.identity = json.loads(json.dumps({"format_version": FORMAT_VERSION, **identity}))
         if self.partial.is_symlink() or (self.partial.exists() and not self.partial.is_dir()):
             raise OutputError("not a directory", self.partial, "Remove it, or choose another output directory")
         files.make_dir(self.partial)
-        self._refuse_strangers()
+        self._refuse_foreign_files()
         self._lock.acquire()
         try:
-            self._enter(restart)
+            self._start_locked(restart)
         except BaseException:
             self.close()
             raise
         return self
 
-    def _enter(self, restart: bool) -> None:
+    def _start_locked(self, restart: bool) -> None:
         if self._lock.stale_owner:
             self.notices.append(f"taking over an unfinished run of {self._lock.stale_owner}, which is gone")
-        self._sweep()
+        self._sweep_temporaries()
         path = self.partial / "identity.json"
         if restart:
             self._wipe()
         elif path.exists():
-            self._compare(path)
+            self._require_same_identity(path)
         elif any((self.partial / name).exists() for name in ("blocks", "state", "named")):
             raise ResumeError("an unfinished run without its identity.json", self.partial, _RESTART)
         if self.states.parent != self.partial:
-            files.make_dir(self.states)  # first, so that a place that cannot be written to leaves nothing behind
+            files.make_dir(self.states)  # first, so that a place that cannot be written to leaves no identity behind
         failpoint("journal.before_identity")
         if not path.exists():
             files.write_json(path, self.identity)
@@ -97,7 +112,7 @@ class Journal:
         for directory in (self.partial / "blocks", self.partial / "named", self.states):
             files.make_dir(directory)
 
-    def _compare(self, path: Path) -> None:
+    def _require_same_identity(self, path: Path) -> None:
         try:
             stored = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
@@ -112,11 +127,11 @@ class Journal:
             )
 
     def close(self) -> None:
-        """Sweep temporaries and release the lock; the journal stays for the next run. Fine to call twice."""
+        """Remove temporary files and release the lock. The journal stays, so the run can be resumed."""
         if self._lock.held:
-            self._sweep()
+            self._sweep_temporaries()
             self._lock.release()
-            files.remove_if_empty(self.partial)  # nothing was begun
+            files.remove_if_empty(self.partial)  # a run that was never started
 
     def __enter__(self) -> "Journal":
         return self
@@ -127,31 +142,38 @@ class Journal:
         self.close()
 
     # Blocks
-    # -------------------------------------------------------------------------------------------------------------------------
 
-    def commit_block(self, index: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Make block ``index`` (0 is the first; blocks come in order) durable. ``info`` is its records: JSON values."""
-        done = self.committed()
+    def commit_block(self, index: int, tensors: Mapping[str, Tensor], records: Mapping[str, Any]) -> None:
+        """Store block ``index`` durably; later blocks of an earlier attempt are removed.
+
+        Blocks are committed in order, the first is 0; ValueError for one whose predecessors are missing.
+
+        Args:
+            tensors: the packed tensors of the result, by name.
+            records: the block's records, as JSON values.
+        """
+        done = self.count_committed()
         if index > done:
             raise ValueError(f"block {index} cannot be committed before block {done}")
         self._drop_blocks(index)
-        self._put(self._block(index), tensors, {"info": dict(info)})
+        self._store(self._block(index), tensors, {"info": dict(records)})
         failpoint("journal.after_block")
         self._committed = index + 1
 
-    def committed(self) -> int:
-        """How many blocks from the first on are good. The first call hashes them all; a bad one is removed with all
-        after it."""
+    def count_committed(self) -> int:
+        """The number of committed blocks whose bytes are intact, counted from the first.
+
+        The first call hashes them all, and removes a damaged block and those after it."""
         if self._committed is None:
             count = 0
-            while self._sound(self._block(count)):
+            while self._is_intact(self._block(count)):
                 count += 1
             self._drop_blocks(count)
             self._committed = count
         return self._committed
 
     def read_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and records of a committed block; ResumeError if its bytes changed since."""
+        """The tensors and the records of a committed block. ResumeError if its bytes have changed."""
         path = self._block(index)
         try:
             entry = json.loads(path.with_suffix(".json").read_bytes())
@@ -161,58 +183,61 @@ class Journal:
                 f"block {index} of the journal is damaged: {error}", path, "Run the same command again: it is redone"
             ) from error
 
-    def block_info(self, index: int) -> dict[str, Any]:
-        """The records of a committed block alone."""
+    def read_block_records(self, index: int) -> dict[str, Any]:
+        """The records of a committed block, without its tensors."""
         return json.loads(self._block(index).with_suffix(".json").read_bytes())["info"]
 
-    def block_tensors(self, index: int) -> dict[str, safetensors.TensorInfo]:
-        """Where the tensors of a committed block lie, for copying without loading."""
-        return safetensors.read_header(self._block(index))
+    def locate_block_tensors(self, index: int) -> dict[str, safetensors.TensorInfo]:
+        """Where the tensors of a committed block are stored, so that they can be copied without loading them."""
+        return safetensors.read_tensor_infos(self._block(index))
 
-    # Hidden states and one-off artefacts
-    # --------------------------------------------------------------------------------------------
+    # Hidden states and tensors of the whole run
 
     def save_state(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Make the hidden states that enter block ``index`` durable, then remove older ones that no resume can need."""
-        self._put(self._state(index), tensors, {})
+        """Store the hidden states that enter block ``index`` durably; then remove those that no resume can need."""
+        self._store(self._state(index), tensors, {})
         failpoint("journal.after_state")
-        keep = min(index, self.committed())
+        oldest_needed = min(index, self.count_committed())
         for path in self.states.glob("[0-9]*.safetensors"):
-            if int(path.stem) < keep:
+            if int(path.stem) < oldest_needed:
                 self._remove(path)
 
-    def load_state(self, index: int, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor] | None:
-        """The hidden states that enter block ``index``, of each tensor what ``keep`` makes of it; None if they are
-        absent or damaged."""
-        return self._get(self._state(index), keep)
+    def load_state(
+        self, index: int, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> dict[str, Tensor] | None:
+        """The hidden states that enter block ``index``, each passed through ``convert`` as soon as it is read.
 
-    def resume_point(self) -> int:
-        """The block to go on with: the last one whose hidden states are good and all of whose predecessors are
-        committed, else 0. Later blocks are dropped, so that ``committed() == resume_point()`` afterwards."""
-        done = self.committed()
-        if done and not self._sound(self._state(done)):
+        None if they are missing or damaged."""
+        return self._load(self._state(index), convert)
+
+    def find_resume_point(self) -> int:
+        """Find the block with which a resumed run continues, and remove the blocks from it on.
+
+        It is the last block whose hidden states are intact and whose predecessors are all committed; 0 if there is
+        none. Afterwards ``count_committed()`` is the same number."""
+        done = self.count_committed()
+        if done and not self._is_intact(self._state(done)):
             point = done - 1
-            while point and not self._sound(self._state(point)):
+            while point and not self._is_intact(self._state(point)):
                 point -= 1
             self.notices.append(
                 f"the hidden states after block {done} are missing or damaged: going on from block {point + 1}"
             )
             self._drop_blocks(point)
             self._committed = point
-        return self.committed()
+        return self.count_committed()
 
-    def save_named(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep an artefact of the whole run, such as ``windows``."""
+    def save_artifact(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Store tensors that belong to the whole run, such as the calibration ``windows``, under a plain name."""
         if not _NAME.fullmatch(name):
             raise ValueError(f"not a plain name: {name!r}")
-        self._put(self.partial / "named" / f"{name}.safetensors", tensors, {})
+        self._store(self.partial / "named" / f"{name}.safetensors", tensors, {})
 
-    def load_named(self, name: str) -> dict[str, Tensor] | None:
-        """The artefact, or None if it is absent or damaged."""
-        return self._get(self.partial / "named" / f"{name}.safetensors")
+    def load_artifact(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors that were stored under ``name``; None if they are missing or damaged."""
+        return self._load(self.partial / "named" / f"{name}.safetensors")
 
-    # A tensor file and the .json that makes it count
-    # --------------------------------------------------------------------------------
+    # A tensor file and its .json
 
     def _block(self, index: int) -> Path:
         return self.partial / "blocks" / f"{index:04d}.safetensors"
@@ -220,34 +245,36 @@ class Journal:
     def _state(self, index: int) -> Path:
         return self.states / f"{index:04d}.safetensors"
 
-    def _put(self, path: Path, tensors: Mapping[str, Tensor], entry: dict[str, Any]) -> None:
-        files.remove(path.with_suffix(".json"))  # from here until the new one is written, the file does not count
+    def _store(self, path: Path, tensors: Mapping[str, Tensor], entry: dict[str, Any]) -> None:
+        files.remove(path.with_suffix(".json"))  # until the new one is written, the tensor file does not count
         sha256 = safetensors.save(path, tensors)
         failpoint("journal.before_commit")
         files.write_json(path.with_suffix(".json"), {"sha256": sha256, "bytes": path.stat().st_size, **entry})
 
-    def _get(self, path: Path, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor] | None:
+    def _load(
+        self, path: Path, convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> dict[str, Tensor] | None:
         if not path.with_suffix(".json").exists():
             return None
         try:
-            return safetensors.load(path, json.loads(path.with_suffix(".json").read_bytes())["sha256"], keep)
+            return safetensors.load(path, json.loads(path.with_suffix(".json").read_bytes())["sha256"], convert)
         except (OSError, ValueError, KeyError, TypeError, CheckpointError):
             self.notices.append(f"{path.name} in the journal's {path.parent.name} is damaged and is made again")
             return None
 
-    def _sound(self, path: Path) -> bool:
+    def _is_intact(self, path: Path) -> bool:
         if not path.with_suffix(".json").exists():
             return False
         try:
             entry = json.loads(path.with_suffix(".json").read_bytes())
-            sound = path.stat().st_size == entry["bytes"] and files.hash_file(path) == entry["sha256"]
+            intact = path.stat().st_size == entry["bytes"] and files.hash_file(path) == entry["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
-            sound = False
-        if not sound:
+            intact = False
+        if not intact:
             self.notices.append(
                 f"{path.parent.name}/{path.name} of the journal is damaged: it and what follows are made again"
             )
-        return sound
+        return intact
 
     def _remove(self, path: Path) -> None:
         files.remove(path.with_suffix(".json"))
@@ -258,19 +285,19 @@ class Journal:
             if int(path.stem) >= first:
                 files.remove(path)
 
-    # Beginning, ending
-    # ---------------------------------------------------------------------------------------------------------------
+    # The directory as a whole
 
-    def _refuse_strangers(self) -> None:
-        strangers = [p.name for p in self.partial.iterdir() if p.name not in _ENTRIES and not p.name.endswith(".tmp")]
-        if strangers:
+    def _refuse_foreign_files(self) -> None:
+        """Raise OutputError if the directory holds anything that no run makes."""
+        foreign = [p.name for p in self.partial.iterdir() if p.name not in _ENTRIES and not p.name.endswith(".tmp")]
+        if foreign:
             raise OutputError(
-                f"the directory holds files that no run of leangrid made: {', '.join(sorted(strangers)[:3])}",
+                f"the directory holds files that no run of leangrid made: {', '.join(sorted(foreign)[:3])}",
                 self.partial,
                 "Move them away, or choose another output directory",
             )
 
-    def _sweep(self) -> None:
+    def _sweep_temporaries(self) -> None:
         for directory in (
             self.partial,
             self.partial / "blocks",
@@ -281,53 +308,56 @@ class Journal:
             files.sweep_temporaries(directory)
 
     def _wipe(self) -> None:
-        """Remove everything but the lock; last what says whose it is, so that a kill leaves a directory that is still a
-        run's."""
-        out, replaced = out_of(self.partial), self.partial / "replaced"
+        """Remove everything but the lock.
+
+        identity.json goes last, so that a kill in between leaves a directory that is still recognised as a run's. An
+        older result that had been moved into ``replaced`` is restored first."""
+        out, replaced = output_of(self.partial), self.partial / "replaced"
         if replaced.exists() and self.partial.parent == out:
             if not (out / MANIFEST).exists():
-                restore(self.partial, out)
+                restore_older_result(self.partial, out)
         elif replaced.exists() and not out.exists():
-            files.move_dir(replaced, out)  # a kill came between moving the old result away and the new one in
+            files.rename_dir(replaced, out)  # killed after the older result was moved away, before the new one came
         for name in ("publish", "head", "blocks", "named", "replaced", "source"):
             files.remove_tree(self.partial / name)
         files.remove_tree(self.states)
-        files.sync_names(self.partial)  # a power cut must not bring the blocks back and leave out whose they are
+        files.sync_names(self.partial)  # a power cut must not leave blocks without the identity they belong to
         for name in ("identity.json", "sealed.json"):
             files.remove(self.partial / name)
         self._committed = None
 
-    def lock(self) -> None:
-        """Take the lock without opening the run; fine if it is held."""
+    def acquire_lock(self) -> None:
+        """Take the lock without starting the run. Does nothing if this journal holds it."""
         if not self._lock.held:
             self._lock.acquire()
 
     def discard(self) -> None:
-        """After publishing: remove the whole journal and release the lock. Takes the lock if ``open`` was not
-        called."""
-        self.lock()
-        self._sweep()
+        """Remove the whole journal and release the lock; takes the lock first if this journal does not hold it."""
+        self.acquire_lock()
+        self._sweep_temporaries()
         self._wipe()
         self._lock.release()
         files.remove_if_empty(self.partial)
 
 
 def partial_of(out: Path) -> Path:
-    """``OUT.partial``, beside OUT so that the final rename stays on one file system; ``OUT/.partial`` where no rename
-    can replace OUT. OutputError for a path without a name."""
+    """The run directory of the output ``out``: ``OUT.partial``, so that the final rename stays on one file system.
+
+    ``OUT/.partial`` if no rename can replace OUT. Raises OutputError for a path without a name, such as ``..``."""
     if out.name in ("", ".."):
         raise OutputError("not a name for an output directory", out, "Give a new directory, such as ./out")
-    return out / INSIDE if fixed(out) else out.with_name(f"{out.name}.partial")
+    return out / RUN_INSIDE if cannot_be_replaced(out) else out.with_name(f"{out.name}.partial")
 
 
-def out_of(partial: Path) -> Path:
-    """The inverse of ``partial_of``."""
-    return partial.parent if partial.name == INSIDE else partial.with_name(partial.name.removesuffix(".partial"))
+def output_of(partial: Path) -> Path:
+    """The output to which the run directory ``partial`` belongs: the inverse of ``partial_of``."""
+    return partial.parent if partial.name == RUN_INSIDE else partial.with_name(partial.name.removesuffix(".partial"))
 
 
 def first_difference(then: Any, now: Any, field: str = "") -> tuple[str, Any, Any] | None:
-    """The first dotted field, in sorted order, in which two JSON values differ, with both values; None if they are
-    equal."""
+    """The first field, in sorted order, in which two JSON values differ: its dotted name and both values.
+
+    None if they are equal. A field that one value lacks is "absent" there."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted({*then, *now}):
             inner = first_difference(

@@ -1,5 +1,6 @@
-"""Tensors in mapped files: what does not fit in memory waits on disk, and the system's page cache decides how much of
-it stays near."""
+"""Tensors in memory-mapped files, for hidden states that do not fit in memory.
+
+The system's page cache keeps as much of them in memory as it has room for."""
 
 import mmap
 from pathlib import Path
@@ -12,33 +13,31 @@ from leangrid.storage import files
 
 
 class MappedTensors:
-    """Keeps tensors in files of ``directory`` that have no name: nothing is left behind, however the process ends.
+    """Stores tensors in files without a name in ``directory``; nothing is left of them when the process ends.
 
-    A mapped page that is in memory is the system's to take back, but it counts as resident; so pages are let go after
-    each use."""
+    The system can take mapped pages back, but they count as resident memory of the process, so they are released
+    (MADV_DONTNEED) after each use."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._areas: WeakValueDictionary[int, mmap.mmap] = (
-            WeakValueDictionary()
-        )  # by address; a tensor holds on to its own
+        # By address. A tensor keeps its own mapping alive, so an entry goes with the last tensor that uses it.
+        self._areas: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """The same numbers in a file, as a CPU tensor; ``tensor`` itself if it lies in one already.
+    def store(self, tensor: Tensor) -> Tensor:
+        """Copy ``tensor`` to a file; return it as a CPU tensor of the same shape and dtype.
 
-        Raises OutputError (exit code 3) where the disk is full.
-        """
+        A tensor that is stored already is returned itself. Raises OutputError (exit code 3) if the disk is full."""
         if self._area(tensor) is not None:
             return tensor
-        area = files.scratch(self._directory, tensor.nbytes)
+        area = files.map_scratch_file(self._directory, tensor.nbytes)
         there = torch.frombuffer(area, dtype=tensor.dtype).view(tensor.shape)
         there.copy_(tensor)
         self._areas[there.untyped_storage().data_ptr()] = area
         area.madvise(mmap.MADV_DONTNEED)
         return there
 
-    def take(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """A copy of a kept tensor, or of a part of one, in the memory of ``device``."""
+    def load_copy(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """A copy, in the memory of ``device``, of a stored tensor or of a view of one."""
         copy, area = tensor.to(device, copy=True), self._area(tensor)
         if area is not None:
             area.madvise(mmap.MADV_DONTNEED)

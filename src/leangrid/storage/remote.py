@@ -1,7 +1,7 @@
-"""Weights of a hub model, read over the network while they are needed: one tensor at a time, nothing of them on disk.
+"""Reads the weights of a hub model over the network, one tensor at a time, without storing them on disk.
 
-Ranges of bytes are asked for at the commit that the run began with, so no file can change under it. Each tensor is
-fetched when a block is quantized, and again when the finished result is held against the original."""
+Ranges of bytes are requested at the commit with which the run began, so no file can change meanwhile. Each tensor is
+fetched when its block is quantized, and again when the finished result is compared with the original."""
 
 import time
 from collections.abc import Iterator
@@ -10,19 +10,21 @@ from typing import Any
 
 from leangrid.errors import CheckpointError, Interrupted, first_line
 
-_TRIES, _PAUSE = 5, 1.0  # of a range; seconds before the second, doubled before each further one
-_PIECE = 1 << 20
+_TRIES, _PAUSE = 5, 1.0  # attempts to read a range; seconds before the second, doubled before each further one
+_PIECE = 1 << 20  # bytes
 
 
 class Remote:
-    """The safetensors files of one commit of a hub model: ``sizes`` is name -> bytes."""
+    """The safetensors files of one commit of a hub model; ``sizes`` is file name -> size in bytes."""
 
     def __init__(self, repo: str, commit: str, sizes: dict[str, int]) -> None:
         self.repo, self.commit, self.sizes = repo, commit, sizes
 
     @classmethod
-    def of(cls, repo: str, revision: str | None) -> "Remote":
-        """What the hub lists; its own client's errors pass."""
+    def list_files(cls, repo: str, revision: str | None) -> "Remote":
+        """Ask the hub for the commit of ``revision`` (None: the default branch) and its safetensors files.
+
+        Errors of the hub's client pass through; CheckpointError if the hub does not tell commit or sizes."""
         from huggingface_hub import HfApi
 
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
@@ -35,12 +37,12 @@ class Remote:
             )
         return cls(repo, info.sha, {name: int(size or 0) for name, size in files.items()})
 
-    def open(self, name: str) -> "RemoteFile":
-        """One file, as if it were open here."""
+    def open_file(self, name: str) -> "RemoteFile":
+        """A file object that reads the file ``name``."""
         return RemoteFile(self, name)
 
-    def pieces(self, name: str, start: int, stop: int) -> Iterator[bytes]:
-        """Bytes ``start`` to ``stop`` of a file in one request; the client's errors pass."""
+    def stream_range(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes ``start`` to ``stop`` (exclusive) of a file, in one request. Errors of the client pass."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -54,35 +56,34 @@ class Remote:
 
 
 class RemoteFile:
-    """Reads like an open, unbuffered file. A connection that breaks is taken up where it broke; Interrupted once that
-    fails too often."""
+    """A file on the hub with the methods of an open, unbuffered file.
+
+    After a broken connection the rest is requested again; Interrupted (exit code 3) after five failures."""
 
     def __init__(self, remote: Remote, name: str) -> None:
         self._remote, self._name, self._at = remote, name, 0
 
     def seek(self, offset: int, /) -> int:
-        """Go to ``offset`` from the start."""
+        """Go to the byte ``offset``, counted from the start of the file; return it."""
         self._at = offset
         return offset
 
     def read(self, size: int, /) -> bytes:
-        """Up to ``size`` bytes; fewer only at the end."""
+        """Read ``size`` bytes; fewer only at the end of the file."""
         found = bytearray(size)
         return bytes(found[: self.readinto(found)])
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill ``buffer`` up to the file's end; returns how many bytes."""
+        """Fill ``buffer``, or what the file has left, and return the number of bytes."""
         view = memoryview(buffer).cast("B")
         wanted = max(0, min(len(view), self._remote.sizes[self._name] - self._at))
         filled, failures = 0, 0
         while filled < wanted:
             try:
-                for piece in self._remote.pieces(self._name, self._at, self._at + wanted - filled):
+                for piece in self._remote.stream_range(self._name, self._at, self._at + wanted - filled):
                     view[filled : filled + len(piece)] = piece
                     filled, self._at = filled + len(piece), self._at + len(piece)
-            except (
-                Exception
-            ) as error:  # what each version of the hub's client raises for a broken connection, nobody can list
+            except Exception as error:  # the exceptions of a broken connection differ between versions of the client
                 failures += 1
                 if failures == _TRIES:
                     raise self._lost(error) from error
@@ -90,7 +91,7 @@ class RemoteFile:
         return filled
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: there is no open connection between two reads."""
 
     def _lost(self, error: Exception) -> Interrupted:
         return Interrupted(
@@ -100,6 +101,6 @@ class RemoteFile:
         )
 
 
-def here(remote: Remote | None, path: Path) -> bool:
-    """Whether a file lies on this machine."""
+def is_local(remote: Remote | None, path: Path) -> bool:
+    """Whether the file ``path`` of a checkpoint is on this machine, not on the hub."""
     return remote is None or path.name not in remote.sizes

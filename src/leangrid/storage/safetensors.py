@@ -1,10 +1,11 @@
-"""The safetensors container, read with distrust and written as a stream.
+"""Reads and writes safetensors files.
 
 Format (https://github.com/huggingface/safetensors, README "Format"): 8 bytes little-endian length N of the header; N
 bytes of JSON ``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}`` padded with
-spaces; the tensors, row-major, without holes or overlaps, to the end of the file. Everything is checked before a byte
-of data is read, and data are read into memory of our own, never mapped: a file that shrinks under us gives an error,
-not a SIGBUS."""
+spaces; the tensors, row-major, without holes or overlaps, to the end of the file.
+
+The whole header is checked before any data are read. Data are copied into memory, never mapped: a file that becomes
+shorter meanwhile gives an error, not a SIGBUS."""
 
 import hashlib
 import json
@@ -21,25 +22,18 @@ import torch
 from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
+from leangrid.storage.dtypes import DTYPES, NAMES
 from leangrid.storage.files import CHUNK, atomic_write, read_chunks
-from leangrid.storage.foreign import LFS_MARK, is_pointer, pointer
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from leangrid.storage.foreign import LFS_MARK, is_pointer, pointer_error
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
-_MAX_ENTRIES = 4_000_000  # commas and brackets; about 500,000 tensors. Bounds the memory that parsing can take
+_MAX_ENTRIES = 4_000_000  # commas and brackets, as of about 500,000 tensors; bounds the memory of the JSON parser
 _WAY_OUT = "Download the file again, or convert the checkpoint with the library that wrote it"
 
 
 @runtime_checkable
 class Readable(Protocol):
-    """An open file that gives what there is, unbuffered: here, or at the other end of a network."""
+    """An open, unbuffered file, on this machine or on the hub; a call may return less than was requested."""
 
     def seek(self, offset: int, /) -> int: ...
     def read(self, size: int, /) -> bytes | None: ...
@@ -49,8 +43,9 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: bytes ``start`` to ``end`` of ``file``, of ``shape``, in ``dtype`` (as safetensors names
-    it)."""
+    """Where one tensor is stored: the bytes ``start`` to ``end`` (exclusive) of ``file``.
+
+    ``dtype`` is its name in safetensors, such as BF16."""
 
     file: Path
     dtype: str
@@ -60,19 +55,25 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """Size in bytes."""
         return self.end - self.start
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The same dtype, as torch names it."""
+        """The dtype as torch's."""
         return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: the tensors in file order, the free-text metadata, and the sha256 (hex) of the header's
-    bytes."""
+    """A checked header.
+
+    Attributes:
+        tensors: where each tensor is, in the order of the file.
+        metadata: the free text of ``__metadata__``.
+        sha256: of the header's JSON, in hex.
+        file_bytes: size of the file.
+    """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -80,19 +81,20 @@ class Header:
     file_bytes: int
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a file in file order. Raises CheckpointError naming the file for every way in which it breaks the
-    format."""
-    return open_header(path).tensors
+def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
+    """Where each tensor of the file ``path`` is, in the order of the file; ``read_header`` without the rest."""
+    return read_header(path).tensors
 
 
-def open_header(path: Path) -> Header:
-    """Read and check the header of ``path``, in memory bounded by 100 MB of JSON and 4 million entries."""
+def read_header(path: Path) -> Header:
+    """Read and check the header of the file ``path``; at most 100 MB of JSON with 4 million entries.
+
+    Raises CheckpointError, naming the file, if it cannot be read or breaks the format in any way."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would block for ever, a device would never end
             raise _broken(path, "is not a regular file")
         with path.open("rb", buffering=0) as file:
-            return checked_header(path, file, os.fstat(file.fileno()).st_size)
+            return parse_header(path, file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         what = "the file is a link to one that is not there" if path.is_symlink() else "the file does not exist"
         raise CheckpointError(what, path, _WAY_OUT) from None
@@ -102,14 +104,15 @@ def open_header(path: Path) -> Header:
         ) from error
 
 
-def checked_header(path: Path, file: Readable, size: int) -> Header:
-    """The header of an open file of ``size`` bytes that stands at its start; ``path`` is for messages and for what the
-    header describes."""
+def parse_header(path: Path, file: Readable, size: int) -> Header:
+    """Read and check the header of an open file of ``size`` bytes, from its start.
+
+    ``path`` is the name for messages and for the TensorInfos. Errors are those of ``read_header``."""
     prefix = file.read(8) or b""
     if len(prefix) < 8:
         raise _broken(path, f"is truncated: {size} bytes, a header needs at least 8")
     if prefix == LFS_MARK[:8]:
-        raise pointer(path)
+        raise pointer_error(path)
     (length,) = struct.unpack("<Q", prefix)
     if length > _MAX_HEADER:
         raise _broken(path, f"announces a header of {length} bytes; the format allows {_MAX_HEADER}")
@@ -124,7 +127,7 @@ def checked_header(path: Path, file: Readable, size: int) -> Header:
         filled += count
     if sum(raw.count(mark) for mark in (b"{", b"[", b",")) > _MAX_ENTRIES:
         raise _broken(path, f"has a header of more than {_MAX_ENTRIES} entries")
-    entries = strict_json(raw, path)
+    entries = parse_strict_json(raw, path)
     if not isinstance(entries, dict):
         raise _broken(path, "has a header that is not a JSON object")
     metadata = entries.pop("__metadata__", {})
@@ -148,7 +151,7 @@ def checked_header(path: Path, file: Readable, size: int) -> Header:
 
 
 def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
-    """One header entry, checked; offsets made absolute."""
+    """Check one entry of the header; ``base`` is the offset in the file from which its offsets count."""
     if not name.isprintable():  # also refuses lone surrogates, which no file could be written with
         raise _broken(path, f"has a tensor with an unprintable name: {name[:200]!r}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -172,9 +175,10 @@ def _naturals(value: Any) -> bool:
     )
 
 
-def strict_json(raw: bytes | bytearray, path: Path, *, allow_infinity: bool = False) -> Any:
-    """Parse JSON, refusing (CheckpointError) what parsers disagree on: duplicate keys, NaN, absurd nesting, invalid
-    UTF-8."""
+def parse_strict_json(raw: bytes | bytearray, path: Path, *, allow_infinity: bool = False) -> Any:
+    """Parse JSON; CheckpointError for what parsers disagree on: duplicate keys, NaN, deep nesting, invalid UTF-8.
+
+    ``path`` is for messages; ``allow_infinity`` accepts Infinity and -Infinity, which some config.json have."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
@@ -190,7 +194,7 @@ def strict_json(raw: bytes | bytearray, path: Path, *, allow_infinity: bool = Fa
         raise _broken(path, f"contains {text}, which is not JSON")
 
     if is_pointer(raw):
-        raise pointer(path)
+        raise pointer_error(path)
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
@@ -204,13 +208,14 @@ def _broken(path: Path, problem: str) -> CheckpointError:
 
 
 def read_tensor(file: Readable, info: TensorInfo) -> Tensor:
-    """Copy one tensor out of an open, unbuffered file, in its own dtype; EOFError if the file ends first."""
+    """Copy one tensor from an open file into CPU memory, in its own dtype. EOFError if the file ends too early."""
     tensor = torch.empty(info.shape, dtype=info.torch_dtype)
     _fill(file, info, tensor)
     return tensor
 
 
 def _fill(file: Readable, info: TensorInfo, tensor: Tensor) -> memoryview:
+    """Read the bytes of ``info`` into ``tensor`` and return them as flat memory."""
     file.seek(info.start)
     view, filled = memoryview_of(tensor), 0
     while filled < len(view):
@@ -222,14 +227,21 @@ def _fill(file: Readable, info: TensorInfo, tensor: Tensor) -> memoryview:
 
 
 def memoryview_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, shared, as flat memory."""
+    """The bytes of a contiguous CPU tensor as flat memory, shared with it."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def load(path: Path, sha256: str | None = None, keep: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
-    """All tensors of a file, in file order, in one pass; of each what ``keep`` makes of it. With ``sha256`` the file's
-    bytes are hashed on the way and CheckpointError is raised when they differ."""
-    header = open_header(path)
+def load(path: Path, sha256: str | None = None, convert: Callable[[Tensor], Tensor] = lambda x: x) -> dict[str, Tensor]:
+    """Read all tensors of a file in one pass, in the order of the file, into CPU memory.
+
+    Args:
+        sha256: the expected hash of the file's bytes in hex; None: it is not checked.
+        convert: is applied to each tensor as soon as it is read; its result is returned in the tensor's place.
+
+    Raises:
+        CheckpointError: the file cannot be read, breaks the format, or has another hash.
+    """
+    header = read_header(path)
     digest, tensors = hashlib.sha256(), {}
     try:
         with path.open("rb", buffering=0) as file:
@@ -242,7 +254,7 @@ def load(path: Path, sha256: str | None = None, keep: Callable[[Tensor], Tensor]
                 if sha256 is not None:
                     for start in range(0, len(view), CHUNK):
                         digest.update(view[start : start + CHUNK])
-                tensors[name] = keep(tensor)
+                tensors[name] = convert(tensor)
     except (OSError, EOFError) as error:
         raise CheckpointError(f"cannot read: {error}", path, "Check the disk") from error
     if sha256 is not None and digest.hexdigest() != sha256:
@@ -254,11 +266,12 @@ Source = Tensor | TensorInfo
 
 
 def save(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str] | None = None) -> str:
-    """Write ``tensors`` as one file through ``files.atomic_write``; return its sha256.
+    """Write ``tensors`` to the file ``path``, completely or not at all, and return its sha256 in hex.
 
-    A TensorInfo stands for a tensor that lies in another file: its bytes are copied from there in chunks. Nothing is
-    held in memory but one chunk, and one contiguous CPU copy of a tensor that is neither. Order: by descending element
-    size, then name (every tensor is aligned to its element), so that equal tensors give equal bytes."""
+    The bytes of a TensorInfo are copied from its file in chunks; a Tensor that is not contiguous or not on the CPU is
+    copied there, one at a time. The order is by descending element size, then by name, so that each tensor is aligned
+    to its elements and equal tensors give equal bytes. Raises FormatError for a dtype that safetensors does not have,
+    and OutputError if the file cannot be written."""
     order = sorted(tensors, key=lambda name: (-_dtype_of(name, tensors[name]).itemsize, name))
     header = _header({name: tensors[name] for name in order}, metadata or {})
     total = len(header) + sum(_nbytes(tensors[name]) for name in order)
@@ -267,7 +280,7 @@ def save(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str] 
 
 def _dtype_of(name: str, source: Source) -> torch.dtype:
     dtype = source.torch_dtype if isinstance(source, TensorInfo) else source.dtype
-    if dtype not in _NAMES:
+    if dtype not in NAMES:
         raise FormatError(f"safetensors cannot hold {dtype}", f"tensor '{name}'")
     return dtype
 
@@ -284,7 +297,7 @@ def _header(tensors: Mapping[str, Source], metadata: Mapping[str, str]) -> bytes
             raise FormatError("no tensor may be called __metadata__ in safetensors")
         end = at + _nbytes(source)
         entries[name] = {
-            "dtype": _NAMES[_dtype_of(name, source)],
+            "dtype": NAMES[_dtype_of(name, source)],
             "shape": list(source.shape),
             "data_offsets": [at, end],
         }

@@ -1,8 +1,7 @@
-"""What lies beside the weights and a loader of the checkpoint reads: tokenizer, chat templates, processors, modules;
-and the licence.
+"""Finds the files beside the weights that a result copies: tokenizer, templates, processors, modules, licence.
 
-A result holds all of it, as plain files, or the run is refused before it begins. Code and pickles are neither read nor
-copied."""
+A result has everything that a loader of the checkpoint reads, as plain files, or the run is refused before it begins.
+Code and pickles are neither read nor copied."""
 
 import os
 import re
@@ -12,15 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from leangrid.errors import CheckpointError
-from leangrid.storage.foreign import is_pointer, pointer
-from leangrid.storage.safetensors import strict_json
+from leangrid.storage.foreign import PICKLES, is_pointer, pointer_error
+from leangrid.storage.safetensors import parse_strict_json
 
 MODULES = "modules.json"
-DEEPEST = 6  # parts of a side file's name
+MAX_PARTS = 6  # the most parts that the relative name of a side file may have
 
-# Read by transformers, by engines or by sentence-transformers: vocabularies of every tokenizer class, templates,
-# processors.
-LOADED = (
+# Files that transformers, an engine or sentence-transformers reads: tokenizers of every class, templates, processors.
+LOADED_FILES = (
     "tokenizer.json",
     "tokenizer.*.json",
     "tokenizer_config.json",
@@ -57,11 +55,12 @@ LOADED = (
     "config_sentence_transformers.json",
     "1_Pooling/config.json",
 )
-TERMS = tuple(
+LICENCES = tuple(
     f"{name}{end}" for name in ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY") for end in ("", ".txt", ".md")
 )
-_MODULE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # of a module's folder, for a download
-_CODE, _PICKLES = (".py", ".pyc"), (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_MODULE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")  # in a module's directory; what a download fetches
+_CODE = (".py", ".pyc")
+# sentence-transformers: modules that have weights, that have a config.json, and that never have weights.
 _WEIGHTED = (
     "Dense",
     "LSTM",
@@ -83,40 +82,44 @@ _CONFIGURED = (
     "SpladePooling",
 )
 _WEIGHTLESS = ("Pooling", "Normalize", "Dropout", "BoW", "WordWeights")
-_MOST_BYTES = 512 << 20  # of a side file; the weights of a module may be larger
+_MOST_BYTES = 512 << 20  # largest side file; the weights of a module may be larger
 _LFS_BYTES = 1024
 _HASH = re.compile(r"[0-9a-f]{30,}")
 _HUB = re.compile(r"(models|datasets|spaces)--")
 _DOWNLOAD = "Finish the download, or copy the file into the checkpoint"
 
 
-def side_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
-    """What belongs into a result beside config and weights: relative name -> real path; and sentences for the user.
+def find_side_files(directory: Path) -> tuple[dict[str, Path], list[str]]:
+    """The files that a result copies besides config and weights (relative name -> real path), and sentences for the
+    user.
 
-    Links are followed to files that are the checkpoint's own: inside it, in a cache that names files by their hash, of
-    the same name, or JSON objects. Raises CheckpointError naming the file for everything that a loader reads and a
-    result could not hold: a link that is broken or leads elsewhere, a Git LFS pointer, what cannot be read, a module of
-    modules.json that is missing or pickled."""
+    A link is followed if its target belongs to the checkpoint: it is inside, in a cache that names files by their hash,
+    has the same name, or is a JSON object.
+
+    Raises:
+        CheckpointError: names a file that a loader reads and a result could not have: a link that is broken or leads
+            elsewhere, a Git LFS pointer, a file that cannot be read, a module of modules.json that is missing or has
+            pickled weights only.
+    """
     found, notices = {}, []
-    for name in _present(directory, LOADED):
+    for name in _present(directory, LOADED_FILES):
         found[name] = _file(directory, name)
-    for name in _present(directory, TERMS):
+    for name in _present(directory, LICENCES):
         try:
             found[name] = _file(directory, name)
         except CheckpointError as error:
             notices.append(f"{error.what}: not copied")
     if "generation_config.json" in found:
         _refuse_no_object(found["generation_config.json"], directory / "generation_config.json")
-    for module, kind in modules(directory).items():
+    for module, kind in read_modules(directory).items():
         _add_module(directory, module, kind, found, notices)
     return dict(sorted(found.items())), notices
 
 
 def _refuse_no_object(real: Path, path: Path) -> None:
-    """CheckpointError for JSON that is no object, on which transformers stumbles; what is no JSON at all it leaves
-    unread."""
+    """Raise CheckpointError for JSON that is no object, on which transformers fails. It ignores what is no JSON."""
     try:
-        value = strict_json(real.read_bytes(), path)
+        value = parse_strict_json(real.read_bytes(), path)
     except CheckpointError:
         return
     if not isinstance(value, dict):
@@ -126,17 +129,17 @@ def _refuse_no_object(real: Path, path: Path) -> None:
 
 
 def refuse_pointers(directory: Path) -> None:
-    """CheckpointError for the first file that a loader reads and in whose place Git LFS left a pointer."""
-    for name in _present(directory, LOADED):
+    """Raise CheckpointError if a file that a loader reads is a Git LFS pointer."""
+    for name in _present(directory, LOADED_FILES):
         path = directory / name
         if path.is_file():
             with path.open("rb") as file:
                 if is_pointer(file.read(_LFS_BYTES)):
-                    raise pointer(path)
+                    raise pointer_error(path)
 
 
 def _present(directory: Path, patterns: Iterable[str]) -> list[str]:
-    """The names in ``directory``, and one folder down, that match; broken links are among them."""
+    """The relative names in ``directory`` that match one of the patterns, in order; broken links are among them."""
     names: set[str] = set()
     for pattern in patterns:
         folder, _, last = pattern.rpartition("/")
@@ -151,7 +154,9 @@ def _present(directory: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def _file(directory: Path, name: str, most: int | None = None) -> Path:
-    """The real path of a side file, or CheckpointError with what keeps it from being copied."""
+    """The real path of the side file ``name``; CheckpointError with the reason if it cannot be copied.
+
+    ``most`` is the largest size in bytes; None: ``_MOST_BYTES``."""
     path, limit = directory / name, _MOST_BYTES if most is None else most
     real = Path(os.path.realpath(path))
     if not real.exists():
@@ -173,16 +178,15 @@ def _file(directory: Path, name: str, most: int | None = None) -> Path:
             f"'{name}' cannot be read: {error.strerror or error}", path, "Check the file's permissions"
         ) from error
     if is_pointer(start):
-        raise pointer(path)
+        raise pointer_error(path)
     return real
 
 
 def _own(directory: Path, path: Path, real: Path) -> bool:
-    """Whether what a link leads to is a part of the checkpoint, and no file of somebody else that shall be carried
-    away."""
+    """Whether the target of a link belongs to the checkpoint, rather than being somebody else's file."""
     folder = path.parent.resolve()
     if not folder.is_relative_to(directory.resolve()) and folder.name != path.parent.name:
-        return False  # the folder itself is a link
+        return False  # the directory itself is a link
     if real.is_relative_to(directory.resolve()) or (real.name == path.name and path.name != "config.json"):
         return True
     if _HASH.search(real.name) or (real.parent.name == "blobs" and _HUB.match(real.parent.parent.name)):
@@ -190,7 +194,7 @@ def _own(directory: Path, path: Path, real: Path) -> bool:
     if path.suffix != ".json" or any(part.startswith(".") for part in real.parts) or real.stat().st_size > _MOST_BYTES:
         return False  # credentials are JSON too, in hidden folders
     try:
-        return isinstance(strict_json(real.read_bytes(), real), dict)
+        return isinstance(parse_strict_json(real.read_bytes(), real), dict)
     except (OSError, CheckpointError):
         return False
 
@@ -199,17 +203,16 @@ def _own(directory: Path, path: Path, real: Path) -> bool:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def modules(directory: Path) -> dict[str, str]:
-    """Folder -> type of every module of modules.json that has a folder of its own, in order; empty where there is no
-    such file.
+def read_modules(directory: Path) -> dict[str, str]:
+    """The modules of modules.json that have a directory of their own, in order: directory -> type.
 
-    Raises CheckpointError where the file is no list of modules, or sends the reader out of the checkpoint.
-    """
+    Empty if there is no such file. Raises CheckpointError if it is no list of modules, or names a directory outside of
+    the checkpoint."""
     path = directory / MODULES
     if not path.is_file():
         return {}
     try:
-        listed = strict_json(path.read_bytes(), path)
+        listed = parse_strict_json(path.read_bytes(), path)
     except OSError as error:
         raise CheckpointError(
             f"'{MODULES}' cannot be read: {error.strerror or error}", path, "Check the file's permissions"
@@ -223,7 +226,7 @@ def modules(directory: Path) -> dict[str, str]:
     for entry in listed:
         folder = PurePosixPath(entry["path"])
         sound = all(part.isprintable() and not part.startswith(".") and "\\" not in part for part in folder.parts)
-        if folder.is_absolute() or not sound or len(folder.parts) >= DEEPEST:
+        if folder.is_absolute() or not sound or len(folder.parts) >= MAX_PARTS:
             raise CheckpointError(
                 f"'{MODULES}' sends a module to '{str(folder)[:100]}', no folder of the checkpoint", path, way_out
             )
@@ -232,11 +235,12 @@ def modules(directory: Path) -> dict[str, str]:
     return found
 
 
-def missing_modules(directory: Path, names: Iterable[str]) -> list[str]:
-    """Folders that the modules.json of a finished directory names and of which none of the files ``names`` is; never
-    raises."""
+def list_missing_modules(directory: Path, names: Iterable[str]) -> list[str]:
+    """One sentence for each module directory of a finished result's modules.json that has none of the files ``names``.
+
+    Raises nothing: a damaged modules.json is a sentence too."""
     try:
-        named = modules(directory)
+        named = read_modules(directory)
     except CheckpointError as error:
         return [f"{MODULES}: {error.what}"]
     held = list(names)
@@ -248,16 +252,18 @@ def missing_modules(directory: Path, names: Iterable[str]) -> list[str]:
     return [f"{folder}: named in {MODULES}, but not there" for folder in lost]
 
 
-def module_downloads(directory: Path) -> list[str]:
-    """Patterns of what a download brings for the modules that a downloaded modules.json names."""
-    return [f"{folder}/{pattern}" for folder in modules(directory) for pattern in _MODULE_FILES]
+def list_module_patterns(directory: Path) -> list[str]:
+    """Patterns of the files to download for the modules that a downloaded modules.json names."""
+    return [f"{folder}/{pattern}" for folder in read_modules(directory) for pattern in _MODULE_FILES]
 
 
 def _kind(name: str) -> str:
+    """The class of a module's type: ``Pooling`` of ``sentence_transformers.models.Pooling``."""
     return name.rpartition(".")[2]
 
 
 def _add_module(directory: Path, module: str, kind: str, found: dict[str, Path], notices: list[str]) -> None:
+    """Add the files of one module to ``found``, and sentences about those that are not copied to ``notices``."""
     folder = directory / module
     if not folder.is_dir():
         if _kind(kind) == "Normalize":
@@ -276,14 +282,15 @@ def _add_module(directory: Path, module: str, kind: str, found: dict[str, Path],
         raise CheckpointError(f"the module '{module}' has no config.json", folder, _DOWNLOAD)
     names = list(_below(folder, module))
     _refuse_pickled(directory, module, kind, names)
-    skipped = [name for name in names if PurePosixPath(name).suffix in (*_CODE, *_PICKLES)]
+    skipped = [name for name in names if PurePosixPath(name).suffix in (*_CODE, *PICKLES)]
     if skipped:
         notices.append(
             f"code and pickles of the module '{module}' are neither read nor copied: {', '.join(skipped[:3])}"
         )
     if kind and not kind.startswith("sentence_transformers."):
         notices.append(
-            f"the module '{module}' is of the type {kind[:100]}, which is not of sentence-transformers: its code is not copied"
+            f"the module '{module}' is of the type {kind[:100]}, which is not of sentence-transformers: "
+            "its code is not copied"
         )
     for name in names:
         if name not in skipped:
@@ -291,12 +298,12 @@ def _add_module(directory: Path, module: str, kind: str, found: dict[str, Path],
 
 
 def _below(folder: Path, name: str) -> Iterator[str]:
-    """Relative names of all files in a module's folder and below; hidden ones are nobody's."""
+    """Yield the relative names of all files in a module's directory and below, without hidden ones."""
     for path in sorted(folder.iterdir()):
         below = f"{name}/{path.name}"
         if path.name.startswith(".") or path.name == "__pycache__":
             continue
-        if len(PurePosixPath(below).parts) > DEEPEST or not path.name.isprintable() or "\\" in path.name:
+        if len(PurePosixPath(below).parts) > MAX_PARTS or not path.name.isprintable() or "\\" in path.name:
             raise CheckpointError(
                 f"a result cannot hold a file called {below[:200]!r}", folder, "Rename it, or remove it"
             )
@@ -309,11 +316,11 @@ def _below(folder: Path, name: str) -> Iterator[str]:
 
 
 def _refuse_pickled(directory: Path, module: str, kind: str, names: list[str]) -> None:
-    """CheckpointError where a module has no weights but pickled ones, which are never read."""
+    """Raise CheckpointError if a module has pickled weights only, which are never read, or lacks the weights it has."""
     folders = {str(PurePosixPath(name).parent) for name in names} | {module}
     for folder in sorted(folders):
         here = [PurePosixPath(name) for name in names if str(PurePosixPath(name).parent) == folder]
-        pickles = [path.name for path in here if path.suffix in _PICKLES]
+        pickles = [path.name for path in here if path.suffix in PICKLES]
         stored = any(path.suffix == ".safetensors" for path in here)
         wanted = folder == module and _kind(kind) in _WEIGHTED
         if not stored and (wanted or (pickles and _kind(kind) not in _WEIGHTLESS)):
@@ -327,9 +334,10 @@ def _refuse_pickled(directory: Path, module: str, kind: str, names: list[str]) -
             )
 
 
-def without_code(value: Any) -> Any:
-    """A JSON value less every ``auto_map``, at any depth: the code it names is not copied, so nobody shall be asked to
-    trust it."""
+def remove_auto_map(value: Any) -> Any:
+    """A copy of a JSON value without any ``auto_map``, at any depth.
+
+    The Python code that it names is not copied, so no user should be asked to trust it."""
     if isinstance(value, Mapping):
-        return {key: without_code(item) for key, item in value.items() if key != "auto_map"}
-    return [without_code(item) for item in value] if isinstance(value, list) else value
+        return {key: remove_auto_map(item) for key, item in value.items() if key != "auto_map"}
+    return [remove_auto_map(item) for item in value] if isinstance(value, list) else value

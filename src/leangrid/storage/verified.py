@@ -1,20 +1,21 @@
-"""What the public ``leangrid.verify`` answers: true where a result is as it was written, and what differs where it is
-not."""
+"""``leangrid.verify``: whether the files of a result are as they were written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leangrid.storage import writer
+from leangrid.storage.manifest import list_differences
 
 
 @dataclass(frozen=True, eq=False)
 class Verified:
-    """The answer of ``verify``: its truth is "every file is as its manifest says"; its items are what differs.
+    """What ``verify`` found. It is true where every file is as the manifest says; iterating over it gives the
+    differences, ``len`` how many there are, and ``str`` all of them, one a line.
 
     Attributes:
-        directory: what was looked at. differences: one sentence each; empty for a sound result.
+        directory: the result that was verified.
+        differences: one sentence for each; empty where nothing differs.
     """
 
     directory: Path
@@ -30,7 +31,7 @@ class Verified:
         return len(self.differences)
 
     def __eq__(self, other: Any) -> bool:
-        """Answers are equal that name the same differences; a list or tuple of them is equal too."""
+        """Whether both name the same differences; a list or tuple of the sentences can be equal too."""
         return self.differences == tuple(other) if isinstance(other, Verified | list | tuple) else NotImplemented
 
     def __hash__(self) -> int:
@@ -41,8 +42,24 @@ class Verified:
 
 
 def verify(directory: str | Path) -> Verified:
-    """Hold every file of the result ``directory`` against its manifest; true where nothing differs.
+    """Compare every file of a result with the sizes and hashes in its manifest.
 
-    Missing, changed, truncated, appended and additional files, links, folders that its own modules.json names, and any
-    change of the manifest itself are found. Raises VerifyError if there is no such directory."""
-    return Verified(Path(directory), tuple(writer.verify(Path(directory))))
+    Missing, changed, truncated, lengthened and additional files and links are found, in folders that modules.json names
+    too, and any change of the manifest itself.
+
+    Args:
+        directory: a result of ``quantize`` or ``export``.
+
+    Returns:
+        What differs; it is true where nothing does.
+
+    Raises:
+        VerifyError: there is no such directory.
+
+    Example:
+        >>> assert leangrid.verify("out")
+        >>> Path("out/tokenizer.json").unlink()
+        >>> list(leangrid.verify("out"))
+        ['tokenizer.json: missing']
+    """
+    return Verified(Path(directory), tuple(list_differences(Path(directory))))

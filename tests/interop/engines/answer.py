@@ -17,8 +17,16 @@ def job() -> dict[str, Any]:
     return read
 
 
-def finish(read: dict[str, Any], tokens: list[int], logits: torch.Tensor | None, engine: str, dtype: str, *packages: str,
-           rounds: bool | None = None, note: str | None = None) -> None:  # fmt: skip
+def finish(
+    read: dict[str, Any],
+    tokens: list[int],
+    logits: torch.Tensor | None,
+    engine: str,
+    dtype: str,
+    *packages: str,
+    rounds: bool | None = None,
+    note: str | None = None,
+) -> None:
     """Write the answer; ``engine`` is the package whose version is the engine's, ``dtype`` what it computes in,
     ``rounds`` whether its weights are rounded to the model's dtype (where that differs from run to run), ``note`` what
     a reader of the figures must know."""

@@ -14,7 +14,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 import leangrid
-from leangrid.cli.app import app, share
+from leangrid.cli.app import app
+from leangrid.cli.options import read_share
 from leangrid.errors import Interrupted, RecipeError
 from leangrid.progress import Event
 
@@ -62,7 +63,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dic
 
     def quantize(*arguments: Any, **options: Any) -> SimpleNamespace:
         calls.append((arguments, options))
-        return SimpleNamespace(exit_code=0, to_json=lambda: {"out": "o", "loss": float("nan")})
+        return SimpleNamespace(exit_code=0, to_dict=lambda: {"out": "o", "loss": float("nan")})
 
     monkeypatch.setattr("leangrid.run.quantize.quantize", quantize)
     return calls
@@ -220,7 +221,7 @@ def test_debug_shows_where_an_error_came_from(monkeypatch: pytest.MonkeyPatch) -
 
 def test_too_many_rescues_exit_4(monkeypatch: pytest.MonkeyPatch) -> None:
     result = SimpleNamespace(
-        exit_code=4, too_many_rescues=True, quality={"passed": True}, to_json=lambda: {"out": "o", "rescues": 9}
+        exit_code=4, too_many_rescues=True, quality={"passed": True}, to_dict=lambda: {"out": "o", "rescues": 9}
     )
     monkeypatch.setattr("leangrid.run.quantize.quantize", lambda *_, **__: result)
     done = run("quantize", "src", "out")
@@ -229,13 +230,13 @@ def test_too_many_rescues_exit_4(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("said", "meant"), [("1%", 0.01), ("0.25", 0.25), ("0", 0.0), ("100%", 1.0)])
 def test_shares(said: str, meant: float) -> None:
-    assert share(said) == meant
+    assert read_share(said) == meant
 
 
 @pytest.mark.parametrize("said", ["", "%", "-1%", "1.5", "nan", "x"])
 def test_no_shares(said: str) -> None:
     with pytest.raises(RecipeError):
-        share(said)
+        read_share(said)
 
 
 def test_quantize_prints_progress_on_stderr_and_the_result_on_stdout(tiny: Tiny, text: Path, tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import tiny_models
+from corpus_texts import read_texts
 from transformers import PreTrainedTokenizerFast
 
-from leangrid.data.calibration import windows
+from leangrid.data.calibration import make_windows
 from leangrid.data.chat import PLAIN, Chat, TemplateRefusal
-from leangrid.data.conversations import Conversation, find
-from leangrid.data.corpora import documents, joined, texts
+from leangrid.data.conversations import Conversation, find_text
+from leangrid.data.corpora import read_documents, read_joined_text
 from leangrid.data.documents import Reading
 from leangrid.errors import CalibrationError
 from leangrid.recipe import Recipe
@@ -107,29 +108,29 @@ LAYOUTS: dict[str, tuple[dict[str, Any] | list[Any], str]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_row_becomes_the_template_s_text(layout: str, tmp_path: Path) -> None:
     row, expected = LAYOUTS[layout]
-    assert list(texts(written(tmp_path, [row]), tokenizer=tokenizer())) == [expected]
+    assert list(read_texts(written(tmp_path, [row]), tokenizer=tokenizer())) == [expected]
 
 
 def test_what_was_used_is_said(tmp_path: Path) -> None:
     reading = Reading("rows")
-    list(texts(written(tmp_path, [LAYOUTS["Alpaca's input"][0]]), tokenizer=tokenizer(), reading=reading))
+    list(read_texts(written(tmp_path, [LAYOUTS["Alpaca's input"][0]]), tokenizer=tokenizer(), reading=reading))
     assert reading.columns == ["instruction", "input", "output"]
-    assert reading.words() == "columns 'instruction' + 'input' + 'output' in the chat template of the model"
+    assert reading.describe_source() == "columns 'instruction' + 'input' + 'output' in the chat template of the model"
     assert reading.template_sha256 == Chat(tokenizer()).sha256 != Chat(tokenizer(TEMPLATE + " ")).sha256
 
 
 def test_a_named_column_is_used_and_no_other(tmp_path: Path) -> None:
     file = written(tmp_path, [{"text": "no", "messages": [ASSISTANT], "body": "yes", "talk": [USER, ASSISTANT]}])
-    assert list(texts(file, tokenizer=tokenizer(), column="body")) == ["yes"]
-    assert list(texts(file, tokenizer=tokenizer(), column="talk")) == [PAIR]
+    assert list(read_texts(file, tokenizer=tokenizer(), column="body")) == ["yes"]
+    assert list(read_texts(file, tokenizer=tokenizer(), column="talk")) == [PAIR]
 
 
 def test_pictures_are_left_out_and_counted(tmp_path: Path) -> None:
     reading = Reading("rows")
     parts = [{"type": "image", "url": "http://x"}, {"type": "text", "text": ASK}]
     file = written(tmp_path, [{"messages": [{"role": "user", "content": parts}, ASSISTANT]}])
-    assert list(texts(file, tokenizer=tokenizer(), reading=reading)) == [PAIR]
-    assert reading.media == 1 and "pictures" in reading.notices()[0]
+    assert list(read_texts(file, tokenizer=tokenizer(), reading=reading)) == [PAIR]
+    assert reading.media == 1 and "pictures" in reading.list_notices()[0]
 
 
 def test_tools_reach_the_template() -> None:
@@ -140,10 +141,11 @@ def test_tools_reach_the_template() -> None:
     }
     chat = Chat(
         tokenizer(
-            "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+            "{{ tools | tojson }}{% for m in messages %}{{ m.content }}"
+            "{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
         )
     )
-    found = find(row).conversation
+    found = find_text(row).conversation
     assert found is not None
     assert (
         chat.render(found)
@@ -153,11 +155,13 @@ def test_tools_reach_the_template() -> None:
 
 def test_conversations_follow_each_other_as_the_template_ends_them(tmp_path: Path) -> None:
     rows = [{"messages": [USER, ASSISTANT]}] * 2
-    assert joined(written(tmp_path, rows), tokenizer=tokenizer()) == PAIR * 2
+    assert read_joined_text(written(tmp_path, rows), tokenizer=tokenizer()) == PAIR * 2
     closed = "{% for m in messages %}{{ m.content }}{% endfor %}<eos>"
-    assert joined(written(tmp_path, rows), tokenizer=tokenizer(closed)) == f"{ASK}{ANSWER}<eos>" * 2
+    assert read_joined_text(written(tmp_path, rows), tokenizer=tokenizer(closed)) == f"{ASK}{ANSWER}<eos>" * 2
     open_ended = closed.removesuffix("<eos>")
-    assert joined(written(tmp_path, rows), tokenizer=tokenizer(open_ended)) == f"{ASK}{ANSWER}\n\n{ASK}{ANSWER}"
+    assert (
+        read_joined_text(written(tmp_path, rows), tokenizer=tokenizer(open_ended)) == f"{ASK}{ANSWER}\n\n{ASK}{ANSWER}"
+    )
 
 
 def test_the_opening_token_is_there_once(tmp_path: Path) -> None:
@@ -166,19 +170,23 @@ def test_the_opening_token_is_there_once(tmp_path: Path) -> None:
     dressed = tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     dressed.add_bos_token = True
     file = written(tmp_path, [{"messages": [USER, ASSISTANT]}] * 20)
-    recipe = Recipe.build(calibration=file, samples=2, length=16)
+    recipe = Recipe(calibration=file, samples=2, length=16)
     for each in (own, dressed):
         if each("word")["input_ids"][0] != each.bos_token_id:  # a tokenizer of before 5.18 does not hear of it
             pytest.skip("the tokenizer cannot be told to open its texts")
-        start = windows(recipe, each)[0].tolist()
+        start = make_windows(recipe, each)[0].tolist()
         assert start[0] == each.bos_token_id != start[1]
 
 
 def test_without_a_template_lines_are_plain_and_it_is_said(tmp_path: Path) -> None:
     reading = Reading("rows")
     file = written(tmp_path, [{"messages": [USER, ASSISTANT]}])
-    assert list(texts(file, tokenizer=tokenizer(None), reading=reading)) == [f"User: {ASK}\nAssistant: {ANSWER}"]
-    assert reading.template == PLAIN and "no chat template" in reading.words() and reading.template_sha256 is None
+    assert list(read_texts(file, tokenizer=tokenizer(None), reading=reading)) == [f"User: {ASK}\nAssistant: {ANSWER}"]
+    assert (
+        reading.template == PLAIN
+        and "no chat template" in reading.describe_source()
+        and reading.template_sha256 is None
+    )
 
 
 @pytest.mark.fault("N13")
@@ -193,7 +201,7 @@ def test_without_a_template_lines_are_plain_and_it_is_said(tmp_path: Path) -> No
 )
 def test_a_template_that_takes_nothing_is_refused_with_its_complaint(template: Any, told: str, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="chat template") as caught:
-        list(texts(written(tmp_path, [{"messages": [USER, ASSISTANT]}] * 3), tokenizer=tokenizer(template)))
+        list(read_texts(written(tmp_path, [{"messages": [USER, ASSISTANT]}] * 3), tokenizer=tokenizer(template)))
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -204,11 +212,11 @@ def test_what_a_template_needs_is_given_and_said(tmp_path: Path) -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
     reading = Reading("rows")
     assert list(
-        texts(
+        read_texts(
             written(tmp_path, [{"messages": [system, USER, ASSISTANT]}]), tokenizer=tokenizer(strict), reading=reading
         )
     ) == [PAIR.replace(ASK, f"be kind\n\n{ASK}")]
-    assert "before the user's" in reading.notices()[0]
+    assert "before the user's" in reading.list_notices()[0]
     named = Chat(tokenizer({"default": TEMPLATE, "rag": "x"}))
     assert named.render(Conversation([USER, ASSISTANT])) == PAIR
 
@@ -217,8 +225,8 @@ def test_single_conversations_that_a_template_refuses_are_left_out_and_said(tmp_
     strict = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}" + TEMPLATE
     reading = Reading("rows")
     rows = [{"messages": [ASSISTANT, USER]}, {"messages": [USER, ASSISTANT]}]
-    assert list(texts(written(tmp_path, rows), tokenizer=tokenizer(strict), reading=reading)) == [PAIR]
-    assert reading.notices() == ["rows: 1 of 2 rows left out (the chat template refuses: roles must alternate)"]
+    assert list(read_texts(written(tmp_path, rows), tokenizer=tokenizer(strict), reading=reading)) == [PAIR]
+    assert reading.list_notices() == ["rows: 1 of 2 rows left out (the chat template refuses: roles must alternate)"]
     with pytest.raises(TemplateRefusal):
         Chat(tokenizer(strict)).render(Conversation([ASSISTANT, USER]))
 
@@ -226,7 +234,8 @@ def test_single_conversations_that_a_template_refuses_are_left_out_and_said(tmp_
 def test_a_template_that_writes_the_date_gives_the_same_text_every_day() -> None:
     dated = Chat(
         tokenizer(
-            """{{ strftime_now("%Y-%m-%d") }} {{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}{% endfor %}"""
+            """{{ strftime_now("%Y-%m-%d") }} {{ strftime_now('%d %b %Y') }} """
+            "{% for m in messages %}{{ m.content }}{% endfor %}"
         )
     )
     assert dated.render(Conversation([USER])) == f"2024-07-26 26 Jul 2024 {ASK}"
@@ -235,11 +244,11 @@ def test_a_template_that_writes_the_date_gives_the_same_text_every_day() -> None
 def test_halves_of_characters_do_not_reach_the_tokenizer(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text('{"text": "a \\ud83d\\ude00 \\ud800 b"}')
-    assert [document.text for document in documents(str(file))] == ["a 😀 \ufffd b"]
+    assert [document.text for document in read_documents(str(file))] == ["a 😀 \ufffd b"]
 
 
 def test_half_a_pair_is_named_and_blank_text_shows_the_columns(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"column 'prompt' is empty beside.*there are: prompt, completion"):
-        joined(written(tmp_path, [{"prompt": None, "completion": "one"}] * 3), tokenizer=tokenizer())
+        read_joined_text(written(tmp_path, [{"prompt": None, "completion": "one"}] * 3), tokenizer=tokenizer())
     with pytest.raises(CalibrationError, match=r"all of its 3 rows are blank; there are: text, content"):
-        joined(written(tmp_path, [{"text": "", "content": "one"}] * 3), tokenizer=tokenizer())
+        read_joined_text(written(tmp_path, [{"text": "", "content": "one"}] * 3), tokenizer=tokenizer())

@@ -9,8 +9,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from corpus_texts import read_texts
 
-from leangrid.data.corpora import check, file_of, joined, texts
+from leangrid.data.corpora import check_corpus, find_corpus_file, read_joined_text
 from leangrid.data.documents import Reading
 from leangrid.errors import CalibrationError
 
@@ -29,12 +30,12 @@ def c4_folder(root: Path, documents: int = 30) -> None:
 def test_c4_streams_in_order_and_shuffles_by_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     c4_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    plain = list(texts("c4"))
+    plain = list(read_texts("c4"))
     assert plain == [f"train document {index} of the web" for index in range(30)]
-    shuffled = list(texts("c4", seed=1))
+    shuffled = list(read_texts("c4", seed=1))
     assert sorted(shuffled) == sorted(plain) and shuffled != plain
-    assert shuffled == list(texts("c4", seed=1)) != list(texts("c4", seed=2))
-    assert next(texts("c4", split="test")).startswith("valid document 0")
+    assert shuffled == list(read_texts("c4", seed=1)) != list(read_texts("c4", seed=2))
+    assert next(read_texts("c4", split="test")).startswith("valid document 0")
 
 
 def test_wikitext2_has_its_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,8 +47,8 @@ def test_wikitext2_has_its_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         rows = pyarrow.table({"text": ["", f" = {split} = \n", "prose\n"]})
         pyarrow.parquet.write_table(rows, folder / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet")
     monkeypatch.chdir(tmp_path)
-    assert list(texts("wikitext2")) == ["", " = train = \n", "prose\n"]
-    assert joined("wikitext2") == "\n\n = test = \n\n\nprose\n"  # GPTQ's "\n\n".join over the test rows
+    assert list(read_texts("wikitext2")) == ["", " = train = \n", "prose\n"]
+    assert read_joined_text("wikitext2") == "\n\n = test = \n\n\nprose\n"  # GPTQ's "\n\n".join over the test rows
 
 
 @pytest.mark.parametrize("name", ["c4", "wikitext2"])
@@ -57,15 +58,15 @@ def test_without_a_network_the_error_names_what_works(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(CalibrationError) as caught:
-        next(texts(name))
+        next(read_texts(name))
     assert "self" in str(caught.value) and "embedded" in str(caught.value) and caught.value.exit_code == 2
 
 
 def test_embedded_is_english_long_enough_and_the_same_twice(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    documents = list(texts("embedded"))
+    documents = list(read_texts("embedded"))
     assert "smoke tests" in caplog.text
-    assert documents == list(texts("embedded"))
+    assert documents == list(read_texts("embedded"))
     assert sum(map(len, documents)) > 1_000_000  # 128 x 2048 tokens at 4 characters
     words = " ".join(documents).lower().split()
     assert sum(word in ("the", "a", "of", "to", "is", "and") for word in words) > 0.1 * len(words)
@@ -74,15 +75,15 @@ def test_embedded_is_english_long_enough_and_the_same_twice(caplog: pytest.LogCa
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes(b"\xef\xbb\xbfone\n\ntwo \xc3\xa9\r\n")
-    assert list(texts(str(file))) == ["one\n\ntwo é\r\n"]
+    assert list(read_texts(str(file))) == ["one\n\ntwo é\r\n"]
 
 
 def test_json_lines_take_text_or_prefix_and_completion_or_a_string(tmp_path: Path) -> None:
     rows = [{"id": "x", "text": "a"}, {"prefix": "b", "gold_completion": "c"}, "e"]
     file = tmp_path / "a.jsonl"
     file.write_text("\n\n".join(map(json.dumps, rows)))
-    assert list(texts(str(file))) == ["a", "bc", "e"]
-    assert joined(str(file)) == "a\n\nbc\n\ne"
+    assert list(read_texts(str(file))) == ["a", "bc", "e"]
+    assert read_joined_text(str(file)) == "a\n\nbc\n\ne"
 
 
 @pytest.mark.fault("N13")
@@ -90,9 +91,9 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [{"text": "a"}, {"text": None}, {"text": " \n"}, {"n": 1}, {"text": 5}, {"text": "b"}]
     file, reading = tmp_path / "a.jsonl", Reading("a.jsonl")
     file.write_text("\n".join(map(json.dumps, rows)))
-    assert list(texts(str(file), reading=reading)) == ["a", "b"]
+    assert list(read_texts(str(file), reading=reading)) == ["a", "b"]
     assert (reading.used, reading.blank, reading.strange) == (2, 2, 2)
-    assert reading.notices() == [
+    assert reading.list_notices() == [
         "a.jsonl: 2 of 6 rows left out (hold no text)",
         "a.jsonl: 2 of 6 rows left out (no column that is known)",
     ]
@@ -125,23 +126,23 @@ def test_rows_that_hold_no_text_are_refused_with_the_columns_that_are_there(
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(CalibrationError, match=told):
-        list(texts(str(file), column=column))
+        list(read_texts(str(file), column=column))
 
 
 def test_unknown_columns_are_refused_without_reading_all(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"title": "t"}\n' * 2000 + "not json")
     with pytest.raises(CalibrationError, match="title"):
-        list(texts(str(file)))
+        list(read_texts(str(file)))
 
 
 def test_a_column_is_refused_where_there_are_none(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("plain")
     with pytest.raises(CalibrationError, match="has no columns"):
-        list(texts(str(file), column="body"))
+        list(read_texts(str(file), column="body"))
     with pytest.raises(CalibrationError, match="--text-field"):
-        texts("c4", column="body")
+        read_texts("c4", column="body")
 
 
 def hub_folder(root: Path) -> None:
@@ -166,13 +167,15 @@ def test_a_data_set_of_the_hub_by_name_split_and_column(tmp_path: Path, monkeypa
     hub_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     reading = Reading("hf:org/name:test:body")
-    assert list(texts("hf:org/name:test:body", reading=reading)) == [f"default test {index}" for index in range(20)]
-    assert reading.columns == ["body"] and any("folder" in notice for notice in reading.notices())
-    assert next(texts("hf:org/name/other:train:body")) == "other train 0"
-    assert next(texts("hf:org/name", split="test")) == "text 0"
-    assert next(texts("hf:org/name", column="body")) == "default train 0"
-    shuffled = list(texts("hf:org/name:train:body", seed=1))
-    assert shuffled == list(texts("hf:org/name:train:body", seed=1)) != list(texts("hf:org/name:train:body"))
+    assert list(read_texts("hf:org/name:test:body", reading=reading)) == [
+        f"default test {index}" for index in range(20)
+    ]
+    assert reading.columns == ["body"] and any("folder" in notice for notice in reading.list_notices())
+    assert next(read_texts("hf:org/name/other:train:body")) == "other train 0"
+    assert next(read_texts("hf:org/name", split="test")) == "text 0"
+    assert next(read_texts("hf:org/name", column="body")) == "default train 0"
+    shuffled = list(read_texts("hf:org/name:train:body", seed=1))
+    assert shuffled == list(read_texts("hf:org/name:train:body", seed=1)) != list(read_texts("hf:org/name:train:body"))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_a_data_set_that_is_not_there_is_refused(
     hub_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CalibrationError) as caught:
-        list(texts(name))
+        list(read_texts(name))
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -206,13 +209,13 @@ def test_an_unreachable_data_set_is_one_sentence(tmp_path: Path, monkeypatch: py
         CalibrationError,
         match=r"cannot be read from the hub: Couldn't reach 'org/name' \(org/name\)\. Without a network",
     ):
-        list(texts("hf:org/name:train:text"))
+        list(read_texts("hf:org/name:train:text"))
 
 
 def test_json_lines_are_read_lazily(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\n{"text": "b"}\nnot json\n')
-    assert list(itertools.islice(texts(str(file)), 2)) == ["a", "b"]
+    assert list(itertools.islice(read_texts(str(file)), 2)) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -228,23 +231,23 @@ def test_a_bad_json_line_is_named(content: bytes, told: str, tmp_path: Path) -> 
     file = tmp_path / "a.jsonl"
     file.write_bytes(content)
     with pytest.raises(CalibrationError, match=told):
-        list(texts(str(file)))
+        list(read_texts(str(file)))
 
 
 def test_no_such_corpus(tmp_path: Path) -> None:
     for name in (str(tmp_path / "absent.txt"), "a text\nin place of its name " * 99, "a\0b", ""):
         with pytest.raises(CalibrationError, match="wikitext2") as caught:
-            texts(name)
+            read_texts(name)
         assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
-        assert file_of(name) is None
+        assert find_corpus_file(name) is None
 
 
 def test_a_text_is_checked_by_its_first_rows(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a"}\nnot json')
-    check(str(file))
+    check_corpus(str(file))
     for name in ("c4", "wikitext2", "self", "embedded", "hf:org/name:train:text"):
-        check(name)  # no network
+        check_corpus(name)  # no network
     for name, column in (
         ("self", "body"),
         ("hf:", None),
@@ -253,19 +256,19 @@ def test_a_text_is_checked_by_its_first_rows(tmp_path: Path) -> None:
         (str(file), "body"),
     ):
         with pytest.raises(CalibrationError):
-            check(name, column)
+            check_corpus(name, column)
 
 
 def test_a_corpus_s_name_is_no_file_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("c4", "text.txt"):
         Path(name).write_text("words")
-    assert file_of("c4") is None and file_of("hf:text.txt") is None
-    assert file_of("text.txt") == Path("text.txt") and file_of("./c4") == Path("c4")
+    assert find_corpus_file("c4") is None and find_corpus_file("hf:text.txt") is None
+    assert find_corpus_file("text.txt") == Path("text.txt") and find_corpus_file("./c4") == Path("c4")
 
 
 def test_an_empty_text_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text(" \n")
     with pytest.raises(CalibrationError, match="no text"):
-        joined(str(file))
+        read_joined_text(str(file))

@@ -1,5 +1,4 @@
-"""Every format gives the same rows, whatever the name's case and the compression; what is no text is refused by
-name."""
+"""data/files.py: every format gives the same rows, in any letter case and compression; other files are refused."""
 
 import bz2
 import csv
@@ -17,7 +16,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 
-from leangrid.data.files import rows
+from leangrid.data.files import read_rows
 from leangrid.errors import CalibrationError
 
 ROWS = [{"id": "1", "text": 'the river, "small" and; bright'}, {"id": "2", "text": "stone\nlight café"}]
@@ -80,7 +79,7 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 
 def found(folder: Path, name: str, data: bytes) -> list[object]:
     (folder / name).write_bytes(data)
-    return [row.value for row in rows(folder / name)]
+    return [row.value for row in read_rows(folder / name)]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -114,7 +113,7 @@ def test_a_large_text_comes_in_pieces_that_part_no_character(tmp_path: Path, mon
     monkeypatch.setattr("leangrid.data.files._PIECE", 7)
     text = "é→雪 words " * 10
     (tmp_path / "a.txt").write_text(text)
-    pieces = list(rows(tmp_path / "a.txt"))
+    pieces = list(read_rows(tmp_path / "a.txt"))
     assert "".join(piece.value for piece in pieces) == text and len(pieces) > 10
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     with pytest.raises(CalibrationError, match="not UTF-8 at byte 20 "):
@@ -129,7 +128,7 @@ def test_a_large_file_is_not_read_whole(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(gzip.compress(data, 1) if name.endswith("gz") else data)
     tracemalloc.start()
     try:
-        assert len(list(itertools.islice(rows(tmp_path / name), 2))) == 2
+        assert len(list(itertools.islice(read_rows(tmp_path / name), 2))) == 2
         assert tracemalloc.get_traced_memory()[1] < 0.9 * len(data)
     finally:
         tracemalloc.stop()
@@ -138,7 +137,7 @@ def test_a_large_file_is_not_read_whole(name: str, tmp_path: Path) -> None:
 def test_a_parquet_file_is_read_by_batches(tmp_path: Path) -> None:
     table = pyarrow.table({"text": [f"row {index}" for index in range(3000)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=500)
-    assert [row.value["text"] for row in rows(tmp_path / "a.parquet")] == table["text"].to_pylist()
+    assert [row.value["text"] for row in read_rows(tmp_path / "a.parquet")] == table["text"].to_pylist()
 
 
 def test_line_ends_of_every_kind(tmp_path: Path) -> None:
@@ -187,8 +186,8 @@ def test_what_is_no_text_is_refused_by_name(name: str, data: bytes, told: str, t
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_bytes(LINES)
     with pytest.raises(CalibrationError, match=r"directory.*data\.jsonl"):
-        list(rows(tmp_path))
+        list(read_rows(tmp_path))
     with pytest.raises(CalibrationError, match="no such file"):
-        list(rows(tmp_path / "absent.txt"))
+        list(read_rows(tmp_path / "absent.txt"))
     with pytest.raises(CalibrationError, match="not a regular file"):
-        list(rows(Path("/dev/null")))
+        list(read_rows(Path("/dev/null")))

@@ -1,10 +1,10 @@
-"""Drawing text from the model: the cache changes nothing, the distribution is the model's, windows are full."""
+"""data/sampling.py: the cache changes no token, the distribution is the model's, and windows are full."""
 
 import pytest
 import tiny_models
 import torch
 
-from leangrid.data.sampling import _cache, sample, stream
+from leangrid.data.sampling import _cache, sample_windows, stream_tokens
 from leangrid.errors import CalibrationError
 
 DECODERS = [name for name in tiny_models.NAMES if name not in tiny_models.ENCODERS]
@@ -26,15 +26,15 @@ def test_stepping_through_the_cache_gives_the_logits_of_the_whole(name: str) -> 
 
 def test_the_same_windows_for_a_seed_whatever_the_batch() -> None:
     model, tokenizer = tiny_models.build("llama3"), tiny_models.tokenizer()
-    found = sample(model, tokenizer, 5, 24, seed=3)
+    found = sample_windows(model, tokenizer, 5, 24, seed=3)
     assert found.shape == (5, 24) and found.dtype == torch.int64
-    assert torch.equal(found, sample(model, tokenizer, 5, 24, seed=3, batch=2))
-    assert not torch.equal(found, sample(model, tokenizer, 5, 24, seed=4))
+    assert torch.equal(found, sample_windows(model, tokenizer, 5, 24, seed=3, batch=2))
+    assert not torch.equal(found, sample_windows(model, tokenizer, 5, 24, seed=4))
 
 
 def test_draws_follow_the_models_distribution() -> None:
     model = tiny_models.build("llama2")
-    found = sample(model, None, 64, 40, seed=0)
+    found = sample_windows(model, None, 64, 40, seed=0)
     with torch.no_grad():
         log_probs = torch.log_softmax(model(input_ids=found).logits.double(), -1)[:, :-1]
     # The mean surprise of draws is the mean entropy; greedy or uniform draws are far from it.
@@ -65,7 +65,7 @@ class AlwaysEnds(torch.nn.Module):
 
 def test_after_an_end_a_new_text_opens_and_the_window_stays_full() -> None:
     tokenizer = tiny_models.tokenizer()
-    found = sample(AlwaysEnds(), tokenizer, 3, 9)
+    found = sample_windows(AlwaysEnds(), tokenizer, 3, 9)
     assert (found[:, 1::2] == 2).all()
     special = torch.tensor(tokenizer.all_special_ids)
     assert not torch.isin(found[:, ::2], special).any()  # this tokenizer has no opening token: ordinary words open
@@ -80,15 +80,15 @@ def test_stream_is_greedy_without_temperature_and_stops() -> None:
         for _ in range(8):
             expected.append(int(model(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
     reply = expected[6:]
-    assert list(stream(model, prompt, 8)) == reply
+    assert list(stream_tokens(model, prompt, 8)) == reply
     stop = reply[5]
-    assert list(stream(model, prompt, 8, stop={stop})) == reply[: reply.index(stop)]
-    drawn = [list(stream(model, prompt, 8, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
+    assert list(stream_tokens(model, prompt, 8, stop={stop})) == reply[: reply.index(stop)]
+    drawn = [list(stream_tokens(model, prompt, 8, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_encoders_and_long_windows_are_refused() -> None:
     with pytest.raises(CalibrationError, match="encoder"):
-        sample(tiny_models.build("bert"), None, 2, 8)
+        sample_windows(tiny_models.build("bert"), None, 2, 8)
     with pytest.raises(CalibrationError, match="512"):
-        sample(tiny_models.build("llama3"), None, 1, 513)
+        sample_windows(tiny_models.build("llama3"), None, 1, 513)

@@ -31,19 +31,19 @@ def three(tmp_path: Path, **more: Any) -> list[Path]:
 
 def test_the_front_is_what_no_other_beats(tmp_path: Path) -> None:
     found = compare(three(tmp_path))
-    assert [row["front"] for row in found["rows"]] == [True, True, False]
-    assert [(row["name"], row["bytes"], row["kl_mean"]) for row in found["rows"]] == [
+    assert [row.front for row in found.rows] == [True, True, False]
+    assert [(row.name, row.bytes, row.kl_mean) for row in found.rows] == [
         ("out0", 100, 0.5),
         ("out1", 200, 0.1),
         ("out2", 300, 0.2),
     ]
     assert (
-        "quality gate" in found["measured_on"]
-        and "DIFFERENT" not in found["measured_on"]
-        and found["reference_perplexity"] == 18.25
+        "quality gate" in found.measured_on
+        and "DIFFERENT" not in found.measured_on
+        and found.reference_perplexity == 18.25
     )
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    text = comparison_summary(found)
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
+    text = comparison_summary(found.to_dict())
     assert text.splitlines()[2].startswith("*") and text.splitlines()[4].startswith(" ") and "1 - cosine" not in text
 
 
@@ -52,18 +52,19 @@ def test_an_evaluation_that_all_share_comes_before_the_gates(tmp_path: Path) -> 
     one = directory(tmp_path / "one", evaluations=[shared, own])
     other = directory(tmp_path / "other", evaluations=[{**shared, "kl_mean": 0.3}])
     found = compare([one, other])
-    assert [row["kl_mean"] for row in found["rows"]] == [0.1171, 0.3] and found[
-        "measured_on"
-    ] == "on 12 windows of 1024 tokens of wiki.txt"
+    assert [row.kl_mean for row in found.rows] == [
+        0.1171,
+        0.3,
+    ] and found.measured_on == "on 12 windows of 1024 tokens of wiki.txt"
     lone = compare([one, directory(tmp_path / "third")])
-    assert [row["kl_mean"] for row in lone["rows"]] == [0.11, 0.11] and "quality gate" in lone["measured_on"]
+    assert [row.kl_mean for row in lone.rows] == [0.11, 0.11] and "quality gate" in lone.measured_on
 
 
 def test_gates_of_different_windows_are_said_to_be_no_comparison(tmp_path: Path) -> None:
     results = three(tmp_path)
     made = json.loads((results[0] / "manifest.json").read_text())["result"]
     other = directory(tmp_path / "other", result={**made, "windows_sha256": "2" * 64})
-    assert "DIFFERENT calibration windows" in compare([results[0], other])["measured_on"]
+    assert "DIFFERENT calibration windows" in compare([results[0], other]).measured_on
 
 
 @pytest.mark.parametrize(
@@ -84,11 +85,11 @@ def test_parts_may_be_missing(more: dict[str, Any], tmp_path: Path) -> None:
         "<script>" not in page
         and "&lt;script&gt;" in page
         and "None" not in page
-        and "None" not in comparison_summary(found)
+        and "None" not in comparison_summary(found.to_dict())
     )
-    assert ("1 − cosine" in page) == (found["rows"][0]["embedding_cosine_mean"] is not None)
+    assert ("1 − cosine" in page) == (found.rows[0].embedding_cosine_mean is not None)
     assert ("Nothing was measured" in page) == (
-        found["rows"][0]["kl_mean"] is None and found["rows"][0]["embedding_cosine_mean"] is None
+        found.rows[0].kl_mean is None and found.rows[0].embedding_cosine_mean is None
     )
 
 
@@ -110,11 +111,11 @@ def test_with_a_reference_all_are_measured_on_one_text(tiny: Tiny, tmp_path: Pat
         quantize(tiny("llama3"), tmp_path / scheme, Recipe(scheme=scheme), windows=tiny_models.tokens(4, 32))
     found = compare([tmp_path / "NU2", tmp_path / "NU4"], tiny("llama3"), str(text), length=32, windows=2)
     assert (
-        found["rows"][0]["kl_mean"] > found["rows"][1]["kl_mean"] > 0
-        and found["measured_on"] == "on 2 windows of 32 tokens of text.txt"
+        found.rows[0].kl_mean > found.rows[1].kl_mean > 0
+        and found.measured_on == "on 2 windows of 32 tokens of text.txt"
     )
-    assert [row["front"] for row in found["rows"]] == [True, True] and found["reference_perplexity"] > 1
-    assert all(row["seconds"] > 0 and row["loss"] > 0 for row in found["rows"])
+    assert [row.front for row in found.rows] == [True, True] and found.reference_perplexity > 1
+    assert all(row.seconds > 0 and row.loss > 0 for row in found.rows)
 
 
 @pytest.mark.parametrize(

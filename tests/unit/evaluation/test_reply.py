@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from leangrid.cli.app import app
 from leangrid.errors import CalibrationError, CheckpointError
 from leangrid.evaluation import reply
-from leangrid.evaluation.reply import Reply, chat_ids, require_rows
+from leangrid.evaluation.opened import Opened
+from leangrid.evaluation.reply import Reply, encode_chat, require_rows
 
 Tiny = Callable[..., Path]
 SAID = [{"role": "user", "content": "hello there"}]
@@ -66,7 +67,7 @@ def test_a_template_that_cannot_be_applied_is_one_sentence_and_raw_the_way_out(
 @pytest.mark.parametrize("template", [PARTS, STRICT_PARTS])
 def test_a_template_that_wants_parts_gets_them(chatty: Callable[[Any], Path], template: str) -> None:
     opened = Reply.open(str(chatty(template)), "hello there")
-    assert "hello there" in opened.tokenizer.decode(opened.ids)
+    assert "hello there" in opened.subject.tokenizer.decode(opened.ids)
 
 
 def test_a_sound_template_is_given_strings() -> None:
@@ -76,7 +77,7 @@ def test_a_sound_template_is_given_strings() -> None:
         seen.append(conversation[-1]["content"])
         return {"input_ids": [1, 2]} if tokenize else str(conversation)
 
-    assert chat_ids(SimpleNamespace(apply_chat_template=apply, chat_template=GOOD), SAID) == [1, 2]
+    assert encode_chat(SimpleNamespace(apply_chat_template=apply, chat_template=GOOD), SAID) == [1, 2]
     assert all(isinstance(content, str) for content in seen)
 
 
@@ -85,36 +86,37 @@ def test_memory_that_runs_out_is_not_the_templates_fault() -> None:
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        chat_ids(SimpleNamespace(apply_chat_template=apply, chat_template=GOOD), SAID)
+        encode_chat(SimpleNamespace(apply_chat_template=apply, chat_template=GOOD), SAID)
 
 
 def test_a_token_without_a_row_is_named() -> None:
     model = torch.nn.Module()
     model.get_input_embeddings = lambda: torch.nn.Embedding(4, 2)  # type: ignore[assignment]
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda token: f"<{token}>")
-    require_rows(model, tokenizer, [0, 3], "m", "")
+    subject = Opened("m", Path("m"), model, tokenizer, causal=True)
+    require_rows(subject, [0, 3], "")
     with pytest.raises(
         CalibrationError,
         match=r"token 4 \('<4>'\) of the prompt has no row in the model's embedding of 4.*Leave it out",
     ):
-        require_rows(model, tokenizer, [0, 4, 9], "m", "Leave it out")
+        require_rows(subject, [0, 4, 9], "Leave it out")
 
 
 def test_prompts_that_leave_no_room_say_what_would_fit(tiny: Tiny) -> None:
     opened = Reply.open(str(tiny("llama3")), "hello there", raw=True)
-    limit = opened.model.config.max_position_embeddings  # type: ignore[union-attr]
+    limit = opened.subject.positions or 0
     with pytest.raises(CalibrationError, match=f"Use --max-new-tokens {limit - len(opened.ids)}"):
-        next(opened.pieces(limit))
+        next(opened.stream_text(limit))
     opened.ids = opened.ids * limit
     with pytest.raises(CalibrationError, match="Shorten the prompt"):
-        next(opened.pieces(1))
+        next(opened.stream_text(1))
 
 
 def test_an_empty_reply_is_said(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reply, "stream", lambda *_, **__: iter(()))
+    monkeypatch.setattr(reply, "stream_tokens", lambda *_, **__: iter(()))
     done = CliRunner().invoke(
         app, ["generate", str(tiny("llama3")), "hello", "--max-new-tokens", "2"], prog_name="leangrid"
     )
     assert done.exit_code == 0 and "ended its reply at once" in done.stderr and "--raw" in done.stderr
     with pytest.raises(CheckpointError):
-        chat_ids(SimpleNamespace(chat_template=GOOD), SAID)
+        encode_chat(SimpleNamespace(chat_template=GOOD), SAID)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import leangrid
 from leangrid.errors import CheckpointError, FormatError, LeangridError, OutputError, RecipeError, VerifyError
 from leangrid.exporters.export import WHOLE
-from leangrid.exporters.result_reader import Finished
 from leangrid.formats import FORMATS
+from leangrid.inference.result_reader import ResultReader
 from leangrid.progress import Progress
 from leangrid.storage import files
 from leangrid.storage.journal import partial_of
@@ -46,16 +46,16 @@ def result(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 
 def same_weights(before: Path, after: Path) -> None:
     """Levels, codes and everything beside them are equal, bit for bit."""
-    one, two = Finished.open(before), Finished.open(after)
+    one, two = ResultReader.verified(before), ResultReader.verified(after)
     assert one.layers == two.layers and one.ignore == two.ignore and one.dtype == two.dtype
     for name in one.layers:
         (codes, grid), (codes_after, grid_after) = one.layer(name), two.layer(name)
         assert torch.equal(codes, codes_after) and torch.equal(
             grid.dequantize(codes), grid_after.dequantize(codes_after)
         ), name
-        assert torch.equal(one.dense(name), two.dense(name))
-    assert one.others().keys() == two.others().keys()
-    for name in one.others():
+        assert torch.equal(one.weight_in_model_dtype(name), two.weight_in_model_dtype(name))
+    assert one.plain_tensors().keys() == two.plain_tensors().keys()
+    for name in one.plain_tensors():
         assert torch.equal(one.checkpoint.read(name), two.checkpoint.read(name)), name
 
 
@@ -169,7 +169,10 @@ def test_what_a_container_cannot_hold_is_refused_before_any_work(
 
 
 def test_zero_points_that_version_1_cannot_say(result: Results, tmp_path: Path) -> None:
-    grids = [Finished.open(result("W2A16_G16")).layer(name)[1] for name in Finished.open(result("W2A16_G16")).layers]
+    grids = [
+        ResultReader.verified(result("W2A16_G16")).layer(name)[1]
+        for name in ResultReader.verified(result("W2A16_G16")).layers
+    ]
     assert any(bool((grid.zero_point == 0).any()) for grid in grids)  # pyright: ignore[reportAttributeAccessIssue]
     refused(
         FormatError, r"zero points are 0.*model\.layers.*version 2", result("W2A16_G16"), tmp_path / "out", "gptq_v1"
@@ -256,11 +259,11 @@ def test_a_whole_file_is_staged_verified_and_published(
 ) -> None:
     """The seam for single-file targets: what the row writes is in the manifest, what it refuses leaves nothing."""
 
-    def writes(finished: Finished, staged: Path, like: Path | None, progress: Progress | None) -> float:
+    def writes(finished: ResultReader, staged: Path, like: Path | None, progress: Progress | None) -> float:
         files.atomic_write(staged / "model.whole", "\n".join(finished.layers).encode())
         return 4.5
 
-    def refuses(finished: Finished, staged: Path, like: Path | None, progress: Progress | None) -> float:
+    def refuses(finished: ResultReader, staged: Path, like: Path | None, progress: Progress | None) -> float:
         files.atomic_write(staged / "half.whole", b"half")
         raise FormatError("no", next(iter(finished.layers)))
 
@@ -324,13 +327,13 @@ def test_quantize_writes_it_directly(
 ) -> None:
     recipe = leangrid.Recipe(scheme=scheme, steps=64, format=to)
     done = leangrid.quantize(tiny("llama2", dtype), tmp_path / "out", recipe, windows=tiny_models.tokens(2, 16))
-    finished = Finished.open(tmp_path / "out")
+    finished = ResultReader.verified(tmp_path / "out")
     assert finished.format is FORMATS[to] and done.format == to and leangrid.verify(tmp_path / "out") == []
-    expected = FORMATS[to].stored(leangrid.Scheme.parse(scheme), {64, 128})
+    expected = FORMATS[to].stored_scheme(leangrid.Scheme.parse(scheme), {64, 128})
     assert finished.scheme.group_size == expected.group_size
     model, _ = leangrid.load(tmp_path / "out")
     for name in finished.layers:
-        assert torch.equal(model.get_submodule(name).weight_hat, finished.dense(name)), name
+        assert torch.equal(model.get_submodule(name).weight_hat, finished.weight_in_model_dtype(name)), name
     planned = leangrid.plan(tiny("llama2", dtype), recipe)
     assert planned.format == to and planned.bits_per_weight == pytest.approx(done.bits_per_weight, abs=1e-3)
 

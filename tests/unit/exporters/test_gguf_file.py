@@ -14,7 +14,7 @@ import transformers as hf
 
 import leangrid
 from leangrid.errors import ArchitectureError, CheckpointError, FormatError, LeangridError
-from leangrid.exporters.result_reader import Finished
+from leangrid.inference.result_reader import ResultReader
 from leangrid.models import gguf as gguf_source
 from leangrid.models.gguf_check import check_against_file
 from leangrid.models.gguf_names import ROPE_FREQS, describe
@@ -72,7 +72,7 @@ def exported(source: Path, out: Path, like: Path | None = None) -> gguf.GGUFRead
 def test_every_tensor_is_the_finished_results(result: Results, model: str, arch: str, tmp_path: Path) -> None:
     source = result("W4A16_G32", model)
     reader = exported(source, tmp_path / "out")
-    found, finished = {tensor.name: tensor for tensor in reader.tensors}, Finished.open(source)
+    found, finished = {tensor.name: tensor for tensor in reader.tensors}, ResultReader.verified(source)
     names = describe(finished.checkpoint.config, "x")
     assert reader.fields["general.architecture"].contents() == arch == names.arch
     for name, (rows, _) in finished.layers.items():
@@ -86,7 +86,7 @@ def test_every_tensor_is_the_finished_results(result: Results, model: str, arch:
         assert np.array_equal(
             gguf.dequantize(stored.data, stored.tensor_type), (weight if order is None else weight[order]).numpy()
         )
-    for name in finished.others():
+    for name in finished.plain_tensors():
         tensor, stored = finished.checkpoint.read(name).float(), found.pop(names.tensor_name(name))
         order = names.row_order(name, len(tensor))
         tensor = tensor + 1 if arch == "gemma3" and "norm" in name else tensor if order is None else tensor[order]
@@ -112,7 +112,7 @@ def test_transformers_reads_the_file_as_the_same_model(result: Results, model: s
     ).eval()
     ours, finished = (
         hf.AutoModelForCausalLM.from_pretrained(source.parent / "source", dtype=torch.float32).eval(),
-        Finished.open(source),
+        ResultReader.verified(source),
     )
     for name in finished.layers:
         codes, grid = finished.layer(name)
@@ -162,7 +162,7 @@ def test_a_round_trip_has_the_same_weights_config_and_tokens(result: Results, mo
     hf.utils.logging.disable_progress_bar()
     read, kept = (hf.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval() for where in
                   (tmp_path / "back", source.parent / "source"))  # fmt: skip
-    finished = Finished.open(source)
+    finished = ResultReader.verified(source)
     for name in finished.layers:
         codes, grid = finished.layer(name)
         kept.get_submodule(name).weight.data = (

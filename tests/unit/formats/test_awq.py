@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats import FORMATS, awq, compressed_tensors, format_of, gptq
+from leangrid.formats import FORMATS, format_of
 from leangrid.grids import AffineGrid, NonuniformGrid
 from leangrid.recipe import Scheme
 
+awq = FORMATS["awq"]
 ROWS_WORD = 8
 W4 = Scheme.parse("W4A16_G32")
 
@@ -68,7 +69,7 @@ def test_whole_rows_and_long_groups_are_repeated_in_groups_that_readers_take(
     own: int | None, columns: set[int], expected: int
 ) -> None:
     scheme = W4.model_copy(update={"group_size": own})
-    stored = awq.stored(scheme, columns)
+    stored = awq.stored_scheme(scheme, columns)
     assert stored.group_size == expected
     for cols in columns:
         assert awq.refuse(scheme, "model.q", 16, cols) is None
@@ -101,11 +102,11 @@ def test_refusals_name_what_fits(scheme: str, rows: int, cols: int, kind: str, w
 
 def test_what_refuse_sends_elsewhere_fits_there() -> None:
     assert (
-        gptq.V2.refuse(Scheme.parse("W3A16"), "q", 64, 64) is None
-        and gptq.V2.refuse(Scheme.parse("W4A16_G16"), "q", 64, 64) is None
+        FORMATS["gptq"].refuse(Scheme.parse("W3A16"), "q", 64, 64) is None
+        and FORMATS["gptq"].refuse(Scheme.parse("W4A16_G16"), "q", 64, 64) is None
     )
-    assert gptq.V2.refuse(Scheme.parse("W4A16"), "q", 64, 80) is None
-    assert compressed_tensors.refuse(Scheme.parse("W4A16"), "q", 60, 64) is None
+    assert FORMATS["gptq"].refuse(Scheme.parse("W4A16"), "q", 64, 80) is None
+    assert FORMATS["compressed-tensors"].refuse(Scheme.parse("W4A16"), "q", 60, 64) is None
 
 
 @pytest.mark.fault("O3")
@@ -125,11 +126,11 @@ def test_a_symmetric_grid_is_stored_with_its_zero_points() -> None:
     tensors = awq.pack(codes, grid, torch.float16, scheme)
     assert set(tensors["qzeros"].flatten().tolist()) == {0x88888888 - 2**32}
     assert torch.equal(awq.dense(tensors, scheme, (16, 64)), grid.dequantize(codes).half())
-    assert not awq.scheme_of(awq.config(scheme, [], [], torch.float16)).symmetric
+    assert not awq.scheme_of(awq.config({"model.q": scheme}, [])).symmetric
 
 
 def test_config_round_trip() -> None:
-    config = awq.config(W4, ["model.q"], ["lm_head", "pooler"], torch.bfloat16)
+    config = awq.config({"model.q": W4}, ["lm_head", "pooler"])
     assert format_of(config) is FORMATS["awq"] and awq.scheme_of(config) == W4
     assert awq.covers(config, "model.q") and not awq.covers(config, "pooler") and not awq.covers(config, "lm_head")
 
@@ -137,7 +138,7 @@ def test_config_round_trip() -> None:
 @pytest.mark.parametrize("change", [{"bits": 3}, {"group_size": 48}, {"version": "gemv"}, {"zero_point": False}])
 def test_a_config_that_we_do_not_read_is_refused(change: dict) -> None:
     with pytest.raises(FormatError, match=r"config\.json"):
-        awq.scheme_of(awq.config(W4, [], [], torch.float16) | change)
+        awq.scheme_of(awq.config({"model.q": W4}, []) | change)
 
 
 @pytest.mark.fault("O5")

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats import FORMATS, compressed_tensors, format_of
+from leangrid.formats import FORMATS, format_of
 from leangrid.grids import AffineGrid, NonuniformGrid
 from leangrid.recipe import Scheme
 
+compressed_tensors = FORMATS["compressed-tensors"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 W3 = Scheme.parse("W3A16_G16")
 
@@ -84,14 +85,14 @@ def test_a_symmetric_scheme_needs_middle_zero_points() -> None:
 @pytest.mark.parametrize("name", ["W4A16_G64", "W3A16", "W2A16_G16_SYM", "W8A16"])
 def test_config_round_trip(name: str) -> None:
     scheme = Scheme.parse(name)
-    config = compressed_tensors.config(scheme, ["model.q"], ["lm_head", "re:.*router.*"], torch.bfloat16)
+    config = compressed_tensors.config({"model.q": scheme}, ["lm_head", "re:.*router.*"])
     assert format_of(config) is FORMATS["compressed-tensors"] and compressed_tensors.scheme_of(config) == scheme
     assert compressed_tensors.covers(config, "model.q")
     assert not compressed_tensors.covers(config, "lm_head") and not compressed_tensors.covers(config, "a.router.b")
 
 
 def _weights(**change: object) -> dict:
-    config = compressed_tensors.config(W3, [], [], torch.float32)
+    config = compressed_tensors.config({"model.q": W3}, [])
     config["config_groups"]["group_0"]["weights"] |= change
     return config
 

@@ -12,12 +12,14 @@ from math_problems import hessian, weight
 import leangrid
 from leangrid.block_types import BLOCK_TYPES
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats import FORMATS, format_of, gguf
+from leangrid.formats import FORMATS, format_of
 from leangrid.grids import fit_minmax
 from leangrid.recipe import Recipe, Scheme
 from leangrid.report.records import read_records
 from leangrid.solve.factor import factorize
 from leangrid.solve.layer import LinearResult, solve_linear
+
+gguf = FORMATS["gguf"]
 
 
 def solved(scheme: str, cols: int) -> LinearResult:
@@ -80,7 +82,7 @@ def test_damaged_bytes_are_named(name: str) -> None:
 
 
 def test_the_config_names_the_type_and_the_layers() -> None:
-    config = gguf.config(Scheme.parse("Q4_K"), ["a.b"], [], torch.bfloat16)
+    config = gguf.config({"a.b": Scheme.parse("Q4_K")}, [])
     assert format_of(config) is FORMATS["gguf"]
     assert gguf.scheme_of(config) == Scheme.parse("Q4_K")
     assert gguf.covers(config, "a.b") and not gguf.covers(config, "a.c")

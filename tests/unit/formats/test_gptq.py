@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats import FORMATS, compressed_tensors, format_of, gptq
+from leangrid.formats import FORMATS, format_of
+from leangrid.formats.gptq import Gptq
 from leangrid.grids import AffineGrid, NonuniformGrid
 from leangrid.recipe import Scheme
 
 BITS = [2, 3, 4, 8]
+V1, V2 = FORMATS["gptq_v1"], FORMATS["gptq"]
 W4 = Scheme.parse("W4A16_G32")
 
 
@@ -61,7 +63,7 @@ def test_words_are_those_of_the_description(
     rows, cols = rows * 32, groups * (size or 32) * (2 if bits == 3 and size == 16 else 1)
     scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=size)
     codes, grid = layer(rows, cols, scheme, seed, least=1 if version == 1 else 0)
-    container = gptq.Gptq(version)
+    container = Gptq(version)
     tensors = container.pack(codes, grid, torch.float16, scheme)
     stored_zero = grid.zero_point.int() - (1 if version == 1 else 0)
     for row in range(rows):
@@ -87,7 +89,7 @@ def test_what_is_packed_comes_back(
     scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=None, symmetric=symmetric)
     codes, grid = layer(rows * unit, cols * unit, scheme, least=1)
     grid = grid.rounded(dtype) if dtype == torch.bfloat16 else grid
-    shape, container = (rows * unit, cols * unit), gptq.Gptq(version)
+    shape, container = (rows * unit, cols * unit), Gptq(version)
     tensors = container.pack(codes, grid, dtype, scheme)
     assert {suffix: (t.dtype, tuple(t.shape)) for suffix, t in tensors.items()} == container.layout(
         scheme, shape, dtype
@@ -116,15 +118,15 @@ def test_what_is_packed_comes_back(
     ],
 )
 def test_refusals_name_what_fits(scheme: str, rows: int, cols: int, kind: str, words: list[str]) -> None:
-    for container in (gptq.V1, gptq.V2):
+    for container in (V1, V2):
         reason = str(container.refuse(Scheme.parse(scheme), "model.q", rows, cols, kind))
         assert "model.q" in reason and all(word in reason for word in words)
-    assert gptq.V2.refuse(Scheme.parse("W4A16_G32"), "model.q", 64, 96) is None
+    assert V2.refuse(Scheme.parse("W4A16_G32"), "model.q", 64, 96) is None
 
 
 def test_what_refuse_sends_to_compressed_tensors_fits_there() -> None:
     for scheme, rows, cols in (("W4A16_G48", 64, 96), ("W3A16", 64, 80), ("W4A16", 65, 64)):
-        assert compressed_tensors.refuse(Scheme.parse(scheme), "model.q", rows, cols) is None
+        assert FORMATS["compressed-tensors"].refuse(Scheme.parse(scheme), "model.q", rows, cols) is None
 
 
 @pytest.mark.fault("O2")
@@ -132,33 +134,31 @@ def test_version_1_refuses_a_zero_point_of_0_and_version_2_keeps_it() -> None:
     codes, grid = layer(32, 64, W4)
     assert bool((grid.zero_point == 0).any())
     with pytest.raises(FormatError, match=r"zero points are 0.*version 2"):
-        gptq.V1.pack(codes, grid, torch.float16, W4)
-    assert torch.equal(
-        gptq.V2.unpack(gptq.V2.pack(codes, grid, torch.float16, W4), W4, (32, 64))[1].zero_point, grid.zero_point
-    )
+        V1.pack(codes, grid, torch.float16, W4)
+    assert torch.equal(V2.unpack(V2.pack(codes, grid, torch.float16, W4), W4, (32, 64))[1].zero_point, grid.zero_point)
 
 
 @pytest.mark.fault("O3")
 def test_no_grid_is_rounded_or_approximated() -> None:
     codes, grid = layer(32, 64, W4)
     with pytest.raises(FormatError, match="format lut"):
-        gptq.V2.pack(codes, NonuniformGrid(torch.randn(32, 16).sort(dim=1).values), torch.float16, W4)
+        V2.pack(codes, NonuniformGrid(torch.randn(32, 16).sort(dim=1).values), torch.float16, W4)
     too_fine = AffineGrid(grid.scale + 1e-6, grid.zero_point, 4, 32)
     with pytest.raises(FormatError, match=r"not exact in float16.*compressed-tensors"):
-        gptq.V2.pack(codes, too_fine, torch.float32, W4)
+        V2.pack(codes, too_fine, torch.float32, W4)
     with pytest.raises(
         FormatError, match="not exact in bfloat16"
     ):  # a float16 scale that a reader in bfloat16 would round
-        gptq.V2.pack(codes, grid, torch.bfloat16, W4)
+        V2.pack(codes, grid, torch.bfloat16, W4)
     with pytest.raises(FormatError, match="middle"):
-        gptq.V2.pack(codes, grid, torch.float16, Scheme.parse("W4A16_G32_SYM"))
+        V2.pack(codes, grid, torch.float16, Scheme.parse("W4A16_G32_SYM"))
 
 
 def test_every_scale_that_the_precision_allows_is_exact_in_both_dtypes() -> None:
     """All positive bfloat16 numbers inside the limits, and none just outside."""
     every = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite() & (every > 0)].float()
-    precision = gptq.V2.precision(torch.bfloat16)
+    precision = V2.precision(torch.bfloat16)
     inside = (every >= precision.smallest) & (every <= precision.largest)
     exact = every.half().float() == every
     assert precision.dtype == torch.bfloat16 and bool(exact[inside].all()) and int(inside.sum()) > 4000
@@ -168,13 +168,13 @@ def test_every_scale_that_the_precision_allows_is_exact_in_both_dtypes() -> None
 
 
 @pytest.mark.parametrize("name", ["W4A16_G64", "W3A16", "W2A16_G16_SYM", "W8A16"])
-@pytest.mark.parametrize("container", [gptq.V1, gptq.V2], ids=lambda container: container.name)
-def test_config_round_trip(name: str, container: gptq.Gptq) -> None:
+@pytest.mark.parametrize("container", [V1, V2], ids=lambda container: container.NAME)
+def test_config_round_trip(name: str, container: Gptq) -> None:
     scheme = Scheme.parse(name)
-    config = container.config(scheme, ["model.q"], ["lm_head"], torch.bfloat16)
+    config = container.config({"model.q": scheme}, ["lm_head"])
     assert format_of(config) is container and container.scheme_of(config) == scheme
     assert container.covers(config, "model.q") and not container.covers(config, "lm_head")
-    assert FORMATS["gptq"] is gptq.V2 and FORMATS["gptq_v1"] is gptq.V1
+    assert V1.EXPORT_ONLY and not V2.EXPORT_ONLY
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_config_round_trip(name: str, container: gptq.Gptq) -> None:
 )
 def test_a_config_that_we_do_not_read_is_refused(change: dict) -> None:
     with pytest.raises(FormatError, match=r"config\.json"):
-        gptq.V2.scheme_of(gptq.V2.config(W4, [], [], torch.float16) | change)
+        V2.scheme_of(V2.config({"model.q": W4}, []) | change)
     with pytest.raises(FormatError, match="gptq_p"):
         format_of({"quant_method": "gptq", "checkpoint_format": "gptq_p"})
 
@@ -202,15 +202,15 @@ def test_a_config_that_we_do_not_read_is_refused(change: dict) -> None:
     ],
 )
 def test_damage_is_noticed_before_anything_runs(damage, words: str) -> None:
-    tensors = gptq.V2.pack(*layer(32, 64, W4), torch.float16, W4)
+    tensors = V2.pack(*layer(32, 64, W4), torch.float16, W4)
     damage(tensors)
     with pytest.raises(CheckpointError, match=words):
-        gptq.V2.dense(tensors, W4, (32, 64), "model.layers.0.q")
+        V2.dense(tensors, W4, (32, 64), "model.layers.0.q")
 
 
 def test_a_borrowed_zero_point_of_another_tool_is_refused() -> None:
     """Version 1 with Z = 0, as tools wrote it: the stored field is 15, and readers disagree on what it means."""
-    tensors = gptq.V1.pack(*layer(32, 64, W4, least=1), torch.float16, W4)
+    tensors = V1.pack(*layer(32, 64, W4, least=1), torch.float16, W4)
     tensors["qzeros"][0, 0] = -1
     with pytest.raises(CheckpointError, match="cannot say"):
-        gptq.V1.check(tensors, W4, (32, 64), "model.layers.0.q")
+        V1.check(tensors, W4, (32, 64), "model.layers.0.q")

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats import FORMATS, format_of, lut
+from leangrid.formats import FORMATS, format_of
 from leangrid.grids import AffineGrid, NonuniformGrid
 from leangrid.recipe import Scheme
 
+lut = FORMATS["lut"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NU3 = Scheme.parse("NU3")
 
@@ -69,7 +70,7 @@ def test_an_affine_grid_is_refused_with_the_format_that_fits() -> None:
 
 
 def test_config_round_trip() -> None:
-    config = lut.config(NU3, ["a.b", "a.c"], ["lm_head"], torch.float32)
+    config = lut.config({"a.b": NU3, "a.c": NU3}, ["lm_head"])
     assert format_of(config) is FORMATS["lut"] and lut.scheme_of(config) == NU3
     assert lut.covers(config, "a.b") and not lut.covers(config, "lm_head")
 
@@ -80,7 +81,7 @@ def test_config_round_trip() -> None:
 )
 def test_a_config_that_is_not_ours_is_refused(change: dict) -> None:
     with pytest.raises(FormatError, match=r"config\.json"):
-        lut.scheme_of({**lut.config(NU3, ["a.b"], [], torch.float32), **change})
+        lut.scheme_of({**lut.config({"a.b": NU3}, []), **change})
 
 
 def test_an_unknown_method_is_refused_by_name() -> None:

@@ -17,12 +17,14 @@ from safetensors.torch import load_file, save_file
 
 import leangrid
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats import FORMATS, config_entries, format_of, mlx, schemes_of
+from leangrid.formats import FORMATS, format_of, schemes_of
+from leangrid.formats.mlx import BITS
 from leangrid.grids import AffineGrid, NonuniformGrid, OffsetGrid
 from leangrid.inference.layers import OffsetLinear
 from leangrid.recipe import Recipe, Scheme
-from leangrid.storage.config import with_older_ropes
+from leangrid.storage.config import add_older_rope_keys
 
+mlx = FORMATS["mlx"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 W4 = Scheme.parse("W4A16_G32")
 
@@ -56,7 +58,7 @@ def loop_words(codes: torch.Tensor, bits: int) -> list[list[int]]:
 @given(
     rows=st.integers(1, 5),
     groups=st.integers(1, 3),
-    bits=st.sampled_from(mlx.BITS),
+    bits=st.sampled_from(BITS),
     size=st.sampled_from([None, 32, 64, 128]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
@@ -67,7 +69,7 @@ def test_what_is_packed_comes_back(
     scheme = Scheme(grid="affine", method="leanquant", bits=bits, group_size=size)
     cols = groups * (size or 96)
     codes, grid = layer(rows, cols, scheme, dtype, seed)
-    scheme = mlx.stored(scheme, {cols})
+    scheme = mlx.stored_scheme(scheme, {cols})
     tensors = mlx.pack(codes, grid, dtype, scheme)
     assert {suffix: (t.dtype, tuple(t.shape)) for suffix, t in tensors.items()} == mlx.layout(
         scheme, (rows, cols), dtype
@@ -90,7 +92,7 @@ def test_what_is_packed_comes_back(
     [("W3A16", {96, 192}, 32), ("W4A16", {64, 128}, 64), ("W2A16", {384}, 128), ("W4A16_G256", {512}, 128)],
 )
 def test_whole_rows_and_long_groups_repeat_their_grid(scheme: str, columns: set[int], size: int) -> None:
-    stored = mlx.stored(Scheme.parse(scheme), columns)
+    stored = mlx.stored_scheme(Scheme.parse(scheme), columns)
     assert stored.group_size == size
     for cols in columns:
         codes, grid = layer(4, cols, Scheme.parse(scheme), torch.bfloat16)
@@ -101,7 +103,7 @@ def test_whole_rows_and_long_groups_repeat_their_grid(scheme: str, columns: set[
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", mlx.BITS)
+@pytest.mark.parametrize("bits", BITS)
 def test_symmetric_grids_are_always_exact(bits: int, dtype: torch.dtype) -> None:
     """S 2^(b-1) only moves the exponent. In half precision S q and S 2^(b-1) have few bits: s q + b is S (q - Z), bit
     for bit."""
@@ -125,7 +127,7 @@ def test_a_zero_point_whose_offset_is_rounded_is_refused() -> None:
     grid = AffineGrid(scale, torch.tensor([[3], [3]], dtype=torch.uint8), 4, 32)
     with pytest.raises(FormatError, match=r"rounds 1 of 2.*--format mlx.*_SYM"):
         mlx.pack(codes, grid, torch.bfloat16, W4)
-    assert mlx.pack(codes[1:], grid.take(torch.tensor([1])), torch.bfloat16, W4)["biases"].tolist() == [[-1.5]]
+    assert mlx.pack(codes[1:], grid.select_rows(torch.tensor([1])), torch.bfloat16, W4)["biases"].tolist() == [[-1.5]]
     assert mlx.pack(codes, grid, torch.float16, W4)["biases"].tolist() == [
         [-3 * (1 + 2**-7)],
         [-1.5],
@@ -167,17 +169,20 @@ def test_what_fits_is_not_refused(scheme: str) -> None:
 
 
 def test_config_is_mlx_lms_and_comes_back() -> None:
-    config = mlx.config(Scheme.parse("W4A16_G32"), ["a.q"], ["lm_head"], torch.bfloat16)
+    config = mlx.config({"a.q": Scheme.parse("W4A16_G32")}, ["lm_head"])
     assert config == {"group_size": 32, "bits": 4, "mode": "affine"}
     assert format_of(config) is FORMATS["mlx"]
     assert mlx.scheme_of(config) == Scheme.parse("W4A16_G32").model_copy(update={"grid": "offset"})
-    assert config_entries("mlx", config) == {"quantization": config, "quantization_config": config}
+    assert mlx.config_entries({"a.q": Scheme.parse("W4A16_G32")}, []) == {
+        "quantization": config,
+        "quantization_config": config,
+    }
 
 
 def test_several_schemes_are_named_by_layer() -> None:
     four, eight = (Scheme.parse(f"W{bits}A16_G64").model_copy(update={"grid": "offset"}) for bits in (4, 8))
     schemes = {"a.q": four, "a.o": four, "a.down": eight}
-    config = mlx.mixed_config(schemes)
+    config = mlx.config(schemes, [])
     assert config == {
         "group_size": 64,
         "bits": 4,
@@ -289,12 +294,12 @@ def test_quantized_embeddings_are_refused_by_name(made: Callable, tmp_path: Path
 
 def test_auto_scheme_takes_the_widest_group_that_fits(tiny: Callable[..., Path]) -> None:
     from leangrid.models.skeleton import Skeleton
-    from leangrid.planning.settle import settle
+    from leangrid.planning.resolve import resolve_recipe
     from leangrid.storage.source import open_source
 
     skeleton = Skeleton(open_source(tiny("llama2")))  # 64 and 128 columns
-    assert settle(Recipe(format="mlx"), skeleton).scheme == "W4A16_G64"
-    assert settle(Recipe(), skeleton).scheme == "W4A16"
+    assert resolve_recipe(Recipe(format="mlx"), skeleton).scheme == "W4A16_G64"
+    assert resolve_recipe(Recipe(), skeleton).scheme == "W4A16"
 
 
 @pytest.mark.parametrize("scheme", ["W4A16_G32", "W6A16_G32", "W3A16_SYM", "GPTQ4_G64", "W2A16"])
@@ -326,21 +331,21 @@ def test_quantize_for_mlx_end_to_end(tiny: Callable[..., Path], scheme: str, tmp
 
 def test_older_places_of_the_rotary_embedding() -> None:
     llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}
-    assert with_older_ropes({"rope_parameters": llama3}) == {
+    assert add_older_rope_keys({"rope_parameters": llama3}) == {
         "rope_parameters": llama3,
         "rope_theta": 5e5,
         "rope_scaling": llama3,
     }
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 7.0, "rope_scaling": None}
-    assert with_older_ropes(plain) == plain  # what is there stays
+    assert add_older_rope_keys(plain) == plain  # what is there stays
     kinds = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         "sliding_attention": {"rope_theta": 1e4},
     }
-    older = with_older_ropes({"rope_parameters": kinds})
+    older = add_older_rope_keys({"rope_parameters": kinds})
     assert (older["rope_theta"], older["rope_local_base_freq"], older["rope_scaling"]) == (
         1e6,
         1e4,
         kinds["full_attention"],
     )
-    assert with_older_ropes({"model_type": "bert"}) == {"model_type": "bert"}
+    assert add_older_rope_keys({"model_type": "bert"}) == {"model_type": "bert"}

@@ -15,9 +15,9 @@ from leangrid.grids import (
     OffsetGrid,
     SuperblockGrid,
     fit_affine,
+    fit_minmax_superblock,
     fit_offset,
     fit_superblock,
-    minmax_superblock,
 )
 from leangrid.grids.k_types import Quadratic, _integers, _nearest
 from leangrid.recipe import Recipe, Scheme
@@ -50,7 +50,8 @@ def test_levels_are_the_types_formula_rounded_once(name: str) -> None:
     codes = torch.randint(0, 2**kind.bits, (6, 512), generator=generator(0), dtype=torch.uint8)
     assert torch.equal(found.dequantize(codes), literal(found, codes).float())
     assert torch.equal(
-        (found.units(codes) * found.free.repeat_interleave(256, 1).transpose(1, 2)).sum(1), found.dequantize(codes)
+        (found.design(codes) * found.parameters.repeat_interleave(256, 1).transpose(1, 2)).sum(1),
+        found.dequantize(codes),
     )
 
 
@@ -59,7 +60,7 @@ def test_levels_are_the_types_formula_rounded_once(name: str) -> None:
 def test_the_fit_beats_min_max_and_stays_near_free_real_scales(name: str, magnitude: float) -> None:
     kind, w = BLOCK_TYPES[name], weight(12, 512) * magnitude
     g = torch.rand(512, generator=generator(1)).double() + 0.01
-    found, minmax = fit_superblock(w, g, kind), minmax_superblock(w, kind)
+    found, minmax = fit_superblock(w, g, kind), fit_minmax_superblock(w, kind)
     free = (
         fit_offset(w, g, kind.bits, 256, kind.group)
         if kind.minimum
@@ -116,7 +117,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("name", NAMES)
 def test_degenerate_blocks_give_finite_grids(name: str, case: str) -> None:
     kind, w = BLOCK_TYPES[name], DEGENERATE[case]
-    for found in (minmax_superblock(w, kind), fit_superblock(w, torch.ones(256, dtype=torch.float64), kind)):
+    for found in (fit_minmax_superblock(w, kind), fit_superblock(w, torch.ones(256, dtype=torch.float64), kind)):
         again = found.dequantize(found.nearest(w))
         assert bool(again.isfinite().all())
         assert float((again - w).double().norm()) <= float(w.double().norm()) + 1e-30
@@ -162,7 +163,7 @@ def test_every_block_type_beats_its_own_baselines(scheme: str) -> None:
     expected = SuperblockGrid if kind.sc else OffsetGrid if kind.minimum else AffineGrid
     assert type(result.grid) is expected
     parameters = (
-        [result.grid.free]
+        [result.grid.parameters]
         if isinstance(result.grid, SuperblockGrid)
         else [result.grid.scale, getattr(result.grid, "offset", None)]
     )

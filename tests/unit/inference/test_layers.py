@@ -39,7 +39,7 @@ def packed_layer(
 def test_weight_and_product_are_the_dense_ones_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     layer, dense = packed_layer(name, 37, 48, dtype)
     assert layer.weight_hat.dtype == dtype and torch.equal(layer.weight_hat, dense)
-    x = torch.randn(2, packed.FEW, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(2, packed.MAX_TOKENS, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert torch.equal(
         layer(x), functional.linear(x, dense, layer.bias)
     )  # few tokens are summed in another order: test_decode.py
@@ -56,8 +56,8 @@ def test_any_batch_and_strides(batch: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", ["NU4", "W3A16_G16"])
 def test_tiles_of_rows_give_the_same_product(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, dense = packed_layer(name, 37, 48, torch.float32)
-    monkeypatch.setattr(packed, "TILE", 48 * 5)
-    x = torch.randn(packed.FEW + 1, 48)
+    monkeypatch.setattr(packed, "DENSE_CHUNK", 48 * 5)
+    x = torch.randn(packed.MAX_TOKENS + 1, 48)
     torch.testing.assert_close(layer(x), functional.linear(x, dense, layer.bias))
     torch.testing.assert_close(packed_layer(name, 37, 48, torch.float32, bias=False)[0](x), functional.linear(x, dense))
 

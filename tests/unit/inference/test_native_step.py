@@ -11,7 +11,7 @@ from quantized_checkpoints import write
 from torch import Tensor
 
 import leangrid
-from leangrid.data.sampling import _cache, stream
+from leangrid.data.sampling import _cache, stream_tokens
 from leangrid.inference.native_step import native_step
 
 PLAIN = ["llama1", "llama2", "llama3", "llama3_tied", "qwen2", "qwen3"]
@@ -112,5 +112,5 @@ def test_what_it_does_not_know_is_left_to_the_model(monkeypatch: pytest.MonkeyPa
 def test_stream_says_the_same_by_either_way(name: str) -> None:
     model, prompt = tiny_models.build(name), tiny_models.tokens(1, 6)[0].tolist()
     for settings in ({}, {"temperature": 1.0, "seed": 3}):
-        native_way = list(stream(model, prompt, 12, native_step=native_step, **settings))
-        assert native_way == list(stream(model, prompt, 12, **settings)) and len(native_way) == 12
+        native_way = list(stream_tokens(model, prompt, 12, native_step=native_step, **settings))
+        assert native_way == list(stream_tokens(model, prompt, 12, **settings)) and len(native_way) == 12

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats import lut
+from leangrid.formats import FORMATS
 from leangrid.grids import NonuniformGrid
 from leangrid.inference import vllm_plugin
 from leangrid.recipe import Scheme
@@ -73,7 +73,7 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def config(ours: ModuleType, *layers: str) -> Any:
-    made = ours.LeangridConfig.from_config(lut.config(SCHEME, list(layers), [], torch.bfloat16))
+    made = ours.LeangridConfig.from_config(FORMATS["lut"].config(dict.fromkeys(layers, SCHEME), []))
     made.packed_modules_mapping = MAPPING
     return made
 
@@ -126,7 +126,7 @@ def test_rows_of_several_layers_are_one_product(ours: ModuleType) -> None:
         grid = NonuniformGrid(torch.randn(rows, 8, generator=generator).sort(dim=1).values)
         codes = torch.randint(8, (rows, cols), generator=generator, dtype=torch.uint8)
         dense.append(grid.dequantize(codes))
-        for name, tensor in lut.pack(codes, grid, torch.float32, SCHEME).items():
+        for name, tensor in FORMATS["lut"].pack(codes, grid, torch.float32, SCHEME).items():
             parameter = getattr(layer, name)
             parameter.weight_loader(parameter, tensor, part)
     bias, weight = torch.randn(sum(heights), generator=generator), torch.cat(dense)
@@ -160,7 +160,7 @@ def test_rows_are_split_over_ranks_at_words_only(ours: ModuleType, bits: int, he
 
 def test_a_table_is_never_rounded(ours: ModuleType) -> None:
     seen: list[torch.Tensor] = []
-    load = ours.exactly(lambda parameter, stored: seen.append(stored))
+    load = ours.exact_loader(lambda parameter, stored: seen.append(stored))
     parameter = nn.Parameter(torch.empty(2, dtype=torch.float16), requires_grad=False)
     load(parameter, torch.tensor([0.5, -2.0], dtype=torch.bfloat16))
     assert len(seen) == 1

@@ -135,7 +135,7 @@ def test_cuda_tensors_go_to_triton_unless_torch_is_wanted(monkeypatch: pytest.Mo
 def test_where_triton_cannot_run_there_is_one_notice_or_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_triton", lambda interpreted=False: (None, "RuntimeError: Failed to find C compiler"))
     monkeypatch.delenv("LEANGRID_KERNELS", raising=False)
-    choice._notice.cache_clear()
+    choice._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="without its Triton kernels .* Failed to find C compiler") as notices:
         assert [choice._module(CUDA), choice._module(CUDA)] == [plain, plain]
     assert len(notices) == 1

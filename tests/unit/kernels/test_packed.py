@@ -67,7 +67,7 @@ def test_rows_and_products_of_a_lut(isa: str, shape: tuple[int, int], bits: int)
         weight = twin.lut_weight(codes, lut)
         assert torch.equal(packed.lut_rows(tiles, lut, bits, cols)(0, rows), weight)
         assert torch.equal(packed.lut_rows(tiles, lut, bits, cols)(rows // 2, rows), weight[rows // 2 :])
-        for tokens in (0, 1, 3, 16, 17, packed.FEW + 1):
+        for tokens in (0, 1, 3, 16, 17, packed.MAX_TOKENS + 1):
             x = torch.randn(tokens, cols, generator=generator(tokens)).to(dtype)
             near(
                 packed.lut_linear(x, tiles, lut, bias if tokens % 2 else None, bits),

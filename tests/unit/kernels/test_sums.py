@@ -8,6 +8,7 @@ from torch import Tensor
 from leangrid import kernels
 from leangrid.errors import ShapeError
 from leangrid.kernels import native
+from leangrid.kernels.plain import sums as plain_sums
 
 SHAPES = [(1, 1), (5, 3), (31, 16), (33, 17), (64, 32), (100, 40), (1025, 33), (2100, 70), (0, 4)]
 needs_units = pytest.mark.skipif(not native.multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
@@ -48,7 +49,7 @@ def test_bfloat16_units_agree_with_torch_and_any_number_of_threads_gives_the_sam
         native.outer_sums(x, sums[-1][0], y, sums[-1][1])
     torch.set_num_threads(before)
     twin = torch.zeros(cols, cols), torch.zeros(cols, cols)
-    sums.outer_sums(x, twin[0], y, twin[1])
+    plain_sums.outer_sums(x, twin[0], y, twin[1])
     for matrix, cross in sums:
         assert torch.equal(matrix, sums[0][0])
         assert torch.equal(cross, sums[0][1])

@@ -34,7 +34,7 @@ def test_a_reference_is_kept_in_float32_or_float16_or_run_again(
 ) -> None:
     original, calls = logits_of(1)
     reference = Reference(original, WINDOWS, budget=budget)
-    assert reference.kept is kept and len(calls) == 2
+    assert reference.in_memory is kept and len(calls) == 2
     for index, window in enumerate(WINDOWS):
         found = divergence(reference.log_probs(index), logits_of(2)[0](window))
         torch.testing.assert_close(

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from leangrid.errors import CheckpointError
 from leangrid.models.gguf_tokenizer import check_tokenizer, tokenizer_of
-from leangrid.models.gguf_vocab import LLAMA3, QWEN2, vocabulary
+from leangrid.models.gguf_vocab import LLAMA3, QWEN2, tokenizer_fields
 from leangrid.storage.gguf import Field
 from leangrid.storage.gguf_header import Header, read_header
 
@@ -52,7 +52,7 @@ def byte_level(
     ],
 )
 def test_pre_tokenizers_by_name(tokenizer, name: str) -> None:
-    fields, notices = vocabulary(tokenizer(), tiny_models.VOCAB)
+    fields, notices = tokenizer_fields(tokenizer(), tiny_models.VOCAB)
     assert fields["tokenizer.ggml.pre"].value == name and notices == []
 
 
@@ -74,13 +74,13 @@ def test_pre_tokenizers_by_name(tokenizer, name: str) -> None:
 )
 def test_an_unknown_one_is_refused_with_the_way_out(tokenizer) -> None:
     with pytest.raises(CheckpointError, match=r"no name for this tokenizer.*--like FILE\.gguf"):
-        vocabulary(tokenizer(), tiny_models.VOCAB)
+        tokenizer_fields(tokenizer(), tiny_models.VOCAB)
 
 
 def test_ids_beside_and_behind_the_tokens() -> None:
     tokenizer = byte_level(BYTES)
     tokenizer.add_tokens([" two  spaces"])
-    fields, notices = vocabulary(tokenizer, tiny_models.VOCAB + 3)
+    fields, notices = tokenizer_fields(tokenizer, tiny_models.VOCAB + 3)
     tokens, types = fields["tokenizer.ggml.tokens"].value, fields["tokenizer.ggml.token_type"].value
     assert tokens[tiny_models.VOCAB :] == [
         " two  spaces",
@@ -88,7 +88,7 @@ def test_ids_beside_and_behind_the_tokens() -> None:
         f"[PAD{tiny_models.VOCAB + 2}]",
     ]
     assert types[tiny_models.VOCAB :] == [4, 5, 5] and types[:5] == [3, 3, 3, 3, 1] and notices == []
-    fields, notices = vocabulary(tokenizer, tiny_models.VOCAB)
+    fields, notices = tokenizer_fields(tokenizer, tiny_models.VOCAB)
     assert len(fields["tokenizer.ggml.tokens"].value) == tiny_models.VOCAB and "1 tokens" in notices[0]
 
 
@@ -150,7 +150,7 @@ LLAMA2 = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace("
 )
 def test_sentencepiece_fields(pre, normalizer, space: bool, told: int) -> None:
     tokenizer, size = sentencepiece(pre, normalizer)
-    fields, notices = vocabulary(tokenizer, size)
+    fields, notices = tokenizer_fields(tokenizer, size)
     assert fields["tokenizer.ggml.model"].value == "llama" and fields["tokenizer.ggml.add_space_prefix"].value is space
     assert fields["tokenizer.ggml.token_type"].value[:4] == [2, 3, 3, 6] and len(notices) == told
     assert "tokenizer.ggml.merges" not in fields
@@ -161,7 +161,7 @@ def test_scores_join_as_the_merges_do(text: str) -> None:
     """llama.cpp's SentencePiece algorithm, from the scores alone: always the pair with the highest score, the leftmost
     of equals."""
     tokenizer, size = sentencepiece(None, LLAMA2)
-    fields, _ = vocabulary(tokenizer, size)
+    fields, _ = tokenizer_fields(tokenizer, size)
     score = dict(zip(fields["tokenizer.ggml.tokens"].value, fields["tokenizer.ggml.scores"].value, strict=True))
     pieces: list[str] = list(SPACE + text.replace(" ", SPACE))
     while True:
@@ -186,7 +186,7 @@ SAMPLES = (
 
 def back(tokenizer, rows: int, **changes: object) -> Any:
     """The tokenizer through the fields of a GGUF file and back."""
-    fields, _ = vocabulary(tokenizer, rows)
+    fields, _ = tokenizer_fields(tokenizer, rows)
     given = {key.replace("__", "."): Field("any", value) for key, value in changes.items()}
     header = Header(
         Path("m.gguf"), {key: field for key, field in (fields | given).items() if field.value is not None}, {}
@@ -219,7 +219,7 @@ def test_a_byte_level_tokenizer_comes_back(made) -> None:
     assert (found.bos_token_id, found.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert (
         found.chat_template == tokenizer.chat_template
-        and vocabulary(found, len(found))[0] == vocabulary(tokenizer, len(tokenizer))[0]
+        and tokenizer_fields(found, len(found))[0] == tokenizer_fields(tokenizer, len(tokenizer))[0]
     )
 
 
@@ -260,7 +260,7 @@ def test_a_rule_that_nobody_here_knows_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"rule 'deepseek-llm'.*SOURCE"):
         back(byte_level(BYTES), tiny_models.VOCAB, tokenizer__ggml__pre="deepseek-llm")
     with pytest.raises(CheckpointError, match=r"512 tokens, and the model 500 embeddings"):
-        check_tokenizer(Header(Path("m"), vocabulary(byte_level(BYTES), tiny_models.VOCAB)[0], {}), 500)
+        check_tokenizer(Header(Path("m"), tokenizer_fields(byte_level(BYTES), tiny_models.VOCAB)[0], {}), 500)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_a_tied_flag_with_another_head_stored_is_untied(tmp_path: Path) -> None:
     head = torch.randn(tiny_models.VOCAB, tiny_models.HIDDEN)
     source = write("llama3_tied", tmp_path / "m", lambda t: t.update({"lm_head.weight": head}))
     skeleton = Skeleton(open_source(source))
-    assert skeleton.naming.untied and torch.equal(skeleton.stored("lm_head.weight"), head)
+    assert skeleton.naming.untied and torch.equal(skeleton.read("lm_head.weight"), head)
     assert any("kept apart" in notice for notice in skeleton.naming.notices)
     out = quantized(source)
     assert torch.equal(load_file(out / "model.safetensors")["lm_head.weight"], head)
@@ -163,7 +163,7 @@ def test_layers_that_nothing_announces_are_refused(tmp_path: Path, fields: dict[
 def test_what_lies_beside_the_model_is_copied_and_said(tmp_path: Path, name: str) -> None:
     source = write("llama2", tmp_path / "m", lambda t: t.update({name: torch.randn(1, 64)}))
     skeleton = Skeleton(open_source(source))
-    assert skeleton.naming.beyond == (name,) and any(name in notice for notice in skeleton.naming.notices)
+    assert skeleton.naming.extra == (name,) and any(name in notice for notice in skeleton.naming.notices)
     out = quantized(source)
     assert torch.equal(load_file(out / "model.safetensors")[name], load_file(source / "model.safetensors")[name])
     near(source, out)
@@ -202,7 +202,7 @@ def test_the_heads_of_bert_base_and_its_old_names(tmp_path: Path) -> None:
         ("BertModel", {"cls.predictions", "cls.seq_relationship"}),
     ):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": [name]}))
-        left = {".".join(n.split(".")[:2]) for n in Skeleton(open_source(tmp_path / "m")).naming.beyond}
+        left = {".".join(n.split(".")[:2]) for n in Skeleton(open_source(tmp_path / "m")).naming.extra}
         assert left == beyond, name
 
 

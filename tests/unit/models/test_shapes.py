@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leangrid.errors import CheckpointError, LeangridError, OutputError
-from leangrid.models.shapes import SHAPES, shape
+from leangrid.models.shapes import SHAPES, describe_shape
 from leangrid.planning.plan import plan
 from leangrid.recipe import Recipe
 
@@ -39,7 +39,7 @@ _FAST = ("llama-3-8b", "mistral-7b", "qwen2.5-0.5b", "smollm2-135m")
     "name", [pytest.param(name, marks=() if name in _FAST else pytest.mark.slow) for name in SHAPES]
 )
 def test_every_row_has_the_published_number_of_parameters(name: str) -> None:
-    described = shape(name)
+    described = describe_shape(name)
     assert sum(torch.Size(tensor.shape).numel() for tensor in described.tensors.values()) == PARAMETERS[name]
     assert sum(tensor.nbytes for tensor in described.tensors.values()) == 2 * PARAMETERS[name]
 
@@ -66,12 +66,12 @@ def test_a_config_alone_plans_as_its_checkpoint(tiny: Callable[..., Path]) -> No
 
 def test_weights_of_a_description_cannot_be_read() -> None:
     with pytest.raises(CheckpointError, match="holds no weights"):
-        shape("smollm2-135m").read("model.norm.weight")
+        describe_shape("smollm2-135m").read("model.norm.weight")
 
 
 def test_a_large_model_on_devices_that_are_not_here() -> None:
     one, two, fast = (plan(None, shape="llama-3-70b", device=device) for device in ("16GB", "2x16GB", "2x16GB@90TF"))
-    assert two.layers == 80 * 7 and two.peak_gpu_bytes < 0.94 * 16 * 2**30 and two.placement["lean"]
+    assert two.layers == 80 * 7 and two.peak_gpu_bytes < 0.94 * 16 * 2**30 and two.placement["in_place"]
     assert two.available_ram_bytes is None and two.bound == "compute" and two.devices == 2 and one.devices == 1
     for stage in ("calibrate", "hessian", "solve", "grid", "baseline"):
         assert two.seconds[stage] == pytest.approx(one.seconds[stage] / 2, rel=1e-3)
@@ -90,7 +90,7 @@ def test_a_checkpoint_on_a_device_that_is_not_here(tiny: Callable[..., Path]) ->
 
 
 def test_a_device_too_small_is_refused_with_what_is_needed() -> None:
-    with pytest.raises(OutputError, match=r"needs \d+\.\d GiB on 2x8GB at its thriftiest, 7\.5 GiB can be used"):
+    with pytest.raises(OutputError, match=r"needs \d+\.\d GiB on 2x8GB at the least, 7\.5 GiB can be used"):
         plan(None, shape="llama-3.1-405b", device="2x8GB")
 
 

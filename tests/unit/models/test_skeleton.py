@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from leangrid.errors import ArchitectureError, CheckpointError
 from leangrid.machine.memory import _status
 from leangrid.models.architectures import ARCHITECTURES
-from leangrid.models.shapes import shape
+from leangrid.models.shapes import describe_shape
 from leangrid.models.skeleton import Skeleton
 from leangrid.storage.source import open_source
 
@@ -37,14 +37,14 @@ def test_every_linear_of_the_blocks_is_in_the_table(name: str, tmp_path: Path) -
 def test_materialised_block_holds_the_checkpoint(sharded: bool, tmp_path: Path) -> None:
     skeleton = Skeleton(open_source(tiny_models.save("qwen2", tmp_path, sharded=sharded)))
     model = tiny_models.build("qwen2")
-    with skeleton.block(1) as block:
+    with skeleton.load_block(1) as block:
         for name, parameter in block.named_parameters():
             assert torch.equal(parameter, model.get_parameter(f"{skeleton.block_name(1)}.{name}")), name
 
 
 def test_a_skeleton_allocates_no_weights_on_its_way(tmp_path: Path) -> None:
     """Not even addresses: a limit on a process's memory counts those."""
-    described = shape("llama-2-7b")
+    described = describe_shape("llama-2-7b")
     before = _status("VmData:")
     Skeleton(described)
     assert _status("VmData:") - before < 1 << 30
@@ -55,7 +55,7 @@ def test_a_headless_checkpoint_may_lack_the_base_prefix(tmp_path: Path) -> None:
     tensors = {name.removeprefix("transformer."): t for name, t in load_file(tmp_path / "model.safetensors").items()}
     save_file(tensors, tmp_path / "model.safetensors")
     skeleton = Skeleton(open_source(tmp_path))
-    assert torch.equal(skeleton.stored("transformer.h.0.attn.c_attn.weight"), tensors["h.0.attn.c_attn.weight"])
+    assert torch.equal(skeleton.read("transformer.h.0.attn.c_attn.weight"), tensors["h.0.attn.c_attn.weight"])
 
 
 @pytest.mark.fault("S9")

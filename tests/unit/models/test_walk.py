@@ -9,7 +9,8 @@ import torch
 
 from leangrid.errors import ArchitectureError, CalibrationError
 from leangrid.models.skeleton import Skeleton
-from leangrid.models.walk import BlockWalk, Calls, Streams, embed
+from leangrid.models.streams import Calls, Streams, embed
+from leangrid.models.walk import BlockWalk
 from leangrid.storage.source import open_source
 
 
@@ -37,7 +38,7 @@ def test_original_stream_is_the_model(name: str, replay: bool, tmp_path: Path) -
     streams = Streams(hidden, list(hidden))
     expected = _block_outputs(name, ids[:2], skeleton)
     for index in range(len(skeleton.blocks)):
-        with skeleton.block(index) as block:
+        with skeleton.load_block(index) as block:
             walk = BlockWalk(block, skeleton.architecture.groups, calls, index, streams, replay)
             for group in walk:
                 for linear in group.names:
@@ -55,7 +56,7 @@ def test_groups_read_what_the_linears_read_and_each_product_is_computed_once(tmp
     skeleton = _skeleton("llama2", tmp_path)
     ids = tiny_models.tokens(4, 16)
     hidden, calls = embed(skeleton, ids.split(2))
-    with skeleton.block(0) as block:
+    with skeleton.load_block(0) as block:
         reads: dict[str, list[torch.Tensor]] = {}
         for linear in (n for group in skeleton.architecture.groups for n in group):
             block.get_submodule(linear).register_forward_hook(
@@ -82,7 +83,7 @@ def _seen(name: str, directory: Path, replay: bool, paired: bool) -> list[torch.
     streams, seen = Streams(hidden, list(hidden) if paired else None), []
     generator = torch.Generator().manual_seed(0)
     for index in range(len(skeleton.blocks)):
-        with skeleton.block(index) as block:
+        with skeleton.load_block(index) as block:
             walk = BlockWalk(block, skeleton.architecture.groups, calls, index, streams, replay)
             for group in walk:
                 seen += [x.clone() for pair in group for x in pair if x is not None]
@@ -109,7 +110,7 @@ def test_replaying_and_pausing_give_the_same_bits(name: str, paired: bool, tmp_p
 def test_a_replayed_group_is_one_batch_at_a_time_and_can_be_read_again(tmp_path: Path) -> None:
     skeleton = _skeleton("llama2", tmp_path)
     hidden, calls = embed(skeleton, tiny_models.tokens(4, 16).split(1))
-    with skeleton.block(0) as block:
+    with skeleton.load_block(0) as block:
         gates: list[weakref.ref[torch.Tensor]] = []
         block.get_submodule("mlp.gate_proj").register_forward_hook(lambda _m, _a, out: gates.append(weakref.ref(out)))
         walk = BlockWalk(block, skeleton.architecture.groups, calls, 0, Streams(hidden, None), replay=True)
@@ -145,7 +146,7 @@ def test_quantized_stream_sees_the_new_weight_of_its_own_group(tmp_path: Path) -
     """With every linear replaced by zero, only the residual is left; the original stream does not notice."""
     skeleton = _skeleton("llama2", tmp_path)
     hidden, calls = embed(skeleton, [tiny_models.tokens(2, 8)])
-    with skeleton.block(0) as block:
+    with skeleton.load_block(0) as block:
         walk = BlockWalk(block, skeleton.architecture.groups, calls, 0, Streams(hidden, list(hidden)))
         for group in walk:
             for linear in group.names:

@@ -25,7 +25,7 @@ def test_bits_and_layers_are_what_the_run_gives(scheme: str, tmp_path: Path) -> 
     assert planned.bytes == pytest.approx(
         tensors, rel=0.15
     )  # the rest is the file's header: large only for a tiny model
-    assert set(planned.to_json()) >= {
+    assert set(planned.to_dict()) >= {
         "scheme",
         "layers",
         "bits_per_weight",

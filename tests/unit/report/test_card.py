@@ -7,12 +7,12 @@ import pytest
 from huggingface_hub import ModelCard
 from report_facts import EVALUATION, QUALITY, RECORD, facts, manifest
 
-from leangrid.report.card import model_card
+from leangrid.report.card import render_card
 from leangrid.solve.rescue import Rescue
 
 
 def card(*arguments: Any, **more: Any) -> str:
-    return model_card(facts(*arguments, **{"quality": {}, **more}))
+    return render_card(facts(*arguments, **{"quality": {}, **more}))
 
 
 def test_the_card_states_source_scheme_losses_and_settings() -> None:

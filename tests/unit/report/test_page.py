@@ -12,7 +12,7 @@ from report_facts import EVALUATION, QUALITY, RECORD, RUN_LOG, SAMPLE, facts
 
 from leangrid.recipe import Recipe
 from leangrid.report.facts import LossMap, place
-from leangrid.report.page import page, toml
+from leangrid.report.page import render_page, toml
 from leangrid.solve.rescue import Rescue
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=y>"
@@ -53,7 +53,7 @@ class Reader(HTMLParser):
 
 
 def read(*arguments: Any, **more: Any) -> Reader:
-    return Reader(page(facts(*arguments, **more)))
+    return Reader(render_page(facts(*arguments, **more)))
 
 
 def words(reader: Reader) -> str:
@@ -63,9 +63,10 @@ def words(reader: Reader) -> str:
 def test_it_has_every_part() -> None:
     text = words(read(evaluations=[EVALUATION]))
     for part in ("name, NU3", "100.0 MB of 400.0 MB: 25.0%", "3.12 bits", "0.117 nats", "87.0%", "28.94",
-                 "12 windows of 1024 tokens of wiki.txt", "the first 2 calibration windows", "1 of 1 layers", "sweep and refit",
-                 "3 min 20 s", "1.3 GB of memory at most", "None: every layer was quantized as asked", "Input columns that calibration",
-                 "vllm serve DIR", "leangrid quantize org/name OUT --recipe recipe.toml", 'scheme = "NU3"', "Row 3 of"):  # fmt: skip
+                 "12 windows of 1024 tokens of wiki.txt", "the first 2 calibration windows", "1 of 1 layers",
+                 "sweep and refit", "3 min 20 s", "1.3 GB of memory at most",
+                 "None: every layer was quantized as asked", "Input columns that calibration", "vllm serve DIR",
+                 "leangrid quantize org/name OUT --recipe recipe.toml", 'scheme = "NU3"', "Row 3 of"):  # fmt: skip
         assert part in text, part
 
 
@@ -73,7 +74,7 @@ def test_it_asks_for_nothing_and_runs_nothing() -> None:
     for reader in (read(), read(HOSTILE, evaluations=[{**EVALUATION, "text": HOSTILE}])):
         assert reader.addresses == ["data:,"] and not reader.tags["script"] and not reader.tags["img"]
         assert reader.tags["main"] == reader.tags["h1"] == 1
-    text = page(facts())
+    text = render_page(facts())
     assert (
         "default-src 'none'" in text
         and "url(" not in text
@@ -140,14 +141,14 @@ def test_an_encoder_shows_its_cosine() -> None:
 def test_a_loss_that_is_no_number_is_said_and_breaks_nothing() -> None:
     bad = replace(RECORD, name="model.layers.1.mlp.down_proj", loss=math.nan, loss_minmax=math.inf)
     reader = read(records=[RECORD, bad])
-    assert "not finite" in reader.text and 'class="n"><title>' in page(facts(records=[RECORD, bad]))
+    assert "not finite" in reader.text and 'class="n"><title>' in render_page(facts(records=[RECORD, bad]))
     assert "0 of 1 layers" not in reader.text and "1 of 2 layers" in words(reader)
 
 
 def test_a_thousand_layers_stay_small() -> None:
     records = [replace(RECORD, name=f"model.layers.{block}.mlp.{name}_proj", loss=1.0 + block)
                for block in range(250) for name in ("gate", "up", "down", "o")]  # fmt: skip
-    text = page(facts(records=records))
+    text = render_page(facts(records=records))
     Reader(text)
     assert len(text) < 700_000 and text.count("<rect") > 4000
 
@@ -184,5 +185,5 @@ def test_the_recipe_comes_back_from_its_text(more: dict[str, Any], tmp_path: Any
 
 
 def test_every_svg_is_named_or_hidden() -> None:
-    for tag in re.findall(r"<svg[^>]*>", page(facts())):
+    for tag in re.findall(r"<svg[^>]*>", render_page(facts())):
         assert 'aria-hidden="true"' in tag or ('role="img"' in tag and 'aria-label="' in tag), tag

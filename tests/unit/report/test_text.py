@@ -2,11 +2,18 @@
 
 import pytest
 
-from leangrid.report.text import duration, eval_summary, pairs, quantize_summary, size, table
+from leangrid.report.text import (
+    eval_summary,
+    format_duration,
+    format_pairs,
+    format_size,
+    format_table,
+    quantize_summary,
+)
 
 
 def test_numbers_go_right_and_words_left() -> None:
-    assert table(("name", "loss"), [("a", 1.5), ("longer", 12345.678)]) == (
+    assert format_table(("name", "loss"), [("a", 1.5), ("longer", 12345.678)]) == (
         "name         loss\n-----------------\na             1.5\nlonger  1.235e+04"
     )
 
@@ -15,18 +22,18 @@ def test_numbers_go_right_and_words_left() -> None:
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (4_250_000, "4.2 MB"), (3e15, "3000.0 TB")]
 )
 def test_size(count: float, text: str) -> None:
-    assert size(count) == text
+    assert format_size(count) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(-3, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 def test_unknown_values_are_left_out() -> None:
-    assert pairs([("a", 1), ("bcd", None), ("ef", "x")]) == "a   1\nef  x"
+    assert format_pairs([("a", 1), ("bcd", None), ("ef", "x")]) == "a   1\nef  x"
 
 
 def test_a_run_in_lines() -> None:

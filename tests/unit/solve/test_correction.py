@@ -71,7 +71,7 @@ def test_dead_columns_and_no_input_at_all() -> None:
     total, w = HessianSum(10, cross=True), weight(6, 10)
     total.add_pair(x, y)
     found = total.finish()
-    shift = correction(found.matrix, found.cross).shift(w)
+    shift = correction(found.matrix, found.cross).correction_of(w)
     assert bool(shift.isfinite().all())
     assert float(shift[:, 4].abs().max()) < 1e-6  # nothing can be corrected through a column that is always 0
-    assert not bool(correction(torch.zeros(4, 4), torch.zeros(4, 4)).shift(weight(2, 4)).any())
+    assert not bool(correction(torch.zeros(4, 4), torch.zeros(4, 4)).correction_of(weight(2, 4)).any())

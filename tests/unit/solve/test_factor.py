@@ -1,4 +1,4 @@
-"""The damped inverse Cholesky factor, its order, and every rung of its ladder."""
+"""The damped inverse Cholesky factor, its order, and every rescue of it."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_fewer_tokens_than_columns() -> None:
 
 @pytest.mark.fault("N5")
 @pytest.mark.parametrize(("smallest", "kind"), [(-0.05, "damping"), (-0.5, "damping"), (-5.0, "diagonal")])
-def test_an_indefinite_hessian_climbs_the_ladder_and_says_so(smallest: float, kind: str) -> None:
+def test_an_indefinite_hessian_is_rescued_and_recorded(smallest: float, kind: str) -> None:
     basis = torch.linalg.qr(torch.randn(20, 20, generator=generator(0))).Q
     eigenvalues = torch.linspace(1, 2, 20)
     eigenvalues[0] = smallest * float(eigenvalues[1:].mean())

@@ -1,14 +1,17 @@
 """One layer whole: every scheme beside its baselines, the guard, the fallback, bad input, and the public function."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from math_problems import generator, hessian, inputs, layer, losses, weight
 
 from leangrid.errors import NumericalError, RecipeError, ShapeError
 from leangrid.grids import AffineGrid, NonuniformGrid, OffsetGrid, fit_minmax, fit_nonuniform
-from leangrid.recipe import Recipe
+from leangrid.recipe import Recipe, Scheme
 from leangrid.solve.factor import factorize
-from leangrid.solve.layer import LinearResult, loss, quantize_linear, solve_linear
+from leangrid.solve.layer import LinearResult, layer_loss, quantize_linear, solve_linear
 from leangrid.solve.sweep import sweep
 
 SCHEMES = ["NU4", "NU2", "W4A16", "W3A16_G16", "W4A16_G16_SYM", "GPTQ4_G16", "RTN4_G16", "NU3_EXACT", "W4A16_G16_EXACT"]
@@ -22,7 +25,7 @@ def solve(
     damping: float = 0.01,
     **fields: object,
 ) -> LinearResult:
-    recipe = Recipe.build(scheme=scheme, damping=damping, **fields).resolved()
+    recipe = Recipe(scheme=scheme, damping=damping, **fields).resolved()
     return solve_linear(w, factorize(matrix, damping), matrix, recipe, dtype)
 
 
@@ -36,12 +39,11 @@ def test_losses_are_those_of_what_is_returned(scheme: str, dtype: torch.dtype) -
     assert torch.equal(result.grid.rounded(dtype).levels, result.grid.levels)
     assert result.loss == pytest.approx(float(losses(again, w, matrix).sum()), rel=1e-4)
     assert result.loss <= result.loss_rounding
-    assert set(result.seconds) == {"grid", "solve", "refine", "baseline"}
     parsed = Recipe(scheme=scheme).parsed
     minmax = fit_minmax(w, parsed.bits, parsed.group_size, parsed.symmetric, dtype)
-    assert result.loss_rounding == pytest.approx(loss(minmax.dequantize(minmax.nearest(w)), w, matrix))
+    assert result.loss_rounding == pytest.approx(layer_loss(minmax.dequantize(minmax.nearest(w)), w, matrix))
     swept = sweep(w, factorize(matrix), minmax)
-    assert result.loss_minmax == pytest.approx(loss(minmax.dequantize(swept.codes), w, matrix))
+    assert result.loss_minmax == pytest.approx(layer_loss(minmax.dequantize(swept.codes), w, matrix))
 
 
 @pytest.mark.parametrize("scheme", ["NU4", "NU3", "NU2", "W4A16", "W3A16", "W2A16", "W4A16_G16"])
@@ -157,15 +159,51 @@ def test_weights_that_are_not_finite_are_refused(scheme: str, bad: float) -> Non
         solve(w, matrix, scheme)
 
 
+class Recorder:
+    """An Observer that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.operations: dict[str, float] = {}
+        self.inside = False
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        assert not self.inside, "stages do not nest"
+        self.stages.append(name)
+        self.inside = True
+        yield
+        self.inside = False
+
+    def count(self, name: str, operations: float) -> None:
+        self.operations[name] = self.operations.get(name, 0.0) + operations
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_observer_sees_every_stage_and_changes_nothing(scheme: str) -> None:
+    w, matrix, factor = layer(10, 48)
+    recipe, seen = Recipe(scheme=scheme).resolved(), Recorder()
+    watched, alone = solve_linear(w, factor, matrix, recipe, observer=seen), solve_linear(w, factor, matrix, recipe)
+    assert torch.equal(watched.codes, alone.codes) and watched.loss == alone.loss
+    learned = {"grid"} if recipe.parsed.method == "leanquant" else set()
+    swept = {"solve"} if recipe.parsed.method == "gptq" else learned and {"solve", "refine"}
+    assert set(seen.stages) >= {"baseline"} | learned | swept
+    assert set(seen.operations) == set(seen.stages) - {"grid"} or recipe.refine == 0
+    assert seen.stages[0] == "baseline"
+
+
 def test_quantize_linear_is_the_whole_thing() -> None:
     w, matrix = weight(12, 40).bfloat16(), hessian(40)
     codes, grid, found = quantize_linear(w, matrix, scheme="NU3", p=2)
     assert codes.shape == (12, 40)
     assert codes.dtype == torch.uint8
     assert torch.equal(grid.levels.bfloat16().float(), grid.levels)
-    assert found == pytest.approx(loss(grid.dequantize(codes), w.float(), matrix))
-    assert found < quantize_linear(w, matrix, "GPTQ3")[2]
-    assert found < quantize_linear(w, matrix, "NU2")[2]
+    assert found == pytest.approx(layer_loss(grid.dequantize(codes), w.float(), matrix))
+    whole = quantize_linear(w, matrix, scheme=Scheme.parse("NU3"), p=2)
+    assert (whole.loss, whole.rescues) == (found, ()) and torch.equal(whole.codes, codes)
+    assert found < whole.loss_minmax < whole.loss_rounding
+    assert found < quantize_linear(w, matrix, "GPTQ3").loss
+    assert found < quantize_linear(w, matrix, "NU2").loss
 
 
 def test_quantize_linear_says_what_is_wrong() -> None:
@@ -192,5 +230,5 @@ def test_weights_that_lie_on_a_stored_offset_already_stay_there() -> None:
     target = OffsetGrid(scale + 0.01, offset - 1, 4, 32).rounded(torch.float16).dequantize(codes)
     matrix = hessian(64)
     for scheme in ("Q4_1", "RTN_Q4_1", "GPTQ_Q4_1"):
-        found = quantize_linear(target, matrix, scheme)[2]
+        found = quantize_linear(target, matrix, scheme).loss
         assert found < 1e-6 * float((target @ matrix * target).sum()), scheme

@@ -66,7 +66,7 @@ def test_scales_and_offsets_become_the_joint_least_squares_solution() -> None:
         inside = [(torch.arange(24) // 8 == g).double() for g in range(3)]
         design = torch.stack([root.T @ (unit * mask) for mask in inside for unit in (codes[r].double(), 1.0)], dim=1)
         best = torch.linalg.lstsq(design, (root.T @ w[r].double())[:, None]).solution.reshape(3, 2)
-        torch.testing.assert_close(found.free[r].double(), best, rtol=5e-3, atol=1e-5)
+        torch.testing.assert_close(found.parameters[r].double(), best, rtol=5e-3, atol=1e-5)
 
 
 def test_levels_become_the_least_squares_solution_and_stay_sorted() -> None:
@@ -92,9 +92,9 @@ def test_refining_is_the_same_for_each_row_alone(kind: str) -> None:
     result = refine(w, found.nearest(w), found, factor.damped, 1)
     for r in range(5):
         row = torch.tensor([r])
-        alone = refine(w[row], found.take(row).nearest(w[row]), found.take(row), factor.damped, 1)
+        alone = refine(w[row], found.select_rows(row).nearest(w[row]), found.select_rows(row), factor.damped, 1)
         assert torch.equal(result.codes[row], alone.codes)
-        torch.testing.assert_close(result.grid.take(row).levels, alone.grid.levels, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(result.grid.select_rows(row).levels, alone.grid.levels, rtol=1e-4, atol=1e-7)
 
 
 def test_levels_without_codes_and_perfect_rows_survive() -> None:

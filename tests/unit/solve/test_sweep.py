@@ -24,7 +24,7 @@ def test_the_sum_of_eps_is_the_loss_under_the_damped_hessian(kind: str, group_si
 def test_permuting_rows_permutes_codes(kind: str, group_size: int | None) -> None:
     w, _, factor = layer(12, 165)
     found, order = grid(kind, w, 3, group_size), torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    straight, permuted = sweep(w, factor, found), sweep(w[order], factor, found.take(order))
+    straight, permuted = sweep(w, factor, found), sweep(w[order], factor, found.select_rows(order))
     assert torch.equal(straight.codes[order], permuted.codes)
 
 

@@ -1,4 +1,4 @@
-"""storage/files.py: whole files or none, one lock at a time."""
+"""storage/files.py: a file is complete or absent, and one process at a time holds a lock."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""The GGUF file as gguf-py's reader sees it."""
+"""storage/gguf.py: gguf-py reads what it writes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Hub ids, against the file layout that the hub's own client keeps on disk: no network."""
+"""storage/hub.py: hub ids are found in the cache of the hub's client, without a network."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """``org/tiny`` as the hub's cache holds it: blobs by hash, snapshots of links, refs that name a revision."""
+    """``org/tiny`` in the layout of the hub's cache: blobs by hash, snapshots of links, refs that name a revision."""
     import huggingface_hub.constants as constants
 
     plain = tiny_models.save("llama2", tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""storage/journal.py: what it keeps, in what order, and what it forgets."""
+"""storage/journal.py: what it stores, in which order, and what it removes."""
 
 from pathlib import Path
 
@@ -12,22 +12,22 @@ RUN = {"recipe": {"scheme": "NU4", "p": 4.0}, "source": "abc", "windows": "def",
 
 
 def opened(tmp_path: Path, **options: bool) -> Journal:
-    return Journal.beside(tmp_path / "out").open(RUN, **options)
+    return Journal.for_output(tmp_path / "out").start_or_resume(RUN, **options)
 
 
 def test_blocks_come_back_as_they_were(tmp_path: Path) -> None:
     tensors = {"a.weight": torch.randn(3, 4).bfloat16(), "b.codes": torch.arange(5, dtype=torch.int32)}
     with opened(tmp_path) as journal:
-        assert journal.committed() == 0 and journal.is_fresh
+        assert journal.count_committed() == 0 and journal.is_fresh
         journal.commit_block(0, tensors, {"losses": [0.5, 1e-9], "device": "cpu"})
         with pytest.raises(ValueError, match="block 2 cannot be committed before block 1"):
             journal.commit_block(2, tensors, {})
     with opened(tmp_path) as journal:
-        assert journal.committed() == 1 and not journal.is_fresh
+        assert journal.count_committed() == 1 and not journal.is_fresh
         read, info = journal.read_block(0)
-        assert info == journal.block_info(0) == {"losses": [0.5, 1e-9], "device": "cpu"}
+        assert info == journal.read_block_records(0) == {"losses": [0.5, 1e-9], "device": "cpu"}
         assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-        assert set(journal.block_tensors(0)) == set(tensors)
+        assert set(journal.locate_block_tensors(0)) == set(tensors)
 
 
 def test_committing_again_drops_what_came_after(tmp_path: Path) -> None:
@@ -35,10 +35,10 @@ def test_committing_again_drops_what_came_after(tmp_path: Path) -> None:
         for index in range(3):
             journal.commit_block(index, {"x": torch.full((2,), float(index))}, {})
         journal.commit_block(1, {"x": torch.full((2,), 9.0)}, {})
-        assert journal.committed() == 2
+        assert journal.count_committed() == 2
         assert journal.read_block(1)[0]["x"].tolist() == [9.0, 9.0]
     with opened(tmp_path) as journal:
-        assert journal.committed() == 2
+        assert journal.count_committed() == 2
 
 
 @pytest.mark.parametrize("state_first", [False, True])
@@ -56,14 +56,14 @@ def test_resume_point_whichever_comes_first(tmp_path: Path, state_first: bool) -
             *((4, {"h": torch.ones(4)}) if state_first else (3, {}, {}))
         )
     with opened(tmp_path) as journal:
-        assert journal.resume_point() == journal.committed() == 3
+        assert journal.find_resume_point() == journal.count_committed() == 3
         state = journal.load_state(3)
         assert state is not None and state["h"].numel() == 3
 
 
 def test_only_needed_states_are_kept(tmp_path: Path) -> None:
     for place in (None, tmp_path / "elsewhere"):
-        journal = Journal(tmp_path / f"{'near' if place is None else 'far'}.partial", place).open(RUN)
+        journal = Journal(tmp_path / f"{'near' if place is None else 'far'}.partial", place).start_or_resume(RUN)
         states = journal.partial / "state" if place is None else place / "far.partial.state"
         for index in range(4):
             journal.commit_block(index, {}, {})
@@ -78,7 +78,7 @@ def test_without_any_state_everything_is_made_again(tmp_path: Path) -> None:
     with opened(tmp_path) as journal:
         journal.commit_block(0, {"x": torch.ones(1)}, {})
     with opened(tmp_path) as journal:
-        assert journal.resume_point() == 0
+        assert journal.find_resume_point() == 0
         assert any("going on from block 1" in notice for notice in journal.notices)
 
 
@@ -93,13 +93,13 @@ def test_a_block_that_rots_after_the_check_stops_the_run(tmp_path: Path) -> None
 
 def test_named_artefacts(tmp_path: Path) -> None:
     with opened(tmp_path) as journal:
-        assert journal.load_named("windows") is None
-        journal.save_named("windows", {"tokens": torch.arange(6).reshape(2, 3)})
+        assert journal.load_artifact("windows") is None
+        journal.save_artifact("windows", {"tokens": torch.arange(6).reshape(2, 3)})
         for name in ("../evil", "A", "", "a/b", "x.y"):
             with pytest.raises(ValueError, match="plain name"):
-                journal.save_named(name, {})
+                journal.save_artifact(name, {})
     with opened(tmp_path) as journal:
-        windows = journal.load_named("windows")
+        windows = journal.load_artifact("windows")
         assert windows is not None and windows["tokens"].tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
@@ -123,7 +123,7 @@ def test_restart_forgets_and_an_identity_that_is_lost_is_not_guessed(tmp_path: P
     with pytest.raises(ResumeError, match="without its identity"):
         opened(tmp_path)
     with opened(tmp_path, restart=True) as journal:
-        assert journal.committed() == 0
+        assert journal.count_committed() == 0
     (journal.partial / "identity.json").write_text("{")
     with pytest.raises(ResumeError, match="cannot be read"):
         opened(tmp_path)

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.storage import files, safetensors
+from leangrid.storage.dtypes import DTYPES
 
 SHARED_DTYPES = [
-    d for d in safetensors.DTYPES.values() if d not in (torch.complex64, torch.float8_e8m0fnu)
+    d for d in DTYPES.values() if d not in (torch.complex64, torch.float8_e8m0fnu)
 ]  # both newer than some readers
 
 
 def tensor(dtype: torch.dtype, shape: list[int], seed: int) -> Tensor:
-    """Any bits at all, NaN payloads included (bool: 0 and 1)."""
+    """A tensor of random bits, with NaN payloads among them (bool: 0 and 1)."""
     generator = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
@@ -81,7 +82,7 @@ def test_every_tensor_is_aligned_and_equal_tensors_give_equal_bytes(tmp_path: Pa
     }
     first = safetensors.save(tmp_path / "first", tensors, {"format": "pt"})
     assert first == safetensors.save(tmp_path / "second", dict(reversed(tensors.items())), {"format": "pt"})
-    for info in safetensors.read_header(tmp_path / "first").values():
+    for info in safetensors.read_tensor_infos(tmp_path / "first").values():
         assert info.start % info.torch_dtype.itemsize == 0
     with safe_open(tmp_path / "first", "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -90,7 +91,7 @@ def test_every_tensor_is_aligned_and_equal_tensors_give_equal_bytes(tmp_path: Pa
 def test_tensors_are_copied_from_other_files(tmp_path: Path) -> None:
     weight = torch.randn(7, 5).bfloat16()
     safetensors.save(tmp_path / "a", {"x": weight, "y": torch.arange(3)})
-    where = safetensors.read_header(tmp_path / "a")
+    where = safetensors.read_tensor_infos(tmp_path / "a")
     assert where["x"].nbytes == 70 and where["x"].shape == (7, 5) and where["x"].torch_dtype == torch.bfloat16
     safetensors.save(tmp_path / "b", {"renamed": where["x"], "new": torch.ones(2)})
     assert torch.equal(reference.load_file(tmp_path / "b")["renamed"], weight)
@@ -127,8 +128,8 @@ with source.open("wb") as file:
     file.truncate(8 + len(text) + size)
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + (32 << 20),) * 2)
-safetensors.save(target, {"y": safetensors.read_header(source)["x"]})
-print(safetensors.read_header(target)["y"].nbytes)
+safetensors.save(target, {"y": safetensors.read_tensor_infos(source)["x"]})
+print(safetensors.read_tensor_infos(target)["y"].nbytes)
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(safetensors.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""``leangrid.verify``: its truth is "good"."""
+"""``leangrid.verify``: its result is true for an intact directory and lists the differences of another."""
 
 from pathlib import Path
 

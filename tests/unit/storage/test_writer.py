@@ -1,4 +1,4 @@
-"""storage/writer.py: the shape of a finished directory, read with the reference library."""
+"""storage/writer.py and manifest.py: a finished directory, read with the reference library."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,15 @@ from safetensors.torch import load_file
 
 from leangrid.errors import FormatError, OutputError
 from leangrid.storage.journal import Journal, partial_of
-from leangrid.storage.writer import publish, settle, verify
+from leangrid.storage.manifest import list_differences
+from leangrid.storage.writer import finish_interrupted_rename, publish_result
 
 WEIGHTS = {f"blocks.{i}.weight": torch.full((4, 4), float(i)) for i in range(3)}
 
 
 def published(tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
     out = tmp_path / "out"
-    journal = Journal.beside(out).open({})
+    journal = Journal.for_output(out).start_or_resume({})
     for index, (name, weight) in enumerate(WEIGHTS.items()):
         journal.commit_block(index, {name: weight}, {})
     options: dict[str, Any] = {
@@ -29,7 +30,7 @@ def published(tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
         **changes,
     }
     with journal:
-        return out, publish(journal, out, **options)
+        return out, publish_result(journal, out, **options)
 
 
 def read_all(out: Path) -> dict[str, torch.Tensor]:
@@ -58,13 +59,13 @@ def test_shards_hold_every_tensor_once(tmp_path: Path, shard_bytes: int, shards:
     expected = {**WEIGHTS, "embed": torch.ones(2, 4), "norm": torch.zeros(4)}
     got = read_all(out)
     assert set(got) == set(expected) and all(torch.equal(got[name], expected[name]) for name in expected)
-    assert verify(out) == [] and not partial_of(out).exists()
+    assert list_differences(out) == [] and not partial_of(out).exists()
     assert set(manifest["files"]) == {p.name for p in out.iterdir()} - {"manifest.json"}
     assert (out / "README.md").read_text(encoding="utf-8") == "# é"
 
 
 def test_head_tensors_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
-    """Each is on disk before the next is made: memory holds one."""
+    """Each is on disk before the next is made, so memory holds one."""
 
     def head() -> Any:
         for index in range(4):
@@ -96,11 +97,11 @@ def test_two_tensors_of_one_name(tmp_path: Path) -> None:
 
 def test_settle_leaves_an_unfinished_run_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert settle(out) is None
-    with Journal.beside(out).open({}) as journal:
+    assert finish_interrupted_rename(out) is None
+    with Journal.for_output(out).start_or_resume({}) as journal:
         journal.commit_block(0, {}, {})
-    assert settle(out) is None
+    assert finish_interrupted_rename(out) is None
     assert (partial_of(out) / "blocks" / "0000.json").exists()
     (partial_of(out) / "sealed.json").write_text('{"manifest": "0"}')
-    assert settle(out) is None
+    assert finish_interrupted_rename(out) is None
     assert (partial_of(out) / "blocks" / "0000.json").exists()

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness (Gao et al. 2021): its tasks by name or from local files, run on a model that is already open.
+"""lm-evaluation-harness (Gao et al. 2021): its tasks by name or from local files, run on a model that is loaded.
 
 Local files are the harness's own yaml with the documents beside it (``dataset_path: json``, ``dataset_kwargs:
 {data_files: {test: FILE.jsonl}}``). They are read here and not by ``datasets``, which would look for them in the
@@ -20,8 +20,8 @@ from typing import Any
 
 from leangrid.errors import TaskError, first_line
 from leangrid.evaluation.opened import Opened
-from leangrid.evaluation.tasks.files import read_json_lines
-from leangrid.evaluation.tasks.job import Job, Results, Step, Tasks
+from leangrid.evaluation.tasks.data_files import read_json_lines
+from leangrid.evaluation.tasks.job import Job, Part, Results, Tasks
 
 _SEED = 1234  # of the few-shot examples: what the harness's own command line takes
 _OFFLINE = "Without a network give a directory with the harness's yaml and .jsonl files: --tasks-dir DIR"
@@ -29,33 +29,49 @@ _OFFLINE = "Without a network give a directory with the harness's yaml and .json
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What one name stands for: the harness's tasks, and its group where the name is one (MMLU has 57 tasks)."""
+    """What one name stands for in the harness.
+
+    Attributes:
+        name: the name.
+        tasks: the harness's task objects, by name.
+        group: the harness's group, which averages over its tasks (MMLU has 57); None for a single task.
+        source: what the figures depend on: the harness's version, or the sha256 of local files.
+    """
 
     name: str
     tasks: dict[str, Any]
     group: Any
-    source: str  # what the numbers depend on: the harness's version, or the sha256 of local files
+    source: str
 
 
-def find(names: Sequence[str], directory: Path | None) -> dict[str, list[Benchmark]]:
+def find_benchmarks(names: Sequence[str], directory: Path | None) -> dict[str, list[Benchmark]]:
     """The tasks of each of these names, with their data read; nothing is run. A tag such as lambada stands for several.
 
     Args:
+        names: names of tasks, groups or tags.
         directory: holds *.yaml and .jsonl files; None: the harness's own tasks, whose data come from the hub.
 
     Raises:
         TaskError: the harness is not installed, a name is unknown, a file is missing or unusable, the hub cannot be
-        reached.
+            reached.
     """
     if find_spec("lm_eval") is None:
         raise TaskError("lm-evaluation-harness is not installed", ", ".join(names), "pip install 'leangrid[tasks]'")
     with _quiet():
-        return _own(names) if directory is None else _local(names, directory)
+        return _from_harness(names) if directory is None else _from_directory(names, directory)
 
 
-def run(subject: Opened, task: Any, batch_size: int, limit: int | None) -> dict[str, Any]:
-    """One task on one model: the harness's figures under its keys ("acc,none"), its number of documents as
-    "sample_len".
+def run_task(subject: Opened, task: Any, batch_size: int, limit: int | None) -> dict[str, Any]:
+    """Run one task on one model.
+
+    Args:
+        subject: a decoder with its tokenizer.
+        task: the harness's object.
+        batch_size: rows of a forward pass.
+        limit: how many documents, from the start; None: all.
+
+    Returns:
+        The harness's figures under its keys, such as "acc,none", and the number of documents as "sample_len".
 
     Raises:
         TaskError: the model is no decoder, or has no tokenizer; the harness failed.
@@ -64,14 +80,13 @@ def run(subject: Opened, task: Any, batch_size: int, limit: int | None) -> dict[
     from lm_eval.models.huggingface import HFLM
 
     if not subject.causal or subject.tokenizer is None:
-        lacks = (
-            "it has no tokenizer" if subject.causal else "it has no language-model head; sts and squad are for encoders"
-        )
+        no_head = "it has no language-model head; sts and squad are for encoders"
+        lacks = "it has no tokenizer" if subject.causal else no_head
         raise TaskError(f"the model cannot run this task: {lacks}", task.config.task)
     with _quiet():
         opened: Any = HFLM  # its registry hides the arguments
         model = opened(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch_size)
-        if os.environ.get("TQDM_DISABLE"):  # its bars ask no environment
+        if os.environ.get("TQDM_DISABLE"):  # the harness shows its bars all the same
             for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                 setattr(model, kind, partial(getattr(model, kind), disable_tqdm=True))
         if task.get_config("num_fewshot") is None:
@@ -81,32 +96,31 @@ def run(subject: Opened, task: Any, batch_size: int, limit: int | None) -> dict[
         try:
             found: Any = evaluate(model, {"tasks": {name: task}, "groups": {}}, limit=limit, log_samples=False)  # pyright: ignore
         except Exception as error:  # of the harness, its metrics and its templates: no common base class
-            raise TaskError(
-                f"the harness could not run it: {first_line(error)}", name, "Look at its yaml, or take another task"
-            ) from error
+            what = f"the harness could not run it: {first_line(error)}"
+            raise TaskError(what, name, "Look at its yaml, or take another task") from error
     return dict(found["results"][name])
 
 
-def jobs(names: Sequence[str], tasks: Tasks) -> dict[str, list[Job]]:
-    """``find`` as jobs: one step for each of the harness's tasks."""
-    return {
-        name: [_job(benchmark, tasks) for benchmark in found] for name, found in find(names, tasks.directory).items()
-    }
+def make_jobs(names: Sequence[str], tasks: Tasks) -> dict[str, list[Job]]:
+    """The jobs of each name, with one part for each of the harness's tasks; errors as in ``find_benchmarks``."""
+    found = find_benchmarks(names, tasks.directory)
+    return {name: [_job(benchmark, tasks) for benchmark in benchmarks] for name, benchmarks in found.items()}
 
 
 def _job(benchmark: Benchmark, tasks: Tasks) -> Job:
     conditions = f"{benchmark.source}, limit {tasks.limit}"
-    steps = [Step(name, conditions, lambda subject, _, task=task: run(subject, task, tasks.batch_size, tasks.limit))
+    size, limit = tasks.batch_size, tasks.limit
+    parts = [Part(name, conditions, lambda subject, _, task=task: run_task(subject, task, size, limit))
              for name, task in benchmark.tasks.items()]  # fmt: skip
 
-    def shown(found: Results) -> dict[str, Any]:
-        whole = found[benchmark.name] if benchmark.group is None else pooled(benchmark, found)
-        return figures(whole) | {"seconds": round(sum(one["seconds"] for one in found.values()), 1)}
+    def figures(found: Results) -> dict[str, Any]:
+        whole = found[benchmark.name] if benchmark.group is None else average_group(benchmark, found)
+        return rename_figures(whole) | {"seconds": round(sum(one["seconds"] for one in found.values()), 1)}
 
-    return Job(benchmark.name, steps, shown)
+    return Job(benchmark.name, parts, figures)
 
 
-def figures(found: Mapping[str, Any]) -> dict[str, Any]:
+def rename_figures(found: Mapping[str, Any]) -> dict[str, Any]:
     """The harness's keys as ours: {"acc": 0.5, "stderr": 0.01, "acc_norm": ..., "acc_norm_stderr": ..., "n": 2376}.
 
     "stderr" belongs to "acc", or to the first metric where there is no accuracy; None where the harness gives none.
@@ -124,13 +138,13 @@ def figures(found: Mapping[str, Any]) -> dict[str, Any]:
     return shown | {"n": int(found["sample_len"])}
 
 
-def pooled(benchmark: Benchmark, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def average_group(benchmark: Benchmark, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A group's figures from those of its tasks, by the harness's own rule."""
     with _quiet():
         return dict(benchmark.group.aggregate(dict(found)))
 
 
-def _own(names: Sequence[str]) -> dict[str, list[Benchmark]]:
+def _from_harness(names: Sequence[str]) -> dict[str, list[Benchmark]]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -155,7 +169,7 @@ def _loaded(manager: Any, name: str) -> list[Benchmark]:
     return [Benchmark(each, {each: task}, None, source) for each, task in found["tasks"].items()]
 
 
-def _local(names: Sequence[str], directory: Path) -> dict[str, list[Benchmark]]:
+def _from_directory(names: Sequence[str], directory: Path) -> dict[str, list[Benchmark]]:
     if not directory.is_dir():
         raise TaskError(
             "there is no such directory", directory, "Give one with .yaml and .jsonl files: --tasks-dir DIR"

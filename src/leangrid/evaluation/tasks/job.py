@@ -1,4 +1,4 @@
-"""What a task is before and while it runs: its settings, its steps, and how their results become figures."""
+"""What a task is: the request for it, its parts, and how the results of its parts become its figures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,21 +9,23 @@ from leangrid.errors import TaskError
 from leangrid.evaluation.opened import Opened
 
 JUDGE = "gpt-4o-2024-05-13"
-Results = dict[str, dict[str, Any]]  # of the steps of a job that are done, by name
+Results = dict[str, dict[str, Any]]  # by name, of the parts of a job that were run
 Runner = Callable[[Opened, Results], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """What to run, before anything is read.
+    """Which tasks to run and how; nothing is read yet.
 
     Attributes:
-        names: the harness's own names (arc_easy, mmlu, ...), or sts, squad, mt_bench.
+        names: names of lm-evaluation-harness (arc_easy, mmlu, ...), or sts, squad, mt_bench.
         directory: where their data lie; None: the hub.
         limit: documents of each task, from its start; None: all.
         batch_size: rows of one forward pass.
-        out: a file that keeps each finished task; the same call with the same file goes on after the last one.
-        judge_url, judge_model: who rates the answers of mt_bench.
+        out: a file that every finished part is saved in; the same call with the same file goes on after the last one.
+            None: nothing is saved.
+        judge_url: the API whose model rates the answers of mt_bench; None where mt_bench is not asked for.
+        judge_model: the name of that model.
     """
 
     names: tuple[str, ...]
@@ -36,22 +38,30 @@ class Tasks:
 
     @classmethod
     def parse(cls, names: str, **settings: Any) -> "Tasks":
-        """``arc_easy,piqa`` with what else there is; TaskError for no names, a name twice, a limit or batch below 1."""
+        """Read names such as ``arc_easy,piqa``; ``settings`` are the other attributes.
+
+        Raises:
+            TaskError: no name, a name twice, or a limit or batch size below 1.
+        """
         found = tuple(name.strip() for name in names.split(",") if name.strip())
         tasks = cls(found, **settings)
         if not found or len(set(found)) < len(found):
-            raise TaskError(
-                "no task is named" if not found else "a task is named twice", "--tasks", "Write --tasks arc_easy,piqa"
-            )
+            what = "no task is named" if not found else "a task is named twice"
+            raise TaskError(what, "--tasks", "Write --tasks arc_easy,piqa")
         if tasks.batch_size < 1 or (tasks.limit is not None and tasks.limit < 1):
             raise TaskError("a limit or batch below 1", "--limit, --batch-size", "Use 1 or more")
         return tasks
 
 
 @dataclass(frozen=True)
-class Step:
-    """One unit of work: what a stop loses at most. ``conditions`` is all that its result depends on besides the model;
-    ``run`` gets the model and the results of the job's steps before it."""
+class Part:
+    """A part of a task that is run and saved as a whole: a stopped evaluation repeats at most one.
+
+    Attributes:
+        name: unique in the evaluation.
+        conditions: all that the result depends on besides the model: data, settings, versions.
+        run: gets the model and the results of the earlier parts of the job, and returns this part's result.
+    """
 
     name: str
     conditions: str
@@ -60,11 +70,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Job:
-    """The steps of one name and how their results become its figures."""
+    """One task, with its data read and ready to run.
+
+    Attributes:
+        name: what its figures are filed under.
+        parts: run in this order.
+        figures: turns the results of all parts into the figures of the task.
+        notice: gets the names of the parts that will be run, and returns a sentence that must be said before the first;
+            None: there is nothing to say.
+    """
 
     name: str
-    steps: list[Step]
+    parts: list[Part]
     figures: Callable[[Results], dict[str, Any]]
-    notice: Callable[[set[str]], str] | None = (
-        None  # of the names of the steps to do: what must be said before the first
-    )
+    notice: Callable[[set[str]], str] | None = None

@@ -1,8 +1,8 @@
-"""A model that grades: any endpoint that speaks OpenAI's chat completions. The key comes from the environment and goes
-nowhere else.
+"""A model that rates answers, behind any endpoint of OpenAI's chat completions API. The key comes from the environment
+and is sent to that endpoint only.
 
-What passes by itself is asked again: 408, 409, 425, 429, 5xx, a time-out, a broken connection, an answer that is no
-JSON or holds no text."""
+Errors that may be temporary are retried: HTTP 408, 409, 425, 429 and 5xx, a time-out, a broken connection, an answer
+that is not JSON or holds no text."""
 
 import ipaddress
 import json
@@ -23,17 +23,17 @@ from leangrid.errors import TaskError
 
 KEYS = ("LEANGRID_JUDGE_KEY", "OPENAI_API_KEY")
 ATTEMPTS, LONGEST_WAIT = 6, 60.0  # seconds; the waits before are 1, 2, 4, 8, 16 and up to half of that more
-_PASSING = {408, 409, 425, 429, *range(500, 600)}
+_TEMPORARY = {408, 409, 425, 429, *range(500, 600)}
 # The published pattern, and its fallback with single brackets (FastChat, llm_judge/common.py).
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
 class Unrated(TaskError):
-    """A judgement without a rating from 1 to 10: this one fails, those after it are still asked for."""
+    """A judgement without a rating from 1 to 10; the other judgements of the task are still asked for."""
 
 
-class _Passing(Exception):
-    """One attempt failed in a way that may pass; ``wait`` is what the endpoint asks for, in seconds."""
+class _Temporary(Exception):
+    """One attempt failed in a way that may not repeat; ``wait`` is how many seconds the endpoint asks to wait."""
 
     def __init__(self, why: str, wait: float = 0.0) -> None:
         self.why, self.wait = why, wait
@@ -41,13 +41,13 @@ class _Passing(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another place."""
+    """Follows no redirect: it would send the key to another address."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
 
 
-def rating(judgement: str) -> float:
+def read_rating(judgement: str) -> float:
     """The number in [[...]] (or [...]) of a judgement; Unrated where there is none from 1 to 10."""
     for pattern in _RATINGS:
         found = pattern.search(judgement)
@@ -62,13 +62,14 @@ def rating(judgement: str) -> float:
 
 @dataclass(frozen=True)
 class Judge:
-    """Where to ask, and which model.
+    """An endpoint and the model that it serves.
 
     Attributes:
         url: of the API, such as https://api.openai.com/v1.
+        model: name of the model.
         key: for the Authorization header; "" sends none. Not part of repr.
         timeout: seconds for one answer.
-        sleep: waits between attempts; tests do not.
+        sleep: waits so many seconds between attempts.
     """
 
     url: str
@@ -102,15 +103,15 @@ class Judge:
         return cls(url.rstrip("/"), model, key)
 
     def ask(self, system: str, prompt: str, max_tokens: int = 2048) -> str:
-        """The model's reply at temperature 0; TaskError once the attempts are used up, or at once where asking again is
-        no use."""
+        """The model's reply at temperature 0; TaskError after ATTEMPTS temporary errors, or at once for an error that
+        would repeat."""
         body = {"model": self.model, "temperature": 0, "max_tokens": max_tokens,
                 "messages": [{"role": "system", "content": system}, {"role": "user", "content": prompt}]}  # fmt: skip
         why = ""
         for attempt in range(ATTEMPTS):
             try:
                 return self._once(body)
-            except _Passing as failure:
+            except _Temporary as failure:
                 why = failure.why
                 if attempt + 1 < ATTEMPTS:
                     longer = 2.0**attempt * random.uniform(1, 1.5)  # noqa: S311
@@ -130,13 +131,13 @@ class Judge:
         except urllib.error.HTTPError as error:
             raise self._refusal(error) from None
         except (OSError, HTTPException) as error:
-            raise _Passing(self._clean(str(getattr(error, "reason", "") or error) or type(error).__name__)) from None
+            raise _Temporary(self._clean(str(getattr(error, "reason", "") or error) or type(error).__name__)) from None
         try:
             content = json.loads(text)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-            raise _Passing(f"its answer is no chat completion: '{self._clean(text)}'") from None
+            raise _Temporary(f"its answer is no chat completion: '{self._clean(text)}'") from None
         if not isinstance(content, str) or not content.strip():
-            raise _Passing("its answer holds no text")
+            raise _Temporary("its answer holds no text")
         return content.replace(self.key, "***") if self.key else content
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
@@ -145,9 +146,9 @@ class Judge:
                 said = self._clean(error.read(4096).decode("utf-8", "replace"))
             except (OSError, HTTPException):
                 said = ""
-        if error.code in _PASSING:
+        if error.code in _TEMPORARY:
             after = error.headers.get("Retry-After", "")
-            return _Passing(f"HTTP {error.code} {said}".strip(), float(after) if after.isdigit() else 0.0)
+            return _Temporary(f"HTTP {error.code} {said}".strip(), float(after) if after.isdigit() else 0.0)
         if error.code in (401, 403):  # what it says may hold the key
             return TaskError(
                 f"the judge refuses the key (HTTP {error.code})", self.url, f"Look at {' and '.join(KEYS)}"

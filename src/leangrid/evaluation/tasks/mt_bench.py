@@ -16,10 +16,10 @@ from typing import Any
 
 from leangrid.errors import TaskError
 from leangrid.evaluation.opened import Opened
-from leangrid.evaluation.reply import Reply, chat_ids, require_rows
-from leangrid.evaluation.tasks.files import read_json_lines
-from leangrid.evaluation.tasks.job import Job, Results, Step, Tasks
-from leangrid.evaluation.tasks.judge import Judge, rating
+from leangrid.evaluation.reply import Reply, encode_chat, require_rows
+from leangrid.evaluation.tasks.data_files import read_json_lines
+from leangrid.evaluation.tasks.job import Job, Part, Results, Tasks
+from leangrid.evaluation.tasks.judge import Judge, read_rating
 
 ANSWER, JUDGEMENT = 1024, 2048  # tokens at most
 _TEMPERATURES = {
@@ -48,7 +48,7 @@ _PRICES = {"gpt-4o-2024-05-13": (5.0, 15.0)}
 
 @dataclass(frozen=True)
 class Question:
-    """Two turns, and for some categories what a right answer is."""
+    """One question of two turns; ``reference`` holds a right answer to each, None in categories that have none."""
 
     id: str
     category: str
@@ -57,16 +57,16 @@ class Question:
 
     @property
     def temperature(self) -> float:
-        """Of the answers."""
+        """The temperature that its answers are sampled at."""
         return _TEMPERATURES.get(self.category, _OTHER_TEMPERATURE)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The published files."""
+    """The published files: questions, the judge's prompts by name (system prompt, template), and a sha256 of all."""
 
     questions: tuple[Question, ...]
-    prompts: Mapping[str, tuple[str, str]]  # name -> system prompt, template
+    prompts: Mapping[str, tuple[str, str]]
     sha256: str
 
     def prompt(self, question: Question, answers: tuple[str, ...], turn: int) -> tuple[str, str]:
@@ -86,22 +86,22 @@ class Bench:
         return system, template.format(**values)
 
 
-def job(tasks: Tasks) -> Job:
+def make_job(tasks: Tasks) -> Job:
     """The task ``mt_bench``: for each question its answers, then two judgements."""
     bench = read(tasks.directory)
     judge = Judge.open(tasks.judge_url, tasks.judge_model)
     questions = bench.questions[: tasks.limit]
-    steps = []
+    parts = []
     for question in questions:
         name = f"mt_bench/{question.id}"
-        steps.append(
-            Step(f"{name}/answers", f"sha256 {bench.sha256}", lambda subject, _, q=question: answers(subject, q))
+        parts.append(
+            Part(f"{name}/answers", f"sha256 {bench.sha256}", lambda subject, _, q=question: answer(subject, q))
         )
-        steps += [
-            Step(
+        parts += [
+            Part(
                 f"{name}/turn {turn}",
                 f"sha256 {bench.sha256}, judge {judge.model}",
-                lambda _, found, q=question, of=f"{name}/answers", turn=turn: judged(
+                lambda _, found, q=question, of=f"{name}/answers", turn=turn: rate(
                     bench, judge, q, tuple(found[of]["turns"]), turn
                 ),
             )
@@ -109,9 +109,9 @@ def job(tasks: Tasks) -> Job:
         ]
     return Job(
         "mt_bench",
-        steps,
+        parts,
         lambda found: figures(questions, found, judge.model),
-        lambda todo: estimate(bench, judge, questions, todo),
+        lambda names: estimate_cost(bench, judge, questions, names),
     )
 
 
@@ -165,32 +165,30 @@ def _found(directory: Path, *places: str) -> Path:
     raise TaskError(f"MT-Bench needs {places[0]}", directory, _SOURCE)
 
 
-def answers(subject: Opened, question: Question) -> dict[str, Any]:
-    """Both answers of the model, the second with the first before it; TaskError for a model that cannot chat."""
+def answer(subject: Opened, question: Question) -> dict[str, Any]:
+    """{"turns": both answers of the model}; the second question is asked with the first and its answer before it.
+    TaskError for a model without a chat template."""
     if not subject.causal or not getattr(subject.tokenizer, "chat_template", None):
-        raise TaskError(
-            "the model has no chat template, so it cannot answer MT-Bench", subject.name, "Give a chat model"
-        )
-    limit = getattr(subject.model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+        what = "the model has no chat template, so it cannot answer MT-Bench"
+        raise TaskError(what, subject.name, "Give a chat model")
+    limit = subject.positions
     messages: list[dict[str, str]] = []
     turns = []
     for turn in question.turns:
         messages.append({"role": "user", "content": turn})
-        ids = chat_ids(subject.tokenizer, messages)
-        require_rows(
-            subject.model, subject.tokenizer, ids, subject.name, "MT-Bench needs a model with all of its tokens"
-        )
-        room = ANSWER if not isinstance(limit, int) else min(ANSWER, limit - len(ids))
-        reply = Reply(subject.name, turn, subject.model, subject.tokenizer, ids)
-        turns.append("".join(reply.pieces(room, question.temperature, seed=0)).strip() if room > 0 else "")
+        ids = encode_chat(subject.tokenizer, messages)
+        require_rows(subject, ids, "MT-Bench needs a model with all of its tokens")
+        tokens = ANSWER if limit is None else min(ANSWER, limit - len(ids))
+        reply = Reply(subject, turn, ids)
+        turns.append("".join(reply.stream_text(tokens, question.temperature, seed=0)).strip() if tokens > 0 else "")
         messages.append({"role": "assistant", "content": turns[-1]})
     return {"turns": turns}
 
 
-def judged(bench: Bench, judge: Judge, question: Question, given: tuple[str, ...], turn: int) -> dict[str, Any]:
-    """The rating of one turn, with the words of the judge."""
+def rate(bench: Bench, judge: Judge, question: Question, given: tuple[str, ...], turn: int) -> dict[str, Any]:
+    """{"rating": of one turn, 1 to 10, "judgement": the text of the judge}."""
     judgement = judge.ask(*bench.prompt(question, given, turn), max_tokens=JUDGEMENT)
-    return {"rating": rating(judgement), "judgement": judgement}
+    return {"rating": read_rating(judgement), "judgement": judgement}
 
 
 def figures(questions: tuple[Question, ...], found: Results, judge: str) -> dict[str, Any]:
@@ -210,17 +208,17 @@ def figures(questions: tuple[Question, ...], found: Results, judge: str) -> dict
         "n": len(questions),
         "categories": {name: round(statistics.fmean(values), 3) for name, values in by_category.items()},
         "judge": judge,
-        "seconds": round(sum(step["seconds"] for step in found.values()), 1),
+        "seconds": round(sum(part["seconds"] for part in found.values()), 1),
     }
 
 
-def estimate(bench: Bench, judge: Judge, questions: tuple[Question, ...], todo: set[str]) -> str:
-    """What the judgements still to be made will cost at most, in one sentence."""
+def estimate_cost(bench: Bench, judge: Judge, questions: tuple[Question, ...], parts: set[str]) -> str:
+    """A sentence that says what the judgements among ``parts``, names of parts to run, will cost at most."""
     characters = calls = 0
     longest = "x" * (ANSWER * _CHARACTERS_PER_TOKEN)
     for question in questions:
         for turn in (1, 2):
-            if f"mt_bench/{question.id}/turn {turn}" in todo:
+            if f"mt_bench/{question.id}/turn {turn}" in parts:
                 calls += 1
                 characters += sum(map(len, bench.prompt(question, (longest, longest), turn)))
     read_tokens, written = characters // _CHARACTERS_PER_TOKEN, calls * JUDGEMENT
@@ -228,4 +226,5 @@ def estimate(bench: Bench, judge: Judge, questions: tuple[Question, ...], todo: 
     price = _PRICES.get(judge.model)
     if price is None:
         return f"{said}; leangrid does not know its price"
-    return f"{said}, {(read_tokens * price[0] + written * price[1]) / 1e6:.2f} US dollars at the price of 2024; answers are mostly shorter"
+    dollars = (read_tokens * price[0] + written * price[1]) / 1e6
+    return f"{said}, {dollars:.2f} US dollars at the price of 2024; answers are mostly shorter"

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from leangrid.errors import TaskError
 from leangrid.evaluation.opened import Opened
-from leangrid.evaluation.tasks.files import hub_rows, read_text, the_file
-from leangrid.evaluation.tasks.job import Job, Results, Step, Tasks
+from leangrid.evaluation.tasks.data_files import find_file, read_hub_rows, read_text
+from leangrid.evaluation.tasks.job import Job, Part, Results, Tasks
 
 WINDOW, STRIDE, ANSWER = 384, 128, 30  # tokens of a window, of its overlap with the next, of the longest answer
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -40,33 +40,31 @@ class Question:
 
 @dataclass(frozen=True)
 class Articles:
-    """A file's questions by article, in its order."""
+    """The questions of a file by article, in the order of the file; ``sha256`` is of its text."""
 
     articles: tuple[tuple[Question, ...], ...]
     sha256: str
 
     @property
     def questions(self) -> list[Question]:
-        """All of them."""
+        """The questions of all articles."""
         return [question for article in self.articles for question in article]
 
 
-def job(tasks: Tasks) -> Job:
+def make_job(tasks: Tasks) -> Job:
     """The task ``squad``: the one *.json of the directory, or the development set from the hub."""
-    found = from_hub() if tasks.directory is None else read(the_file("squad", tasks.directory, "*.json"))
+    found = read_hub() if tasks.directory is None else read(find_file("squad", tasks.directory, "*.json"))
     questions = found.questions[: tasks.limit]
 
     def run(subject: Opened, _: Results) -> dict[str, Any]:
         if not type(subject.model).__name__.endswith("ForQuestionAnswering") or subject.tokenizer is None:
             what = "the model marks no spans" if subject.tokenizer is not None else "the model has no tokenizer"
-            raise TaskError(
-                what, f"squad: {type(subject.model).__name__}", "Give a ...ForQuestionAnswering with its tokenizer"
-            )
+            way_out = "Give a ...ForQuestionAnswering with its tokenizer"
+            raise TaskError(what, f"squad: {type(subject.model).__name__}", way_out)
         return scores(predict(subject.model, subject.tokenizer, questions, tasks.batch_size), questions)
 
-    return Job(
-        "squad", [Step("squad", f"sha256 {found.sha256}, limit {tasks.limit}", run)], lambda results: results["squad"]
-    )
+    part = Part("squad", f"sha256 {found.sha256}, limit {tasks.limit}", run)
+    return Job("squad", [part], lambda results: results["squad"])
 
 
 def read(path: Path) -> Articles:
@@ -79,9 +77,8 @@ def read(path: Path) -> Articles:
         raise TaskError(f"this is no SQuAD 1.1 file: {type(error).__name__} {error}", path, way_out) from error
     found = Articles(articles, hashlib.sha256(text.encode()).hexdigest())
     if not found.questions or not all(question.answers for question in found.questions):
-        raise TaskError(
-            "a question has no answer" if found.questions else "there is no question", path, "Give a SQuAD 1.1 file"
-        )
+        what = "a question has no answer" if found.questions else "there is no question"
+        raise TaskError(what, path, "Give a SQuAD 1.1 file")
     return found
 
 
@@ -93,10 +90,10 @@ def _article(article: dict[str, Any]) -> tuple[Question, ...]:
     )  # fmt: skip
 
 
-def from_hub() -> Articles:
+def read_hub() -> Articles:
     """SQuAD 1.1's development set from the hub; TaskError where it cannot be reached."""
     by_title: dict[str, list[Question]] = {}
-    for row in hub_rows("squad", "rajpurkar/squad", "validation"):
+    for row in read_hub_rows("squad", "rajpurkar/squad", "validation"):
         question = Question(
             row["id"],
             row["question"],
@@ -109,7 +106,7 @@ def from_hub() -> Articles:
     return Articles(articles, hashlib.sha256(repr(articles).encode()).hexdigest())
 
 
-def normalized(answer: str) -> str:
+def normalize(answer: str) -> str:
     """Lower case, no punctuation, no articles, single spaces."""
     plain = "".join(character for character in answer.lower() if character not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", plain).split())
@@ -117,13 +114,13 @@ def normalized(answer: str) -> str:
 
 def exact_match(prediction: str, answers: tuple[str, ...]) -> float:
     """1 where the prediction equals one of the answers once both are normalized, else 0."""
-    return float(any(normalized(prediction) == normalized(answer) for answer in answers))
+    return float(any(normalize(prediction) == normalize(answer) for answer in answers))
 
 
 def f1(prediction: str, answers: tuple[str, ...]) -> float:
     """Harmonic mean of the shares of shared words (with multiplicity) in prediction and answer; the best over the
     answers."""
-    return max(_f1(normalized(prediction).split(), normalized(answer).split()) for answer in answers)
+    return max(_f1(normalize(prediction).split(), normalize(answer).split()) for answer in answers)
 
 
 def _f1(found: list[str], wanted: list[str]) -> float:

@@ -1,9 +1,9 @@
-"""How well a sentence encoder keeps its meaning: STS Benchmark (Cer et al. 2017).
+"""How well a sentence encoder preserves similarity: STS Benchmark (Cer et al. 2017).
 
 Embeddings are the mean of the last hidden states over a sentence's tokens (what sentence-transformers does for MiniLM).
-The figure is the Spearman correlation of cosine and human similarity over the pairs, in points of 100; it moves by a
-few tenths of a point by itself. How far each sentence's embedding turned from the original's ranks two quantizations
-better."""
+The figure is the Spearman correlation of cosine and human similarity over the pairs, in points of 100. It varies by a
+few tenths of a point between equally good quantizations; the cosine distance from the original's embeddings
+(``evaluate`` with a reference) tells two of them apart better."""
 
 import hashlib
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from leangrid.errors import TaskError
 from leangrid.evaluation.opened import Opened
-from leangrid.evaluation.tasks.files import hub_rows, read_bytes, the_file
-from leangrid.evaluation.tasks.job import Job, Results, Step, Tasks
+from leangrid.evaluation.tasks.data_files import find_file, read_bytes, read_hub_rows
+from leangrid.evaluation.tasks.job import Job, Part, Results, Tasks
 from leangrid.metrics.embedding import states
 
 BATCH = 64  # sentences of similar length
 
 
-def job(tasks: Tasks) -> Job:
+def make_job(tasks: Tasks) -> Job:
     """The task ``sts``: the sts-test*.csv of the directory, or the test split from the hub."""
-    whole = (
-        Pairs.from_hub() if tasks.directory is None else Pairs.read(the_file("sts", tasks.directory, "sts-test*.csv"))
-    )
-    pairs = whole.head(tasks.limit)
+    if tasks.directory is None:
+        pairs = Pairs.from_hub().head(tasks.limit)
+    else:
+        pairs = Pairs.read(find_file("sts", tasks.directory, "sts-test*.csv")).head(tasks.limit)
 
     def run(subject: Opened, _: Results) -> dict[str, Any]:
         if subject.causal or subject.tokenizer is None:
@@ -38,12 +38,12 @@ def job(tasks: Tasks) -> Job:
         found = correlation(embed(subject.model, subject.tokenizer, pairs.sentences, tasks.batch_size), pairs)
         return {"spearman": found, "stderr": None, "n": len(pairs.scores)}
 
-    return Job("sts", [Step("sts", f"sha256 {pairs.sha256}, limit {tasks.limit}", run)], lambda results: results["sts"])
+    return Job("sts", [Part("sts", f"sha256 {pairs.sha256}, limit {tasks.limit}", run)], lambda results: results["sts"])
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Sentence pairs and how similar people found them."""
+    """Sentence pairs, and how similar people found each: more is more similar."""
 
     first: list[str]
     second: list[str]
@@ -66,9 +66,9 @@ class Pairs:
 
     @classmethod
     def from_hub(cls) -> "Pairs":
-        """Its test split from the hub (scores there are a fifth: ranks do not care); TaskError where it cannot be
-        reached."""
-        rows = hub_rows("sts", "sentence-transformers/stsb", "test")
+        """The test split from the hub, whose scores are a fifth of the file's (a rank correlation is the same);
+        TaskError where it cannot be reached."""
+        rows = read_hub_rows("sts", "sentence-transformers/stsb", "test")
         pairs = [(row["sentence1"], row["sentence2"]) for row in rows]
         scores = [float(row["score"]) for row in rows]
         return cls._made(
@@ -78,18 +78,14 @@ class Pairs:
     @classmethod
     def _made(cls, pairs: list[tuple[str, str]], scores: list[float], sha256: str, where: object) -> "Pairs":
         if len(set(scores)) < 2:
-            raise TaskError(
-                f"{len(scores)} pairs with {len(set(scores))} different scores have no correlation",
-                where,
-                "Give more pairs",
-            )
+            what = f"{len(scores)} pairs with {len(set(scores))} different scores have no correlation"
+            raise TaskError(what, where, "Give more pairs")
         return cls([first for first, _ in pairs], [second for _, second in pairs], scores, sha256)
 
     def head(self, limit: int | None) -> "Pairs":
         """The first ``limit`` pairs."""
-        return self._made(
-            list(zip(self.first, self.second, strict=True))[:limit], self.scores[:limit], self.sha256, "--limit"
-        )
+        pairs = list(zip(self.first, self.second, strict=True))[:limit]
+        return self._made(pairs, self.scores[:limit], self.sha256, "--limit")
 
     @property
     def sentences(self) -> list[str]:
@@ -99,7 +95,7 @@ class Pairs:
 
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, sentences: list[str], batch: int = BATCH) -> Float64[Tensor, "sentences width"]:
-    """Mean-pooled last hidden states, in the order given."""
+    """The mean of the last hidden states over the tokens of each sentence, in the order given."""
     order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
     parts = []
     for start in range(0, len(order), batch):
@@ -113,7 +109,7 @@ def embed(model: Any, tokenizer: Any, sentences: list[str], batch: int = BATCH) 
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Rank correlation; equal values share the mean of their ranks."""
+    """Spearman's rank correlation; equal values have the mean of their ranks."""
     return float(np.corrcoef(_ranks(first), _ranks(second))[0, 1])
 
 

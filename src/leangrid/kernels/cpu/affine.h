@@ -1,5 +1,6 @@
-// The enumerative affine search by sorting; the mathematics is in torch_affine.py, whose arithmetic this follows operation by operation.
-// affine_screen.h decides most short groups before it comes to this.
+// The enumerative affine search by sorting; the mathematics is in plain/affine.py, whose
+// arithmetic this follows operation by operation.
+// affine_screen.h decides most short groups before this is needed.
 #pragma once
 #include "base.h"
 #include "table.h"
@@ -7,7 +8,8 @@
 namespace leangrid {
 namespace {
 
-// One sign of a group's weights: magnitudes ascending and, for every position, the sums of g|w| and g from there to the largest.
+// One sign of a group's weights: magnitudes ascending and, for every position, the sums of g|w| and g from there to the
+// largest.
 struct Side {
     double* magnitude;
     double* tails;  // pairs (sum g|w|, sum g), count + 1 of them
@@ -155,10 +157,11 @@ struct Search {
     }
 };
 
-// sum g (quant(w) - w)^2, literally, in column order.
+// sum g (quant(w) - w)^2, every weight quantized, in column order.
 inline double literal_objective(const float* weight, const double* share, int64_t n, double scale, int zero_point, int levels,
                                 double* term) {
-    const double z = zero_point, top = levels - 1, magic = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds half to even
+    // magic = 1.5 * 2^52: adding it rounds half to even.
+    const double z = zero_point, top = levels - 1, magic = 6755399441055744.0;
     for (int64_t i = 0; i < n; ++i) {
         const double x = weight[i];
         double code = x / scale + z;

@@ -1,17 +1,21 @@
-// A screen before the exact affine search: every pair (S, Z) of a short group scored in float32, one S a lane, no sort. A group is decided
-// here when one pair alone can be the exact search's winner; the rest goes to Search (affine.h), so the answer is always Search's.
+// A screen before the exact affine search: every pair (S, Z) of a short group scored in float32, one S a lane, no sort.
+// A group is decided here when one pair alone can be the exact search's winner; the rest goes to Search (affine.h), so
+// the answer is always Search's.
 //
-// Why one pair can be sure. For a pair let F = sum g e^2, e the distance of w from its nearest level S v (v = q - Z, an integer clamped to
-// [-Z, K-1-Z]), E = sum g w^2, |.| the norm sqrt(sum g (.)^2), eps = 2^-24, u = 2^-53. v = 0 is allowed, so F <= E.
-// (1) The code v' here is the nearest allowed integer to x', w times the rounded 1/S, instead of x = w/S: x' = x (1 +- eps) with fma, 1 +-
-//     2.01 eps without. From |v' - x'| <= |v - x'| follows |v' - x| <= |v - x| + 2 |x' - x|: the error of w grows by 2 eps |w|, or 4.1.
-//     Rounding v' S - w adds eps e, without fma another eps (|w| + e).
-//     So the norm of the errors computed is sqrt(F) up to eps (kCodeError sqrt(E) + 4 sqrt(F)).
-// (2) g rounded to float32, three products and sums of positive terms in chains of at most kChain: a factor 1 +- rho. Whatever
-//     underflows (g is scaled to at most 2, w to at most 1) adds less than 2^-120 a weight.
-// (3) What Search compares is energy - 2 S A + S^2 B in float64. Its sums have positive terms, so it is F up to (n + K + 8) u times
-//     (E + 2 S A + S^2 B) <= 9 E, and what underflows; the literal objective is F up to (8 K + n + 20) u E.
-// The pair that Search picks is never above the pair that is best here by more than these bounds, which is the threshold below.
+// Why one pair can be sure. For a pair let F = sum g e^2, e the distance of w from its nearest level S v (v = q - Z, an
+// integer clamped to [-Z, K-1-Z]), E = sum g w^2, |.| the norm sqrt(sum g (.)^2), eps = 2^-24, u = 2^-53. v = 0 is
+// allowed, so F <= E.
+// (1) The code v' here is the nearest allowed integer to x', w times the rounded 1/S, instead of x = w/S: x' = x (1 +-
+//     eps) with fma, 1 +- 2.01 eps without. From |v' - x'| <= |v - x'| follows |v' - x| <= |v - x| + 2 |x' - x|: the
+//     error of w grows by 2 eps |w|, or 4.1. Rounding v' S - w adds eps e, without fma another eps (|w| + e). So the
+//     norm of the errors computed is sqrt(F) up to eps (kCodeError sqrt(E) + 4 sqrt(F)).
+// (2) g rounded to float32, three products and sums of positive terms in chains of at most kChain: a factor 1 +- rho.
+//     Whatever underflows (g is scaled to at most 2, w to at most 1) adds less than 2^-120 a weight.
+// (3) What Search compares is energy - 2 S A + S^2 B in float64. Its sums have positive terms, so it is F up to (n + K
+//     + 8) u times (E + 2 S A + S^2 B) <= 9 E, and what underflows; the literal objective is F up to (8 K + n + 20) u
+//     E.
+// The pair that Search picks is never above the pair that is best here by more than these bounds, which is the
+// threshold below.
 #pragma once
 #include "affine.h"
 #include "base.h"
@@ -54,8 +58,8 @@ inline int exponent_of(double x) {  // of a normal double: x = m 2^exponent, 1 <
 
 constexpr double kWhole = 6755399441055744.0;  // 1.5 * 2^52: adding it rounds a double to an integer
 
-// sum over the items of g (S v - w)^2, v = w / S rounded and clamped to [low, high] - kMagic; S and Z differ from lane to lane.
-// count is even. kMagic = 1.5 * 2^23: adding it to a small float rounds that to an integer.
+// sum over the items of g (S v - w)^2, v = w / S rounded and clamped to [low, high] - kMagic; S and Z differ from lane
+// to lane. count is even. kMagic = 1.5 * 2^23: adding it to a small float rounds that to an integer.
 constexpr float kMagic = 12582912.0f;
 template <bool clamped>
 inline Floats lane_sums(const Weighted* item, int64_t count, Floats inverse, Floats minus_scale, Floats low, Floats high) {
@@ -99,8 +103,8 @@ struct Screen {
     T share_of_width(T part) const { return step > 0.0 ? part * width * step : part * width / static_cast<double>(args.steps); }
     float rounded(double s) const { return round_to((width - share_of_width(s)) / (args.levels - 1), args.dtype); }
 
-    // bfloat16: few distinct S, found from above. V rounds up to the middle between V and the next value below, which in terms of s is
-    // `at`; only near an integer is that not sure, and then the definition decides.
+    // bfloat16: few distinct S, found from above. V rounds up to the middle between V and the next value below, which
+    // in terms of s is `at`; only near an integer is that not sure, and then the definition decides.
     void walk(uint32_t bits, uint32_t end) {
         const double slope = (args.levels - 1) / width * args.steps, slack = args.steps * 2.4e-7 + 1e-9;
         double from = 0.0;
@@ -145,8 +149,9 @@ struct Screen {
         }
     }
 
-    // Every pair, in lanes: for each S the zero points of a in [max(0, s - (t-1)), min(s, t-1)] for all of its s. Neighbouring s share
-    // an a and one step of a moves Z by at most 1, so they are the integers between two ends. False: this group is no case for us.
+    // Every pair, in lanes: for each S the zero points of a in [max(0, s - (t-1)), min(s, t-1)] for all of its s.
+    // Neighbouring s share an a and one step of a moves Z by at most 1, so they are the integers between two ends.
+    // False: this group is left to Search.
     bool pairs(double unit) {
         const double t1 = args.shrink_steps - 1;
         const float high = rounded(0.0), low = rounded(2.0 * t1);

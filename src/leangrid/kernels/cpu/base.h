@@ -1,5 +1,5 @@
-// Scratch memory and the sorted row. Everything lives in an unnamed namespace and no std:: template is used: a symbol shared between
-// the instruction-set builds could make the linker keep its AVX-512 copy for a processor that has none.
+// Scratch memory and the sorted row. Everything lives in an unnamed namespace and no std:: template is used: a symbol
+// shared between the instruction-set builds could make the linker keep its AVX-512 copy for a processor that has none.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>

@@ -1,5 +1,6 @@
-// The part of leangrid.kernels._cpu that serves quantized models: views of torch tensors in, tiles or heads shared out to threads.
-// Included by module.cpp alone; kernels/decode.py has checked shapes and values, here only what memory safety needs.
+// The part of leangrid.kernels._cpu that serves quantized models: views of torch tensors come in, tiles or heads are
+// shared out to threads. Included by module.cpp alone; kernels/packed.py has checked shapes and values; here is checked
+// only what memory safety needs.
 #pragma once
 
 namespace leangrid {
@@ -119,7 +120,7 @@ void dense(int isa, int threads, const HeldMatrix& held, AnyIn out, int64_t firs
                [&](int64_t begin, int64_t end) { return kernels.dense(args, first + begin, first + end); });
 }
 
-// Waits by spinning, then by giving the core away: stages last microseconds.
+// Waits by spinning, then by yielding: stages last microseconds.
 class Barrier {
     std::atomic<int> waiting{0}, phase{0};
 
@@ -222,7 +223,7 @@ public:
         for (int i = 1; i < threads; ++i) {
             try {
                 others.emplace_back(work, i);
-            } catch (const std::system_error&) {  // the system has no more threads: those we have do the work
+            } catch (const std::system_error&) {  // the system has no more threads: those that started do all of it
                 break;
             }
         }

@@ -1,9 +1,11 @@
-// Codes between three homes: the stored bit stream (packing.py), one byte each, and the tiles that the products read.
+// Codes in three layouts: the stored bit stream (formats/bit_stream.py), one byte each, and the tiles that the products
+// read.
 //
-// A tile is four rows. The columns of a row go in steps of 16, one step to 16 lanes; a chunk is 32-bit lanes, each with the codes of
-// floor(32 / bits) steps, lowest bits first. Chunk by chunk the four rows lie side by side: one 64-byte load is 16 x floor(32 / bits)
-// consecutive columns of one row, and shifting it right by `bits` brings up the next 16. The last steps fill narrower lanes, stored as
-// planes of 2 and 1 bytes a lane. Rows and columns beyond the matrix have code 0.
+// A tile is four rows. The columns of a row go in steps of 16, one step to 16 lanes; a chunk is 32-bit lanes, each with
+// the codes of floor(32 / bits) steps, lowest bits first. Chunk by chunk the four rows lie side by side: one 64-byte
+// load is 16 x floor(32 / bits) consecutive columns of one row, and shifting it right by `bits` brings up the next 16.
+// The last steps fill narrower lanes, stored as planes of 2 and 1 bytes a lane. Rows and columns beyond the matrix have
+// code 0.
 #pragma once
 #include "base.h"
 #include "decode_table.h"

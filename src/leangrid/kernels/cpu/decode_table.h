@@ -1,5 +1,6 @@
-// What the three instruction-set builds of decode.cpp hand to bindings_decode.h: stored weights -> codes, dense rows and products, and
-// the stages of one token through a decoder. Range functions allocate their own scratch, never throw, return false when memory is short.
+// What the three instruction-set builds of decode.cpp hand to bindings_decode.h: stored weights -> codes, dense rows
+// and products, and the stages of one token through a decoder. Range functions allocate their own scratch, never throw,
+// return false when memory is short.
 #pragma once
 #include <cstdint>
 

@@ -1,7 +1,8 @@
-// LeanQuant-Exact, one weight row at a time: every row removes its columns in an order of its own, so nothing is shared but H^-1.
-// Semantics: torch_exact.py. There each step reads all earlier pivots; here A, the inverse for the columns that remain, is kept: within a
-// batch of kBatch steps a pivot row is A_j less the batch's own pivots, then one pass takes the batch's columns out and its products off.
-// That pass is nearly all of the n^3/6 multiplications and runs from registers; only the lower triangle of A counts.
+// LeanQuant-Exact, one weight row at a time: every row removes its columns in an order of its own, so rows share
+// nothing but H^-1. The twin of plain/exact.py. There each step reads all earlier pivots; here A, the inverse for the
+// columns that remain, is kept: within a batch of kBatch steps a pivot row is A_j less the batch's own pivots, then one
+// pass takes the batch's columns out and its products off. That pass is nearly all of the n^3/6 multiplications and
+// runs from registers; only the lower triangle of A counts.
 #pragma once
 #include "base.h"
 #include "table.h"
@@ -19,9 +20,12 @@ inline int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }  // a whole numb
 
 struct ExactRow {
     const ExactArgs& args;
-    const int64_t n, stride;  // two cache lines more than a row: a column of widths such as 1536 would else fall into one set
-    Buffer<double> a, pivots, packed, turned;              // [n][stride], [kBatch][stride], [tiles][kBatch][kTileCols], [stride][kBatch]
-    Buffer<double> weight, diagonal, closed, scale, zero;  // [stride] each; closed: 0, or infinity where a column is done
+    // stride: two cache lines more than a row; a column of widths such as 1536 would else fall into one set.
+    const int64_t n, stride;
+    // a [n][stride], pivots [kBatch][stride], packed [tiles][kBatch][kTileCols], turned [stride][kBatch].
+    Buffer<double> a, pivots, packed, turned;
+    // [stride] each; closed: 0, or infinity where a column is done.
+    Buffer<double> weight, diagonal, closed, scale, zero;
     Buffer<double> levels, middles;                        // [K]
     Buffer<int32_t> column, keep;                          // [stride]
     int64_t left = 0;                                      // columns in the arrays
@@ -67,7 +71,8 @@ struct ExactRow {
             for (int q = 0; q + 1 < args.count; ++q) value = x > spread_double(middles[q]) ? spread_double(levels[q + 1]) : value;
             return value;
         }
-        const Doubles low = {}, top = spread_double(args.count - 1), magic = spread_double(6755399441055744.0);  // 1.5 * 2^52: rounds
+        // magic = 1.5 * 2^52: adding it rounds to an integer.
+        const Doubles low = {}, top = spread_double(args.count - 1), magic = spread_double(6755399441055744.0);
         const Doubles s = at(scale + i), z = at(zero + i);
         Doubles code = x / s + z;
         code = code < low ? low : code;
@@ -154,8 +159,8 @@ struct ExactRow {
         for (int64_t i = 0; i < left; i += kTileRows) take_off(i, least<int64_t>(kTileRows, left - i));
     }
 
-    // Rows i .. i + rows of the smaller A, in place of larger ones: all that a tile needs is read before it is written, and what later
-    // tiles and rows need lies to the right or below.
+    // Rows i .. i + rows of the smaller A, in place of larger ones: all that a tile needs is read before it is written,
+    // and what later tiles and rows need lies to the right or below.
     void take_off(int64_t i, int64_t rows) {
         const double* from[kTileRows];
         const double* factor[kTileRows];

@@ -1,7 +1,9 @@
-// P^T H P per row without multiplying by the one-hot P: rows of H are added into K bins, n^2/2 additions instead of K n^2 products.
+// P^T H P per row without multiplying by the one-hot P: rows of H are added into K bins, n^2/2 additions instead of K
+// n^2 products.
 //
-// H is read in tiles of kTall rows by kWide columns, packed once and used for every row of the range, so H streams from memory once a
-// range. Bins are float32 over at most kTall terms, then float64. Only tiles on and right of the diagonal are visited: H is symmetric.
+// H is read in tiles of kTall rows by kWide columns, packed once and used for every row of the range, so H is read from
+// memory once a range. Bins are float32 over at most kTall terms, then float64. Only tiles on and right of the diagonal
+// are visited: H is symmetric.
 #pragma once
 #include "base.h"
 #include "table.h"

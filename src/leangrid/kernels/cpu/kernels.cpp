@@ -1,5 +1,5 @@
-// Compiled once per instruction set; LEANGRID_TABLE names the table it exports. No fused multiply-add anywhere (-ffp-contract=off):
-// every build, and the torch twins, round alike.
+// Compiled once per instruction set; LEANGRID_TABLE names the table it exports. No fused multiply-add anywhere
+// (-ffp-contract=off): every build, and the torch twins, round alike.
 #include "affine_screen.h"
 #include "exact.h"
 #include "gram.h"

@@ -1,8 +1,9 @@
-// Weighted one-dimensional k-means, globally optimal or Lloyd's; the mathematics and the exact arithmetic are those of torch_kmeans.py.
+// Weighted one-dimensional k-means, globally optimal or Lloyd's; the mathematics and the exact arithmetic are those of
+// plain/kmeans.py.
 //
-// Less work for the same optimum: equal values are merged (an optimum never splits them), and from kPathLevels levels on it is a shortest
-// path (kmeans_path.h). Else, and where that finds no price for K, layers: from both ends, meeting in the middle (K/2 layers each); a prefix
-// that already costs more than Lloyd's whole result is dropped.
+// Faster for the same optimum: equal values are merged (an optimum never splits them), and from kPathLevels levels on
+// it is a shortest path (kmeans_path.h). Else, and where that finds no lambda for K, layers: from both ends, meeting in
+// the middle (K/2 layers each); a prefix that already costs more than Lloyd's whole result is dropped.
 #pragma once
 #include "base.h"
 #include "kmeans_path.h"
@@ -14,11 +15,12 @@ namespace {
 
 constexpr int kStartBins = 128;
 constexpr int kPad = 16;
-constexpr int kPathLevels = 8;  // from here on the path is faster than layers; measured
+constexpr int kPathLevels = 8;  // from this many levels on the path is faster than layers; measured
 
 // ------------------------------------------------------------------------------------------------ Lloyd
 
-// mass^(1/3) width^(2/3) of bins of equal count: the optimal density of many levels (Panter and Dite 1951). Returns the number of bins.
+// mass^(1/3) width^(2/3) of bins of equal count: the optimal density of many levels (Panter and Dite 1951). Returns the
+// number of bins.
 inline int level_density(const SortedRow& row, double* edge, double* density) {
     const int bins = static_cast<int>(least<int64_t>(row.n, kStartBins));
     double power[kStartBins];
@@ -105,7 +107,8 @@ struct Best {
     int64_t split;
 };
 
-// min over i in [low, high] of done[i] + cost(i, at), the smallest such i. The arrays may be read kPad elements past their end.
+// min over i in [low, high] of done[i] + cost(i, at), the smallest such i. The arrays may be read kPad elements past
+// their end.
 inline Best best_split(const Prefix& p, const double* done, int64_t at, int64_t low, int64_t high) {
     const double e0 = p.p0[at], e1 = p.p1[at], e2 = p.p2[at];
     Best best{__builtin_inf(), low};
@@ -142,8 +145,9 @@ struct Leaf {
     Doubles value, split;
 };
 
-// The same for kDoubles neighbouring prefixes from at on, one a lane, over a common short range. A split past a lane's own prefix costs
-// at least as much as the empty last cluster at its end, so it can only tie with a smaller split and needs no mask.
+// The same for kDoubles neighbouring prefixes from at on, one a lane, over a common short range. A split past a lane's
+// own prefix costs at least as much as the empty last cluster at its end, so it can only tie with a smaller split and
+// needs no mask.
 inline Leaf best_splits(const Prefix& p, const double* done, int64_t at, int64_t low, int64_t high) {
     const Doubles e0 = *(const DoublesAt*)(p.p0 + at), e1 = *(const DoublesAt*)(p.p1 + at), e2 = *(const DoublesAt*)(p.p2 + at), zero = {};
     Leaf best{zero + __builtin_inf(), zero};
@@ -161,9 +165,9 @@ struct Span {
     int64_t from, to, low, high;
 };
 
-// One more cluster for every prefix of p: next[j] and where its last cluster starts. Prefixes that cost more than limit become infinite.
-// The best split is monotone in j (solve the middle, then both halves within the split found) and in the number of clusters (before:
-// the previous layer's splits, or nullptr). Returns the longest finite prefix.
+// One more cluster for every prefix of p: next[j] and where its last cluster starts. Prefixes that cost more than limit
+// become infinite. The best split is monotone in j (solve the middle, then both halves within the split found) and in
+// the number of clusters (before: the previous layer's splits, or nullptr). Returns the longest finite prefix.
 inline int64_t layer(const Prefix& p, const double* done, int64_t reach, double limit, const int32_t* before, double* next,
                      int32_t* split) {
     Span stack[64];
@@ -237,7 +241,8 @@ struct Workspace {  // sizes for rows of n elements
     int64_t stride;
 };
 
-// Bounds by the dynamic program over layers of clusters, for any k and any ties. False: w.level holds Lloyd's result, which stands.
+// Bounds by the dynamic program over layers of clusters, for any k and any ties. False: w.level holds Lloyd's result,
+// which stands.
 inline bool layered(Workspace& w, int k) {
     SortedRow& row = w.row;
     const int64_t m = row.distinct, n = row.n;

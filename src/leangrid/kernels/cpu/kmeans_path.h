@@ -1,6 +1,7 @@
-// The optimum of k clusters as a shortest path: when every cluster costs lambda more, the cheapest partition into any number of clusters is
-// one pass over the row, and where that number is k no partition into k clusters is cheaper. The cost of an optimum is convex in its number
-// of clusters (interval costs obey the quadrangle inequality), so some lambda gives k, unless two numbers tie at it.
+// The optimum of k clusters as a shortest path: when every cluster costs lambda more, the cheapest partition into any
+// number of clusters is one pass over the row, and where that number is k no partition into k clusters is cheaper. The
+// cost of an optimum is convex in its number of clusters (interval costs obey the quadrangle inequality), so some
+// lambda gives k, unless two numbers tie at it.
 #pragma once
 #include "base.h"
 
@@ -24,8 +25,9 @@ inline Doubles spread_of(Doubles s0, Doubles s1, Doubles s2) {  // of an interva
     return part > zero ? part : zero;
 }
 
-// The best start in [low, at) of a last cluster that ends at `end`, where total[] holds the cheapest cost of every prefix before `at`. It
-// rises, so nothing from the first i on with total[i] alone above the best can win: where that comes before `at` the split is final.
+// The best start in [low, at) of a last cluster that ends at `end`, where total[] holds the cheapest cost of every
+// prefix before `at`. It rises, so nothing from the first i on with total[i] alone above the best can win: where that
+// comes before `at` the split is final.
 inline int64_t last_split(const Prefix& p, const double* total, int64_t low, int64_t at, int64_t end, bool& final) {
     const Doubles zero = {};
     Doubles value = zero + __builtin_inf(), from = zero, index = zero;
@@ -43,7 +45,8 @@ inline int64_t last_split(const Prefix& p, const double* total, int64_t low, int
     return static_cast<int64_t>(least_lane(value == best ? from : zero + __builtin_inf()));
 }
 
-// total and split of kDoubles neighbouring ends from at on, one a lane, with splits in [low, high]; unless final, also at at and after it.
+// total and split of kDoubles neighbouring ends from at on, one a lane, with splits in [low, high]; unless final, also
+// at at and after it.
 inline void lane_splits(const Prefix& p, double lambda, int64_t low, int64_t high, int64_t at, bool final, double* total, int32_t* split) {
     const Doubles e0 = *(const DoublesAt*)(p.p0 + at), e1 = *(const DoublesAt*)(p.p1 + at), e2 = *(const DoublesAt*)(p.p2 + at), zero = {};
     Doubles value = zero + __builtin_inf(), from = zero, place = zero;
@@ -60,10 +63,10 @@ inline void lane_splits(const Prefix& p, double lambda, int64_t low, int64_t hig
     for (int lane = 0; lane < kDoubles; ++lane) split[at + lane] = static_cast<int32_t>(from[lane]);
 }
 
-// The cheapest way through all values when every cluster costs lambda more, whatever their number: total[j] = min over i < j of
-// total[i] + cost(i, j) + lambda, split[j] the smallest such i. Splits rise with j, so a block of neighbouring ends has its splits between
-// that of the end before it and that of its own last end. Where a cluster is too short for that split to lie before the block, the block is
-// one vector long.
+// The cheapest way through all values when every cluster costs lambda more, whatever their number: total[j] = min over
+// i < j of total[i] + cost(i, j) + lambda, split[j] the smallest such i. Splits rise with j, so a block of neighbouring
+// ends has its splits between that of the end before it and that of its own last end. Where a cluster is too short for
+// that split to lie before the block, the block is one vector long.
 inline void cheapest_path(const Prefix& p, double lambda, int64_t block, double* total, int32_t* split) {
     int64_t low = 0;
     total[0] = 0.0;
@@ -86,10 +89,12 @@ inline void cheapest_path(const Prefix& p, double lambda, int64_t block, double*
     }
 }
 
-// The bounds (k + 1) of the optimal partition into k clusters, from a first guess of lambda; false where no lambda tried gives k.
-// Each turn that misses gives the exact optimum of another number; between two of them the next lambda is the slope of their chord.
+// The bounds (k + 1) of the optimal partition into k clusters, from a first guess of lambda; false where no lambda
+// tried gives k. Each turn that misses gives the exact optimum of another number; between two of them the next lambda
+// is the slope of their chord.
 inline bool penalised_path(const Prefix& p, int k, double lambda, double* total, int32_t* split, int64_t* bound) {
-    // Long blocks spread the search for a block's last split, short ones keep the searches inside it short: w / B against B / kDoubles.
+    // Long blocks spread the search for a block's last split, short ones keep the searches inside it short: w / B
+    // against B / kDoubles.
     const double width = static_cast<double>(p.m) / k, even = __builtin_sqrt(width * kDoubles * 2.0 / 3.0);
     const int64_t block = static_cast<int64_t>(least(width / 4.0, even)) / kDoubles * kDoubles;
     int64_t more = 0, fewer = 0;

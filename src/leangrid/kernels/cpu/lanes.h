@@ -1,5 +1,6 @@
-// Sixteen floats and sixteen 32-bit words as one to four vectors of the build's width, and the few operations that GCC's vector
-// extensions lack: fused multiply-add, look-up in a table of 16, conversions. The same code then serves every instruction set.
+// Sixteen floats and sixteen 32-bit words as one to four vectors of the build's width, and the few operations that
+// GCC's vector extensions lack: fused multiply-add, look-up in a table of 16, conversions. The same code then serves
+// every instruction set.
 #pragma once
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -132,7 +133,8 @@ LEANGRID_INLINE Floats rounded(Floats x, int dtype) {
     if (dtype == kFloat16) {
         const Words sign = bits & 0x80000000u, size = bits ^ sign;
         const Words normal = (size + 0xfff + (size >> 13 & 1)) & 0xffffe000u;
-        const Words small = bits_of((floats_of(size) + 0.5f) - 0.5f);  // below 2^-14 float16 has steps of 2^-24, as float32 has at 0.5
+        // below 2^-14 float16 has steps of 2^-24, as float32 has at 0.5
+        const Words small = bits_of((floats_of(size) + 0.5f) - 0.5f);
         const Words tiny = reinterpret_cast<Words>(size < 0x38800000u), huge = reinterpret_cast<Words>(normal >= 0x47800000u);
         const Words inside = (small & tiny) | (normal & ~tiny);
         return floats_of(sign | (inside & ~huge) | (0x7f800000u & huge));
@@ -140,7 +142,7 @@ LEANGRID_INLINE Floats rounded(Floats x, int dtype) {
     return x;
 }
 
-// e^x to a few units in the last place; x below -87 gives about 1e-38, which nobody can tell from 0 here.
+// e^x to a few units in the last place; x below -87 gives about 1e-38, which counts as 0 here.
 LEANGRID_INLINE Floats exponential(Floats x) {
     const Floats low = spread(-87.0f), high = spread(88.0f);
     x = x < low ? low : x > high ? high : x;

@@ -1,5 +1,6 @@
-// leangrid.kernels._cpu: views of torch tensors in, an instruction set chosen by the caller, rows shared out to threads.
-// kernels/checks.py has checked shapes and values; here only the dtypes, the layout and what memory safety needs.
+// leangrid.kernels._cpu: views of torch tensors in, an instruction set chosen by the caller, rows shared out to
+// threads. kernels/checks.py has checked shapes and values; here only the dtypes, the layout and what memory safety
+// needs.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -67,8 +68,8 @@ const KernelTable& table(int isa) {
     return portable_table;
 }
 
-// What of tiles.cpp this process may use; asks the operating system for the matrix tiles once. (Here and not there: that file's compiler
-// flags are not for every processor.)
+// What of tiles.cpp this process may use; asks the operating system for the matrix tiles once. (Here and not there:
+// that file's compiler flags are not for every processor.)
 Units bfloat16_units() {
 #ifdef LEANGRID_BFLOAT16
     static const Units granted = [] {
@@ -91,8 +92,8 @@ void require(bool fits) {
     if (!fits) throw nb::value_error("array shapes do not fit together");
 }
 
-// torch's own team of threads, where torch brought GNU OpenMP: its workers spin for a while after each of torch's products, and threads of
-// ours beside them would share their cores. Null where there is none.
+// torch's own team of threads, where torch brought GNU OpenMP: its workers spin for a while after each of torch's
+// products, and threads of ours beside them would share their cores. Null where there is none.
 using Team = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 Team torch_team() {
 #ifdef __linux__
@@ -106,8 +107,9 @@ Team torch_team() {
 #endif
 }
 
-// Calls loop() on at most `threads` threads at once, on no more of our own than there are pieces of work. A team keeps its size: it ends
-// the workers that a smaller one does without, and torch's next product would have to start them again.
+// Calls loop() on at most `threads` threads at once, on no more of our own than there are pieces of work. A team keeps
+// its size: it ends the workers that a smaller one does without, and torch's next product would have to start them
+// again.
 template <class Loop>
 void on_threads(int64_t pieces, int64_t threads, Loop& loop) {
     if (const Team team = std::min(pieces, threads) > 1 ? torch_team() : nullptr) {
@@ -221,7 +223,8 @@ void level_gram(int isa, int threads, FloatIn hessian, BytesIn codes, Array<doub
 
 void run_exact(int isa, int threads, const ExactArgs& args, int64_t rows) {
     const KernelTable& kernels = table(isa);
-    // A range keeps one matrix of its own: its pages are fresh, so a range has more than one row where there are enough.
+    // A range keeps one matrix of its own: its pages are fresh, so a range has more than one row where there are
+    // enough.
     const int64_t grain = std::clamp<int64_t>(rows / (4 * std::max(threads, 1)), 1, 16);
     share_rows(rows, grain, threads, [&](int64_t begin, int64_t end) { return kernels.exact(args, begin, end); });
 }

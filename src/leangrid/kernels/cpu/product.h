@@ -1,8 +1,9 @@
-// y = x W^T and dense rows of W from tiles of codes (codes.h). Every weight is formed exactly as the format says it, in float32.
+// y = x W^T and dense rows of W from tiles of codes (codes.h). Every weight is formed exactly as the format says it, in
+// float32.
 //
-// A source turns 16 codes of a row into 16 weights: by a table in one register (four bits and fewer; a table a row for a LUT, a table
-// a row and group for an affine grid), by arithmetic, or by a gather. Sums run over 16 columns at a time, in one order for any number
-// of tokens: the product of a token never depends on its neighbours.
+// A source turns 16 codes of a row into 16 weights: by a table in one register (four bits and fewer; a table a row for
+// a LUT, a table a row and group for an affine grid), by arithmetic, or by a gather. Sums run over 16 columns at a
+// time, in one order for any number of tokens: the product of a token never depends on its neighbours.
 #pragma once
 #include "codes.h"
 #include "lanes.h"

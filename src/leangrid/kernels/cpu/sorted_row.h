@@ -1,4 +1,4 @@
-// A row sorted once, and everything that sums over intervals of it answer in O(1).
+// A row sorted once, with the prefix sums from which any sum over an interval of it takes O(1).
 #pragma once
 #include "base.h"
 
@@ -60,7 +60,8 @@ struct SortedRow {
         return least(most((p1[right] - p1[left]) / s0 + centre, low), high);
     }
 
-    // Levels rounded to float32 and what they cost, literally. Few distinct values: exactly those, the first repeated in front.
+    // Levels rounded to float32 and their cost, summed over the row. Few distinct values: exactly those, the first
+    // repeated in front.
     double finish(double* level, int k, float* out) const {
         if (distinct <= k) {
             int slot = k;

@@ -1,7 +1,8 @@
-// One token through a decoder: RMSNorm, rotary attention over the cache, RMSNorm, SwiGLU, and the head. Everything in float32, W as stored.
+// One token through a decoder: RMSNorm, rotary attention over the cache, RMSNorm, SwiGLU, and the head. Everything in
+// float32, W as stored.
 //
-// A block is five stages with a barrier after each; inside a stage threads own disjoint rows or heads, so who computes what changes no
-// bit. Norms are short: every thread computes its own copy.
+// A block is five stages with a barrier after each; inside a stage threads own disjoint rows or heads, so the division
+// among threads changes no bit. Norms are short: every thread computes its own copy.
 #pragma once
 #include <math.h>
 
@@ -115,7 +116,7 @@ inline void attend(const StepArgs& args, const Block& block, int64_t head, float
     for (int64_t p = 0; p <= past; ++p) total += score[p];
     for (int64_t p = 0; p <= past; ++p) score[p] /= total;
     mix(score, values, past, score[past], value, size, args.mixed + head * size);
-    if (head % group == 0) {  // position `past` is read by nobody in this stage
+    if (head % group == 0) {  // no thread reads position `past` in this stage
         memcpy(block.keys + (kv * args.capacity + past) * size, key, sizeof(float) * size);
         memcpy(block.values + (kv * args.capacity + past) * size, value, sizeof(float) * size);
     }

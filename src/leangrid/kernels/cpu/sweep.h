@@ -1,5 +1,6 @@
-// The loop inside one block of columns, one row a SIMD lane: lane l of every vector is row l of the tile, so the whole tile (b vectors,
-// at most 8 KB for b = 128) stays in the first-level cache and no lane ever waits for another. Semantics: torch_sweep.py.
+// The loop inside one block of columns, one row a SIMD lane: lane l of every vector is row l of the tile, so the whole
+// tile (b vectors, at most 8 KB for b = 128) stays in the first-level cache and no lane waits for another. The twin of
+// plain/sweep.py and plain/descend.py.
 #pragma once
 #include "base.h"
 #include "table.h"
@@ -88,7 +89,8 @@ struct GroupGrid {
         zero = *(const Floats*)z;
     }
     Choice nearest(Floats x) const {
-        const Floats low = {}, top = splat(static_cast<float>(grid.count - 1)), magic = splat(12582912.0f);  // 1.5 * 2^23: rounds
+        // magic = 1.5 * 2^23: adding it rounds to an integer.
+        const Floats low = {}, top = splat(static_cast<float>(grid.count - 1)), magic = splat(12582912.0f);
         Floats code = kStored ? (x - zero) / scale : x / scale + zero;
         code = code < low ? low : code;
         code = code > top ? top : code;

@@ -1,5 +1,5 @@
-// What the three instruction-set builds of kernels.cpp hand to module.cpp: plain arguments and plain functions over a range of rows.
-// A range function allocates its own scratch, never throws and returns false only when memory is short.
+// What the three instruction-set builds of kernels.cpp hand to module.cpp: plain arguments and plain functions over a
+// range of rows. A range function allocates its own scratch, never throws and returns false only when memory is short.
 #pragma once
 #include <cstdint>
 

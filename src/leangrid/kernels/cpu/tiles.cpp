@@ -9,8 +9,9 @@
 namespace leangrid {
 namespace {
 
-// Steps of 32 tokens a pass: 32 KB a strip for the tiles, so that kWide strips stay in the second-level cache. The vectors' own additions
-// do not round to nearest on every processor (2e-6 too little over 1024 tokens on a Zen 4): 256 tokens, and the rest adds outside of them.
+// Steps of 32 tokens a pass: 32 KB a strip for the tiles, so that kWide strips stay in the second-level cache. The
+// vectors' own additions do not round to nearest on every processor (2e-6 too little over 1024 tokens on a Zen 4): 256
+// tokens, and the rest adds outside of them.
 constexpr int64_t kStretchOfTiles = 32, kStretchOfDots = 8;
 constexpr int64_t kWide = 32;     // strips of 16 columns on the right
 
@@ -23,8 +24,8 @@ struct Palette {
     uint8_t rows[16] = {};
 };
 
-// The tile registers' shape for the length of a scope. Whatever shape the thread had before comes back: other libraries in this
-// process use tiles too and may remember what they had set.
+// The tile registers' shape for the length of a scope. Whatever shape the thread had before comes back: other libraries
+// in this process use tiles too and may remember what they had set.
 class Tiles {
   public:
     Tiles() {
@@ -71,7 +72,8 @@ inline void turn(const __m512i* row, char* target) {
     }
 }
 
-// One 32 x 32 square: strips i, i + 1 of the left by j, j + 1 of the right over `count` steps; with the matrix tiles ...
+// One 32 x 32 square: strips i, i + 1 of the left by j, j + 1 of the right over `count` steps; with the matrix tiles
+// ...
 inline void square_of_tiles(const char* left, const char* right, int64_t strip, int64_t count, float* sums) {
     _tile_zero(0);
     _tile_zero(1);

@@ -1,11 +1,12 @@
-"""LeanQuant-Exact in torch: in every row, always quantize the remaining column that costs least, then remove it.
+"""LeanQuant-Exact (Algorithm 2) in plain torch: the twin of cpu/exact.h. In every row the remaining column whose
+quantization costs least is quantized next, and removed.
 
 With A = (H + lambda I)^-1 of the remaining columns: pick j = argmin (w_j - q_j)^2 / (2 A_jj), move the others by
 -(w_j - q_j) A_:j / A_jj, and eliminate j from A by one step of Gaussian elimination. Eliminating step by step is a
 Cholesky factorization of the first A whose pivots the row chooses, so only the pivot rows are kept: row s of L is
 A_j,: / sqrt(A_jj) at step s, the diagonal is updated in place, and A_j,: = A0_j,: - sum_s L_sj L_s,:. That is n^3/6
-multiplications and n^2 numbers a row instead of n^3 reads and writes of A. Columns already done are dropped from L
-every now and then. The loop runs over steps, for as many rows at once as the memory allows.
+multiplications and n^2 numbers a row instead of n^3 reads and writes of A. Columns already quantized are dropped from
+L at regular intervals. The loop runs over steps, for as many rows at once as CHUNK_BYTES allows.
 """
 
 from abc import ABC, abstractmethod
@@ -15,16 +16,18 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 1 << 28  # of pivot rows held at once
-_COMPACTIONS = 8
+_COMPACTIONS = 8  # how often quantized columns are dropped
 
 
 def exact_levels(weight: Tensor, inverse: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``leangrid.kernels.exact_levels``."""
     return _by_chunks(weight, inverse, lambda index: _Levels(levels[index].double()))
 
 
 def exact_affine(
     weight: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor, group: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
+    """See ``leangrid.kernels.exact_affine``."""
     column_group = group.long()
     return _by_chunks(
         weight,
@@ -45,41 +48,47 @@ def _by_chunks(weight: Tensor, inverse: Tensor, grid_of: "Callable[[Tensor], _Gr
 
 
 class _Grid(ABC):
-    @abstractmethod
-    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Code and value of the level nearest to every kept column."""
+    """The levels of the columns that remain in each row."""
 
     @abstractmethod
-    def keep(self, columns: Tensor) -> None:
-        """Drop all columns but these (indices, [rows, kept])."""
+    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Code and value of the level nearest to each remaining weight, [rows, remaining] both."""
+
+    @abstractmethod
+    def select(self, columns: Tensor) -> None:
+        """Drop all columns but these: indices into the remaining ones, [rows, selected]."""
 
 
 class _Levels(_Grid):
     def __init__(self, levels: Tensor) -> None:
         self.levels, self.midpoints = levels, 0.5 * (levels[:, :-1] + levels[:, 1:])
 
-    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         code = torch.searchsorted(self.midpoints, weight)
         return code, self.levels.gather(1, code)
 
-    def keep(self, columns: Tensor) -> None:
-        del columns  # the levels are those of the row
+    def select(self, columns: Tensor) -> None:
+        del columns  # a row has the same levels in every column
 
 
 class _Affine(_Grid):
     def __init__(self, scale: Tensor, zero: Tensor, bits: int) -> None:
-        self.scale, self.zero, self.top = scale, zero, 2**bits - 1
+        self.scale, self.zero, self.largest = scale, zero, 2**bits - 1
 
-    def quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        code = (weight / self.scale + self.zero).clamp_(0, self.top).round_()
+    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        code = (weight / self.scale + self.zero).clamp_(0, self.largest).round_()
         return code, (code - self.zero) * self.scale
 
-    def keep(self, columns: Tensor) -> None:
+    def select(self, columns: Tensor) -> None:
         self.scale, self.zero = self.scale.gather(1, columns), self.zero.gather(1, columns)
 
 
 class _Rows:
-    """The state of a chunk of rows; "here" arrays hold the columns kept since the last compaction."""
+    """A chunk of rows while it is quantized.
+
+    ``weight``, ``column``, ``diagonal`` and ``done`` have a column for each that was left at the last compaction:
+    ``column`` is its index in the layer, ``diagonal`` its A_jj, ``done`` whether it was quantized since. ``pivots`` is
+    L, [rows, steps, those columns]."""
 
     def __init__(self, weight: Tensor, inverse: Tensor, grid: _Grid) -> None:
         self.rows, self.cols = weight.shape
@@ -102,13 +111,16 @@ class _Rows:
         return self.codes, self.loss
 
     def eliminate(self, step: int) -> None:
-        code, value = self.grid.quantized(self.weight)
+        """Quantize one column of each row, and remove it from A."""
+        # The column that costs least: argmin (w_j - q_j)^2 / (2 A_jj).
+        code, value = self.grid.quantize(self.weight)
         cost = (self.weight - value).square_().div_(self.diagonal).masked_fill_(self.done, float("inf"))
         smallest, pick = cost.min(dim=1)
         self.loss += smallest.double() / 2
         chosen = pick[:, None]
         column = self.column.gather(1, chosen)
         self.codes.scatter_(1, column, code.gather(1, chosen).to(torch.uint8))
+        # Its row of A: the row of A0 less the products of the pivot rows so far; divided by sqrt(A_jj) it is the next.
         row = (
             self.inverse[column].squeeze(1) if self.column.shape[1] == self.cols else self.inverse[column, self.column]
         )
@@ -116,6 +128,7 @@ class _Rows:
         row = row - torch.bmm(pivots[self.each, :, pick][:, None], pivots).squeeze(1)
         pivot = self.diagonal.gather(1, chosen)
         row = row.masked_fill_(self.done, 0) / pivot.sqrt()
+        # The other columns move by -(w_j - q_j) A_:j / A_jj, and A loses column j: A_kk -= L_k^2.
         error = (self.weight - value).gather(1, chosen) / pivot.sqrt()
         self.weight -= error * row
         self.done.scatter_(1, chosen, True)
@@ -125,11 +138,11 @@ class _Rows:
         )
 
     def compact(self, step: int) -> None:
-        """Drop the columns that are done from everything; ``step`` of the present ones are."""
-        keep = (~self.done).nonzero()[:, 1].reshape(self.rows, -1)
+        """Drop the columns quantized so far, after ``step`` steps, from everything that has one entry a column."""
+        left = (~self.done).nonzero()[:, 1].reshape(self.rows, -1)
         old = self.pivots
-        self.pivots = old.new_empty(self.rows, self.cols, keep.shape[1])
-        self.pivots[:, :step] = old[:, :step].gather(2, keep[:, None].expand(-1, step, -1))
-        self.weight, self.diagonal, self.column = (t.gather(1, keep) for t in (self.weight, self.diagonal, self.column))
-        self.done = torch.zeros_like(keep, dtype=torch.bool)
-        self.grid.keep(keep)
+        self.pivots = old.new_empty(self.rows, self.cols, left.shape[1])
+        self.pivots[:, :step] = old[:, :step].gather(2, left[:, None].expand(-1, step, -1))
+        self.weight, self.diagonal, self.column = (t.gather(1, left) for t in (self.weight, self.diagonal, self.column))
+        self.done = torch.zeros_like(left, dtype=torch.bool)
+        self.grid.select(left)

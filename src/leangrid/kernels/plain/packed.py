@@ -1,16 +1,19 @@
-"""Torch twins of the decoding kernels: what the codes mean, slowly. CUDA tensors and machines without the extension run
-these."""
+"""Packed weights in plain torch: how codes are packed and tiled, and which weights they stand for. The twin of
+kernels/packed.py's C++ (cpu/codes.h, cpu/product.h), and what runs where the extension or Triton is missing."""
 
 import torch
 from torch import Tensor
 
-_UNIT = 32
+_UNIT = 32  # codes of b bits that fill exactly b words of 32 bits
 _WORD = 0xFFFFFFFF
-TILE_ROWS, LANES = 4, 16  # rows of a tile; columns of a step
+TILE_ROWS, LANES = 4, 16  # rows of a tile; columns of a step of 16 lanes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """u8 [rows, cols] -> i32 [rows, ceil(cols * bits / 32)]: a unit of 32 codes is exactly ``bits`` words."""
+    """Codes u8 [rows, cols], below 2^bits, as one bit stream a row: i32 [rows, ceil(cols * bits / 32)].
+
+    Code i of a row has bits [i * bits, (i + 1) * bits) of the stream, lowest bit first; the rest of the last word is
+    0."""
     rows, cols = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -cols % _UNIT)).reshape(rows, -1, _UNIT)
     words = torch.zeros(rows, padded.shape[1], bits, dtype=torch.int64, device=codes.device)
@@ -25,7 +28,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int, cols: int) -> Tensor:
-    """i32 [rows, ceil(cols * bits / 32)] -> u8 [rows, cols]."""
+    """The codes u8 [rows, cols] that ``pack`` packed into i32 [rows, ceil(cols * bits / 32)]."""
     rows = words.shape[0]
     padded = torch.nn.functional.pad(words, (0, -words.shape[1] % bits)).reshape(rows, -1, bits)
     codes = torch.empty(rows, padded.shape[1], _UNIT, dtype=torch.uint8, device=words.device)
@@ -39,13 +42,13 @@ def unpack(words: Tensor, bits: int, cols: int) -> Tensor:
 
 
 def tile_bytes(cols: int, bits: int) -> int:
-    """Bytes of a tile of four rows (cpu/codes.h says how they lie)."""
+    """Bytes of one tile: four rows of ``cols`` codes, laid out as cpu/codes.h says."""
     steps, per = -(-cols // LANES), 32 // bits
     return TILE_ROWS * (steps // per * 64 + LANES * -(-(steps % per) * bits // 8))
 
 
 def tile(codes: Tensor, bits: int) -> Tensor:
-    """u8 [rows, cols] -> u8 [ceil(rows / 4), tile_bytes]: the layout of cpu/codes.h, piece by piece."""
+    """Codes u8 [rows, cols] in the layout that the C++ products read (cpu/codes.h): u8 [ceil(rows / 4), tile_bytes]."""
     rows, cols = codes.shape
     steps, per = -(-cols // LANES), 32 // bits
     padded = (
@@ -83,7 +86,7 @@ def untile(tiles: Tensor, bits: int, rows: int, cols: int) -> Tensor:
 
 
 def _planes(bits: int) -> list[tuple[int, int]]:
-    """(first byte, bytes) of the pieces a lane of so many bits is stored in: whole 32 bits, or 2 and 1 bytes."""
+    """(first byte, bytes) of the planes in which a lane of so many bits is stored: 4 bytes, or 2 and 1."""
     return {1: [(0, 1)], 2: [(0, 2)], 3: [(0, 2), (2, 1)], 4: [(0, 4)]}[-(-bits // 8)]
 
 
@@ -92,12 +95,13 @@ def _bytes(lanes: Tensor, first: int, count: int) -> Tensor:
 
 
 def lut_weight(codes: Tensor, lut: Tensor) -> Tensor:
-    """W[i, j] = lut[i, codes[i, j]], in the LUT's dtype."""
+    """W[i, j] = lut[i, codes[i, j]], [rows, cols] in the LUT's dtype, for codes u8 [rows, cols]."""
     return lut.gather(1, codes.long())
 
 
 def offset_weight(codes: Tensor, scale: Tensor, offset: Tensor, group_size: int) -> Tensor:
-    """W[i, j] = S[i, g] codes[i, j] + B[i, g], computed in float32, rounded once to the scale's dtype."""
+    """W[i, j] = S[i, g] codes[i, j] + B[i, g], g = j // group_size: computed in float32, rounded to the scale's
+    dtype."""
     rows, cols = codes.shape
     steps = codes.float().view(rows, -1, group_size)
     return (steps * scale.float()[:, :, None] + offset.float()[:, :, None]).view(rows, cols).to(scale.dtype)
@@ -106,8 +110,8 @@ def offset_weight(codes: Tensor, scale: Tensor, offset: Tensor, group_size: int)
 def affine_weight(
     codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, stored_dtype: torch.dtype
 ) -> Tensor:
-    """W[i, j] = S[i, g] (codes[i, j] - Z[i, g]), g = j // group_size, computed in the scale's dtype, rounded to
-    ``stored_dtype``."""
+    """W[i, j] = S[i, g] (codes[i, j] - Z[i, g]), g = j // group_size: computed in the scale's dtype, rounded to
+    ``stored_dtype``, returned in the scale's dtype."""
     rows, cols = codes.shape
     steps = codes.to(scale.dtype).view(rows, -1, group_size)  # integers up to 255 are exact in every float dtype used
     weight = ((steps - zero_point.to(scale.dtype)[:, :, None]) * scale[:, :, None]).view(rows, cols)

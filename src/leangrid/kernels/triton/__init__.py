@@ -1,4 +1,5 @@
-"""The ops as Triton kernels, one op a file. LeanQuant-Exact has none: it is for layers that a CPU does in seconds."""
+"""The ops as Triton kernels for GPUs, one op a file. LeanQuant-Exact has none and runs in plain torch: it is meant for
+small layers."""
 
 from leangrid.kernels.plain.exact import exact_affine as exact_affine
 from leangrid.kernels.plain.exact import exact_levels as exact_levels

@@ -1,12 +1,12 @@
-"""The affine search on a GPU: one program a row or group scores every distinct (S, Z) on chip; the twin is
-kernels/plain/affine.py.
+"""The affine search on a GPU, the twin of plain/affine.py, whose docstring has the mathematics: one program scores
+every distinct (S, Z) of a row or group on chip.
 
-torch sorts each group once. ``_tails`` scans it in float64: for every weight the sums of g|w| and g from there
-outwards, on its own side of zero. ``_search`` then needs no weight at all: the levels of an S cut the sorted group at
-K-1 places a side, found by bisection in L1, and a cumulative sum over those places scores all Z of that S. At 4 bits
-and T = 2048 that is 25,000 bisections of 13 steps for 4096 weights, where the some 2,400 distinct pairs would be ten
-million roundings, and all 168,100 candidates 700 million. (For groups of 128 both ways cost about the same; the sums
-need no second, exact look at what float32 cannot tell apart.) Float64 serves thresholds and sums only, some 300
+torch sorts each group once. ``_tails`` sums g|w| and g in float64 from every weight outwards, on its own side of zero.
+``_search`` then reads no weight: the thresholds of an S cut the sorted group at K-1 places on either side of zero,
+found by bisection in L1, and a cumulative sum over those places scores all Z of that S. At 4 bits and T = 2048 these
+are 25,000 bisections of 13 steps for 4096 weights; quantizing them for the about 2,400 distinct pairs would be ten
+million roundings, for all 168,100 candidates 700 million. For groups of 128 sums and roundings cost about the same, but
+float32 roundings would need a second, exact comparison. Float64 is used for thresholds and sums only, about 300
 operations an S, so that GPUs with little of it lose little."""
 
 from typing import no_type_check
@@ -20,15 +20,15 @@ from leangrid.kernels.plain.affine import SCALE_LIMITS, shrink_steps
 from leangrid.kernels.triton.device import launch
 
 CHUNK_ELEMENTS = 1 << 23  # weights handled at once: sorted copies and sums take about 40 bytes each
-SCAN = 512  # weights a step where a program runs along a row
+SCAN = 512  # weights that a program reads at once where it runs along a row
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @triton.jit(do_not_specialize=["first", "period", "items"])
 @no_type_check
 def _tails(value, order, share, tails, energy, first, period, items, n, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """tails [items, n + 2, 2]: entry i + 1 holds (sum g|w|, sum g) of sorted element i and all beyond it on its side of
-    0; ends are 0."""
+    """Fill tails [items, n + 2, 2]: entry i + 1 is (sum g|w|, sum g) over sorted element i and all that lie farther
+    from 0 on its side; the first and last entry are 0. ``energy`` [items] is sum g w^2."""
     item = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = item < items
     row, out = (item * n)[:, None], tails + (item * (2 * n + 4))[:, None]
@@ -76,8 +76,8 @@ def _rint(x):
 @triton.jit
 @no_type_check
 def _stored(x, smallest, largest, DTYPE: tl.constexpr):
-    """x >= 0 rounded to float32 and to the dtype of the scale, as float64 inside its limits; integer steps, so the same
-    on every GPU."""
+    """x >= 0 rounded to float32, then to the dtype of the scale, as float64 inside its limits. Rounded with integer
+    operations, so the same on every GPU."""
     single = x.to(tl.float32)
     bits = single.to(tl.int32, bitcast=True)
     if DTYPE == 2:
@@ -128,15 +128,13 @@ def _below(x):
 @triton.jit
 @no_type_check
 def _values(row, tail, total, z, scale, n, top, halvings, LEVELS: tl.constexpr, BLOCK: tl.constexpr):
-    """The objective of every (z, scale): f64 [LEVELS, BLOCK].
+    """The objective total - 2 S A + S^2 B of every (z, scale): f64 [LEVELS, BLOCK].
 
-    Bisection is done on the tile laid flat: of a gather with two axes Triton 3.6 gives neighbouring threads
-    neighbouring z, whose places in the row lie far apart, and computes the scales once for every z; neighbouring scales
-    share cache lines."""
-    up, down = (
-        LEVELS - 1.0 - z.to(tl.float64),
-        z.to(tl.float64),
-    )  # v, the steps from zero on either side; 0 has no threshold
+    The bisection works on the tile laid flat, where neighbouring threads have neighbouring scales, whose places share
+    cache lines. In two dimensions Triton 3.6 gives neighbouring threads neighbouring z, whose places in the row lie far
+    apart, and computes the scales once for every z."""
+    # v, the steps from zero on either side; 0 has no threshold.
+    up, down = LEVELS - 1.0 - z.to(tl.float64), z.to(tl.float64)
     above = _below(tl.where(up > 0.0, scale[None, :] * (up - 0.5), float("inf")))
     under = -_below(tl.where(down > 0.0, scale[None, :] * (down - 0.5), float("inf")))
     above, under = tl.reshape(above, [LEVELS * BLOCK]), tl.reshape(under, [LEVELS * BLOCK])
@@ -162,11 +160,11 @@ def _values(row, tail, total, z, scale, n, top, halvings, LEVELS: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["first", "period", "steps", "t", "top", "halvings"])
 @no_type_check
-def _search(value, tails, energy, weight, share, scale_out, zero_out, objective_out, first, period, n, steps, t, top, halvings, smallest,
-            largest, LEVELS: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr, SYMMETRIC: tl.constexpr,
-            DTYPE: tl.constexpr):  # fmt: skip
-    """One item: the first best (S, Z), s ascending, then Z ascending (symmetric: K/2, then K/2 - 1, which is a negative
-    S)."""
+def _search(value, tails, energy, weight, share, scale_out, zero_out, objective_out, first, period, n, steps, t, top,
+            halvings, smallest, largest, LEVELS: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+            SYMMETRIC: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """The first best (S, Z) of one item, in order of s, then of Z (symmetric: K/2, then K/2 - 1, which stands for a
+    negative S), and its objective."""
     item = tl.program_id(0).to(tl.int64)
     row, tail, total = value + item * n, tails + item * (2 * n + 4), tl.load(energy + item)
     lo = tl.minimum(tl.load(row).to(tl.float64), 0.0)
@@ -214,7 +212,7 @@ def _search(value, tails, energy, weight, share, scale_out, zero_out, objective_
 @triton.jit
 @no_type_check
 def _literal(weight, share, scale, zero_point, n, LEVELS: tl.constexpr, SCAN: tl.constexpr):
-    """sum g (quant(w) - w)^2 with every weight quantized."""
+    """The objective sum g (quant(w) - w)^2 of one (S, Z), every weight quantized."""
     zed = zero_point.to(tl.float64)
     total = tl.zeros([SCAN], tl.float64)
     for begin in range(0, n, SCAN):
@@ -227,9 +225,9 @@ def _literal(weight, share, scale, zero_point, n, LEVELS: tl.constexpr, SCAN: tl
     return tl.sum(total, axis=0)
 
 
-def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shrink: float, group_size: int, symmetric: bool,
-                  scale_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The best pair (S, Z) a row and group; see ``leangrid.kernels.affine_search``."""
+def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shrink: float, group_size: int,
+                  symmetric: bool, scale_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The best pair (S, Z) of each row and group; see ``leangrid.kernels.affine_search``."""
     rows, cols = weight.shape
     groups, n, levels, dtype = cols // group_size, group_size, 2**bits, scale_dtype or torch.float32
     items = weight.reshape(rows * groups, n)
@@ -277,5 +275,5 @@ def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shr
 
 
 def scales_at_once(levels: int) -> int:
-    """How many scales share a tile with ``levels`` zero points: what the registers hold, sums being float64."""
+    """How many scales a tile with ``levels`` zero points has: as many as registers can hold float64 sums for."""
     return min(256, 2048 // levels) if levels <= 16 else max(4, 1024 // levels)

@@ -1,4 +1,6 @@
-"""One round of cyclic coordinate descent inside a block of columns on a GPU; tiles, order and bits as in sweep.py."""
+"""One round of cyclic coordinate descent inside a block of columns on a GPU: the twin of plain/descend.py.
+
+Tiles and the order of operations are those of sweep.py, so the bits are those of plain torch."""
 
 from typing import no_type_check
 
@@ -8,7 +10,7 @@ import triton.language as tl
 from jaxtyping import Float32, Integer, UInt8
 from torch import Tensor
 
-from leangrid.kernels.plain.sweep import BETTER
+from leangrid.kernels.plain.descend import NEARER
 from leangrid.kernels.triton.nearest import (
     FEW,
     LAUNCH,
@@ -25,8 +27,10 @@ from leangrid.kernels.triton.nearest import (
 
 @triton.jit
 @no_type_check
-def descend_kernel(gradient, hessian, old, levels, scale, zero, group, codes, deltas, rows, cols, groups, NEARER: tl.constexpr,
-                   K: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def descend_kernel(gradient, hessian, old, levels, scale, zero, group, codes, deltas, rows, cols, groups,
+                   NEARER: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr,
+                   C: tl.constexpr):  # fmt: skip
+    """R rows: ``old`` codes in, new codes u8 and the changes of Q f32 [rows, cols] out."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     live = row < rows
     base = row.to(tl.int64) * cols
@@ -41,6 +45,7 @@ def descend_kernel(gradient, hessian, old, levels, scale, zero, group, codes, de
         spot = base[:, None] + column[None, :]
         mask = live[:, None] & inside[None, :]
         slope = tl.load(gradient + spot, mask=mask, other=0.0)
+        # The gradients of these columns after the changes of all earlier ones.
         for earlier in range(0, start, C):
             for t in tl.static_range(C):
                 delta = tl.load(deltas + base + (earlier + t), mask=live, other=0.0)
@@ -55,9 +60,10 @@ def descend_kernel(gradient, hessian, old, levels, scale, zero, group, codes, de
             now = level_of(before, s, z, levels, row, live, K, KIND)
             curvature = tl.zeros([R], tl.float32) + tl.load(hessian + j * cols + j)
             x = tl.sum(tl.where(here, slope, 0.0), 1)
-            wanted = now - tl.div_rn(x, tl.where(curvature > 0, curvature, 1.0))
-            code, new = nearest(wanted, s, z, value, lower, levels, row, live, K, WIDTH, KIND)
-            move = (tl.abs(wanted - new) < tl.abs(wanted - now) * NEARER) & (curvature > 0)
+            # Where the loss would be least if column j alone were free, and its nearest level.
+            target = now - tl.div_rn(x, tl.where(curvature > 0, curvature, 1.0))
+            code, new = nearest(target, s, z, value, lower, levels, row, live, K, WIDTH, KIND)
+            move = (tl.abs(target - new) < tl.abs(target - now) * NEARER) & (curvature > 0)
             delta = tl.where(move, new - now, 0.0)
             across = tl.load(hessian + j * cols + column, mask=inside, other=0.0)
             slope += across[None, :] * delta[:, None]  # columns up to j change too, and are never read again
@@ -69,8 +75,9 @@ def descend_kernel(gradient, hessian, old, levels, scale, zero, group, codes, de
 
 
 def descend_levels(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor, "b b"], codes: UInt8[Tensor, "rows b"],
-                   levels: Float32[Tensor, "rows k"]) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
-    """See ``leangrid.kernels.descend_levels``; inputs checked there."""
+                   levels: Float32[Tensor, "rows k"]
+                   ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """See ``leangrid.kernels.descend_levels``, which checks the inputs."""
     new, delta = torch.empty_like(codes), torch.empty_like(gradient)
     rows, cols = codes.shape
     if codes.numel():
@@ -88,7 +95,7 @@ def descend_levels(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor,
                 rows,
                 cols,
                 1,
-                BETTER,
+                NEARER,
                 **level_kind(levels),
                 **LAUNCH,
             )
@@ -98,21 +105,21 @@ def descend_levels(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor,
 def descend_affine(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor, "b b"], codes: UInt8[Tensor, "rows b"],
                    scale: Float32[Tensor, "rows g"], zero_point: UInt8[Tensor, "rows g"], group: Integer[Tensor, "b"],
                    bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
-    """See ``leangrid.kernels.descend_affine``; inputs checked there."""
-    return _groups(gradient, hessian, codes, scale, zero_point, group, affine_kind(bits))
+    """See ``leangrid.kernels.descend_affine``, which checks the inputs."""
+    return _descend_groups(gradient, hessian, codes, scale, zero_point, group, affine_kind(bits))
 
 
 def descend_offset(gradient: Float32[Tensor, "rows b"], hessian: Float32[Tensor, "b b"], codes: UInt8[Tensor, "rows b"],
                    scale: Float32[Tensor, "rows g"], offset: Float32[Tensor, "rows g"], group: Integer[Tensor, "b"],
                    bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
-    """See ``leangrid.kernels.descend_offset``; inputs checked there."""
-    return _groups(gradient, hessian, codes, scale, offset, group, offset_kind(bits))
+    """See ``leangrid.kernels.descend_offset``, which checks the inputs."""
+    return _descend_groups(gradient, hessian, codes, scale, offset, group, offset_kind(bits))
 
 
-def _groups(
+def _descend_groups(
     gradient: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, second: Tensor, group: Tensor, kind: dict[str, int]
 ) -> tuple[Tensor, Tensor]:
-    """A grid of groups: ``second`` is what it holds beside the scale, a zero point or an offset."""
+    """Either grid of groups; ``second`` is its zero point or its offset."""
     new, delta = torch.empty_like(codes), torch.empty_like(gradient)
     rows, cols = codes.shape
     if codes.numel():
@@ -130,7 +137,7 @@ def _groups(
                 rows,
                 cols,
                 scale.shape[1],
-                BETTER,
+                NEARER,
                 **kind,
                 **LAUNCH,
             )

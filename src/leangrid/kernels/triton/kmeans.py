@@ -1,12 +1,11 @@
-"""Weighted k-means on a GPU: torch sorts and sums, one program a row runs the dynamic program or Lloyd; the twin is
-kernels/plain/kmeans.py.
+"""Weighted k-means on a GPU, the twin of plain/kmeans.py: torch sorts and sums, one program a row runs the dynamic
+program or Lloyd's iteration.
 
-Sorting, prefix sums and the final rounding are the twin's own tensor code. The dynamic program keeps its layers in one
-kernel: a layer finds the best splits of all prefixes at halving strides, so that the splits already found bound the
-range of each new one, n candidates a stride in all. First strides have few prefixes with long ranges, last ones many
+Sorting, prefix sums and the final rounding are the functions of plain/kmeans.py. The dynamic program is one kernel: a
+layer finds the best splits of all prefixes at halving strides, so that the splits already found bound the range of each
+new one, about n candidates a stride in all. The first strides have few prefixes with long ranges, the last ones many
 with short ranges: the tile is 4 x 128, 32 x 16 or 256 x 2 prefixes by candidates. Lloyd bisects both ends of every
-level's interval at once and stops by itself; nothing waits for the host. Arithmetic is float64, one division a
-candidate."""
+level's interval at once and decides on the GPU when to stop. Arithmetic is float64, one division a candidate."""
 
 from typing import no_type_check
 
@@ -15,18 +14,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leangrid.kernels.plain.kmeans import SortedRows, centroids, chunked, filled, finish, start
+from leangrid.kernels.plain.kmeans import (
+    SortedRows,
+    centroids,
+    fill_empty,
+    initial_levels,
+    round_and_score,
+    solve_in_chunks,
+)
 from leangrid.kernels.triton.device import launch
 
 CHUNK_ELEMENTS = 1 << 22  # weights handled at once: sums, costs and temporaries take some 120 bytes each
-CHUNK_SPLITS = 1 << 28  # splits kept for backtracking, 4 bytes each: K - 2 a weight
+CHUNK_SPLITS = 1 << 28  # splits that are stored for backtracking at once, 4 bytes each: K - 2 a weight
 WIDE, COARSE, FINE = 512, 5, 9  # candidates of a tile; the strides at which its shape changes
 
 
 @triton.jit
 @no_type_check
 def _part(s0, s1, s2):
-    """The cost of an interval from its sums."""
+    """The cost of an interval, s2 - s1^2 / s0, from its sums of g, g x, g x^2."""
     return tl.maximum(s2 - tl.where(s0 > 0.0, s1 * s1, 0.0) / tl.where(s0 > 0.0, s0, 1.0), 0.0)
 
 
@@ -34,10 +40,10 @@ def _part(s0, s1, s2):
 @no_type_check
 def _strides(p0, p1, p2, done, best, split, before, n, top, begin, end, FIRST: tl.constexpr, PREFIXES: tl.constexpr,
              CANDIDATES: tl.constexpr):  # fmt: skip
-    """The strides begin..end-1 of a layer, top >> stride apart: best [n + 1] the least cost of every such prefix, split
-    [n + 1] where.
+    """Strides number begin..end-1 of a layer, whose prefixes lie top >> number apart.
 
-    ``before`` holds the splits of one cluster fewer: the last cluster never starts earlier than there.
+    best [n + 1] gets the least cost of every such prefix, split [n + 1] where its last cluster starts. ``before`` are
+    the splits with one cluster fewer: the last cluster never starts earlier than there.
     """
     for level in range(begin, end):
         stride = top >> level
@@ -72,8 +78,9 @@ def _strides(p0, p1, p2, done, best, split, before, n, top, begin, end, FIRST: t
 
 @triton.jit
 @no_type_check
-def _layer(p0, p1, p2, done, best, split, before, n, top, strides, FIRST: tl.constexpr, WIDE: tl.constexpr, COARSE: tl.constexpr,
-           FINE: tl.constexpr):  # fmt: skip
+def _layer(p0, p1, p2, done, best, split, before, n, top, strides, FIRST: tl.constexpr, WIDE: tl.constexpr,
+           COARSE: tl.constexpr, FINE: tl.constexpr):  # fmt: skip
+    """One step of the dynamic program, from the least costs ``done`` to those with one cluster more."""
     coarse, fine = tl.minimum(strides, COARSE), tl.minimum(strides, FINE)
     _strides(p0, p1, p2, done, best, split, before, n, top, 0, coarse, FIRST, 4, WIDE // 4)
     _strides(p0, p1, p2, done, best, split, before, n, top, coarse, fine, FIRST, 32, WIDE // 32)
@@ -97,8 +104,8 @@ def _dp(
     COARSE: tl.constexpr,
     FINE: tl.constexpr,
 ):
-    """One row: costs f64 [rows, 2, n + 1] and splits i32 [rows, layers, n + 1] are its workspace, bounds i32 [rows,
-    layers + 3]."""
+    """The dynamic program of one row. Workspace: costs f64 [rows, 2, n + 1], splits i32 [rows, layers, n + 1]. Result:
+    bounds i32 [rows, layers + 3], where each cluster starts, and n."""
     row, size = tl.program_id(0).to(tl.int64), n + 1
     p0, p1, p2, costs = p0 + row * size, p1 + row * size, p2 + row * size, costs + row * 2 * size
     splits, bounds = splits + row * layers * size, bounds + row * (layers + 3)
@@ -148,8 +155,8 @@ def _rank(value, x, n, top, halvings):
 @triton.jit(do_not_specialize=["n", "top", "halvings", "levels", "iterations"])
 @no_type_check
 def _lloyd(value, p0, p1, p2, current, out, n, top, halvings, levels, iterations, K: tl.constexpr):
-    """One row: current f64 [rows, 2, levels] holds the start in its first half and alternates; out f64 [rows,
-    levels]."""
+    """Lloyd's iteration of one row. current f64 [rows, 2, levels] has the initial levels in its first half and
+    alternates between the two; out f64 [rows, levels]."""
     row, size = tl.program_id(0).to(tl.int64), n + 1
     value, p0, p1, p2 = value + row * n, p0 + row * size, p1 + row * size, p2 + row * size
     current, out = current + row * 2 * levels, out + row * levels
@@ -190,7 +197,7 @@ def _lloyd(value, p0, p1, p2, current, out, n, top, halvings, levels, iterations
 
 
 def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Globally optimal levels; see ``leangrid.kernels.kmeans_dp``."""
+    """The globally optimal levels; see ``leangrid.kernels.kmeans_dp``."""
 
     def solve(rows: SortedRows) -> tuple[Tensor, Tensor]:
         count, n = rows.value.shape
@@ -220,9 +227,9 @@ def kmeans_dp(weight: Tensor, importance: Tensor, levels: int) -> tuple[Tensor, 
                 num_warps=4,
                 num_stages=1,
             )
-        return finish(rows, filled(centroids(rows, bounds.long())[0]))
+        return round_and_score(rows, fill_empty(centroids(rows, bounds.long())[0]))
 
-    return chunked(weight, importance, levels, solve, min(CHUNK_ELEMENTS, CHUNK_SPLITS // levels))
+    return solve_in_chunks(weight, importance, levels, solve, min(CHUNK_ELEMENTS, CHUNK_SPLITS // levels))
 
 
 def kmeans_lloyd(weight: Tensor, importance: Tensor, levels: int, iterations: int) -> tuple[Tensor, Tensor]:
@@ -231,7 +238,7 @@ def kmeans_lloyd(weight: Tensor, importance: Tensor, levels: int, iterations: in
     def solve(rows: SortedRows) -> tuple[Tensor, Tensor]:
         count, n = rows.value.shape
         current = torch.empty(count, 2, levels, dtype=torch.float64, device=weight.device)
-        current[:, 0] = start(rows, levels)
+        current[:, 0] = initial_levels(rows, levels)
         out = torch.empty(count, levels, dtype=torch.float64, device=weight.device)
         launch(
             _lloyd,
@@ -251,6 +258,6 @@ def kmeans_lloyd(weight: Tensor, importance: Tensor, levels: int, iterations: in
             num_warps=1,
             num_stages=1,
         )
-        return finish(rows, out)
+        return round_and_score(rows, out)
 
-    return chunked(weight, importance, levels, solve, CHUNK_ELEMENTS)
+    return solve_in_chunks(weight, importance, levels, solve, CHUNK_ELEMENTS)

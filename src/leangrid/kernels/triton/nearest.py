@@ -1,8 +1,9 @@
-"""Device functions that the sweep and the descent share: the nearest level of a row, and the level of a code.
+"""What the sweep and the descent share on a GPU: the level nearest to a number, and the level of a code. The twin of
+plain/nearest.py.
 
-Four kinds of grid, chosen at compile time (KIND): AFFINE, levels S (q - Z) of the column's group; OFFSET, levels S q +
-B likewise; FEW, up to 16 levels of the row in registers, four lanes a row; MANY, up to 256 levels found by bisection,
-which costs eight dependent loads instead of 256 registers."""
+The kind of grid is chosen at compile time (KIND): AFFINE, levels S (q - Z) of the column's group; OFFSET, levels
+S q + B of the column's group; FEW, up to 16 levels of the row, in registers; MANY, up to 256 levels of the row, found
+by bisection, which costs eight dependent loads instead of 256 registers."""
 
 from typing import no_type_check
 
@@ -15,12 +16,12 @@ MOST_IN_REGISTERS = 16
 
 # Sixteen columns at a time, eight rows a program, one warp: four lanes hold a row's sixteen columns (see sweep.py).
 ROWS, COLUMNS = 8, 16
-# No fused multiply-add: with IEEE division the results are then the bits of the torch twin.
+# No fused multiply-add: with IEEE division the results are then the bits of plain torch.
 LAUNCH = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def level_kind(levels: Tensor) -> dict[str, int]:
-    """The compile-time arguments that belong to levels [rows, K]."""
+    """Compile-time arguments for levels of each row's own, f32 [rows, K]."""
     count = levels.shape[1]
     few = count <= MOST_IN_REGISTERS
     return {
@@ -33,19 +34,19 @@ def level_kind(levels: Tensor) -> dict[str, int]:
 
 
 def affine_kind(bits: int) -> dict[str, int]:
-    """The compile-time arguments that belong to scales and zero points of ``bits`` bits."""
+    """Compile-time arguments for levels S (q - Z) of ``bits`` bits."""
     return {"KIND": 0, "K": 2**bits, "WIDTH": 1, "R": ROWS, "C": COLUMNS}
 
 
 def offset_kind(bits: int) -> dict[str, int]:
-    """The compile-time arguments that belong to scales and offsets of ``bits`` bits."""
+    """Compile-time arguments for levels S q + B of ``bits`` bits."""
     return {**affine_kind(bits), "KIND": 1}
 
 
 @triton.jit
 @no_type_check
 def level_tile(levels, row, live, K: tl.constexpr, WIDTH: tl.constexpr):
-    """The row's levels [R, WIDTH] and the midpoint below each; past the last level nothing is above the midpoint."""
+    """The row's levels [R, WIDTH] and the midpoint below each, which is infinite behind the last level."""
     index = tl.arange(0, WIDTH)[None, :]
     spot = levels + row.to(tl.int64)[:, None] * K + index
     inside = live[:, None] & (index < K)
@@ -57,7 +58,7 @@ def level_tile(levels, row, live, K: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 @no_type_check
 def column_grid(scale, zero, group, j, row, live, groups, KIND: tl.constexpr):
-    """S and Z, or S and B, of column j's group, as float32 [R]; other grids need none."""
+    """S and Z, or S and B, of column j's group, float32 [R]; 1 and 0 for grids without groups."""
     if KIND < FEW:
         spot = row.to(tl.int64) * groups + tl.load(group + j)
         s = tl.load(scale + spot, mask=live, other=1.0)
@@ -70,17 +71,17 @@ def column_grid(scale, zero, group, j, row, live, groups, KIND: tl.constexpr):
 @triton.jit
 @no_type_check
 def nearest(x, s, z, value, lower, levels, row, live, K: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr):
-    """Code (int32) and level of the nearest level of x [R]; ties as in the torch twin."""
+    """Code (int32) and value of the level nearest to x [R]; ties as in plain torch."""
     if KIND == AFFINE:
-        wanted = tl.minimum(tl.maximum(tl.div_rn(x, s) + z, 0.0), K - 1.0)
-        wanted = (wanted + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds half to even, as rint does, on any backend
-        code = wanted.to(tl.int32)
-        level = s * (wanted - z)
+        target = tl.minimum(tl.maximum(tl.div_rn(x, s) + z, 0.0), K - 1.0)
+        target = (target + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds half to even, as rint does, on any backend
+        code = target.to(tl.int32)
+        level = s * (target - z)
     elif KIND == OFFSET:
-        wanted = tl.minimum(tl.maximum(tl.div_rn(x - z, s), 0.0), K - 1.0)
-        wanted = (wanted + 12582912.0) - 12582912.0
-        code = wanted.to(tl.int32)
-        level = s * wanted + z
+        target = tl.minimum(tl.maximum(tl.div_rn(x - z, s), 0.0), K - 1.0)
+        target = (target + 12582912.0) - 12582912.0
+        code = target.to(tl.int32)
+        level = s * target + z
     elif KIND == FEW:
         index = tl.arange(0, WIDTH)[None, :]
         passed = (x[:, None] > lower) | (index == 0)
@@ -89,9 +90,8 @@ def nearest(x, s, z, value, lower, levels, row, live, K: tl.constexpr, WIDTH: tl
     else:
         base = levels + row.to(tl.int64) * K
         code = tl.zeros_like(row)
-        for halving in range(
-            1, 9
-        ):  # not unrolled: the sixteen columns already are, and the compiler would need minutes
+        # Not unrolled: the sixteen columns already are, and the compiler would need minutes.
+        for halving in range(1, 9):
             step = WIDTH >> halving
             probe = code + step
             inside = live & (probe < K) & (probe > code)

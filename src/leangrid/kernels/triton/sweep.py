@@ -1,23 +1,24 @@
-"""The in-block sweep on a GPU: one launch for a block of columns, a tile of rows a program.
+"""The sweep of Algorithm 1 inside one block of columns on a GPU, the twin of plain/sweep.py: one launch a block, one
+program for each tile of rows.
 
-What bounds it: 128 columns one after another, each a chain of look-up, division and update of about 200 cycles, so some
-20 us a block however few rows there are, and next to it the arithmetic. Three layouts were weighed for 4096 rows x 128
+The time is bound by 128 columns one after another, each a chain of look-up, division and update of about 200 cycles:
+about 20 us a block however few rows there are; then by the arithmetic. Three layouts were compared for 4096 rows x 128
 columns:
 
-* a row a lane: no exchange between lanes, but 128 registers of weights and one warp an SM; reading column j out of
-  registers costs a select and an add for each of the 128, as much as the update itself;
-* a row a warp (what Triton makes of a [rows, 128] tile): five shuffles to read a column, and look-up and division
+* a lane for each row: no exchange between lanes, but 128 registers of weights and one warp an SM; reading column j out
+  of registers costs a select and an add for each of the 128, as much as the update itself;
+* a warp for each row (what Triton makes of a [rows, 128] tile): five shuffles to read a column, look-up and division
   repeated in 32 lanes: about 70 warp instructions a row and column;
-* this one: sixteen columns at a time. A [8, 16] tile is four lanes a row: two shuffles read a column, look-up and
-  division are repeated only four times, and a program is one warp, so nothing waits for other warps (4096 rows: 512
+* used here, sixteen columns at a time: an [8, 16] tile has four lanes for each row, so two shuffles read a column and
+  look-up and division are repeated only four times. A program is one warp, so none waits for another (4096 rows: 512
   warps for the 528 schedulers of an H200). Before its sixteen columns a tile applies the errors of all earlier columns,
   which this program has just written; those updates do not depend on each other, so their loads overlap, and only the
   triangle j < k is computed. About 17 warp instructions a row and column (counted in the machine code for sm_90; no
   spills, no shared memory).
 
-A rank-16 tl.dot would be cheaper still, but it sums in another order: here every weight sees its updates in column
-order, products and sums rounded apart, divisions IEEE, so the bits are those of sweep (subnormal numbers included; a
-zero may lose its sign)."""
+A tl.dot of rank 16 would cost less, but it sums in another order. Here every weight sees its updates in column order,
+each a rounded product and a rounded sum, and divisions are IEEE, so the bits are those of plain torch (also for
+subnormal numbers; a zero may lose its sign)."""
 
 from typing import no_type_check
 
@@ -42,8 +43,9 @@ from leangrid.kernels.triton.nearest import (
 
 @triton.jit
 @no_type_check
-def sweep_kernel(weight, upper, levels, scale, zero, group, codes, errors, rows, cols, groups, K: tl.constexpr, WIDTH: tl.constexpr,
-                 KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def sweep_kernel(weight, upper, levels, scale, zero, group, codes, errors, rows, cols, groups, K: tl.constexpr,
+                 WIDTH: tl.constexpr, KIND: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """R rows, C columns at a time: codes u8 and scaled errors f32 [rows, cols] of weight [rows, cols]."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     live = row < rows
     base = row.to(tl.int64) * cols
@@ -58,6 +60,7 @@ def sweep_kernel(weight, upper, levels, scale, zero, group, codes, errors, rows,
         spot = base[:, None] + column[None, :]
         mask = live[:, None] & inside[None, :]
         left = tl.load(weight + spot, mask=mask, other=0.0)
+        # The updates of these columns by the errors of all earlier ones: w_k -= U_jk e_j.
         for earlier in range(0, start, C):
             for t in tl.static_range(C):
                 error = tl.load(errors + base + (earlier + t), mask=live, other=0.0)
@@ -68,6 +71,7 @@ def sweep_kernel(weight, upper, levels, scale, zero, group, codes, errors, rows,
             j = tl.minimum(start + t, cols - 1)  # past the end: the last column again, not stored
             here = (lane == t)[None, :]
             s, z = column_grid(scale, zero, group, j, row, live, groups, KIND)
+            # Column j: its nearest level, its scaled error, and the updates of the columns after it in this tile.
             x = tl.sum(tl.where(here, left, 0.0), 1)
             code, level = nearest(x, s, z, value, lower, levels, row, live, K, WIDTH, KIND)
             error = tl.div_rn(x - level, tl.load(upper + j * cols + j))
@@ -79,9 +83,9 @@ def sweep_kernel(weight, upper, levels, scale, zero, group, codes, errors, rows,
         tl.debug_barrier()  # the next sixteen columns read these errors from other lanes
 
 
-def sweep_levels(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"],
-                 levels: Float32[Tensor, "rows k"]) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
-    """See ``leangrid.kernels.sweep_levels``; inputs checked there."""
+def sweep_levels(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"], levels: Float32[Tensor, "rows k"]
+                 ) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
+    """See ``leangrid.kernels.sweep_levels``, which checks the inputs."""
     codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
     rows, cols = codes.shape
     if codes.numel():
@@ -107,21 +111,21 @@ def sweep_levels(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"
 def sweep_affine(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"], scale: Float32[Tensor, "rows g"],
                  zero_point: UInt8[Tensor, "rows g"], group: Integer[Tensor, "b"],
                  bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
-    """See ``leangrid.kernels.sweep_affine``; inputs checked there."""
-    return _groups(weight, upper, scale, zero_point, group, affine_kind(bits))
+    """See ``leangrid.kernels.sweep_affine``, which checks the inputs."""
+    return _sweep_groups(weight, upper, scale, zero_point, group, affine_kind(bits))
 
 
 def sweep_offset(weight: Float32[Tensor, "rows b"], upper: Float32[Tensor, "b b"], scale: Float32[Tensor, "rows g"],
                  offset: Float32[Tensor, "rows g"], group: Integer[Tensor, "b"],
                  bits: int) -> tuple[UInt8[Tensor, "rows b"], Float32[Tensor, "rows b"]]:  # fmt: skip
-    """See ``leangrid.kernels.sweep_offset``; inputs checked there."""
-    return _groups(weight, upper, scale, offset, group, offset_kind(bits))
+    """See ``leangrid.kernels.sweep_offset``, which checks the inputs."""
+    return _sweep_groups(weight, upper, scale, offset, group, offset_kind(bits))
 
 
-def _groups(
+def _sweep_groups(
     weight: Tensor, upper: Tensor, scale: Tensor, second: Tensor, group: Tensor, kind: dict[str, int]
 ) -> tuple[Tensor, Tensor]:
-    """A grid of groups: ``second`` is what it holds beside the scale, a zero point or an offset."""
+    """Either grid of groups; ``second`` is its zero point or its offset."""
     codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
     rows, cols = codes.shape
     if codes.numel():

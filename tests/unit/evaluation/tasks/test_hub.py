@@ -82,7 +82,7 @@ def test_each_promised_name_asks_the_hub_s_documents(hub: Path, tiny: Callable[.
     dataset(hub, "allenai/winogrande", {"winogrande_xl": everywhere(WINOGRANDE)})
     dataset(hub, "EleutherAI/lambada_openai", {"default": everywhere(LAMBADA, "test")})
     asked = {"arc_easy": 4, "arc_challenge": 3, "hellaswag": 5, "piqa": 6, "winogrande": 3, "lambada_openai": 7}
-    found = evaluate(tiny("llama3"), tasks=Tasks(tuple(asked)))["tasks"]
+    found = evaluate(tiny("llama3"), tasks=Tasks(tuple(asked))).tasks
     assert {name: figures.get("n", figures) for name, figures in found.items()} == asked
     for name, figures in found.items():
         assert 0 <= figures["acc"] <= 1 and math.isfinite(figures["stderr"]), name
@@ -108,7 +108,7 @@ def test_mmlu_is_its_57_tasks_weighted_by_their_documents(hub: Path, tiny: Calla
         "cais/mmlu",
         {subject: {"test": MMLU[: 1 + place % 2], "dev": MMLU} for place, subject in enumerate(subjects)},
     )
-    mmlu = evaluate(tiny("llama3"), tasks=Tasks(("mmlu",), out=tmp_path / "r.json"))["tasks"]["mmlu"]
+    mmlu = evaluate(tiny("llama3"), tasks=Tasks(("mmlu",), out=tmp_path / "r.json")).tasks["mmlu"]
     each = [kept["result"] for kept in json.loads((tmp_path / "r.json").read_text())["identity"]["tasks"].values()]
     assert (
         mmlu["n"] == sum(one["sample_len"] for one in each) == sum(1 + place % 2 for place in range(57))

@@ -16,7 +16,7 @@ from leangrid.cli.app import app
 from leangrid.errors import TaskError
 from leangrid.evaluation import Tasks, evaluate
 from leangrid.evaluation.tasks import judge, mt_bench
-from leangrid.evaluation.tasks.judge import Judge, Unrated, rating
+from leangrid.evaluation.tasks.judge import Judge, Unrated, read_rating
 from leangrid.progress import Event
 
 KEY = "sk-a-secret-that-must-stay-one"
@@ -98,8 +98,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a chat template, and too short for 1,024 tokens an answer."""
     directory = tiny_models.save("llama3", tmp_path_factory.mktemp("chatty"))
-    template = "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}<bos>{% endif %}"
-    (directory / "chat_template.jinja").write_text(template)
+    turns = "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
+    (directory / "chat_template.jinja").write_text(turns + "{% if add_generation_prompt %}<bos>{% endif %}")
     return directory
 
 
@@ -152,7 +152,7 @@ def tasks(server: StandIn, files: Path, **more: Any) -> Tasks:
 def test_two_turns_are_answered_and_rated_by_the_published_protocol(server: StandIn, chatty: Path, files: Path) -> None:
     server.script = ["It is good. Rating: [[8]]", "Rating: [[6.5]]", "wrong [3]", "Rating: [[1]] and later [[9]]"]
     seen: list[Event] = []
-    found = evaluate(chatty, tasks=tasks(server, files), progress=seen.append)["tasks"]["mt_bench"]
+    found = evaluate(chatty, tasks=tasks(server, files), progress=seen.append).tasks["mt_bench"]
     assert (found["score"], found["turn_1"], found["turn_2"]) == pytest.approx(((8 + 6.5 + 3 + 1) / 4, 5.5, 3.75))
     assert (
         found["n"] == 2
@@ -184,11 +184,11 @@ def test_the_second_answer_follows_the_first_and_both_are_greedy_where_the_proto
     subject = open_model(chatty)
     question = mt_bench.read(files).questions[1]
     assert question.temperature == 0 and question.reference == ("two", "three")
-    turns = mt_bench.answers(subject, question)["turns"]
+    turns = mt_bench.answer(subject, question)["turns"]
     reply = Reply.open(str(chatty), question.turns[0])
-    list(reply.pieces(6))
+    list(reply.stream_text(6))
     assert turns[0] == reply.text.strip() and len(turns) == 2
-    assert turns == mt_bench.answers(subject, question)["turns"]
+    assert turns == mt_bench.answer(subject, question)["turns"]
 
 
 def test_what_passes_is_asked_again_with_longer_waits(
@@ -205,7 +205,7 @@ def test_what_passes_is_asked_again_with_longer_waits(
         (503, ""),
         "Rating: [[4]]",
     ]
-    found = evaluate(chatty, tasks=tasks(server, files, limit=1))["tasks"]["mt_bench"]
+    found = evaluate(chatty, tasks=tasks(server, files, limit=1)).tasks["mt_bench"]
     assert found["score"] == 4 and len(server.requests) == 9
     assert [2**k <= wait <= 1.5 * 2**k for k, wait in zip((0, 1, 2, 3, 4, 0, 1), impatient, strict=True)] == [True] * 7
 
@@ -221,7 +221,7 @@ def test_a_judge_that_stays_silent_is_one_sentence_and_the_same_call_goes_on(ser
                                                                             tmp_path: Path) -> None:  # fmt: skip
     server.script = ["[[9]]", "[[9]]", *[(502, f"bad gateway {KEY}")] * judge.ATTEMPTS]
     chosen = tasks(server, files, out=tmp_path / "r.json")
-    found = evaluate(chatty, tasks=chosen)["tasks"]["mt_bench"]
+    found = evaluate(chatty, tasks=chosen).tasks["mt_bench"]
     assert (
         f"no answer in {judge.ATTEMPTS} attempts: HTTP 502 bad gateway ***" in found["error"]
         and "goes on" in found["error"]
@@ -229,24 +229,24 @@ def test_a_judge_that_stays_silent_is_one_sentence_and_the_same_call_goes_on(ser
     kept = json.loads((tmp_path / "r.json").read_text())["identity"]["tasks"]
     assert sorted(kept) == ["mt_bench/111/answers", "mt_bench/81/answers", "mt_bench/81/turn 1", "mt_bench/81/turn 2"]
     asked = len(server.requests)
-    again = evaluate(chatty, tasks=chosen)["tasks"]["mt_bench"]
+    again = evaluate(chatty, tasks=chosen).tasks["mt_bench"]
     assert again["score"] == (9 + 9 + 7 + 7) / 4 and len(server.requests) == asked + 2
     assert KEY not in (tmp_path / "r.json").read_text()
 
 
-def test_a_judgement_without_a_rating_fails_by_name_and_the_others_are_still_made(server: StandIn, chatty: Path, files: Path,
-                                                                                 tmp_path: Path) -> None:  # fmt: skip
+def test_a_judgement_without_a_rating_fails_by_name_and_the_others_are_still_made(
+    server: StandIn, chatty: Path, files: Path, tmp_path: Path
+) -> None:
     server.script = ["I would rather not say.", "[[5]]", "[[5]]", "Rating: [[11]]"]
     chosen = tasks(server, files, out=tmp_path / "r.json")
-    found = evaluate(chatty, tasks=chosen)["tasks"]["mt_bench"]["error"]
+    found = evaluate(chatty, tasks=chosen).tasks["mt_bench"]["error"]
     assert (
         "2 of 6 steps failed, first mt_bench/81/turn 1" in found
         and "holds no [[rating]]: 'I would rather not say.'" in found
     )
     assert len(server.requests) == 4
     assert (
-        evaluate(chatty, tasks=chosen)["tasks"]["mt_bench"]["score"] == (7 + 5 + 5 + 7) / 4
-        and len(server.requests) == 6
+        evaluate(chatty, tasks=chosen).tasks["mt_bench"]["score"] == (7 + 5 + 5 + 7) / 4 and len(server.requests) == 6
     )
 
 
@@ -264,9 +264,9 @@ def test_a_judgement_without_a_rating_fails_by_name_and_the_others_are_still_mad
 def test_ratings(text: str, value: float | None) -> None:
     if value is None:
         with pytest.raises(Unrated):
-            rating(text)
+            read_rating(text)
     else:
-        assert rating(text) == value
+        assert read_rating(text) == value
 
 
 @pytest.mark.parametrize(
@@ -357,5 +357,5 @@ def test_files_and_models_that_cannot_serve(
 
 
 def test_a_model_without_a_chat_template_is_refused(server: StandIn, files: Path, tiny: Callable[..., Path]) -> None:
-    found = evaluate(tiny("llama3"), tasks=tasks(server, files))["tasks"]["mt_bench"]
+    found = evaluate(tiny("llama3"), tasks=tasks(server, files)).tasks["mt_bench"]
     assert "has no chat template" in found["error"] and not server.requests

@@ -105,12 +105,12 @@ def test_a_quantized_span_head_runs_the_task_end_to_end(scheme: str, tmp_path: P
         hf.BertForQuestionAnswering(tiny_models.CONFIGS["bert"]()).save_pretrained(source)
     tiny_models.tokenizer().save_pretrained(source)
     write(data / "dev.json")
-    plain = evaluate(source, tasks=Tasks(("squad",), data))["tasks"]["squad"]
+    plain = evaluate(source, tasks=Tasks(("squad",), data)).tasks["squad"]
     assert plain["n"] == 2 and 0 <= plain["exact_match"] <= plain["f1"] <= 100
     result = leangrid.quantize(source, tmp_path / "out", Recipe(scheme=scheme), windows=tiny_models.tokens(4, 32))
     assert result.quality["passed"] and result.quality["measure"] == "cosine"
     found = evaluate(tmp_path / "out", source, _text(tmp_path), length=24, windows=2, tasks=Tasks(("squad",), data))
-    assert found["tasks"]["squad"]["n"] == 2 and 0 < found["embedding_cosine_mean"] < 0.2
+    assert found.tasks["squad"]["n"] == 2 and 0 < found.embedding_cosine_mean < 0.2
     model, _ = leangrid.load(tmp_path / "out")
     assert (
         type(model).__name__ == "BertForQuestionAnswering"
@@ -120,7 +120,7 @@ def test_a_quantized_span_head_runs_the_task_end_to_end(scheme: str, tmp_path: P
 
 def test_a_model_without_a_span_head_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     write(tmp_path / "dev.json")
-    assert "marks no spans" in evaluate(tiny("bert"), tasks=Tasks(("squad",), tmp_path))["tasks"]["squad"]["error"]
+    assert "marks no spans" in evaluate(tiny("bert"), tasks=Tasks(("squad",), tmp_path)).tasks["squad"]["error"]
 
 
 def _text(folder: Path) -> str:
@@ -152,9 +152,9 @@ def test_questions_without_answers_and_directories_without_a_file(tmp_path: Path
         read(write(tmp_path / "a.json", {"id": "1", "question": "?", "answers": []}))
     write(tmp_path / "b.json")
     with pytest.raises(TaskError, match="needs one file, 2 are here"):
-        squad.job(Tasks(("squad",), tmp_path))
+        squad.make_job(Tasks(("squad",), tmp_path))
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(TaskError, match="the data of task squad are missing"):
-        squad.job(Tasks(("squad",), empty))
+        squad.make_job(Tasks(("squad",), empty))
     assert [q.starts for q in read(tmp_path / "b.json").questions] == [(4,), (9,)]

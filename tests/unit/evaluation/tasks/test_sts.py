@@ -46,15 +46,15 @@ def test_the_task_reads_the_benchmark_s_file(tiny: Tiny, tmp_path: Path) -> None
     pairs = Pairs.read(write(tmp_path / "sts-test.csv"))
     assert pairs.first[3] == 'a "quoted name 3' and pairs.second[1] == "method" and len(pairs.sentences) == 18
     stats = pytest.importorskip("scipy.stats")
-    found = evaluate(tiny("bert"), tasks=Tasks(("sts",), tmp_path))["tasks"]["sts"]
+    found = evaluate(tiny("bert"), tasks=Tasks(("sts",), tmp_path)).tasks["sts"]
     left, right = embed(tiny_models.build("bert"), tiny_models.tokenizer(), pairs.sentences).split(9)
     similarity = torch.cosine_similarity(left, right).numpy()
     assert (
         found["spearman"] == pytest.approx(100 * stats.spearmanr(similarity, pairs.scores).statistic, abs=0.01)
         and found["n"] == 9
     )
-    assert evaluate(tiny("bert"), tasks=Tasks(("sts",), tmp_path, limit=5))["tasks"]["sts"]["n"] == 5
-    decoder = evaluate(tiny("llama3"), tasks=Tasks(("sts",), tmp_path))["tasks"]["sts"]
+    assert evaluate(tiny("bert"), tasks=Tasks(("sts",), tmp_path, limit=5)).tasks["sts"]["n"] == 5
+    decoder = evaluate(tiny("llama3"), tasks=Tasks(("sts",), tmp_path)).tasks["sts"]
     assert "the model is no encoder" in decoder["error"]
 
 

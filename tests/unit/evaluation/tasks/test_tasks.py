@@ -17,12 +17,12 @@ from leangrid.cli.app import app
 from leangrid.errors import CheckpointError, OutputError, TaskError
 from leangrid.evaluation import Tasks, evaluate
 from leangrid.evaluation.opened import Opened
-from leangrid.evaluation.tasks import harness, run
-from leangrid.evaluation.tasks.job import Job, Step
-from leangrid.evaluation.tasks.kept import Kept, model_identity
+from leangrid.evaluation.tasks import harness, run_tasks
+from leangrid.evaluation.tasks.job import Job, Part
+from leangrid.evaluation.tasks.saved_results import SavedResults, identify_model
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
-from leangrid.report.views import keep
+from leangrid.report.views import add_evaluation
 
 Tiny = Callable[..., Path]
 pytestmark = pytest.mark.filterwarnings("ignore:leangrid runs without its C", "ignore::ResourceWarning")
@@ -103,7 +103,7 @@ def test_our_accuracy_is_the_harness_s_own_on_the_dense_export(
         task_manager=manager,
         log_samples=False,
     )["results"]["words"]
-    ours = found["tasks"]["words"]
+    ours = found.tasks["words"]
     assert 0 < ours["acc"] < 1 and ours["acc"] != ours["acc_norm"] and ours["n"] == 30
     for key, name in {
         "acc": "acc",
@@ -112,8 +112,8 @@ def test_our_accuracy_is_the_harness_s_own_on_the_dense_export(
         "acc_norm_stderr": "acc_norm_stderr",
     }.items():
         assert ours[name] == pytest.approx(theirs[f"{key},none"], rel=1e-9)
-    assert found["perplexity"] is None and found["text"] is None and found["bits_per_weight"] > 3
-    assert json.loads(json.dumps(found)) == found
+    assert found.perplexity is None and found.text is None and found.bits_per_weight > 3
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
 
 
 def test_names_of_the_harness_s_own_index_groups_and_their_pooled_figures(
@@ -131,17 +131,17 @@ def test_names_of_the_harness_s_own_index_groups_and_their_pooled_figures(
     monkeypatch.setattr(
         tasks, "TaskManager", partial(tasks.TaskManager, include_path=str(directory), include_defaults=False)
     )
-    found = evaluate(tiny("llama3"), tasks=Tasks(("both",), out=tmp_path / "r.json"))["tasks"]["both"]
+    found = evaluate(tiny("llama3"), tasks=Tasks(("both",), out=tmp_path / "r.json")).tasks["both"]
     kept = json.loads((tmp_path / "r.json").read_text())["identity"]["tasks"]
     few, many = (kept[name]["result"]["acc,none"] for name in ("few", "many"))
     assert found["n"] == 36 and found["acc"] == pytest.approx((6 * few + 30 * many) / 36) and found["stderr"] > 0
-    tagged = evaluate(tiny("llama3"), tasks=Tasks(("tagged",), limit=3))["tasks"]
+    tagged = evaluate(tiny("llama3"), tasks=Tasks(("tagged",), limit=3)).tasks
     assert {name: figures["n"] for name, figures in tagged.items()} == {"few": 3, "many": 3}
     with pytest.raises(TaskError, match=r"there is no task 'fwe'.*Near to it: few"):
         evaluate(tmp_path / "no model", tasks=Tasks(("many", "fwe")))
     (directory / "many.jsonl").unlink()
     with pytest.raises(TaskError, match=r"its data cannot be read: .*many.*--tasks-dir"):
-        harness.find(["many"], None)
+        harness.find_benchmarks(["many"], None)
 
 
 def test_finished_tasks_are_kept_and_the_same_call_goes_on(tiny: Tiny, tmp_path: Path) -> None:
@@ -150,13 +150,13 @@ def test_finished_tasks_are_kept_and_the_same_call_goes_on(tiny: Tiny, tmp_path:
     first = evaluate(tiny("llama3"), tasks=Tasks(("one",), directory, limit=5, out=out))
     both = evaluate(tiny("llama3"), tasks=Tasks(("one", "two"), directory, limit=5, out=out), progress=seen.append)
     assert [event.message for event in seen] == ["task 1 of 2: one (kept from before)", "task 2 of 2: two"]
-    assert both["tasks"]["one"] == first["tasks"]["one"] and both["tasks"]["two"]["n"] == 5
+    assert both.tasks["one"] == first.tasks["one"] and both.tasks["two"]["n"] == 5
     stored = json.loads(out.read_text())
-    assert stored.pop("identity") and stored == both
+    assert stored.pop("identity") and stored == both.to_dict()
     more = evaluate(
         tiny("llama3"), tasks=Tasks(("one",), directory, limit=7, out=out)
     )  # other settings are another measurement
-    assert more["tasks"]["one"]["n"] == 7
+    assert more.tasks["one"]["n"] == 7
     with pytest.raises(OutputError, match="another model's results"):
         evaluate(tiny("llama3", seed=1), tasks=Tasks(("one",), directory, out=out))
     (tmp_path / "file").write_text("")
@@ -204,10 +204,10 @@ def test_unknown_names_and_useless_settings(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(TaskError, match="Use 1 or more"):
         Tasks.parse("words", limit=0)
     with pytest.raises(TaskError, match="no such directory"):
-        harness.find(["words"], tmp_path / "nowhere")
+        harness.find_benchmarks(["words"], tmp_path / "nowhere")
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(TaskError, match=r"not installed .*leangrid\[tasks\]"):
-        harness.find(["arc_easy"], None)
+        harness.find_benchmarks(["arc_easy"], None)
 
 
 def test_a_task_that_fails_leaves_the_others_their_figures(tiny: Tiny, tmp_path: Path) -> None:
@@ -215,11 +215,11 @@ def test_a_task_that_fails_leaves_the_others_their_figures(tiny: Tiny, tmp_path:
         raise TaskError("it broke", "here")
 
     jobs = [
-        Job(name, [Step(name, "", work)], lambda found, name=name: found[name])
+        Job(name, [Part(name, "", work)], lambda found, name=name: found[name])
         for name, work in (("good", lambda *_: {"acc": 1.0}), ("bad", broken), ("last", lambda *_: {"acc": 0.5}))
     ]
     subject = Opened("m", tmp_path, tiny_models.build("llama3"), None, True)
-    found = run(subject, jobs, Kept(tmp_path / "r.json", "m"), lambda event: None)
+    found = run_tasks(subject, jobs, SavedResults(tmp_path / "r.json", "m"), lambda event: None)
     assert found["bad"] == {"error": "it broke (here)"} and found["good"]["acc"] == 1 and found["last"]["acc"] == 0.5
     assert set(json.loads((tmp_path / "r.json").read_text())["tasks"]) == {"good", "last"}
 
@@ -291,7 +291,7 @@ def test_the_importer_writes_what_the_yaml_of_the_repository_reads(
         "gold": 1,
     }
     names = ("arc_easy", "hellaswag", "piqa", "winogrande")
-    asked = {name: found[0].tasks[name] for name, found in harness.find(names, out).items()}
+    asked = {name: found[0].tasks[name] for name, found in harness.find_benchmarks(names, out).items()}
     request = {
         name: task.construct_requests(task.eval_docs[0], task.fewshot_context(task.eval_docs[0], 0))
         for name, task in asked.items()
@@ -303,7 +303,7 @@ def test_the_importer_writes_what_the_yaml_of_the_repository_reads(
     assert request["arc_easy"][2].args == ("Question: Why?\nAnswer:", " c")
     assert request["hellaswag"][1].args == ("Baking: A cook mixes. The dough. rises", " It grows.")
     assert [r.args for r in request["winogrande"]] == [("He saw Ann so Ann", " ran."), ("He saw Ann so he", " ran.")]
-    found = evaluate(tiny("llama3"), tasks=Tasks(names, out))["tasks"]
+    found = evaluate(tiny("llama3"), tasks=Tasks(names, out)).tasks
     assert [found[name]["n"] for name in names] == [1, 1, 2, 1] and "acc_norm" not in found["winogrande"]
 
 
@@ -318,14 +318,14 @@ def test_the_promised_names_are_the_harness_s() -> None:
 
 def test_a_result_stays_the_same_model_when_figures_are_kept_in_it(quantized: Path, tmp_path: Path) -> None:
     shutil.copytree(quantized, tmp_path / "copy")
-    before = model_identity(tmp_path / "copy")
-    assert before == model_identity(quantized)
-    keep(tmp_path / "copy", {"text": "t", "perplexity": 3.0, "tasks": {}})
-    assert model_identity(tmp_path / "copy") == before
+    before = identify_model(tmp_path / "copy")
+    assert before == identify_model(quantized)
+    add_evaluation(tmp_path / "copy", {"text": "t", "perplexity": 3.0, "tasks": {}})
+    assert identify_model(tmp_path / "copy") == before
     manifest = json.loads((quantized / "manifest.json").read_text())
     manifest["files"]["model.safetensors"]["sha256"] = "0" * 64
     (tmp_path / "copy" / "manifest.json").write_text(json.dumps(manifest))
-    assert model_identity(tmp_path / "copy") != before
+    assert identify_model(tmp_path / "copy") != before
     (tmp_path / "copy" / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="leangrid verify"):
-        model_identity(tmp_path / "copy")
+        identify_model(tmp_path / "copy")

@@ -16,7 +16,7 @@ from live_bytes import LiveBytes
 
 from leangrid.models.gguf import dequantize, dequantizing_bytes, describe
 from leangrid.models.gguf_check import check_against_file
-from leangrid.models.gguf_fields import readable, rows
+from leangrid.models.gguf_fields import can_dequantize, read_rows
 from leangrid.storage.gguf_header import StoredTensor
 from leangrid.storage.source import open_source
 
@@ -286,7 +286,7 @@ def test_a_large_model_is_written_in_files_that_are_held_one_at_a_time(
     assert all(torch.equal(one.read(name), several.read(name)) for name in one.tensors)
 
 
-@pytest.mark.parametrize("kind", [kind.name for kind in gguf.GGML_QUANT_SIZES if readable(kind.name)])
+@pytest.mark.parametrize("kind", [kind.name for kind in gguf.GGML_QUANT_SIZES if can_dequantize(kind.name)])
 def test_every_type_of_blocks_is_read_as_gguf_py_reads_it(kind: str, tmp_path: Path) -> None:
     number = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[number]
@@ -295,4 +295,4 @@ def test_every_type_of_blocks_is_read_as_gguf_py_reads_it(kind: str, tmp_path: P
     stored = StoredTensor(tmp_path / "t", (6, 2 * block), kind, 0, raw.nbytes)
     expected = raw.view(np.float64) if kind == "F64" else gguf.quants.dequantize(raw, number).astype(np.float32)
     for first, count in ((0, 6), (2, 3), (5, 1)):
-        assert np.array_equal(rows(stored, first, count).numpy(), expected[first : first + count], equal_nan=True)
+        assert np.array_equal(read_rows(stored, first, count).numpy(), expected[first : first + count], equal_nan=True)

@@ -1,4 +1,4 @@
-"""The files of ``--tasks-dir``: documents in JSON lines, and the one file of a task."""
+"""Reading the data of tasks: files of ``--tasks-dir``, datasets of the hub."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,8 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TaskError(
-            f"the file cannot be read: {error.strerror}", path, "Check the path and its permissions"
-        ) from error
+        what = f"the file cannot be read: {error.strerror}"
+        raise TaskError(what, path, "Check the path and its permissions") from error
 
 
 def read_text(path: Path) -> str:
@@ -44,23 +43,20 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def the_file(task: str, directory: Path, pattern: str) -> Path:
+def find_file(task: str, directory: Path, pattern: str) -> Path:
     """The one file of ``directory`` that ``pattern`` matches; TaskError where there is none, or more."""
     if not directory.is_dir():
         raise TaskError("there is no such directory", directory, f"Give one that holds {pattern}: --tasks-dir DIR")
     found = sorted(directory.glob(pattern))
     if len(found) != 1:
         names = ", ".join(path.name for path in found[:4])
-        what = (
-            f"the data of task {task} are missing"
-            if not found
-            else f"task {task} needs one file, {len(found)} are here: {names}"
-        )
+        what = f"task {task} needs one file, {len(found)} are here: {names}"
+        what = what if found else f"the data of task {task} are missing"
         raise TaskError(what, directory, f"Put one {pattern} there")
     return found[0]
 
 
-def hub_rows(task: str, repository: str, split: str) -> list[dict[str, Any]]:
+def read_hub_rows(task: str, repository: str, split: str) -> list[dict[str, Any]]:
     """The rows of one split of a hub dataset; TaskError where it cannot be reached."""
     try:
         import datasets

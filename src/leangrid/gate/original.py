@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from leangrid.errors import CheckpointError
 from leangrid.machine import memory
-from leangrid.machine.devices import accelerated, available_bytes
+from leangrid.machine.devices import available_bytes, has_own_memory
 from leangrid.metrics.embedding import states
 from leangrid.models.original import open_original, original_on_disk, tensors_of
 from leangrid.models.skeleton import Skeleton
@@ -75,7 +75,7 @@ def held_against(ours: Skeleton, device: str) -> Iterator[Reference]:
     remote = getattr(ours.checkpoint, "remote", None) is not None
     stored = 0 if remote else sum(shard.stat().st_size for shard in shards)
     with ExitStack() as stack:
-        if remote or not memory.maps(stored):
+        if remote or not memory.can_map(stored):
             reference = Reference(
                 None, "nothing: " + ("its files are not here" if remote else "the process may not map its files"), []
             )
@@ -93,7 +93,7 @@ def held_against(ours: Skeleton, device: str) -> Iterator[Reference]:
             except CheckpointError as error:
                 reference = Reference(None, "transformers", [error.what])
         yield reference
-    memory.return_free()
+    memory.return_freed_memory()
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def _spare() -> int:
 
 def _fits(ours: Skeleton, device: str) -> bool:
     need = ours.compute_dtype.itemsize * sum(parameter.numel() for parameter in ours.model.parameters())
-    return need <= _spare() and (not accelerated(device) or need <= available_bytes(device))
+    return need <= _spare() and (not has_own_memory(device) or need <= available_bytes(device))
 
 
 def _differences(ours: Skeleton, theirs: nn.Module) -> list[str]:
@@ -160,7 +160,7 @@ def _file_differences(ours: Skeleton) -> tuple[list[str], str]:
         if name.startswith(ours.blocks_prefix) and not name.startswith(kept):
             continue
         theirs = _in_files(ours, name, places)
-        if theirs is None or not _equal(ours.stored(name), theirs):
+        if theirs is None or not _equal(ours.read(name), theirs):
             found.append(f"{name} is {'in no file' if theirs is None else 'another'}")
     return found, f"tensors of {len(blocks)} blocks"
 
@@ -176,7 +176,7 @@ def _read(ours: Skeleton, name: str, stored: Collection[str]) -> Tensor:
     tied = getattr(ours.model, "all_tied_weights_keys", None) or {}
     while name not in stored and name in tied:
         name = tied[name]
-    return ours.stored(name) if name in stored else ours.model.get_buffer(name)
+    return ours.read(name) if name in stored else ours.model.get_buffer(name)
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:

@@ -3,7 +3,7 @@ name.
 
 Both models are walked block by block, side by side, so the gate holds one block of each. It sees the bytes that were
 written, not the tensors that were meant: a convention shifted by one, a layer in the wrong place or a file that no
-reader can open ends here. The original side is transformers' own model of the source (gate_original.py), so that a
+reader can open ends here. The original side is transformers' own model of the source (original.py), so that a
 fault of our reader, which both walks share, ends here too.
 
 The figures are those of the first calibration windows, and of windows that calibration never saw, where plain rounding
@@ -21,16 +21,16 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from leangrid.errors import Interrupted, LeangridError, first_line
-from leangrid.machine.devices import accelerated, out_of_memory, release_cached
+from leangrid.gate.original import Reference, held_against, said
+from leangrid.gate.side_by_side import Walked, outputs, walk
+from leangrid.inference.result_reader import DequantizedResult, ResultReader
+from leangrid.machine.devices import has_own_memory, is_out_of_memory, release_cached_memory
 from leangrid.metrics.divergence import divergence
 from leangrid.metrics.embedding import cosine_distance
 from leangrid.metrics.perplexity import CHUNK, negative_log_likelihood, perplexity
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.sizes import GATE_LENGTH, GATE_WINDOWS
 from leangrid.recipe import Recipe
-from leangrid.run.gate_original import Reference, held_against, said
-from leangrid.run.gate_result import Reopened
-from leangrid.run.gate_walk import Walked, outputs, walk
 
 WORST = 3
 
@@ -90,9 +90,9 @@ def judge(
         try:
             found = _measure(original, directory, texts, recipe, device)
         except RuntimeError as error:
-            if not (accelerated(device) and out_of_memory(error)):
+            if not (has_own_memory(device) and is_out_of_memory(error)):
                 raise
-            release_cached(device)
+            release_cached_memory(device)
             found = _measure(original, directory, texts, recipe, "cpu")
     except Interrupted:
         raise
@@ -137,13 +137,15 @@ def verdict(quality: Mapping[str, Any], limit: float | None = None) -> str:
     )
     worst = ", ".join(f"{layer['name']} ({layer['error']:.2g})" for layer in quality.get("worst_layers", []))
     allowed = quality.get("limit") if limit is None else limit
-    return f"{what} is {distance(quality)}, {allowed} is allowed; worst layers by the relative error of their outputs: {worst}"
+    layers = f"worst layers by the relative error of their outputs: {worst}"
+    return f"{what} is {distance(quality)}, {allowed} is allowed; {layers}"
 
 
 @torch.no_grad()
 def _measure(original: Skeleton, directory: Path, texts: list[Tensor], recipe: Recipe, device: str) -> dict[str, Any]:
     """``original``, ``problems`` and ``worst_layers``, and the figures of each of the ``texts`` in turn."""
-    weights = Reopened(directory, original)
+    linears = [name for index in range(len(original.blocks)) for name in original.linear_names(index)]
+    weights = DequantizedResult(ResultReader(directory), linears)
     try:
         result = Skeleton(weights, original.compute_dtype)
         rounding = recipe if len(texts) > 1 and recipe.parsed.method != "rtn" else None
@@ -207,12 +209,13 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
     more = "calibrate with more text (--samples, --length)"
     if value > rounding:
         return [
-            f"on text that calibration did not see ({unseen['text']}) plain rounding is nearer to the original: its {what} is "
-            f"{rounding:.3g}, the result's {value:.3g}; {more}"
+            f"on text that calibration did not see ({unseen['text']}) plain rounding is nearer to the original: "
+            f"its {what} is {rounding:.3g}, the result's {value:.3g}; {more}"
         ]
     if value * before > MUCH_WORSE * seen * rounding:
         return [
-            f"the {what} is {value:.3g} on text that calibration did not see ({unseen['text']}), {seen:.3g} on the text it saw; {more}"
+            f"the {what} is {value:.3g} on text that calibration did not see ({unseen['text']}), "
+            f"{seen:.3g} on the text it saw; {more}"
         ]
     return []
 

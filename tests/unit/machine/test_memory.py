@@ -1,5 +1,4 @@
-"""What may still be taken: the machine's memory, the control groups' limits without their page cache, the process's own
-limits."""
+"""The memory that the process may still use: the machine's, the limits of control groups, and its own limits."""
 
 import json
 import os
@@ -49,7 +48,7 @@ first = memory.available_bytes()
 held = bytearray(500 << 20)
 later = memory.available_bytes()
 torch.empty(30 << 20, dtype=torch.uint8)  # freed: from now on the C library takes pieces of up to 30 MB from its heap
-memory.spare_addresses()
+memory.avoid_heap_holes()
 pieces, pins = [], []
 for _ in range(16):
     pieces.append(torch.ones(1 << 20))

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from leangrid.formats import FORMATS
+from leangrid.grids import kind_of
 from leangrid.machine import memory
 from leangrid.models.skeleton import Skeleton
-from leangrid.models.walk import embed
+from leangrid.models.streams import embed
 from leangrid.recipe import Recipe
-from leangrid.solve.layer import HALF, minmax_grid
 
 _PROBED = 64  # tokens of a window on which linears are compared one by one
 
@@ -39,13 +39,13 @@ def walk(original: Skeleton, result: Skeleton, texts: Sequence[Tensor], rounding
     level."""
     windows = [
         window for ids in texts for window in ids.split(1)
-    ]  # one at a time: a run that gave way had memory for no more
+    ]  # one at a time: a run that was short of memory had room for no more
     theirs, their_calls = embed(original, windows, device)
     ours, our_calls = embed(result, windows, device)
     rounded = theirs if rounding is not None else []
     errors: dict[str, float] = {}
     for index in range(len(original.blocks)):
-        with original.block(index, device) as block, result.block(index, device) as quantized:
+        with original.load_block(index, device) as block, result.load_block(index, device) as quantized:
             names = [name for group in original.groups(index) for name in group]
             with _probed(block, quantized, names, f"{original.block_name(index)}.", errors):
                 theirs = [_through(block, x, *their_calls.of(index, len(x), x.device)) for x in theirs]
@@ -53,7 +53,7 @@ def walk(original: Skeleton, result: Skeleton, texts: Sequence[Tensor], rounding
             if rounding is not None:
                 _round(original, block, index, names, rounding)
             rounded = [_through(block, x, *their_calls.of(index, len(x), x.device)) for x in rounded]
-        memory.return_free()  # two models' blocks in turn leave holes: 3 to 10 MB more a block
+        memory.return_freed_memory()  # two models' blocks in turn leave holes: 3 to 10 MB more a block
     return Walked(_by_text(theirs, texts), _by_text(ours, texts), _by_text(rounded, texts), errors)
 
 
@@ -64,7 +64,7 @@ def outputs(skeleton: Skeleton, ids: Tensor, hidden: Tensor, device: str) -> Ite
     The blocks hand ``hidden`` on, whatever comes in.
     """
     predicts = skeleton.causal
-    with skeleton.without_blocks(device, head=predicts) as model:
+    with skeleton.load_outside_blocks(device, head=predicts) as model:
         for window, handed in zip(ids.split(1), hidden.split(1), strict=True):
             for block in skeleton.blocks:
                 block.forward = lambda *_args, handed=handed, **_kwargs: handed
@@ -89,15 +89,15 @@ def _through(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: di
 
 def _round(original: Skeleton, block: nn.Module, index: int, names: Sequence[str], recipe: Recipe) -> None:
     """Put each linear's weights on the nearest levels of the min-max grid of its scheme."""
-    turned = original.architecture.layer == "conv1d"
+    transposed = original.architecture.transposed
     stored = FORMATS[recipe.format].precision(original.dtype)
     for name in names:
         weight: Any = block.get_submodule(name).weight
-        values = (weight.t() if turned else weight).float().contiguous()
+        values = transposed(weight).float().contiguous()
         scheme = recipe.for_layer(f"{original.block_name(index)}.{name}").scheme_for(values.shape[1])
-        grid = minmax_grid(values, scheme, HALF if scheme.block else stored)
+        grid = kind_of(scheme).fit_minmax(values, scheme, stored.for_scheme(scheme))
         rounded = grid.dequantize(grid.nearest(values))
-        weight.data = (rounded.t() if turned else rounded).to(weight.dtype).contiguous()
+        weight.data = transposed(rounded).to(weight.dtype).contiguous()
 
 
 @contextmanager

@@ -1,0 +1,145 @@
+"""What a container says of itself and does: a subclass of ``Format`` in a file of its own, and a row of ``FORMATS``."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from leangrid.errors import FormatError
+from leangrid.grids import Grid, Precision
+from leangrid.recipe import Scheme
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""The tensors of a layer: suffix of the name -> (dtype, shape)."""
+
+CONFIG = "config.json: quantization_config"
+DAMAGED_CONFIG = "The config is damaged: quantize or copy it again"
+
+
+class Format(ABC):
+    """A container: how the codes and the grid of a linear are stored as named tensors, and config.json's entry for
+    them.
+
+    It is pure: no file, no model. In every method ``shape`` is (rows, cols) = (out_features, in_features) of the
+    linear, ``dtype`` is the model's (of everything that is not quantized), and ``name`` is the layer's, for messages.
+
+    Attributes:
+        NAME: what ``--format`` and ``--to`` call it.
+        QUANT_METHOD: ``quant_method`` in config.json; several containers may share one.
+        CONFIG_KEYS: keys of config.json under which the entry is written.
+        EXPORT_ONLY: whether ``export`` writes it and ``quantize`` does not, because it cannot store every grid that a
+            search may find: only a finished result shows whether it fits.
+        OFFSETS: whether it stores w = S q + B with any number B, so that the search need not find integer zero points.
+        BLOCKS: whether it stores llama.cpp's block types, and nothing else.
+        AUTO_GROUPS: the group sizes that scheme ``auto`` tries, in this order, before whole rows.
+    """
+
+    NAME: str
+    QUANT_METHOD: str
+    CONFIG_KEYS: tuple[str, ...] = ("quantization_config",)
+    EXPORT_ONLY: bool = False
+    OFFSETS: bool = False
+    BLOCKS: bool = False
+    AUTO_GROUPS: tuple[int, ...] = (128,)
+
+    @abstractmethod
+    def refuse(self, scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear") -> str | None:
+        """Why the container cannot store this layer exactly, and the way out; None if it can.
+
+        ``kind`` is "linear" (nn.Linear) or "conv1d" (GPT-2's Conv1D)."""
+
+    def stored_scheme(self, scheme: Scheme, columns: set[int]) -> Scheme:
+        """The scheme that the files say for a result of ``scheme`` whose layers have these numbers of columns: the same
+        levels, in shorter groups where the container needs them."""
+        return scheme
+
+    def precision(self, dtype: torch.dtype) -> Precision:
+        """How the grid's parameters are rounded, which the search does before it propagates an error."""
+        return Precision(dtype)
+
+    @abstractmethod
+    def layout(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Layout:
+        """The tensors of a layer."""
+
+    @abstractmethod
+    def pack(
+        self, codes: UInt8[Tensor, "rows cols"], grid: Grid, dtype: torch.dtype, scheme: Scheme
+    ) -> dict[str, Tensor]:
+        """The layer's tensors, by suffix, of its codes and its grid; ``scheme`` is the stored one.
+
+        Raises:
+            FormatError: the grid is of another kind, or storing it would round one of its numbers.
+        """
+
+    @abstractmethod
+    def check(self, tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str) -> None:
+        """CheckpointError where a tensor is absent, has another shape or dtype, or holds values that no writer
+        makes."""
+
+    @abstractmethod
+    def unpack(
+        self, tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer"
+    ) -> tuple[UInt8[Tensor, "rows cols"], Grid]:
+        """The inverse of ``pack``, after ``check``: (codes, grid in the stored groups)."""
+
+    @abstractmethod
+    def weight_dtype(self, tensors: dict[str, Tensor]) -> torch.dtype:
+        """The dtype to which readers round the dequantized weight."""
+
+    def dense(
+        self, tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer"
+    ) -> Float[Tensor, "rows cols"]:
+        """The weight that every reader must arrive at: computed in float32, rounded once to ``weight_dtype``."""
+        codes, grid = self.unpack(tensors, scheme, shape, name)
+        return grid.dequantize(codes).to(self.weight_dtype(tensors))
+
+    @abstractmethod
+    def config(self, schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:
+        """config.json's entry for layers of these stored schemes.
+
+        Args:
+            schemes: layer -> stored scheme, of every quantized layer.
+            ignore: names of the linears that are not quantized.
+
+        Raises:
+            FormatError: the layers have several schemes, and the container stores one.
+        """
+
+    def config_entries(self, schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:
+        """What config.json gets: ``config`` under each of ``CONFIG_KEYS``."""
+        return dict.fromkeys(self.CONFIG_KEYS, self.config(schemes, ignore))
+
+    def is_config(self, config: dict[str, Any]) -> bool:
+        """Whether an entry of config.json is this container's.
+
+        Raises:
+            FormatError: it is of a version that leangrid does not read.
+        """
+        return config.get("quant_method") == self.QUANT_METHOD
+
+    @abstractmethod
+    def scheme_of(self, config: dict[str, Any]) -> Scheme:
+        """The scheme that an entry of config.json says for all layers; FormatError where leangrid does not read it."""
+
+    def schemes(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+        """Layer -> scheme for these layers, which ``covers`` says are quantized."""
+        return dict.fromkeys(names, self.scheme_of(config))
+
+    @abstractmethod
+    def covers(self, config: dict[str, Any], name: str) -> bool:
+        """Whether an entry of config.json allows the linear ``name`` to be quantized. Where it only says "every linear
+        but these", the file's tensors decide (``checks.holds_codes``)."""
+
+    def only_scheme(self, schemes: Mapping[str, Scheme]) -> Scheme:
+        """The one scheme of all layers; FormatError where there are several."""
+        several = list(dict.fromkeys(schemes.values()))
+        if len(several) != 1:
+            raise FormatError(
+                f"{self.NAME} holds one scheme for all layers, not {len(several)}",
+                "layers",
+                "Use format compressed-tensors or mlx",
+            )
+        return several[0]

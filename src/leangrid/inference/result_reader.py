@@ -1,0 +1,167 @@
+"""Reading a result of ``quantize``: what is stored how, and each layer's codes, grid and weight.
+
+Opening it reads headers only; a layer's tensors are read when it is asked for."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from leangrid.errors import CheckpointError, FormatError
+from leangrid.formats import CONFIG_KEYS, format_of, schemes_of
+from leangrid.formats.checks import holds_codes
+from leangrid.grids import Grid
+from leangrid.models.architectures import architecture_of
+from leangrid.models.linears import linear_shapes
+from leangrid.models.skeleton import described_model
+from leangrid.recipe import Scheme
+from leangrid.storage.dtypes import NAMES, dtype_of
+from leangrid.storage.manifest import MANIFEST, require_unchanged
+from leangrid.storage.safetensors import TensorInfo
+from leangrid.storage.source import open_source
+
+
+class ResultReader:
+    """A result's directory, finished or still staged, opened for reading.
+
+    Attributes:
+        directory: where it lies.
+        checkpoint: its tensors, config.json and side files.
+        architecture: where its blocks are, and whether they are made of nn.Linear or Conv1D.
+        dtype: of every tensor that is not quantized.
+        format: the container of the quantized layers.
+        layers: name -> (rows, cols) = (out_features, in_features) of every quantized linear, in the model's order.
+        schemes: name -> the scheme that the files say for it.
+        not_in_model: names of tensors that are no part of the model, copied from the source as they were.
+        ignore: names of the nn.Linear that are not quantized, and of the modules of ``not_in_model``.
+        predicts: whether the model has a language-model head.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open ``directory`` as it is; ``verified`` opens it after comparing it with its manifest.
+
+        Raises:
+            FormatError: it is not quantized, or in a way that leangrid does not read.
+            CheckpointError: config.json and the tensors disagree.
+        """
+        self.directory, self.checkpoint = directory, open_source(directory, allow_quantized=True)
+        config = self.checkpoint.config
+        entry = next((config[key] for key in CONFIG_KEYS if key in config), None)
+        if not isinstance(entry, dict):
+            raise FormatError("the model is not quantized", directory, "Give a result of leangrid quantize")
+        self.format, self.architecture = format_of(entry), architecture_of(config)
+        model = described_model(config)
+        linears = linear_shapes(model)
+        self.layers: dict[str, tuple[int, int]] = {}
+        self.schemes: dict[str, Scheme] = {}
+        for name, scheme in schemes_of(entry, linears).items():
+            shape = linears[name][0]
+            if holds_codes(self.checkpoint.tensors, name, self.format.layout(scheme, shape, torch.float32)):
+                self.layers[name], self.schemes[name] = shape, scheme
+        if not self.layers:
+            what = "none of the model's linears is stored quantized"
+            raise CheckpointError(what, directory, "The config does not belong to these weights")
+        modules = {path for path, _ in model.named_modules()}
+        self.not_in_model = frozenset(n for n in self.checkpoint.tensors if n.rpartition(".")[0] not in modules)
+        plain = {name for name, (_, kind) in linears.items() if kind == "linear" and name not in self.layers}
+        self.ignore = sorted(plain | {name.rpartition(".")[0] for name in self.not_in_model})
+        self.predicts = self.architecture.kind == "decoder" and bool(model.can_generate())
+        self.dtype = self._dtype()
+
+    @classmethod
+    def verified(cls, directory: Path) -> "ResultReader":
+        """Open the finished ``directory`` after comparing every file with its manifest.
+
+        Raises:
+            VerifyError: it is not finished, or differs from its manifest: the first differences are named.
+            FormatError, CheckpointError: as the constructor.
+        """
+        require_unchanged(directory)
+        return cls(directory)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of a finished result."""
+        return json.loads((self.directory / MANIFEST).read_bytes())
+
+    @property
+    def scheme(self) -> Scheme:
+        """The one scheme of all layers; FormatError where they have several."""
+        several = list(dict.fromkeys(self.schemes.values()))
+        if len(several) > 1:
+            what = f"the layers have {len(several)} schemes, and this container holds one"
+            raise FormatError(what, self.directory, "Use format compressed-tensors or dense")
+        return several[0]
+
+    def layer(self, name: str) -> tuple[UInt8[Tensor, "rows cols"], Grid]:
+        """Codes and grid of a quantized linear; CheckpointError where its tensors are damaged."""
+        return self.format.unpack(self._stored(name), self.schemes[name], self.layers[name], name)
+
+    def weight(self, name: str) -> Float[Tensor, "rows cols"]:
+        """The weight of a quantized linear as readers of its container compute it, in the dtype in which they do."""
+        return self.format.dense(self._stored(name), self.schemes[name], self.layers[name], name)
+
+    def weight_in_model_dtype(self, name: str) -> Float[Tensor, "rows cols"]:
+        """The weight of a quantized linear in ``dtype``, computed in float32 and rounded once."""
+        codes, grid = self.layer(name)
+        return grid.dequantize(codes).to(self.format.precision(self.dtype).dtype).to(self.dtype)
+
+    def plain_tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor that is no part of a quantized weight (embeddings, norms, biases, the head), by name."""
+        packed = {f"{name}.{suffix}" for name in self.layers for suffix in self._suffixes(name)}
+        return {name: info for name, info in self.checkpoint.tensors.items() if name not in packed}
+
+    def _suffixes(self, name: str) -> list[str]:
+        return list(self.format.layout(self.schemes[name], self.layers[name], self.dtype))
+
+    def _stored(self, name: str) -> dict[str, Tensor]:
+        return {suffix: self.checkpoint.read(f"{name}.{suffix}", check=False) for suffix in self._suffixes(name)}
+
+    def _dtype(self) -> torch.dtype:
+        name = self.checkpoint.config.get("dtype") or self.checkpoint.config.get("torch_dtype")
+        dtype = dtype_of(name)
+        if dtype is None or not dtype.is_floating_point:
+            raise CheckpointError(f"dtype is {name!r}", f"{self.directory / 'config.json'}: dtype", "Quantize again")
+        return dtype
+
+
+class DequantizedResult:
+    """A result as the checkpoint of a plain model (``models.naming.Weights``): each packed linear is checked and
+    dequantized when it is read."""
+
+    def __init__(self, result: ResultReader, expected: Iterable[str]) -> None:
+        """``expected``: the linears that must be stored quantized; CheckpointError where one is not."""
+        for name in expected:
+            if name not in result.layers:
+                raise CheckpointError("is not stored quantized", name, "Quantize again")
+        self._result, self._files = result, result.checkpoint
+        self.directory: Path = result.directory
+        self.notices: Sequence[str] = result.checkpoint.notices
+        self.config = {key: value for key, value in result.checkpoint.config.items() if key not in CONFIG_KEYS}
+        self.tensors: Mapping[str, TensorInfo] = result.plain_tensors() | {
+            f"{name}.weight": TensorInfo(result.directory, NAMES[result.dtype], self._module_shape(shape), 0, 0)
+            for name, shape in result.layers.items()
+        }
+
+    def _module_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
+        return tuple(self._result.architecture.transposed(torch.empty(shape, device="meta")).shape)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the plain model; CheckpointError where what is stored for it is damaged."""
+        layer = name.removesuffix(".weight")
+        if name == layer or layer not in self._result.layers:
+            return self._files.read(name)
+        return self._result.architecture.transposed(self._result.weight(layer)).contiguous()
+
+    def tensors_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors that are stored as they are hold the same values."""
+        return self._files.tensors_equal(one, other)
+
+    def close(self) -> None:
+        """Close the file that is held open."""
+        self._files.close()

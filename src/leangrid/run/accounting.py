@@ -1,0 +1,79 @@
+"""What a run's figures say of its work: seconds of a layer's stages, and floating-point operations by stage."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+
+import torch
+
+from leangrid import kernels
+from leangrid.machine import flops
+from leangrid.machine.devices import synchronize
+from leangrid.machine.stopwatch import Clock
+from leangrid.models.skeleton import Skeleton
+from leangrid.recipe import Recipe
+from leangrid.solve.hessian import Hessian
+
+
+class LayerCosts:
+    """Watches one ``solve_linear``: seconds and operations of its stages grid, solve, refine and baseline.
+
+    A device works on while Python goes ahead, so a stage ends when the device has done its work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(("grid", "solve", "refine", "baseline"), 0.0)
+        self.flops: dict[str, float] = dict.fromkeys(("solve", "refine", "baseline"), 0.0)
+        self._device = device
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the seconds of the body to stage ``name``."""
+        synchronize(self._device)
+        begin = perf_counter()
+        yield
+        synchronize(self._device)
+        self.seconds[name] += perf_counter() - begin
+
+    def count(self, name: str, operations: float) -> None:
+        """Add floating-point operations to stage ``name``."""
+        self.flops[name] += operations
+
+    def add(self, other: "LayerCosts") -> None:
+        """Add what another part of the same layer cost."""
+        for mine, theirs in ((self.seconds, other.seconds), (self.flops, other.flops)):
+            for name, value in theirs.items():
+                mine[name] += value
+
+
+class Accounting:
+    """Adds a run's operations to its clock: what the recipe needs at least, and what was done."""
+
+    def __init__(self, clock: Clock, skeleton: Skeleton, recipe: Recipe, tokens: int) -> None:
+        self._clock, self._skeleton, self._recipe, self._tokens = clock, skeleton, recipe, tokens
+        self._streams = 2 if recipe.correct else 1
+
+    def count_forward(self, index: int, done: float) -> None:
+        """Block ``index`` was walked with ``done`` operations; needed is each linear once for a token and stream."""
+        weights = sum(math.prod(self._skeleton.shape(name)) for name in self._skeleton.linear_names(index))
+        self._clock.flops.add("calibrate", self._streams * flops.product(weights, 1, self._tokens), done)
+
+    def count_group(self, hessian: Hessian, rows: int, corrected: bool) -> None:
+        """The sums of a Hessian were made, it was factored, and the target of ``rows`` rows was corrected or not."""
+        cols, streams, counts = len(hessian.matrix), self._streams, self._clock.flops
+        block = min(kernels.outer_block(hessian.matrix.device), cols)
+        sums = [flops.hessian(hessian.tokens, cols, streams), flops.hessian(hessian.tokens, cols, streams, block)]
+        counts.add("hessian", *sums)
+        moved = [flops.correction(rows, cols, done) if corrected else 0.0 for done in (False, True)]
+        counts.add("factor", flops.factor(cols, False) + moved[0], flops.factor(cols, True) + moved[1])
+
+    def count_layer(self, shape: Sequence[int], costs: LayerCosts) -> None:
+        """A linear of ``shape`` was solved."""
+        scheme, (rows, cols) = self._recipe.parsed, shape
+        sweep = flops.exact(rows, cols) if scheme.exact else flops.sweep(rows, cols)
+        needed = 0.0 if scheme.method == "rtn" else sweep + flops.refine(rows, cols, self._recipe.refine or 0)
+        self._clock.flops.add("solve", needed, costs.flops["solve"] + costs.flops["refine"])
+        self._clock.flops.add("baseline", 0.0, costs.flops["baseline"])
+        for stage, seconds in costs.seconds.items():
+            self._clock.add("solve" if stage == "refine" else stage, seconds)

@@ -1,0 +1,66 @@
+"""The block at work: its weights, the groups of its linears, and what will be committed of it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from leangrid.models.walk import BlockWalk, ExpertInputs, GroupInputs
+from leangrid.report.records import LayerRecord
+
+Stage = Callable[..., AbstractContextManager[None]]  # Run.stage: counts the time of its body
+
+
+@dataclass
+class Block:
+    """Block ``index`` of the model, in memory.
+
+    Attributes:
+        name: its path in the model, such as ``model.layers.3``.
+        walk: both streams on their way through it.
+        tensors: packed codes and grids, by their names in the result.
+        records: what will stand in records.jsonl.
+        sample: one row of one layer for the report, where this block has that layer.
+        resident_bytes: the most that the process held while the block was at work.
+    """
+
+    index: int
+    name: str
+    module: nn.Module
+    walk: BlockWalk
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    records: list[LayerRecord] = field(default_factory=list)
+    sample: dict[str, Any] | None = None
+    resident_bytes: int = 0
+    _new: dict[str, Tensor] = field(default_factory=dict)
+
+    def groups(self, stage: Stage) -> Iterator[tuple[int, GroupInputs | ExpertInputs]]:
+        """The groups of linears that read the same input, numbered, in the order of the forward pass.
+
+        Each is read by both streams before the next is reached; the weights given to ``replace`` meanwhile are what the
+        quantized stream goes on with.
+        """
+        groups = enumerate(self.walk)
+        while True:
+            with stage("calibrate"):
+                number, group = next(groups, (-1, None))
+            if group is None:
+                return
+            yield number, group
+            for name, weight in self._new.items():
+                self.walk.replace(name, weight)
+            self._new.clear()
+
+    def replace(self, name: str, weight: Tensor) -> None:
+        """Let the quantized stream go on with ``weight``, as the module stores it, in the linear ``name``."""
+        self._new[name] = weight
+
+    def parameter(self, name: str) -> Tensor:
+        """The original weight of a linear, as the module stores it."""
+        return self.module.get_parameter(f"{name}.weight")
+
+    def paths(self, names: Sequence[str]) -> list[str]:
+        """The paths of some of its linears in the model."""
+        return [f"{self.name}.{name}" for name in names]

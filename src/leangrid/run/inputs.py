@@ -1,0 +1,183 @@
+"""What a run works on, opened and checked before any weight is changed.
+
+One pass, each thing chosen once: locate the source, open its headers as a skeleton, resolve the recipe for its shapes,
+open and lock the journal, choose the placement, and see that the disk has room. Bad input raises before anything is
+written, or takes back what was.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from leangrid._version import __version__
+from leangrid.data.calibration import hash_windows
+from leangrid.data.corpora import check_corpus, find_corpus_file
+from leangrid.errors import CalibrationError
+from leangrid.machine import memory
+from leangrid.machine.devices import parse_device
+from leangrid.models.gguf import all_files, dequantize, describe, is_gguf
+from leangrid.models.skeleton import Skeleton
+from leangrid.planning.footprint import choose_placement
+from leangrid.planning.placement import Placement
+from leangrid.planning.resolve import describe_narrow_types, open_model, resolve_recipe
+from leangrid.planning.sizes import disk_bytes
+from leangrid.progress import Event
+from leangrid.recipe import Recipe
+from leangrid.run.request import Request
+from leangrid.storage import disk, files
+from leangrid.storage.hub import locate_stream
+from leangrid.storage.journal import Journal
+from leangrid.storage.source import Checkpoint
+from leangrid.storage.writer import check_output_path
+
+_DEQUANTIZED = "dequantized before quantizing; the original of all comparisons is the dequantized model"
+
+
+@dataclass
+class RunInputs:
+    """What a run works on.
+
+    Attributes:
+        request: what was asked for.
+        checkpoint, skeleton: the source's files, and the model that they hold.
+        recipe: the request's, with every default written out for this model.
+        journal: what is finished already, locked until the run ends.
+        placement: what is on the device and what waits elsewhere.
+        notices: sentences that the user has been told.
+        calibration: what the manifest says of the windows, once they are there.
+    """
+
+    request: Request
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    recipe: Recipe
+    journal: Journal
+    placement: Placement
+    notices: list[str] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+
+def open_inputs(request: Request) -> RunInputs:
+    """Open and check everything that needs no weights.
+
+    A GGUF source is dequantized into ``out.partial/source`` once the output is locked.
+
+    Raises:
+        LeangridError: what cannot be done, before anything is written.
+    """
+    recipe = request.recipe
+    parse_device(request.device)
+    memory.avoid_heap_holes()
+    path, remote = locate_stream(str(request.source))
+    if remote is not None and recipe.calibration == "self":
+        what = "a model that is streamed cannot write its own text"
+        raise CalibrationError(what, "--calibration self", "Give a text, or download the model")
+    check_output_path(request.out, path, request.overwrite)
+    if request.windows is None:
+        check_corpus(recipe.calibration, recipe.text_field)
+    if is_gguf(path):
+        resolve_recipe(recipe, Skeleton(describe(path)), request.device)  # refused before a weight is read
+        source = {"files": {file.name: {"sha256": files.hash_file(file)} for file in all_files(path)}}
+        journal = _locked_journal(request, source)
+        with _taken_back(journal):
+            directory = journal.partial / "source"
+            if not (directory / "config.json").is_file():
+                dequantize(path, directory)
+                memory.return_freed_memory()
+            checkpoint, skeleton, settled = open_model(directory, recipe, request.device)
+    else:
+        checkpoint, skeleton, settled = open_model(path, recipe, request.device, remote)
+        side = {name: files.hash_file(file) for name, file in checkpoint.side_files().items()}
+        journal = _locked_journal(request, checkpoint.identity | {"side_files": side})  # another tokenizer: another run
+    with _taken_back(journal):
+        placement = _placement(request, skeleton, settled, journal)
+        _require_disk(request, skeleton, settled, journal, placement)
+    notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
+    notices += [*checkpoint.notices, *skeleton.naming.notices, *journal.notices, *describe_narrow_types(settled, skeleton)]
+    notices += [f"scheme: {settled.scheme}"] if recipe.scheme == "auto" else []
+    for notice in notices:
+        if request.progress is not None:
+            request.progress(Event("notice", message=notice))
+    return RunInputs(request, checkpoint, skeleton, settled, journal, placement, notices)
+
+
+def check_values(inputs: RunInputs) -> None:
+    """Look for NaN and infinities in all weights before any work; SourceError names the tensor.
+
+    Only where memory can hold what is read for the blocks that follow: in a larger or streamed model each block's
+    weights are looked at when the block is opened.
+    """
+    checkpoint, skeleton = inputs.checkpoint, inputs.skeleton
+    size = sum(skeleton.tensor_info(name).nbytes for name in skeleton.parameter_names())
+    if checkpoint.remote is None and inputs.journal.is_fresh and size < memory.available_bytes():
+        for name in skeleton.parameter_names():
+            skeleton.read(name)
+
+
+def windows_identity(recipe: Recipe, windows: Tensor | None) -> str:
+    """What the calibration is, known before it is read: the tokens' hash, the file's hash, or the corpus by name."""
+    if windows is not None:
+        return hash_windows(windows)
+    path = find_corpus_file(recipe.calibration)
+    try:
+        return files.hash_file(path) if path is not None else recipe.calibration
+    except OSError as error:
+        what = f"the file cannot be read: {error.strerror}"
+        raise CalibrationError(what, path, "Check the path and its permissions") from error
+
+
+def _locked_journal(request: Request, source: dict[str, Any]) -> Journal:
+    identity = {
+        "recipe": request.recipe.model_dump(),
+        "source": source,
+        "windows": windows_identity(request.recipe, request.windows),
+        "version": __version__,
+    }
+    return Journal.for_output(request.out, request.state_dir).start_or_resume(identity, request.restart)
+
+
+def _placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal) -> Placement:
+    """The one that was asked for, or with which the last finished block ended, or the first that fits."""
+    if request.placement is not None:
+        return request.placement
+    done = journal.find_resume_point()
+    last = journal.read_block_records(done - 1) if done else {}
+    if last.get("device") == request.device and "placement" in last:
+        return Placement.from_json(last["placement"])
+    samples, length = _windows_shape(request, recipe)
+    return choose_placement(skeleton, recipe, samples, length, request.device)[0]
+
+
+def _require_disk(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal, placement: Placement) -> None:
+    """Refuse a run that would fill a disk; what an unfinished one has written already is not asked for again."""
+    samples, length = _windows_shape(request, recipe)
+    needed = disk_bytes(skeleton, recipe, samples * length, placement.disk_streams)
+    result = max(0, needed.result - disk.bytes_in(journal.partial / "blocks"))
+    states = max(0, needed.states - disk.bytes_in(journal.states))
+    if disk.same_disk(journal.partial, journal.states):
+        result, states = result + states, 0
+    disk.require_space(journal.partial, result)
+    disk.require_space(journal.states, states)
+
+
+def _windows_shape(request: Request, recipe: Recipe) -> tuple[int, int]:
+    """Samples and length of the windows that will be used; a wrong tensor is refused later, as calibration."""
+    given = request.windows
+    if given is not None and given.ndim == 2 and given.numel():
+        return given.shape[0], given.shape[1]
+    return recipe.samples, recipe.length
+
+
+@contextmanager
+def _taken_back(journal: Journal) -> Iterator[None]:
+    """Where the body raises, a run that never began leaves nothing behind."""
+    try:
+        yield
+    except BaseException:
+        if journal.is_fresh:
+            journal.discard()
+        journal.close()
+        raise
