@@ -41,7 +41,7 @@ from common.task_list import Tasks, run_each
 from common.workload import Workload
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.run import experts
-from leangrid.run.experts import blended
+from leangrid.run.experts import blend_with_prior
 from leangrid.solve.hessian import Hessian, HessianSum
 
 EXPERTS, CHOSEN, HIDDEN, INNER, BLOCKS, VOCABULARY, LENGTH = 64, 8, 256, 128, 2, 1024, 256
@@ -146,9 +146,9 @@ def _trained(ids: torch.Tensor, steps: int) -> tuple[transformers.PreTrainedMode
 
 
 def blend_otherwise(fill: str, own: HessianSum, prior: Hessian | None, name: str) -> Hessian:
-    """``experts.blended`` with another Hessian, chosen by ``fill``, for an expert that has fewer tokens than
+    """``experts.blend_with_prior`` with another Hessian, chosen by ``fill``, for an expert that has fewer tokens than
     columns."""
-    as_ever = blended(own, prior, name)
+    as_ever = blend_with_prior(own, prior, name)
     if not as_ever.blended or (fill == "own" and not own.tokens):
         return as_ever
     if fill == "own":
@@ -247,7 +247,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--fill"]:  # a child of ``measured``: one run of the tool with that fill
-        experts.blended = partial(blend_otherwise, sys.argv[2])
+        experts.blend_with_prior = partial(blend_otherwise, sys.argv[2])
         quantize_process.main()
     else:
         main()

@@ -1,7 +1,7 @@
 """The rules of ARCHITECTURE.md, read from its own table and held by ast: folders, arrows, fences, lengths.
 
 ``python tests/test_architecture.py [SRC]`` counts: files at the top, folders, arrows between files, arrows between
-folders. """
+folders."""
 
 import ast
 import json
@@ -110,7 +110,8 @@ def imported(tree: ast.AST) -> set[str]:
 
 def targets(tree: ast.AST, files: set[str]) -> set[str]:
     """Of the package's ``files`` those that a file imports."""
-    paths = {name.removeprefix("leangrid.").replace(".", "/") for name in imported(tree) if name.startswith("leangrid.")}
+    names = {name.removeprefix("leangrid.") for name in imported(tree) if name.startswith("leangrid.")}
+    paths = {name.replace(".", "/") for name in names}
     return {path + tail for path in paths for tail in (".py", "/__init__.py")} & files
 
 

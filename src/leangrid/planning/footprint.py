@@ -1,4 +1,4 @@
-"""How much memory a run needs at its peak, as sums of named parts: the plan prints them, the placement is chosen by them.
+"""How much memory a run needs at its peak, as sums of named parts: the plan prints them, a placement is chosen by them.
 
 A phase lists everything that is alive at the same time; the peak is the largest phase. Sizes are bytes of tensors, as
 torch.cuda.max_memory_allocated counts them. What no formula gives (how many copies a factorization holds) is measured:

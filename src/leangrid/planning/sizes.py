@@ -1,4 +1,4 @@
-"""Bytes before and after, from shapes alone: the plan estimates by them, a run checks the disk, a result reports them."""
+"""Bytes before and after, from shapes alone: for the plan, for the check of the disk, and for what a result reports."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -36,11 +36,11 @@ def expert_hessians(run: Run, group: ExpertInputs, number: int, cols: int) -> It
         sums = _summed(run, group, number, cols, device, [range(e, e + 1) for e in experts])
         for expert, own in zip(experts, sums, strict=True):
             with run.stage("hessian", number):
-                hessian = blended(own, prior, f"expert {expert}")
+                hessian = blend_with_prior(own, prior, f"expert {expert}")
             yield group.experts[expert], hessian
 
 
-def blended(own: HessianSum, prior: Hessian | None, name: str) -> Hessian:
+def blend_with_prior(own: HessianSum, prior: Hessian | None, name: str) -> Hessian:
     """The Hessian of an expert's ``own`` sums; with fewer tokens than columns together with ``prior``, and recorded."""
     if prior is None or own.tokens >= own.cols:
         return own.finish()

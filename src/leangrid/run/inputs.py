@@ -87,21 +87,22 @@ def open_inputs(request: Request) -> RunInputs:
             if not (directory / "config.json").is_file():
                 dequantize(path, directory)
                 memory.return_freed_memory()
-            checkpoint, skeleton, settled = open_model(directory, recipe, request.device)
+            checkpoint, skeleton, resolved = open_model(directory, recipe, request.device)
     else:
-        checkpoint, skeleton, settled = open_model(path, recipe, request.device, remote)
+        checkpoint, skeleton, resolved = open_model(path, recipe, request.device, remote)
         side = {name: files.hash_file(file) for name, file in checkpoint.side_files().items()}
         journal = _locked_journal(request, checkpoint.identity | {"side_files": side})  # another tokenizer: another run
     with _taken_back(journal):
-        placement = _placement(request, skeleton, settled, journal)
-        _require_disk(request, skeleton, settled, journal, placement)
+        placement = _placement(request, skeleton, resolved, journal)
+        _require_disk(request, skeleton, resolved, journal, placement)
     notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
-    notices += [*checkpoint.notices, *skeleton.naming.notices, *journal.notices, *describe_narrow_types(settled, skeleton)]
-    notices += [f"scheme: {settled.scheme}"] if recipe.scheme == "auto" else []
+    notices += [*checkpoint.notices, *skeleton.naming.notices, *journal.notices]
+    notices += describe_narrow_types(resolved, skeleton)
+    notices += [f"scheme: {resolved.scheme}"] if recipe.scheme == "auto" else []
     for notice in notices:
         if request.progress is not None:
             request.progress(Event("notice", message=notice))
-    return RunInputs(request, checkpoint, skeleton, settled, journal, placement, notices)
+    return RunInputs(request, checkpoint, skeleton, resolved, journal, placement, notices)
 
 
 def check_values(inputs: RunInputs) -> None:

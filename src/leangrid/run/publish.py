@@ -2,17 +2,15 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leangrid._version import __version__
 from leangrid.data.calibration import hash_windows
-from leangrid.formats import FORMATS
 from leangrid.gate import quality as quality_gate
 from leangrid.gate.unseen import unseen_windows
 from leangrid.machine import devices
@@ -22,7 +20,7 @@ from leangrid.machine.memory import peak_bytes
 from leangrid.machine.stopwatch import Clock
 from leangrid.models.gguf import is_gguf
 from leangrid.models.skeleton import Skeleton
-from leangrid.planning.sizes import compute_sizes, stored_schemes
+from leangrid.planning.sizes import compute_sizes
 from leangrid.report.experts import expert_figures
 from leangrid.report.facts import RECORDS, RUN
 from leangrid.report.records import LayerRecord, to_lines, totals
@@ -31,13 +29,10 @@ from leangrid.report.views import TIMED, render_views
 from leangrid.run.inputs import RunInputs
 from leangrid.run.request import Request
 from leangrid.run.result import QuantizeResult
+from leangrid.run.result_config import make_config
 from leangrid.storage import writer
-from leangrid.storage.config import add_older_rope_keys
-from leangrid.storage.dtypes import torch_name
 from leangrid.storage.hub import locate_source
 from leangrid.storage.safetensors import TensorInfo
-
-_NOT_COPIED = ("auto_map", "transformers_version")
 
 
 def publish_result(inputs: RunInputs, windows: Tensor, clock: Clock, judged_on: str) -> QuantizeResult:
@@ -75,7 +70,7 @@ def publish_result(inputs: RunInputs, windows: Tensor, clock: Clock, judged_on: 
             journal,
             request.out,
             _outside_blocks(skeleton),
-            output_config(inputs),
+            make_config(inputs.skeleton, inputs.recipe),
             inputs.checkpoint.side_files(),
             {RECORDS: to_lines(records)},
             _manifest(inputs, records, windows, infos),
@@ -185,39 +180,6 @@ def _result(
         quality=quality | {"passed": quality_gate.passed(quality)},
         **manifest["result"],
     )
-
-
-def output_config(inputs: RunInputs) -> dict[str, Any]:
-    """The source's config.json with ``quantization_config``; code of the checkpoint's own is not handed on."""
-    skeleton, recipe = inputs.skeleton, inputs.recipe
-    quantized = stored_schemes(skeleton, recipe)
-    # A router is a linear to engines, whatever class it has here; what is not named as ignored they take to be
-    # quantized.
-    matrices = (
-        n
-        for n, m in skeleton.model.named_modules()
-        if not isinstance(m, nn.Embedding) and _is_matrix(m._parameters.get("weight"))
-    )
-    beyond = {name.rpartition(".")[0] for name in skeleton.naming.extra}
-    ignore = sorted({*matrices, *beyond} - set(quantized))
-    config = deepcopy({key: value for key, value in inputs.checkpoint.config.items() if key not in _NOT_COPIED})
-    config["architectures"] = [type(skeleton.model).__name__]
-    config["dtype"] = torch_name(skeleton.dtype)
-    config.setdefault(
-        "tie_word_embeddings", bool(getattr(skeleton.config, "tie_word_embeddings", False))
-    )  # mlx-lm's default is tied
-    if skeleton.naming.untied:
-        for section in (
-            config,
-            *(value for value in config.values() if isinstance(value, dict) and "tie_word_embeddings" in value),
-        ):
-            section["tie_word_embeddings"] = False
-    config = add_older_rope_keys(config) | FORMATS[recipe.format].config_entries(quantized, ignore)
-    return json.loads(json.dumps(config, default=str))
-
-
-def _is_matrix(weight: Tensor | None) -> bool:
-    return weight is not None and weight.ndim == 2
 
 
 def _outside_blocks(skeleton: Skeleton) -> Iterator[tuple[str, TensorInfo | Tensor]]:

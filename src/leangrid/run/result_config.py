@@ -1,0 +1,46 @@
+"""The config.json of a result: the source's, with the container's entry, so that engines open the right layers."""
+
+import json
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+
+from leangrid.formats import FORMATS
+from leangrid.models.skeleton import Skeleton
+from leangrid.planning.sizes import stored_schemes
+from leangrid.recipe import Recipe
+from leangrid.storage.config import add_older_rope_keys
+from leangrid.storage.dtypes import torch_name
+
+_TIED = "tie_word_embeddings"
+_NOT_COPIED = ("auto_map", "transformers_version")  # code of the checkpoint's own is not passed on
+
+
+def make_config(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
+    """config.json of ``skeleton``'s model quantized by a resolved ``recipe``, as plain JSON values.
+
+    What is not quantized is named as ignored. That includes routers and matrices beside the model: engines take
+    every matrix for a linear, and every linear that is not ignored for a quantized one.
+    """
+    source = skeleton.checkpoint.config
+    config: dict[str, Any] = deepcopy({key: value for key, value in source.items() if key not in _NOT_COPIED})
+    config["architectures"] = [type(skeleton.model).__name__]
+    config["dtype"] = torch_name(skeleton.dtype)
+    config.setdefault(_TIED, bool(getattr(skeleton.config, _TIED, False)))  # mlx-lm's default is tied
+    if skeleton.naming.untied:
+        inner = (value for value in config.values() if isinstance(value, dict) and _TIED in value)
+        for section in (config, *inner):
+            section[_TIED] = False
+    quantized = stored_schemes(skeleton, recipe)
+    modules = skeleton.model.named_modules()
+    matrices = {name for name, module in modules if _has_matrix(module)}
+    extra = {name.rpartition(".")[0] for name in skeleton.naming.extra}
+    ignored = sorted((matrices | extra) - quantized.keys())
+    config = add_older_rope_keys(config) | FORMATS[recipe.format].config_entries(quantized, ignored)
+    return json.loads(json.dumps(config, default=str))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
