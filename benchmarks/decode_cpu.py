@@ -33,7 +33,7 @@ from common.llama_python import WORKER, llama_python
 from common.machine import ROOT, provenance
 from leangrid import kernels
 from leangrid.data.sampling import stream_tokens
-from leangrid.evaluation.opened import open_model
+from leangrid.evaluation.opened import load_model
 from leangrid.inference.native_step import native_step
 from leangrid.kernels import packed
 
@@ -114,7 +114,7 @@ class Ours:
     pass."""
 
     def __init__(self, path: str, native: bool, dtype: torch.dtype = torch.float32, kernels_: str = "") -> None:
-        opened = open_model(path, dense=False)
+        opened = load_model(path, dense=False)
         self.model, self.native, self.kernels = opened.model.to(dtype), native, kernels_
         self.prompt = opened.tokenizer(PROMPT)["input_ids"]
 

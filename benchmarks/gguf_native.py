@@ -212,7 +212,7 @@ def main() -> None:
             args.source or default_source(), args.calibration, args.samples, args.length, args.seed, folder, args.name
         )
         skeleton = Skeleton(open_source(work.source))
-        names = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+        names = skeleton.all_linear_names()
         llama = Llama(python, folder)
         try:
             made = (

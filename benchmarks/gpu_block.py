@@ -36,7 +36,7 @@ from common.machine import provenance
 from common.random_model import MODELS, checkpoint
 from leangrid.planning.footprint import Demand, Footprint, choose_placement, sum_footprint
 from leangrid.planning.placement import Placement
-from leangrid.planning.resolve import open_model
+from leangrid.planning.resolve import open_checkpoint
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 
@@ -46,7 +46,7 @@ def plan_run(
 ) -> tuple[Placement, Footprint, Recipe]:
     """The placement that the plan chooses for this device, or for a card of ``card`` GiB, the plan's memory, and the
     resolved recipe."""
-    _, skeleton, settled = open_model(source, recipe, device)
+    _, skeleton, settled = open_checkpoint(source, recipe, device)
     if card is None:
         return *choose_placement(skeleton, settled, *windows.shape, device), settled
     placement, _ = choose_placement(skeleton, settled, *windows.shape, device, budget=int(0.94 * card * 2**30))

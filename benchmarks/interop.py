@@ -38,7 +38,7 @@ from common.environment import Environment, EnvironmentFailed
 from common.interop_models import Models, Ours, llama_weights
 from common.machine import ROOT, provenance
 from leangrid.errors import LeangridError
-from leangrid.inference.result_reader import ResultReader
+from leangrid.models.result_reader import ResultReader
 
 ENGINES = ROOT / "tests" / "interop" / "engines"
 NEW = 32

@@ -29,7 +29,7 @@ from common import lines
 from common.machine import provenance
 from leangrid import kernels
 from leangrid.formats.bit_stream import pack
-from leangrid.grids import AffineGrid, fit_affine, fit_nonuniform
+from leangrid.grids import AffineGrid, Precision, fit_affine, fit_nonuniform
 from leangrid.recipe import Recipe
 from leangrid.solve.factor import Factor, factorize
 from leangrid.solve.hessian import HessianSum
@@ -141,14 +141,14 @@ def _sweep(at: Point) -> Callable[[], object]:
 def _refine_affine(at: Point) -> Callable[[], object]:
     w, made, grid = weight(at.rows, at.cols), factor(at.cols), affine(at)
     codes = sweep(w, made, grid).codes
-    return lambda: refine(w, codes, grid, made.damped, 1, torch.bfloat16)
+    return lambda: refine(w, codes, grid, made.damped, 1, Precision(torch.bfloat16))
 
 
 def _refine_nonuniform(at: Point) -> Callable[[], object]:
     w, made = weight(at.rows, at.cols), factor(at.cols)
     grid = fit_nonuniform(w, made.loss_error_weights(4.0), 2**at.bits, "lloyd")
     codes = sweep(w, made, grid).codes
-    return lambda: refine(w, codes, grid, made.damped, 1, torch.bfloat16)
+    return lambda: refine(w, codes, grid, made.damped, 1, Precision(torch.bfloat16))
 
 
 def _pack(at: Point) -> Callable[[], object]:
@@ -161,7 +161,7 @@ def _pack(at: Point) -> Callable[[], object]:
 def _linear(at: Point) -> Callable[[], object]:
     recipe = Recipe(scheme=f"W{at.bits}A16_G{at.group_size}", steps=at.steps).resolved()
     w, made, matrix = weight(at.rows, at.cols), factor(at.cols), hessian(at.cols)
-    return lambda: solve_linear(w, made, matrix, recipe, torch.bfloat16)
+    return lambda: solve_linear(w, made, matrix, recipe, Precision(torch.bfloat16))
 
 
 def hessian_cost(at: Point, panel: int = PANEL, size: int = 4) -> Cost:

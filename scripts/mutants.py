@@ -156,7 +156,7 @@ MUTANTS: dict[str, Mutant] = {
     "gate": Mutant(
         "the quality gate's limit",
         "gate/quality.py",
-        'return "error" not in quality and value is not None and allowed is not None and value <= allowed',
+        "return self.error is None and self.limit is not None and self.distance <= self.limit",
         "return True",
         "faults/test_quality_gate.py",
     ),
@@ -168,7 +168,7 @@ MUTANTS: dict[str, Mutant] = {
         "(layer.out_features, layer.in_features), name\n"
         "                )\n",
         "",
-        "interop/test_transformers.py",
+        "unit/inference/test_load.py",
     ),
 }
 

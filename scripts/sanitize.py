@@ -22,6 +22,7 @@ TESTS = (
     "tests/unit/kernels/test_packed.py",
     "tests/oracles/test_exact.py",
     "tests/unit/inference/test_layers.py",
+    "tests/unit/inference/test_load.py",
     "tests/faults/test_shapes.py",
     "tests/interop/test_transformers.py",
 )

@@ -17,9 +17,9 @@ from common.workload import default_source
 from leangrid.data.sampling import sample_windows
 from leangrid.exporters.export import WHOLE
 from leangrid.inference.layers import AffineLinear
-from leangrid.inference.result_reader import ResultReader
 from leangrid.models.gguf import dequantize
 from leangrid.models.gguf_names import describe
+from leangrid.models.result_reader import ResultReader
 from leangrid.storage import safetensors
 
 PROMPT = "The capital of France is Paris, and the capital of Italy is"

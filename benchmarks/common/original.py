@@ -12,8 +12,8 @@ from torch import Tensor
 import leangrid
 from leangrid.data.calibration import check_vocabulary, cut_windows, find_affixes, tokenize_text
 from leangrid.data.corpora import read_joined_text
-from leangrid.evaluation.tasks.sts import Pairs, correlation, embed
-from leangrid.metrics.divergence import Reference, divergence
+from leangrid.evaluation.tasks.sts import Pairs, correlation, embed_sentences
+from leangrid.metrics.divergence import ReferenceLogits, divergence
 from leangrid.metrics.embedding import cosine_distance
 from leangrid.metrics.perplexity import negative_log_likelihood, perplexity
 
@@ -42,7 +42,7 @@ class CausalOriginal:
                 f"{text}: {len(ids)} tokens are {len(self.windows)} windows of {length}, {windows} are asked for"
             )
         check_vocabulary(self.windows, model.get_input_embeddings().weight.shape[0])
-        self.reference = Reference(self._logits(model), self.windows)
+        self.reference = ReferenceLogits(self._logits(model), self.windows)
         self.about = {
             "text": Path(text).name,
             "sha256_of_text": hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest(),
@@ -91,7 +91,7 @@ class EncoderOriginal:
         if not text.endswith(".csv"):
             raise SystemExit("an encoder is measured on the STS Benchmark: --text sts-test.csv")
         self.pairs = Pairs.read(Path(text))
-        self.embeddings = embed(model, tokenizer, self.pairs.sentences)
+        self.embeddings = embed_sentences(model, tokenizer, self.pairs.sentences)
         self.about = {
             "text": Path(text).name,
             "sha256_of_text": self.pairs.sha256,
@@ -103,7 +103,7 @@ class EncoderOriginal:
         """The Spearman correlation in points of 100, and the mean over all sentences of 1 - cosine with the original's
         embedding. The second is what ranks two quantizations."""
         model, tokenizer = open_dense(directory)
-        found = embed(model, tokenizer, self.pairs.sentences)
+        found = embed_sentences(model, tokenizer, self.pairs.sentences)
         return {
             "sts_spearman": correlation(found, self.pairs),
             "embedding_cosine_mean": cosine_distance(found, self.embeddings),

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from leangrid import grids as grids
     from leangrid.evaluation import evaluate as evaluate
     from leangrid.evaluation.compare import compare as compare
+    from leangrid.evaluation.tasks.job import Tasks as Tasks
     from leangrid.exporters.export import export as export
     from leangrid.inference.load import load as load
+    from leangrid.planning.placement import Placement as Placement
     from leangrid.planning.plan import plan as plan
     from leangrid.recipe import Recipe as Recipe
     from leangrid.recipe import Scheme as Scheme
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
     from leangrid.storage.verified import verify as verify
 
 _MODULES = {
+    "Placement": "planning.placement",
     "Recipe": "recipe",
     "Scheme": "recipe",
+    "Tasks": "evaluation.tasks.job",
     "compare": "evaluation.compare",
     "evaluate": "evaluation",
     "export": "exporters.export",
@@ -35,8 +39,10 @@ _MODULES = {
     "verify": "storage.verified",
 }
 __all__ = [
+    "Placement",
     "Recipe",
     "Scheme",
+    "Tasks",
     "__version__",
     "compare",
     "evaluate",

@@ -44,6 +44,11 @@ class BlockType:
     narrow: str | None = None
 
     @property
+    def grid(self) -> str:
+        """The kind of grid (``Scheme.grid``) whose levels the type holds."""
+        return "superblock" if self.sc else "offset" if self.minimum else "affine"
+
+    @property
     def middle(self) -> int:
         """The code that stands for 0 in types without a minimum; 0 in those with one."""
         return 0 if self.minimum else 2 ** (self.bits - 1)
@@ -65,8 +70,8 @@ class BlockType:
 
 
 BLOCK_TYPES: dict[str, BlockType] = {
-    kind.name: kind
-    for kind in (
+    block_type.name: block_type
+    for block_type in (
         BlockType("Q4_0", 2, 32, 18, 4, 32),
         BlockType("Q4_1", 3, 32, 20, 4, 32, minimum=True),
         BlockType("Q5_0", 6, 32, 22, 5, 32),

@@ -9,9 +9,10 @@ class Event:
     """One moment of a run.
 
     Attributes:
-        stage: "notice" (``message`` is a sentence for the user), "load", "calibrate", "layer" (one linear is done),
-            "block" (a whole block is done and committed), "save", "done"; "export" (one linear of ``blocks`` is
-            written); "window" and "task" of an evaluation.
+        stage: "notice" and "calibrate" (``message`` is a sentence for the user), "layer" (one linear is done), "block"
+            (a whole block is done and committed), "save" (all blocks are; the result is written now); "export" (one
+            linear of ``blocks`` is written); "window" (one is measured) and "task" (``message`` says which part begins)
+            of an evaluation.
         block: index of the current block, from 0; of an export the linear, of an evaluation the window from 1.
         blocks: how many blocks (linears, windows) there are; 0 while unknown.
         layer: name of the current linear, or ""; of an evaluation the model.

@@ -10,75 +10,75 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import RecipeError
+from leangrid.validation import ValidatedModel
 
-_Model = TypeVar("_Model", bound=BaseModel)
 Method = Literal["leanquant", "gptq", "rtn"]
 
-AFFINE_BITS, NONUNIFORM_BITS = (2, 3, 4, 5, 6, 8), (2, 3, 4)
 # Containers whose readers compute S q + B with a stored number B, so that the zero point need not be an integer.
 OFFSET_FORMATS = frozenset({"mlx"})
 
-_SCHEME = re.compile(r"^(?:W(?P<w>\d+)A16|NU(?P<nu>\d+)|GPTQ(?P<gptq>\d+)|RTN(?P<rtn>\d+))"
-                     r"(?:_G(?P<group>\d+))?(?P<sym>_SYM)?(?P<exact>_EXACT)?$")  # fmt: skip
-_BLOCK = re.compile(r"^(?:(?P<method>GPTQ|RTN)_)?(?P<kind>Q\d_[01K])$")
-_METHODS: dict[str, Method] = {"w": "leanquant", "nu": "leanquant", "gptq": "gptq", "rtn": "rtn"}
+
+@dataclass(frozen=True)
+class GridScheme:
+    """What a kind of grid means to a recipe: its row in ``GRID_SCHEMES``.
+
+    Attributes:
+        head: how a scheme string with the learned grid begins, with {bits} for the bits of a code; None for grids that
+            only llama.cpp's block types have.
+        bits: the bits that the kind has.
+        p: the default exponent of the loss-error weights.
+        format: the container of ``format="auto"``.
+        title: the kind's name in messages.
+        has_groups: whether groups of columns may share a grid, and the zero point may be fixed.
+        mixes: whether the layers of a model may have different bits and groups.
+        offset_kind: the kind that takes its place in a container that stores offsets (OFFSET_FORMATS); None: none.
+    """
+
+    head: str | None
+    bits: tuple[int, ...]
+    p: float
+    format: str
+    title: str
+    has_groups: bool = True
+    mixes: bool = False
+    offset_kind: str | None = None
 
 
-class _Validated(BaseModel):
-    """A frozen pydantic model that raises RecipeError, in one sentence, for wrong fields in whichever way it is made:
-    the constructor, ``model_validate``, ``model_validate_json`` and ``model_copy``."""
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+# Scheme.grid -> its row. Where two kinds have one head, a scheme string means the first.
+GRID_SCHEMES: dict[str, GridScheme] = {
+    "affine": GridScheme(
+        "W{bits}A16", AFFINE_BITS, 2.0, "compressed-tensors", "affine", mixes=True, offset_kind="offset"
+    ),
+    "nonuniform": GridScheme("NU{bits}", (2, 3, 4), 4.0, "lut", "non-uniform", has_groups=False),
+    "offset": GridScheme("W{bits}A16", AFFINE_BITS, 2.0, "mlx", "affine"),
+    "superblock": GridScheme(None, AFFINE_BITS, 2.0, "gguf", "K-type"),
+}
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _raise_recipe_error(cls, fields: Any, inner: Any) -> Any:
-        try:
-            return inner(fields)
-        except ValidationError as error:
-            raise _recipe_error(error, cls) from None
-
-    @classmethod
-    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Any:
-        """As in pydantic; RecipeError also for text that is not JSON."""
-        try:
-            return super().model_validate_json(json_data, **options)
-        except ValidationError as error:
-            raise _recipe_error(error, cls) from None
-
-    def model_copy(self: _Model, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _Model:
-        """A copy with the fields of ``update`` changed, validated as a new object is."""
-        return type(self)(**{**dict(self), **(update or {})})
+_SUFFIXES = r"(?:_G(?P<group>\d+))?(?P<sym>_SYM)?(?P<exact>_EXACT)?"
+_BLOCK = re.compile(r"(?:(?P<method>GPTQ|RTN)_)?(?P<block>Q\d_[01K])")
+_BASELINES: dict[str, Method] = {"GPTQ{bits}": "gptq", "RTN{bits}": "rtn"}  # on affine grids
 
 
-def _recipe_error(error: ValidationError, model: type[BaseModel]) -> RecipeError:
-    """The first wrong field as a RecipeError: what is wrong, the value given, and the default or the known fields."""
-    first = error.errors(include_url=False)[0]
-    name, where = ".".join(str(part) for part in first["loc"]), model.__name__.lower()
-    known = f"Fields: {', '.join(model.model_fields)}"
-    if first["type"] == "extra_forbidden":
-        nearest = get_close_matches(name, model.model_fields, 1)
-        hint = f"Did you mean {nearest[0]}? " if nearest else ""
-        return RecipeError(f"'{name[:80]}' is no field of a {where}", where, hint + known)
-    given = " ".join(repr(first.get("input")).split())
-    given = given[:77] + "..." if len(given) > 80 else given
-    problem = first["msg"].replace("Input should be", "must be").replace("Value error, ", "")
-    problem = f"{name or f'a {where}'}{'' if problem.startswith('must be') else ':'} {problem}"
-    field = model.model_fields.get(str(first["loc"][0]) if first["loc"] else "")
-    if field is None or field.is_required():
-        return RecipeError(f"{problem}, not {given}", where, known)
-    described = f": {field.description}" if field.description else ""
-    return RecipeError(f"{problem}, not {given}", where, f"The default is {field.default!r}{described}")
+def _heads() -> Iterator[tuple[str, str, Method]]:
+    """How scheme strings begin, with the kind of grid and the method that each means."""
+    for grid, row in GRID_SCHEMES.items():
+        if row.head:
+            yield row.head, grid, "leanquant"
+    for head, method in _BASELINES.items():
+        yield head, "affine", method
 
 
-class Scheme(_Validated):
+class Scheme(ValidatedModel):
     """A scheme string, parsed: the kind of grid, the bits, the columns that share a grid, and the method.
 
     Attributes:
@@ -93,7 +93,8 @@ class Scheme(_Validated):
         block: llama.cpp's block type that the grid is; None: none.
 
     Raises:
-        RecipeError: bits that the grid does not have, or parts that exclude each other.
+        RecipeError: an unknown field or kind of grid, bits that the kind does not have, or parts that exclude each
+            other.
 
     Example:
         >>> scheme = leangrid.Scheme.parse("W4A16_G64")
@@ -101,7 +102,7 @@ class Scheme(_Validated):
         ('affine', 4, 64, 'W4A16_G64')
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     grid: str
     method: Method
@@ -114,40 +115,55 @@ class Scheme(_Validated):
     @classmethod
     def parse(cls, text: str) -> "Scheme":
         """Read a scheme string in any letter case; RecipeError with examples for anything else."""
-        block = _BLOCK.match(text.upper())
-        if block and block["kind"] in BLOCK_TYPES:
-            return cls.of_block(BLOCK_TYPES[block["kind"]], _METHODS[(block["method"] or "w").lower()])
-        match = _SCHEME.match(text.upper())
-        if match is None:
-            examples = "Examples: W4A16_G64, W3A16, NU4, NU3, GPTQ4_G64, RTN4, Q4_K"
-            raise RecipeError(f"'{text}' is not a scheme", "--scheme", examples)
-        kind = next(k for k in ("w", "nu", "gptq", "rtn") if match[k])
-        return cls(
-            grid="nonuniform" if kind == "nu" else "affine",
-            method=_METHODS[kind],
-            bits=int(match[kind]),
-            group_size=int(match["group"]) if match["group"] else None,
-            symmetric=match["sym"] is not None,
-            exact=match["exact"] is not None,
-        )
+        block = _BLOCK.fullmatch(text.upper())
+        if block and block["block"] in BLOCK_TYPES:
+            method: Method = "gptq" if block["method"] == "GPTQ" else "rtn" if block["method"] else "leanquant"
+            return cls.of_block(BLOCK_TYPES[block["block"]], method)
+        for head, grid, method in _heads():
+            found = re.fullmatch(head.replace("{bits}", r"(?P<bits>\d+)") + _SUFFIXES, text.upper())
+            if found is not None:
+                return cls(
+                    grid=grid,
+                    method=method,
+                    bits=int(found["bits"]),
+                    group_size=int(found["group"]) if found["group"] else None,
+                    symmetric=found["sym"] is not None,
+                    exact=found["exact"] is not None,
+                )
+        examples = "Examples: W4A16_G64, W3A16, NU4, NU3, GPTQ4_G64, RTN4, Q4_K"
+        raise RecipeError(f"'{text}' is not a scheme", "--scheme", examples)
 
     @classmethod
-    def of_block(cls, kind: BlockType, method: Method = "leanquant") -> "Scheme":
+    def of_block(cls, block: BlockType, method: Method = "leanquant") -> "Scheme":
         """The scheme whose grid is one of llama.cpp's block types."""
-        grid = "superblock" if kind.sc else "offset" if kind.minimum else "affine"
         return cls(
-            grid=grid, method=method, bits=kind.bits, group_size=kind.group, symmetric=not kind.minimum, block=kind.name
+            grid=block.grid,
+            method=method,
+            bits=block.bits,
+            group_size=block.group,
+            symmetric=not block.minimum,
+            block=block.name,
         )
+
+    @field_validator("grid")
+    @classmethod
+    def _check_grid(cls, value: str) -> str:
+        if value not in GRID_SCHEMES:
+            raise RecipeError(f"'{value}' is no kind of grid", "scheme", f"Kinds: {', '.join(GRID_SCHEMES)}")
+        return value
 
     @model_validator(mode="after")
     def _check_parts(self) -> "Scheme":
-        allowed = NONUNIFORM_BITS if self.grid == "nonuniform" else AFFINE_BITS
-        if self.bits not in allowed:
+        row = GRID_SCHEMES[self.grid]
+        if row.head is None and self.block is None:
+            raise RecipeError(f"a {row.title} grid without its block type", "scheme", "Use such as Q4_K")
+        if self.bits not in row.bits:
             what = f"{self.bits} bits are not available in '{self.name}'"
-            raise RecipeError(what, "--scheme", f"Choose one of {allowed}")
-        if self.grid == "nonuniform" and (self.group_size or self.symmetric):
-            what = f"non-uniform grids hold whole rows and have no zero point, but '{self.name}' asks for more"
-            raise RecipeError(what, "--scheme", f"Use NU{self.bits}, or an affine scheme such as W{self.bits}A16_G64")
+            raise RecipeError(what, "--scheme", f"Choose one of {row.bits}")
+        if not row.has_groups and (self.group_size or self.symmetric):
+            what = f"{row.title} grids hold whole rows and have no zero point, but '{self.name}' asks for more"
+            own = self._head("leanquant")
+            raise RecipeError(what, "--scheme", f"Use {own}, or an affine scheme such as W{self.bits}A16_G64")
         if self.group_size is not None and self.group_size < 1:
             what = f"a group of {self.group_size} columns in '{self.name}'"
             raise RecipeError(what, "--scheme", "Use a group such as 64, or no _G for whole rows")
@@ -160,10 +176,13 @@ class Scheme(_Validated):
         """The scheme string that ``parse`` reads as this scheme."""
         if self.block is not None:
             return self.block if self.method == "leanquant" else f"{self.method.upper()}_{self.block}"
-        learned = f"NU{self.bits}" if self.grid == "nonuniform" else f"W{self.bits}A16"
-        head = learned if self.method == "leanquant" else f"{self.method.upper()}{self.bits}"
         group = "" if self.group_size is None else f"_G{self.group_size}"
-        return head + group + ("_SYM" if self.symmetric else "") + ("_EXACT" if self.exact else "")
+        return self._head(self.method) + group + ("_SYM" if self.symmetric else "") + ("_EXACT" if self.exact else "")
+
+    def _head(self, method: Method) -> str:
+        """How the scheme string of this grid with ``method`` begins."""
+        head = GRID_SCHEMES[self.grid].head or "" if method == "leanquant" else method.upper() + "{bits}"
+        return head.format(bits=self.bits)
 
     @property
     def levels(self) -> int:
@@ -178,12 +197,7 @@ class Scheme(_Validated):
         return Scheme.of_block(BLOCK_TYPES[self.block].fitting(cols), self.method)
 
 
-def _default_format(scheme: Scheme) -> str:
-    """The container of ``format="auto"``."""
-    return "gguf" if scheme.block else "lut" if scheme.grid == "nonuniform" else "compressed-tensors"
-
-
-class Recipe(_Validated):
+class Recipe(ValidatedModel):
     """Everything that decides the bytes of a result; equal recipes on equal input give equal bytes.
 
     Every field has a default, and None means the default of the scheme (``resolved`` writes it out). The fields are
@@ -279,8 +293,9 @@ class Recipe(_Validated):
     def parsed(self) -> Scheme:
         """The parsed scheme, on the grid that the format stores; RecipeError while the scheme is still ``auto``."""
         scheme = Scheme.parse(self.scheme)
-        stores_offsets = scheme.grid == "affine" and not scheme.symmetric and self.format in OFFSET_FORMATS
-        return scheme.model_copy(update={"grid": "offset"}) if stores_offsets else scheme
+        offset_kind = GRID_SCHEMES[scheme.grid].offset_kind
+        stores_offsets = offset_kind and not scheme.symmetric and self.format in OFFSET_FORMATS
+        return scheme.model_copy(update={"grid": offset_kind}) if stores_offsets else scheme
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -298,6 +313,11 @@ class Recipe(_Validated):
             if named:
                 return key
         return None
+
+    @property
+    def streams(self) -> int:
+        """Streams of activations that a run carries: the original's beside the quantized where inputs are corrected."""
+        return 2 if self.correct else 1
 
     def for_layer(self, layer: str) -> "Recipe":
         """This recipe with the scheme of one layer, by its full name, and with no ``layers``."""
@@ -326,24 +346,33 @@ class Recipe(_Validated):
         name = scheme if scheme and self.scheme == "auto" else self.scheme
         parsed = Scheme.parse(name)
         self._refuse_mixed_kinds(name, parsed)
-        container = _default_format(parsed) if self.format == "auto" else self.format
+        default = "gguf" if parsed.block else GRID_SCHEMES[parsed.grid].format
+        container = default if self.format == "auto" else self.format
         return self.with_defaults(parsed).model_copy(update={"scheme": name, "format": container})
 
     def with_defaults(self, scheme: Scheme) -> "Recipe":
         """This recipe with ``p``, ``correct`` and ``refine`` as ``scheme`` has them by default, where they are None."""
         learned = scheme.method == "leanquant"
         defaults = {
-            "p": 4.0 if scheme.grid == "nonuniform" else 2.0,
+            "p": GRID_SCHEMES[scheme.grid].p,
             "correct": 0.5 if learned else 0.0,
             "refine": 1 if learned and not scheme.exact else 0,
         }
         return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
 
+    @property
+    def exponent(self) -> float:
+        """``p`` of a resolved recipe; RecipeError where defaults are not written out."""
+        if self.p is None or self.correct is None or self.refine is None:
+            what = "p, correct or refine is None: the defaults of the scheme are not written out"
+            raise RecipeError(what, "recipe", "Call recipe.resolved()")
+        return self.p
+
     def _refuse_mixed_kinds(self, name: str, scheme: Scheme) -> None:
         for key, value in self.layers.items():
             other = Scheme.parse(value)
             same = (other.grid, other.method, other.exact) == (scheme.grid, scheme.method, scheme.exact)
-            if scheme.grid != "affine" or not same:
+            if not GRID_SCHEMES[scheme.grid].mixes or not same:
                 what = f"layers mix schemes of one kind only, but '{key}' asks for {value} beside {name}"
                 raise RecipeError(what, "layers", "Use affine schemes of one method, such as W4A16_G64 with W8A16")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import leangrid
 from leangrid.errors import CheckpointError
 from leangrid.models.skeleton import Skeleton
-from leangrid.models.streams import Streams, embed
+from leangrid.models.streams import Streams, run_to_first_block
 from leangrid.models.walk import BlockWalk
 from leangrid.recipe import Recipe
 from leangrid.report.records import read_records
@@ -41,7 +41,7 @@ def test_every_expert_is_quantized_under_the_names_of_its_checkpoint(name: str, 
     assert result.exit_code == 0 and 0 < result.loss < result.loss_rounding
     assert list_differences(tmp_path / "out") == []
     skeleton = Skeleton(open_source(source))
-    linears = [n for i in range(len(skeleton.blocks)) for n in skeleton.linear_names(i)]
+    linears = skeleton.all_linear_names()
     assert result.layers == len(linears)
     before, after = (read_tensor_infos(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
     assert {n.rpartition(".")[0] for n in before} == {n.rpartition(".")[0] for n in after}
@@ -133,7 +133,7 @@ def test_walks_that_pause_and_replay_give_the_model_and_the_same_bits(name: str,
         block = plain.get_submodule(skeleton.block_name(index))
         block.register_forward_hook(lambda _m, _i, out: seen.append(out[0] if isinstance(out, tuple) else out))
     plain(ids[:2])
-    hidden, calls = embed(skeleton, ids.split(2))
+    hidden, calls = run_to_first_block(skeleton, ids.split(2))
     streams = {replay: Streams(list(hidden), list(hidden)) for replay in (False, True)}
     for index in range(len(skeleton.blocks)):
         read: dict[bool, list[torch.Tensor]] = {False: [], True: []}

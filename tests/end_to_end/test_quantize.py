@@ -37,13 +37,13 @@ def test_nonuniform_result_of_every_architecture(name: str, tmp_path: Path) -> N
     source = tiny_models.save(name, tmp_path / "source")
     result = quantize(source, tmp_path / "out", Recipe(scheme="NU4"), windows=WINDOWS)
     skeleton = Skeleton(open_source(source))
-    assert result.layers == sum(len(skeleton.linear_names(i)) for i in range(len(skeleton.blocks)))
+    assert result.layers == len(skeleton.all_linear_names())
     assert result.exit_code == 0 and 0 < result.loss < result.loss_rounding
     assert list_differences(tmp_path / "out") == []
     assert not (tmp_path / "out.partial").exists()
     model, _ = leangrid.load(tmp_path / "out")
     dense = tiny_models.build(name)
-    for linear in (n for i in range(len(skeleton.blocks)) for n in skeleton.linear_names(i)):
+    for linear in skeleton.all_linear_names():
         weight = model.get_submodule(linear).weight_hat
         stored = weight.t() if skeleton.architecture.layer == "conv1d" else weight
         dense.get_parameter(f"{linear}.weight").data.copy_(stored)

@@ -245,11 +245,11 @@ def test_a_text_that_is_refused_leaves_nothing(
     else:
         (tmp_path / name).mkdir()
     # Before the model is even opened, for that may take long.
-    monkeypatch.setattr("leangrid.run.inputs.open_model", lambda *_: pytest.fail("the model was opened"))
+    monkeypatch.setattr("leangrid.run.inputs.open_checkpoint", lambda *_: pytest.fail("the model was opened"))
     with pytest.raises(CalibrationError):
         quantize(tiny("llama3"), tmp_path / "out", recipe(tmp_path / name))
     monkeypatch.setattr(
-        sys.modules["leangrid.evaluation.measure"], "open_model", lambda *_: pytest.fail("the model was opened")
+        sys.modules["leangrid.evaluation.measure"], "load_model", lambda *_: pytest.fail("the model was opened")
     )
     with pytest.raises(CalibrationError):
         evaluate(tiny("llama3"), None, str(tmp_path / name))

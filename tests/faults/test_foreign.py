@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import leangrid
 from leangrid.errors import ArchitectureError, CheckpointError, LeangridError
-from leangrid.evaluation.opened import open_model
+from leangrid.evaluation.opened import load_model
 from leangrid.inference.load import load
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
@@ -349,7 +349,7 @@ def test_the_name_of_the_source_is_empty(tmp_path: Path) -> None:
 def test_a_model_of_nan_neither_answers_nor_measures(source: Path) -> None:
     change(source, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*NaN"):
-        open_model(source)
+        load_model(source)
 
 
 @pytest.mark.parametrize(

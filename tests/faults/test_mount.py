@@ -14,7 +14,7 @@ from leangrid.errors import OutputError
 from leangrid.storage import disk, files
 from leangrid.storage.journal import Journal, output_of, partial_of
 from leangrid.storage.manifest import amend_result, list_differences
-from leangrid.storage.writer import check_output_path, make_staging_directory, publish_staged_result
+from leangrid.storage.writer import check_output_path, make_staging_directory, write_staged_result
 
 # Before each of the moves, after the last, and as the journal goes.
 KILLS = [f"publish.before_rename:{count}" for count in (1, 2, 3, 6, 7, 8, 9, 10, 12)] + [
@@ -74,7 +74,7 @@ def test_a_directory_that_was_filled_during_the_run_is_left_alone(source: Path, 
         make_staging_directory(journal)
         (out / "thesis.txt").write_text("mine")
         with pytest.raises(OutputError, match="appeared during the run") as told:
-            publish_staged_result(journal, out, {"a.txt": "a"}, {})
+            write_staged_result(journal, out, {"a.txt": "a"}, {})
     assert told.value.exit_code == 3 and (out / "thesis.txt").read_text() == "mine"
 
 
@@ -146,7 +146,7 @@ def _publish(out: Path, text: str, journal: Journal | None = None) -> None:
         files.make_dir(make_staging_directory(opened) / "b")
         for name in (f"{text}.txt", f"b/{text}.txt"):
             files.atomic_write(opened.partial / "publish" / name, text.encode())
-        publish_staged_result(opened, out, {"a.txt": text}, {}, overwrite=True)
+        write_staged_result(opened, out, {"a.txt": text}, {}, overwrite=True)
 
 
 def test_the_journal_of_a_mount_point_keeps_its_names(tmp_path: Path, volume: Path) -> None:

@@ -59,7 +59,7 @@ def two_memories(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _pretend_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("run", "states"):
+    for module in ("run", "less_memory"):
         monkeypatch.setattr(f"leangrid.run.{module}.has_own_memory", lambda _: True)
 
 
@@ -91,7 +91,7 @@ def _records(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.fault("R1")
-def test_smaller_batches_give_way_first(source: Path, tmp_path: Path, exhaust: Exhaust) -> None:
+def test_batches_are_made_smaller_first(source: Path, tmp_path: Path, exhaust: Exhaust) -> None:
     _run(source, tmp_path / "expected", Placement(1))
     failures = exhaust(LlamaMLP, "forward", lambda _self, x: x.shape[0] > 1)
     result, notices = _run(source, tmp_path / "out", Placement(4))
@@ -129,7 +129,7 @@ def test_a_failed_attempt_leaves_nothing_behind(
 ) -> None:
     after: list[int] = []
     with LiveBytes() as alive:
-        monkeypatch.setattr("leangrid.run.states.release_cached_memory", lambda _: after.append(alive.now))
+        monkeypatch.setattr("leangrid.run.less_memory.release_cached_memory", lambda _: after.append(alive.now))
         exhaust(BlockWalk, "_resume", lambda _self, one, group: group == 3 and len(after) < 1)
         quantize(source, tmp_path / "out", RECIPE, windows=WINDOWS, placement=Placement(3, replay=replay))
     states = WINDOWS.numel() * tiny_models.HIDDEN * 4  # of one stream: both are the same before the first block
@@ -138,7 +138,7 @@ def test_a_failed_attempt_leaves_nothing_behind(
 
 
 @pytest.mark.fault("R1")
-def test_the_lean_algebra_gives_way_before_the_device(source: Path, tmp_path: Path, exhaust: Exhaust) -> None:
+def test_the_algebra_is_in_place_before_it_leaves_the_device(source: Path, tmp_path: Path, exhaust: Exhaust) -> None:
     _run(source, tmp_path / "expected", Placement(6, replay=True, in_place=True))
     failures = exhaust(algebra, "factorize", lambda *_: True)
     _, notices = _run(source, tmp_path / "out")
@@ -151,8 +151,8 @@ def test_the_lean_algebra_gives_way_before_the_device(source: Path, tmp_path: Pa
 def test_one_group_moves_to_the_cpu_then_the_block(
     source: Path, tmp_path: Path, exhaust: Exhaust, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lean = Placement(6, replay=True, host_streams=True, in_place=True)
-    _run(source, tmp_path / "expected", lean)
+    in_place_placement = Placement(6, replay=True, host_streams=True, in_place=True)
+    _run(source, tmp_path / "expected", in_place_placement)
     calls: list[int] = []
     real = in_place.factorize_in_place
 
@@ -163,7 +163,7 @@ def test_one_group_moves_to_the_cpu_then_the_block(
         return real(matrix, *rest)
 
     monkeypatch.setattr(in_place, "factorize_in_place", wide_only_once_on_the_device)
-    _, notices = _run(source, tmp_path / "group", lean)
+    _, notices = _run(source, tmp_path / "group", in_place_placement)
     assert len(notices) == 1 and "Hessian and factor of group 3 on the CPU" in notices[0]
     _same(tmp_path / "group", tmp_path / "expected")
     monkeypatch.undo()
@@ -184,7 +184,7 @@ def test_one_group_moves_to_the_cpu_then_the_block(
 @pytest.mark.parametrize(
     "message", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "DefaultCPUAllocator: can't allocate memory"]
 )
-def test_the_end_of_the_ladder_is_one_sentence_and_the_run_goes_on(
+def test_where_nothing_smaller_is_left_one_sentence_says_so_and_the_run_goes_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str
 ) -> None:
     expected, _ = _run(source, tmp_path / "expected")
@@ -215,7 +215,7 @@ def test_the_end_of_the_ladder_is_one_sentence_and_the_run_goes_on(
 
 
 @pytest.mark.fault("R1")
-def test_a_resumed_run_keeps_what_gave_way(source: Path, tmp_path: Path, exhaust: Exhaust) -> None:
+def test_a_resumed_run_keeps_the_smaller_placement(source: Path, tmp_path: Path, exhaust: Exhaust) -> None:
     exhaust(LlamaMLP, "forward", lambda _self, x: x.shape[0] > 2)
 
     def stop(event: Event) -> None:

@@ -14,9 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from leangrid.gate import original as gate_original
 from leangrid.gate import side_by_side
-from leangrid.machine import memory
 from leangrid.models import skeleton as skeletons
 from leangrid.models.original import open_original, tensors_of
 from leangrid.models.skeleton import Skeleton
@@ -24,7 +22,6 @@ from leangrid.recipe import Recipe
 from leangrid.run import inputs, publish
 from leangrid.run.quantize import quantize
 from leangrid.run.result import QuantizeResult
-from leangrid.storage.remote import Remote
 from leangrid.storage.source import Checkpoint, open_source
 
 Tiny = Callable[..., Path]
@@ -158,55 +155,6 @@ def test_a_fault_that_both_walks_share_ends_with_4(
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", EVERY)
-def test_of_a_sound_model_nothing_differs(name: str, dtype: torch.dtype, tiny: Tiny) -> None:
-    ours = opened(tiny(name, dtype), dtype)
-    hidden, _ = side_by_side.embed(ours, [WINDOWS[:2]], "cpu")
-    walked = side_by_side.walk(ours, opened(tiny(name, dtype), dtype), [WINDOWS[:2]], None, "cpu")
-    assert hidden and not any(walked.errors.values())
-    with torch.no_grad(), gate_original.held_against(ours, "cpu") as reference:
-        expected = reference.outputs(WINDOWS[:2], ours.causal, "cpu")
-        reference.compare(expected, side_by_side.outputs(ours, WINDOWS[:2], walked.original[0], "cpu"))
-    assert reference.kind == "transformers" and reference.problems == []
-    if dtype == torch.float32:
-        with torch.no_grad():
-            model = tiny_models.build(name)
-            theirs: Any = model(WINDOWS[:2])
-        wanted = theirs.logits if ours.causal else theirs.last_hidden_state
-        assert torch.allclose(torch.stack(expected), wanted, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["llama3_tied", "bert", "gpt2", *tiny_models.MIXTURES])
-def test_where_memory_is_short_tensors_are_compared(name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_original, "_spare", lambda: 0)
-    sparse = name in tiny_models.MIXTURES
-    ours = opened(
-        tiny(name, torch.bfloat16)
-    )  # computes in float32: transformers would look at every weight to convert it
-    with gate_original.held_against(ours, "cpu") as reference:
-        assert reference.model is None and reference.problems == []
-    assert reference.kind == ("tensors of 2 blocks" if sparse else "transformers' tensors")
-    victim = f"{ours.linear_names(len(ours.blocks) - 1)[-1]}.weight"
-    real = Skeleton.read
-    monkeypatch.setattr(
-        Skeleton, "read", lambda self, name: real(self, name).flip(0) if name == victim else real(self, name)
-    )
-    with gate_original.held_against(ours, "cpu") as reference:
-        assert reference.problems == [f"{victim} is another"]
-
-
-def test_what_cannot_be_compared_is_said(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = opened(tiny("llama2"))
-    with monkeypatch.context() as patch, gate_original.held_against(ours, "cpu"):
-        patch.setattr(memory, "can_map", lambda _size: False)
-        with gate_original.held_against(ours, "cpu") as reference:
-            assert reference.model is None and "may not map" in reference.kind
-    ours.checkpoint.remote = object()  # type: ignore[attr-defined]
-    with gate_original.held_against(ours, "cpu") as reference:
-        assert reference.model is None and "not here" in reference.kind and Remote is not None
-
-
 @pytest.mark.parametrize("kind", ["lone shard", "index without metadata", "other name", "adapter beside", "code"])
 def test_transformers_finds_what_our_reader_accepts(kind: str, tiny: Tiny, tmp_path: Path) -> None:
     directory = tmp_path / "m"
@@ -246,12 +194,12 @@ def test_a_source_that_transformers_cannot_open_ends_with_4(
     def refused(*_: Any, **__: Any) -> Any:
         raise ValueError("what only transformers knows")
 
-    real = publish.quality_gate.judge
+    real = publish.judge_result
 
     def judge(original: Skeleton, *rest: Any) -> Any:
         monkeypatch.setattr(type(original.model), "from_pretrained", refused)
         return real(original, *rest)
 
-    monkeypatch.setattr(publish.quality_gate, "judge", judge)
+    monkeypatch.setattr(publish, "judge_result", judge)
     result = quantized(tiny("llama2"), tmp_path)
     assert result.exit_code == 4 and "what only transformers knows" in result.quality["error"]

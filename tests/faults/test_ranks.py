@@ -284,13 +284,13 @@ def test_mixtures_of_experts_are_refused(tmp_path: Path, name: str) -> None:
     refused(together(source, tmp_path / "out", 2), sentence, tmp_path)
 
 
-def test_the_thrifty_algebra_shares_the_rows_of_each_linear(
+def test_the_in_place_algebra_shares_the_rows_of_each_linear(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lean = Placement(2, replay=True, host_streams=True, in_place=True)
+    smaller = Placement(2, replay=True, host_streams=True, in_place=True)
     monkeypatch.setattr(in_place, "TILE_BYTES", 4 * 64 * 48)  # several tiles a rank, the last one short
     for out, ranks in (("one", 1), ("two", 2), ("again", 2)):
-        job = python(source, tmp_path / out, windows=[tiny_models.tokens(4, 32)] * ranks, placement=[lean] * ranks)
+        job = python(source, tmp_path / out, windows=[tiny_models.tokens(4, 32)] * ranks, placement=[smaller] * ranks)
         ended = forked_ranks.run(ranks, job)
         assert [one.status for one in ended] == [0] * ranks, ended
     alone, several = losses(tmp_path / "one"), losses(tmp_path / "two")

@@ -18,7 +18,7 @@ from tiny_run import digest
 from leangrid.errors import OutputError
 from leangrid.planning import footprint
 from leangrid.planning.placement import Placement
-from leangrid.planning.resolve import open_model
+from leangrid.planning.resolve import open_checkpoint
 from leangrid.planning.sizes import disk_bytes, state_bytes
 from leangrid.recipe import Recipe
 from leangrid.report.views import TIMED
@@ -126,7 +126,7 @@ def _asked(needed: int) -> int:
 
 @pytest.mark.fault("C6")
 def test_states_in_files_are_counted_before_work(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, skeleton, settled = open_model(source, RECIPE)
+    _, skeleton, settled = open_checkpoint(source, RECIPE)
     held, mapped = (disk_bytes(skeleton, settled, WINDOWS.numel(), mapped) for mapped in (False, True))
     assert (
         mapped.states - held.states == 2 * state_bytes(skeleton, settled, WINDOWS.numel()) > 0
@@ -134,15 +134,14 @@ def test_states_in_files_are_counted_before_work(source: Path, tmp_path: Path, m
     )
     out, states = tmp_path / "out", tmp_path / "states"
     _disk(monkeypatch, {tmp_path: _asked(sum(held))})
-    monkeypatch.setattr(
-        footprint, "available_bytes", lambda _device: 0
-    )  # the thriftiest placement: states in mapped files
+    # Without memory the smallest placement is chosen, with states in mapped files.
+    monkeypatch.setattr(footprint, "usable_device_bytes", lambda _device: 0)
     with pytest.raises(
         OutputError, match=rf"about {_asked(sum(mapped))} bytes needed, {_asked(sum(held))} bytes free"
     ) as caught:
         _run(source, out, states=states)
     assert caught.value.exit_code == 2 and not list(tmp_path.glob("out*")) and not list(states.iterdir())
-    monkeypatch.setattr(footprint, "available_bytes", lambda _device: 1 << 40)
+    monkeypatch.setattr(footprint, "usable_device_bytes", lambda _device: 1 << 40)
     _run(source, out, states=states)
 
 
@@ -150,7 +149,7 @@ def test_states_in_files_are_counted_before_work(source: Path, tmp_path: Path, m
 def test_the_disk_of_the_states_is_looked_at_itself(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, skeleton, settled = open_model(source, RECIPE)
+    _, skeleton, settled = open_checkpoint(source, RECIPE)
     needed, states = disk_bytes(skeleton, settled, WINDOWS.numel()), tmp_path / "states"
     monkeypatch.setattr(disk, "same_disk", lambda _one, _other: False)
     _disk(monkeypatch, {states: _asked(needed.states) - 1, tmp_path: _asked(needed.result)})
@@ -165,7 +164,7 @@ def test_a_resumed_run_is_not_asked_for_space_that_it_has_taken(
 ) -> None:
     out = tmp_path / "out"
     assert status_of(partial(_run, source, out, IN_MEMORY), "journal.after_state:2") == -9
-    _, skeleton, settled = open_model(source, RECIPE)
+    _, skeleton, settled = open_checkpoint(source, RECIPE)
     needed = sum(disk_bytes(skeleton, settled, WINDOWS.numel()))
     taken = sum(disk.bytes_in(tmp_path / "out.partial" / name) for name in ("blocks", "state"))
     assert 0 < taken < needed

@@ -1,4 +1,4 @@
-"""Code that a checkpoint brings is never run, whatever door it is planted at and whoever says yes on stdin."""
+"""Code that a checkpoint brings is never run, in whichever file it is planted and whoever says yes on stdin."""
 
 import ast
 import io
@@ -74,7 +74,7 @@ def _template(source: Path) -> None:
 
 # Planted together where all of them leave a sound checkpoint, alone where the tokenizer cannot be read without its
 # code.
-DOORS = {"sound": (_config, _tokenizer("PreTrainedTokenizerFast"), _processors, _generation, _template),
+PLANTED = {"sound": (_config, _tokenizer("PreTrainedTokenizerFast"), _processors, _generation, _template),
          "unknown class": (_tokenizer("EvilTokenizer"),), "no class": (_tokenizer(None),)}  # fmt: skip
 
 
@@ -111,14 +111,14 @@ def every_command(source: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("door", list(DOORS))
-def test_code_at_a_door_is_not_run(door: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for plant in DOORS[door]:
+@pytest.mark.parametrize("where", list(PLANTED))
+def test_planted_code_is_not_run(where: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for plant in PLANTED[where]:
         plant(source)
     codes = every_command(source, monkeypatch)
     assert not (source.parent / "canary").exists()
     assert set(codes) <= {0, 2}, codes
-    assert codes[0] == 0 or door != "sound", "only a tokenizer that nothing else can read is a reason to refuse"
+    assert codes[0] == 0 or where != "sound", "only a tokenizer that nothing else can read is a reason to refuse"
     out = source.parent / "out"
     assert not out.exists() or not list(out.rglob("*.py"))
 

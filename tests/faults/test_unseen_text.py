@@ -16,7 +16,6 @@ from leangrid.cli.app import app
 from leangrid.data import calibration
 from leangrid.data.calibration import make_windows
 from leangrid.evaluation.measure import evaluate
-from leangrid.gate import quality
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.report.text import quantize_summary
@@ -81,32 +80,6 @@ def test_on_stderr_it_is_a_warning_and_quiet_is_quiet(tiny: Tiny, prose: Path, t
         done = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="leangrid")
         assert done.exit_code == 0 and "warning" in done.stdout
         assert ("warning: " in done.stderr) != quiet and (not quiet or done.stderr == "")
-
-
-def test_rounding_that_is_nearer_is_said() -> None:
-    found: dict[str, Any] = {"measure": "kl", "value": 0.01, "rounding": 0.2, "limit": 1.0}
-    unseen = {"value": 0.3, "rounding": 0.25, "text": "other text of a.txt"}
-    assert "plain rounding is nearer" in quality._warnings(found | {"unseen": unseen})[0]
-    assert quality._warnings(found | {"unseen": unseen | {"value": 0.03}}) == []
-    assert "0.24 on text" in quality._warnings(found | {"unseen": unseen | {"value": 0.24}})[0]
-    another = found | {
-        "value": 0.02,
-        "rounding": 0.02,
-    }  # a text on which rounding is worse in the same measure: not the calibration
-    assert quality._warnings(another | {"unseen": unseen | {"value": 0.24}}) == []
-    assert quality._warnings(found | {"unseen": {"value": None, "text": ""}}) == [] and quality._warnings(found) == []
-
-
-def test_the_limit_is_for_the_worse_of_the_two() -> None:
-    found = {"measure": "kl", "value": 0.1, "limit": 1.0, "unseen": {"value": 1.5}}
-    assert (
-        not quality.passed(found)
-        and quality.passed(found, limit=2.0)
-        and "is 1.5, 1.0 is allowed" in quality.verdict(found)
-    )
-    assert not quality.passed(found | {"unseen": {"value": None}}) and quality.passed(
-        found | {"unseen": {"value": 0.9}}
-    )
 
 
 def test_the_first_windows_are_the_same_with_more_behind_them(prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:

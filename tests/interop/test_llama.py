@@ -26,8 +26,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 import leangrid
 from leangrid.block_types import BLOCK_TYPES
-from leangrid.inference.result_reader import ResultReader
 from leangrid.models.gguf_vocab import LLAMA3, QWEN2, TEKKEN
+from leangrid.models.result_reader import ResultReader
 from leangrid.storage.manifest import amend_result
 
 PYTHON = os.environ.get("LLAMA_PYTHON", "")

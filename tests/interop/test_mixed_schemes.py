@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import leangrid
 from leangrid.errors import FormatError, RecipeError
 from leangrid.exporters.export import export
-from leangrid.inference.result_reader import ResultReader
+from leangrid.models.result_reader import ResultReader
 from leangrid.recipe import Recipe
 
 pytestmark = pytest.mark.interop

@@ -1,5 +1,7 @@
 """The blocked float32 sweep against the literal float64 one: the same codes for every shape, group and block."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
@@ -34,7 +36,8 @@ def largest_excess(w: Tensor, factor: Factor, levels: Tensor, swept: Swept) -> t
 
 
 def check(w: Tensor, factor: Factor, found: Grid, block: int) -> None:
-    fast = sweep(w, factor, found, block)
+    with patch("leangrid.solve.sweep.BLOCK", block):
+        fast = sweep(w, factor, found)
     literal = reference_sweep(w, factor.damped, found.levels, factor.order)
     span = (w.amax(1) - w.amin(1)).double()
     excess, margin = largest_excess(w, factor, found.levels, fast)

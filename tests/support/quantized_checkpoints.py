@@ -3,8 +3,11 @@ directory."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import tiny_models
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
@@ -15,6 +18,27 @@ from leangrid.grids import AffineGrid, NonuniformGrid, OffsetGrid, fit_minmax
 from leangrid.models.architectures import architecture_of
 from leangrid.recipe import Recipe, Scheme
 from leangrid.storage.config import add_older_rope_keys
+
+Made = Callable[..., tuple[Path, Path, dict[str, Tensor]]]
+
+
+def make_once(
+    tiny: Callable[..., Path],
+    folders: pytest.TempPathFactory,
+    format_name: str = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> Made:
+    """``made(model, scheme, dtype)`` -> (source, result, dense weights), each made once; ``dtype`` is the default."""
+    done: dict[tuple, tuple[Path, Path, dict[str, Tensor]]] = {}
+
+    def result(model: str, scheme: str, dtype: torch.dtype = dtype) -> tuple[Path, Path, dict[str, Tensor]]:
+        key = (model, scheme, dtype)
+        if key not in done:
+            source, out = tiny(model, dtype), folders.mktemp("results") / "out"
+            done[key] = (source, out, write(source, out, scheme, format_name))
+        return done[key]
+
+    return result
 
 
 def grid_for(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> AffineGrid | NonuniformGrid:
@@ -92,6 +116,12 @@ def reference(source: Path, dense: dict[str, Tensor]) -> hf.PreTrainedModel:
             weight.T.contiguous() if isinstance(model.get_submodule(name), hf.pytorch_utils.Conv1D) else weight
         )
     return model.eval()
+
+
+def auto(result: Path) -> hf.PreTrainedModel:
+    """The result as transformers' own ``from_pretrained`` opens it."""
+    encoder = json.loads((result / "config.json").read_text())["model_type"] in tiny_models.ENCODERS
+    return (hf.AutoModel if encoder else hf.AutoModelForCausalLM).from_pretrained(result)
 
 
 def answer(model: torch.nn.Module, tokens: Tensor) -> Tensor:

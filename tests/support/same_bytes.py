@@ -1,10 +1,10 @@
-"""``python same_bytes.py WORK``: tiny runs, one a format and way of solving, and a sha256 of each result's tensors and
-config.
+"""``python same_bytes.py WORK [HALF]``: tiny runs, one a format and way of solving, and a sha256 of each result's
+tensors and config.
 
-Printed as one JSON object, run -> file -> sha256. The arithmetic is the one that every x86-64 processor has: torch's
-kernels without vector extensions, MKL's compatible branch, no oneDNN, one thread, our own loops as their torch twins.
-So the hashes that are committed beside tests/end_to_end/test_same_bytes.py hold on any such machine with the same
-torch: a change of them is a change of behaviour."""
+Printed as one JSON object, run -> file -> sha256, of all runs or of one half of them (0 or 1). The arithmetic is the
+one that every x86-64 processor has: torch's kernels without vector extensions, MKL's compatible branch, no oneDNN, one
+thread, our own loops as their torch twins. So the hashes that are committed beside tests/end_to_end/test_same_bytes.py
+hold on any such machine with the same torch: a change of them is a change of behaviour."""
 
 import hashlib
 import json
@@ -39,7 +39,8 @@ QUANTIZED: dict[str, tuple[str, str, dict]] = {
     "rounding": ("llama3", "float32", {"scheme": "RTN4"}),
     "uncorrected": ("llama3", "float32", {"scheme": "NU3", "correct": 0.0, "refine": 0, "guard": False}),
 }
-LEAN: dict[str, tuple[str, str, dict]] = {"lean algebra": ("llama3", "bfloat16", {"scheme": "NU4"})}
+# With the algebra of solve/in_place.py; the name is the one in the recorded hashes.
+IN_PLACE: dict[str, tuple[str, str, dict]] = {"lean algebra": ("llama3", "bfloat16", {"scheme": "NU4"})}
 # run -> (the run that it starts from, format)
 EXPORTED = {
     "export dense": ("lut", "dense"),
@@ -47,7 +48,14 @@ EXPORTED = {
     "export compressed-tensors": ("awq", "compressed-tensors"),
     "export gguf": ("gguf", "gguf"),
 }
+HALVES = (0, 1)
 FILES = ("*.safetensors", "config.json", "*.gguf")
+
+
+def runs_of(half: int | None) -> list[str]:
+    """The names of one half of the runs, each export with the run that it starts from; None: of all."""
+    names = [name for number, name in enumerate(QUANTIZED | IN_PLACE) if half in (None, number % 2)]
+    return names + [name for name, (start, _) in EXPORTED.items() if start in names]
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -56,8 +64,8 @@ def hashes(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-def main(work: Path) -> None:
-    """Every run, and what came of it."""
+def main(work: Path, half: int | None) -> None:
+    """Make the runs of one half, or all, and print their hashes."""
     import tiny_models
     import torch
 
@@ -67,18 +75,21 @@ def main(work: Path) -> None:
     torch.backends.mkldnn.enabled = False
     torch.set_num_threads(1)
     windows, found = tiny_models.tokens(4, 32), {}
-    for name, (model, dtype, fields) in (QUANTIZED | LEAN).items():
+    for name in runs_of(half):
+        if name in EXPORTED:
+            start, to = EXPORTED[name]
+            leangrid.export(work / start, work / name, to)
+            found[name] = hashes(work / name)
+            continue
+        model, dtype, fields = (QUANTIZED | IN_PLACE)[name]
         source = work / f"{model}-{dtype}"
         if not source.is_dir():
             tiny_models.save(model, source, getattr(torch, dtype))
         recipe = leangrid.Recipe(products="float32", **fields)
-        placement = Placement(2, replay=True, host_streams=True, in_place=True) if name in LEAN else None
+        placement = Placement(2, replay=True, host_streams=True, in_place=True) if name in IN_PLACE else None
         leangrid.quantize(
             source, work / name, recipe, windows=windows, threads=1, placement=placement, max_kl=float("inf")
         )
-        found[name] = hashes(work / name)
-    for name, (model, to) in EXPORTED.items():
-        leangrid.export(work / model, work / name, to)
         found[name] = hashes(work / name)
     print(json.dumps(found))
 
@@ -86,4 +97,4 @@ def main(work: Path) -> None:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     os.environ.update(PINNED)  # before torch is imported: MKL and ATen read them once
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from leangrid.storage.journal import Journal
 from leangrid.storage.manifest import amend_result, list_differences
 from leangrid.storage.source import open_source
-from leangrid.storage.writer import check_output_path, finish_interrupted_rename, publish_result
+from leangrid.storage.writer import check_output_path, finish_interrupted_rename, write_result
 
 BLOCKS = 2
 CONFIG = {"model_type": "tiny", "hidden_size": 8, "num_hidden_layers": BLOCKS, "vocab_size": 16}
@@ -72,8 +72,8 @@ def run(source: Path, out: Path, overwrite: bool = False, restart: bool = False,
             )
             journal.save_state(index + 1, state)
         head = [("embed.weight", checkpoint.tensors["embed.weight"]), ("norm.weight", torch.ones(8))]
-        records = "".join(json.dumps(journal.read_block_records(i)) + "\n" for i in range(BLOCKS))
-        return publish_result(
+        records = "".join(json.dumps(journal.read_block_info(i)) + "\n" for i in range(BLOCKS))
+        return write_result(
             journal,
             out,
             head,

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 import leangrid
 from leangrid.inference.load import load
 
-NAMES = [name for name in leangrid.__all__ if name not in ("__version__", "grids")]
-NAMES += ["grids.fit_affine", "grids.fit_nonuniform"]
+API = Path(__file__).parents[2] / "docs" / "api.md"
+NAMES = [name for name in re.findall(r"^::: leangrid\.(\S+)$", API.read_text(), re.M) if name != "errors"]
 pytestmark = pytest.mark.filterwarnings("ignore:leangrid runs without its C")
 
 
@@ -36,9 +37,8 @@ def prepared(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 def test_the_example_of_a_public_name_runs(
     name: str, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: Any = leangrid
-    for part in name.split("."):
-        found = getattr(found, part)
+    module, _, leaf = name.rpartition(".")
+    found: Any = getattr(importlib.import_module(f"leangrid.{module}"), leaf)
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     known = {"leangrid": leangrid, "torch": torch, "Path": Path}
@@ -48,6 +48,10 @@ def test_the_example_of_a_public_name_runs(
     said: list[str] = []
     runner.run(test, out=said.append)
     assert not runner.failures, "".join(said)
+
+
+def test_every_name_of_the_package_is_on_the_page() -> None:
+    assert {name.rpartition(".")[2] for name in NAMES} >= {*leangrid.__all__} - {"__version__", "grids"}
 
 
 def test_names_stay_themselves_whatever_is_imported() -> None:

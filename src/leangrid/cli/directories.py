@@ -18,7 +18,10 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", metavar="FORMAT", help="compressed-tensors gptq gptq_v1 awq lut dense", show_default=False
+            "--to",
+            metavar="FORMAT",
+            help="compressed-tensors gptq gptq_v1 awq lut mlx gguf onnx dense",
+            show_default=False,
         ),
     ],
     like: Annotated[

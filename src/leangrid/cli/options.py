@@ -18,7 +18,7 @@ RecipeFile = Annotated[
 Scheme = Annotated[
     str | None, typer.Option(help="W4A16_G64 in groups, W4A16 whole rows, NU4 NU3 NU2 non-uniform, _SYM, _EXACT [auto]")
 ]
-Format = Annotated[str | None, typer.Option(help="compressed-tensors, lut, gptq, awq or mlx [by scheme]")]
+Format = Annotated[str | None, typer.Option(help="compressed-tensors, lut, gptq, awq, mlx, gguf [by scheme]")]
 Calibration = Annotated[str | None, typer.Option(help="c4, wikitext2, self, embedded, a file, hf:org/name [c4]")]
 TextField = Annotated[
     str | None, typer.Option(metavar="NAME", help="column of its rows [text; chats by their template]")

@@ -68,9 +68,9 @@ def _say_what_failed(result: Any, out: Path, max_rescued: str) -> None:
     if result.exit_code and result.too_many_rescues:
         say(f"finished, but more than {max_rescued} of the layers needed a rescue: see {out / 'records.jsonl'}")
     if result.exit_code and not result.quality["passed"]:
-        from leangrid.gate.quality import verdict
+        from leangrid.gate.quality import Quality
 
-        say(f"finished, but {verdict(result.quality)}")
+        say(f"finished, but {Quality.from_dict(result.quality).verdict}")
 
 
 def plan(

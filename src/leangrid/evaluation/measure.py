@@ -1,7 +1,6 @@
 """One model, or several, measured against one reference on the same windows."""
 
 import gc
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,16 +15,17 @@ from torch import Tensor
 from leangrid.data.calibration import check_vocabulary
 from leangrid.data.corpora import check_corpus
 from leangrid.errors import CheckpointError
-from leangrid.evaluation.opened import Opened, open_model
+from leangrid.evaluation.opened import Opened, load_model
 from leangrid.evaluation.results import Evaluation
 from leangrid.evaluation.tasks import Tasks, prepare_tasks, run_tasks
 from leangrid.evaluation.tasks.saved_results import SavedResults, identify_model
 from leangrid.evaluation.windows import WINDOWS, TextRequest, TextWindows, read_windows
-from leangrid.metrics.divergence import Reference, divergence
+from leangrid.metrics.divergence import ReferenceLogits, divergence
 from leangrid.metrics.embedding import cosine_distance, mean_pooled
 from leangrid.metrics.perplexity import negative_log_likelihood, perplexity
 from leangrid.progress import Event, Progress
 from leangrid.storage.hub import locate_source
+from leangrid.storage.manifest import read_manifest
 
 _OWN_ORIGINAL = "Compare a model with the checkpoint it was made from"
 
@@ -79,7 +79,7 @@ def evaluate(
     found = Evaluation(str(model))
     if text is not None or reference is not None:
         found = _measure([model], reference, request, device, say)[0]
-    subject = open_model(model, device)
+    subject = load_model(model, device)
     size = bits_per_weight(subject.path, subject.model)
     figures = run_tasks(subject, jobs, saved, say)
     found = replace(found, tasks=figures, bits_per_weight=size, seconds=round(time.perf_counter() - started, 1))
@@ -100,9 +100,8 @@ def evaluate_many(
 ) -> list[Evaluation]:
     """``evaluate`` for each of ``models``, with the reference run once and its tokens for all of them.
 
-    One model is in memory at a time: the reference's log-probabilities are held (see ``divergence.Reference``), and the
-    reference itself is freed before the first model is loaded.
-    """
+    One model is in memory at a time: the reference's log-probabilities are held (see ``divergence.ReferenceLogits``),
+    and the reference itself is freed before the first model is loaded."""
     request = TextRequest(text, length, windows, text_field)
     return _measure(models, reference, request, device, progress or (lambda event: None))
 
@@ -116,7 +115,7 @@ def _measure(
     original: Original | None = None
     shared: TextWindows | None = None
     if reference is not None:
-        subject = open_model(reference, device)
+        subject = load_model(reference, device)
         shared = read_windows(subject, request, say)
         original = Original.measure(subject, shared, say)
         del subject
@@ -124,10 +123,10 @@ def _measure(
     shared_seconds, results = time.perf_counter() - started, []
     for name in models:
         started = time.perf_counter()
-        subject = open_model(name, device)
+        subject = load_model(name, device)
         windows = shared or read_windows(subject, request, say)
         check_vocabulary(windows.tokens, subject.embedding_rows)
-        measure = _measure_decoder if subject.causal else _measure_encoder
+        measure = _measure_decoder if subject.has_lm_head else _measure_encoder
         found = Evaluation(
             model=str(name),
             reference=None if reference is None else str(reference),
@@ -150,14 +149,14 @@ def _measure(
 class Original:
     """What is held of the reference: its log-probabilities, or an encoder's embeddings."""
 
-    distribution: Reference | None
+    distribution: ReferenceLogits | None
     embeddings: Float[Tensor, "windows width"] | None
 
     @classmethod
     def measure(cls, subject: Opened, windows: TextWindows, say: Progress) -> "Original":
         """Run the reference on all windows."""
-        if subject.causal:
-            return cls(Reference(_logits_of(subject, windows, say), windows.tokens), None)
+        if subject.has_lm_head:
+            return cls(ReferenceLogits(_logits_of(subject, windows, say), windows.tokens), None)
         return cls(None, _embeddings(subject, windows, say))
 
 
@@ -217,10 +216,10 @@ def bits_per_weight(path: Path, model: torch.nn.Module) -> float | None:
     """Bits of a weight: for a leangrid result what its manifest says, for a dense checkpoint or .gguf file 8 x bytes /
     parameters, else None."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8")) if path.is_dir() else {}
+        manifest = read_manifest(path) if path.is_dir() else {}
     except (OSError, ValueError):
         manifest = {}
-    figures = manifest.get("result") if isinstance(manifest, dict) else None
+    figures = manifest.get("result")
     stated = figures.get("bits_per_weight") if isinstance(figures, dict) else None
     if isinstance(stated, int | float):
         return float(stated)

@@ -22,14 +22,14 @@ class Opened:
         path: its place on disk.
         model: in evaluation mode.
         tokenizer: None where it has none.
-        causal: whether it predicts next tokens; an encoder does not.
+        has_lm_head: whether it predicts next tokens; an encoder does not.
     """
 
     name: str
     path: Path
     model: torch.nn.Module
     tokenizer: Any
-    causal: bool
+    has_lm_head: bool
 
     @property
     def positions(self) -> int | None:
@@ -51,7 +51,7 @@ class Opened:
         return next(iter((*self.model.parameters(), *self.model.buffers()))).device
 
 
-def open_model(name: str | Path, device: str = "cpu", dense: bool | None = None) -> Opened:
+def load_model(name: str | Path, device: str = "cpu", dense: bool | None = None) -> Opened:
     """Load a leangrid result, a dense checkpoint, a hub id or a .gguf file (dequantized in a temporary directory).
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from leangrid.data.calibration import find_affixes
 from leangrid.data.sampling import find_end_tokens, stream_tokens
 from leangrid.errors import CalibrationError, CheckpointError, first_line
-from leangrid.evaluation.opened import Opened, open_model
+from leangrid.evaluation.opened import Opened, load_model
 from leangrid.inference.native_step import native_step
 
 _RAW = "continue the prompt as it is, without the chat template: --raw"
@@ -41,8 +41,8 @@ class Reply:
             CheckpointError: an encoder, which cannot answer, or a chat template that cannot be applied.
             CalibrationError: no tokenizer, an empty prompt, or a token of it that the model has no embedding for.
         """
-        subject = open_model(name, device, dense=False)
-        if not subject.causal:
+        subject = load_model(name, device, dense=False)
+        if not subject.has_lm_head:
             what = "a model without a language-model head (an encoder, a base model, a classifier) cannot answer"
             raise CheckpointError(what, name, "Compare its hidden states: leangrid eval MODEL --reference SOURCE")
         if subject.tokenizer is None:

@@ -27,6 +27,11 @@ class Evaluation(Result):
         bits_per_weight: of the quantized linears, as the manifest says; of another checkpoint 8 x bytes / parameters.
         seconds: wall time.
         embedding_cosine_mean: mean of 1 - cosine similarity of the embeddings of model and reference; encoders only.
+
+    Example:
+        >>> found = leangrid.evaluate("out", text="text.txt", length=32, windows=2)
+        >>> found.kl_mean is None, found.perplexity == found.to_dict()["perplexity"]
+        (True, True)
     """
 
     model: str
@@ -101,6 +106,13 @@ class Comparison(Result):
         reference: as it was given.
         reference_perplexity: of the original, where all figures have the same.
         plot: the file that was written; None where none was asked for.
+
+    Example:
+        >>> found = leangrid.compare(["out"])
+        >>> found.measured_on
+        'by the quality gate of each run, on the first calibration windows'
+        >>> [(row.name, row.distance > 0) for row in found.rows]
+        [('out', True)]
     """
 
     rows: list[ComparedResult]

@@ -18,7 +18,7 @@ from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from leangrid.exporters import gguf_file, onnx_model
 from leangrid.formats import CONFIG_KEYS, FORMATS, Format, schemes_stored_by
-from leangrid.inference.result_reader import ResultReader
+from leangrid.models.result_reader import ResultReader
 from leangrid.progress import Event, Progress
 from leangrid.recipe import Scheme
 from leangrid.report.facts import RECORDS, RUN, Facts
@@ -43,8 +43,21 @@ TAKES_LIKE: frozenset[str] = frozenset(
 
 @dataclass(frozen=True)
 class ExportResult(Result):
-    """What an export wrote. ``bits_per_weight`` counts codes and grids of the quantized linears; ``bytes`` is the whole
-    directory."""
+    """What an export wrote.
+
+    Attributes:
+        out, model: the directory that was written, and the result it was made from.
+        format: the container; ``scheme`` that of the result.
+        layers: how many linears are quantized.
+        bits_per_weight: codes and grids of the quantized linears; None where that has no meaning.
+        bytes: size of all files of the directory.
+        seconds: wall time.
+
+    Example:
+        >>> written = leangrid.export("out", "out-dense", to="dense")
+        >>> written.layers, written.scheme
+        (14, 'NU4')
+    """
 
     out: str
     model: str
@@ -70,7 +83,8 @@ def export(
     Args:
         model: a directory that ``quantize`` or ``export`` wrote.
         out: the directory to make.
-        to: compressed-tensors, lut, gptq, gptq_v1, awq, mlx, gguf, onnx, or dense (the dequantized checkpoint).
+        to: compressed-tensors, lut, gptq, gptq_v1, awq, mlx, gguf, onnx, or dense (the dequantized checkpoint);
+            ``targets()`` lists them.
         like: an existing .gguf file of the same model whose header and tokenizer are taken, for ``to="gguf"``; None:
             both are made from the checkpoint.
         overwrite: replace ``out`` if it is a result of leangrid.
@@ -93,11 +107,11 @@ def export(
     complete = writer.finish_interrupted_rename(out)  # a kill may have come when only the journal was left to remove
     if complete is None:
         writer.check_output_path(out, model, overwrite)
-    work = _Export(ResultReader.verified(model), to, None if like is None else Path(like), progress)
-    if complete is None or complete.get("exported") != work.origin:
+    job = _Export(ResultReader.verified(model), to, None if like is None else Path(like), progress)
+    if complete is None or complete.get("exported") != job.origin:
         writer.check_output_path(out, model, overwrite)
-        work.refuse()
-        complete = work.write(out, overwrite)
+        job.refuse()
+        complete = job.write(out, overwrite)
     return _result(model, out, to, complete, time.perf_counter() - began)
 
 
@@ -164,17 +178,18 @@ class _Export:
 
     def refuse(self) -> None:
         """FormatError for the first layer that the container cannot hold; whole files refuse as they begin."""
-        target = self.target
+        target, source = self.target, self.result.format
         if target is None:
             return
         for name, (rows, cols) in self.result.layers.items():
-            if self.result.schemes[name].block:
-                what = f"{self.to} does not hold llama.cpp's {self.result.schemes[name].block}"
+            scheme = self.result.schemes[name]
+            if source.BLOCKS and not target.BLOCKS:
+                what = f"{self.to} does not hold llama.cpp's {scheme.block}"
                 raise FormatError(what, name, f"Use gguf or dense, or quantize again with --format {self.to}")
-            if self.result.schemes[name].grid == "offset" and not target.OFFSETS:
+            if source.stores_offsets and not target.stores_offsets:
                 what = f"{self.to} has no place for the offsets of {self.result.manifest['result']['format']}"
                 raise FormatError(what, name, f"Use format dense, or quantize again with --format {self.to}")
-            reason = target.refuse(self.result.schemes[name], name, rows, cols, self.result.architecture.layer)
+            reason = target.refuse(scheme, name, rows, cols, self.result.architecture.layer)
             if reason:
                 raise FormatError(reason)
         target.config(self.schemes, self.result.ignore)
@@ -191,13 +206,13 @@ class _Export:
         try:
             if self.to in WHOLE:
                 bits = WHOLE[self.to](self.result, writer.make_staging_directory(journal), self.like, self.progress)
-                return writer.publish_staged_result(
+                return writer.write_staged_result(
                     journal, out, self._texts(), self._manifest(bits), overwrite=overwrite, views=self._views
                 )
             disk.require_space(journal.partial, 2 * self._bytes())
             bits, side = self._bits_per_weight(), self.result.checkpoint.side_files()
             texts, manifest = self._texts(), self._manifest(bits)
-            return writer.publish_result(
+            return writer.write_result(
                 journal,
                 out,
                 self._tensors(),

@@ -12,11 +12,11 @@ from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import gguf_repack
 from leangrid.grids import AffineGrid
-from leangrid.inference.result_reader import ResultReader
 from leangrid.models import gguf as existing
 from leangrid.models import gguf_names
 from leangrid.models.gguf_names import GgufModel
 from leangrid.models.gguf_vocab import tokenizer_fields
+from leangrid.models.result_reader import ResultReader
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.progress import Event, Progress
 from leangrid.storage import disk, gguf
@@ -58,18 +58,18 @@ def write(result: ResultReader, staged: Path, like: Path | None, progress: Progr
             written then.
     """
     model = gguf_names.describe(result.checkpoint.config, _model_name(result))
-    kinds = _block_types(result)
+    block_types = _block_types(result)
     notices = list(model.notices)
     fields = _header_of(like, model, _vocabulary_size(result)) if like else _new_header(result, model, notices)
-    counts = [kind.name for kind in kinds.values()]
+    counts = [block_type.name for block_type in block_types.values()]
     fields |= {"general.file_type": Field("uint32", _FILE_TYPES[max(set(counts), key=counts.count)]),
                "general.quantization_version": Field("uint32", 2)}  # fmt: skip
-    entries = _entries(result, model, kinds)
+    entries = _entries(result, model, block_types)
     if result.not_in_model:
         more = f" and {len(result.not_in_model) - 3} more" if len(result.not_in_model) > 3 else ""
         names = f"{', '.join(sorted(result.not_in_model)[:3])}{more}"
         notices.append(f"left out, since llama.cpp's {model.arch} has no place for them: {names}")
-    if not result.predicts:
+    if not result.has_lm_head:
         notices.append(
             "the model has no language-model head: llama.cpp takes the embeddings for one, "
             "so use the file for embeddings only"
@@ -79,7 +79,7 @@ def write(result: ResultReader, staged: Path, like: Path | None, progress: Progr
             progress(Event("notice", message=message))
     disk.require_space(staged, sum(entry.nbytes for entry in entries.values()))
     gguf.save(staged / FILE, fields, entries)
-    stored = sum(rows * kinds[name].row_bytes(cols) for name, (rows, cols) in result.layers.items())
+    stored = sum(rows * block_types[name].row_bytes(cols) for name, (rows, cols) in result.layers.items())
     return round(8 * stored / sum(rows * cols for rows, cols in result.layers.values()), 4)
 
 
@@ -92,16 +92,16 @@ def _block_types(result: ResultReader) -> dict[str, BlockType]:
     """Layer -> block type; FormatError for the first layer that no type holds exactly, its scales included."""
     if result.format.BLOCKS:
         return {name: BLOCK_TYPES[result.scheme.block or ""].fitting(cols) for name, (_, cols) in result.layers.items()}
-    kinds = {}
+    block_types = {}
     for name, (rows, cols) in result.layers.items():
         reason = gguf_repack.refuse(result.schemes[name], name, rows, cols, result.architecture.layer)
         if reason:
             raise FormatError(reason)
-        kinds[name] = gguf_repack.block_type(result.schemes[name], cols)
+        block_types[name] = gguf_repack.choose_block_type(result.schemes[name], cols)
     for stored in [f"{name}.weight_scale" for name in result.layers]:
         if stored in result.checkpoint.tensors:  # other containers hold scales in float16 already
             gguf_repack.check_scale(result.checkpoint.read(stored, check=False), stored)
-    return kinds
+    return block_types
 
 
 def _vocabulary_size(result: ResultReader) -> int:
@@ -145,7 +145,7 @@ def _header_of(like: Path, model: GgufModel, embeddings: int) -> dict[str, Field
     return {**model.fields, **found}
 
 
-def _entries(result: ResultReader, model: GgufModel, kinds: Mapping[str, BlockType]) -> dict[str, TensorEntry]:
+def _entries(result: ResultReader, model: GgufModel, block_types: Mapping[str, BlockType]) -> dict[str, TensorEntry]:
     """Every tensor of the file by llama.cpp's name, block by block; each is read when it is written."""
     entries: dict[str, TensorEntry] = {}
     for name, info in result.plain_tensors().items():
@@ -153,10 +153,10 @@ def _entries(result: ResultReader, model: GgufModel, kinds: Mapping[str, BlockTy
             continue
         entries[model.tensor_name(name)] = _plain_entry(result, model, name, info)
     for name, (rows, cols) in result.layers.items():
-        kind = kinds[name]
-        make = _BlockBytes(result, kind, name, model.row_order(f"{name}.weight", rows))
+        block_type = block_types[name]
+        make = _BlockBytes(result, block_type, name, model.row_order(f"{name}.weight", rows))
         entries[model.tensor_name(f"{name}.weight")] = TensorEntry(
-            (rows, cols), kind.number, rows * kind.row_bytes(cols), make
+            (rows, cols), block_type.number, rows * block_type.row_bytes(cols), make
         )
     for name, tensor in model.extra.items():
         entries[name] = TensorEntry(tuple(tensor.shape), _FLOAT32, 4 * tensor.numel(), lambda tensor=tensor: tensor)
@@ -177,7 +177,7 @@ class _BlockBytes:
     """A call makes the block bytes of one quantized linear."""
 
     result: ResultReader
-    kind: BlockType
+    block_type: BlockType
     name: str
     order: Tensor | None
 
@@ -188,7 +188,7 @@ class _BlockBytes:
             return packed if self.order is None else packed[self.order]
         if not isinstance(grid, AffineGrid):
             raise FormatError(f"{type(grid).__name__} is no affine grid", self.name)
-        packed = gguf_repack.pack_affine(self.kind, codes, grid)
+        packed = gguf_repack.pack_affine(self.block_type, codes, grid)
         return packed if self.order is None else packed[self.order]
 
 

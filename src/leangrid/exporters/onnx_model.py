@@ -25,7 +25,7 @@ from torch import Tensor
 from leangrid.errors import FormatError
 from leangrid.formats import CONFIG_KEYS
 from leangrid.formats import onnx as nbits
-from leangrid.inference.result_reader import ResultReader
+from leangrid.models.result_reader import ResultReader
 from leangrid.progress import Event, Progress
 from leangrid.storage import disk, files, safetensors
 
@@ -75,7 +75,7 @@ def _nbytes(result: ResultReader, name: str) -> int:
 def refuse(result: ResultReader) -> None:
     """FormatError for a model without a language-model head, for the first layer that MatMulNBits cannot hold, and for
     a missing package."""
-    if not result.predicts:
+    if not result.has_lm_head:
         raise FormatError(
             "onnxruntime-genai builds decoders with a language-model head, and this model has none",
             result.directory,
@@ -101,7 +101,7 @@ def _write_plain(result: ResultReader, directory: Path, progress: Progress | Non
         safetensors.save(directory / file, {f"{name}.weight": result.weight_in_model_dtype(name)}, {"format": "pt"})
         weight_map[f"{name}.weight"] = file
         if progress is not None:
-            progress(Event("layer", number, len(result.layers), layer=name))
+            progress(Event("export", number, len(result.layers), layer=name))
     files.write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     for name, path in result.checkpoint.side_files().items():
         files.make_dir((directory / name).parent)

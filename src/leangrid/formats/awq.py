@@ -16,11 +16,14 @@ from leangrid.formats.bit_stream import pack as pack_bits
 from leangrid.formats.bit_stream import unpack as unpack_bits
 from leangrid.formats.checks import (
     affine_grid,
+    affine_only,
     cast_exactly_to_half,
     check_layout,
     check_scales,
     half_precision,
+    no_conv1d,
     scheme_in_groups,
+    uneven_groups,
 )
 from leangrid.grids import AffineGrid, Grid, Precision
 from leangrid.recipe import Scheme
@@ -42,20 +45,17 @@ class Awq(Format):
         or 32 divides."""
         bits, size = scheme.bits, scheme.group_size
         if scheme.grid != "affine":
-            return f"{name}: awq holds affine grids only. Use format lut for NU{bits}, or scheme W4A16_G128"
+            return affine_only(self.NAME, name, bits, "W4A16_G128")
         if kind == "conv1d":
-            return f"{name} is a Conv1D, and readers of awq know nn.Linear only. Use scheme NU4 (format lut)"
+            return no_conv1d(name, "and readers of awq know nn.Linear only", BITS)
         if bits != BITS:
             others = "gptq or compressed-tensors" if bits in (2, 3, 8) else "compressed-tensors or mlx"
             return f"{name}: awq holds 4 bits, not {bits}. Use format {others} for {bits} bits, or scheme W4A16"
         if rows % ROWS_A_WORD:
             what = f"{name}: its {rows} rows do not fill words of {ROWS_A_WORD}, as awq asks"
             return f"{what}. Use format compressed-tensors"
-        if cols % (size or cols):
-            return (
-                f"{name}: groups of {size} do not divide its {cols} columns. "
-                "Use a group that does, or whole rows (no _G)"
-            )
+        if uneven := uneven_groups(name, scheme, cols):
+            return uneven
         if (size or cols) % GROUPS[-1]:
             what = f"groups of {size}" if size else f"its {cols} columns"
             return (

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from leangrid.errors import FormatError
 from leangrid.grids import Grid, Precision
-from leangrid.recipe import Scheme
+from leangrid.recipe import OFFSET_FORMATS, Scheme
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """The tensors of a layer: suffix of the name -> (dtype, shape)."""
 
 CONFIG = "config.json: quantization_config"
+_WEIGHTS_AT_ONCE = 1 << 24  # dequantized in float32 in one step
 DAMAGED_CONFIG = "The config is damaged: quantize or copy it again"
 
 
@@ -32,8 +33,8 @@ class Format(ABC):
         CONFIG_KEYS: keys of config.json under which the entry is written.
         EXPORT_ONLY: whether ``export`` writes it and ``quantize`` does not, because it cannot store every grid that a
             search may find: only a finished result shows whether it fits.
-        OFFSETS: whether it stores w = S q + B with any number B, so that the search need not find integer zero points.
         BLOCKS: whether it stores llama.cpp's block types, and nothing else.
+        MARK: suffix of a tensor that alone tells readers that a layer, of any kind, is quantized; None: there is none.
         AUTO_GROUPS: the group sizes that scheme ``auto`` tries, in this order, before whole rows.
     """
 
@@ -41,9 +42,14 @@ class Format(ABC):
     QUANT_METHOD: str
     CONFIG_KEYS: tuple[str, ...] = ("quantization_config",)
     EXPORT_ONLY: bool = False
-    OFFSETS: bool = False
     BLOCKS: bool = False
+    MARK: str | None = None
     AUTO_GROUPS: tuple[int, ...] = (128,)
+
+    @property
+    def stores_offsets(self) -> bool:
+        """Whether it stores w = S q + B with any number B, so that the search need not find integer zero points."""
+        return self.NAME in OFFSET_FORMATS
 
     @abstractmethod
     def refuse(self, scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear") -> str | None:
@@ -87,14 +93,22 @@ class Format(ABC):
 
     @abstractmethod
     def weight_dtype(self, tensors: dict[str, Tensor]) -> torch.dtype:
-        """The dtype to which readers round the dequantized weight."""
+        """The dtype to which readers round the dequantized weight, as the stored tensors alone say it."""
 
     def dense(
         self, tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str = "layer"
     ) -> Float[Tensor, "rows cols"]:
-        """The weight that every reader must arrive at: computed in float32, rounded once to ``weight_dtype``."""
+        """The weight that every reader of the files must arrive at: ``unpack``, then computed in float32 and rounded
+        once to ``weight_dtype``."""
         codes, grid = self.unpack(tensors, scheme, shape, name)
-        return grid.dequantize(codes).to(self.weight_dtype(tensors))
+        return _dequantize_by_rows(codes, grid, self.weight_dtype(tensors))
+
+    def dequantize(
+        self, codes: UInt8[Tensor, "rows cols"], grid: Grid, dtype: torch.dtype
+    ) -> Float[Tensor, "rows cols"]:
+        """The weight by which a model of ``dtype`` multiplies, of a layer that need not be packed: computed in float32
+        and rounded once to the dtype of ``precision(dtype)``, in which it is returned."""
+        return _dequantize_by_rows(codes, grid, self.precision(dtype).dtype)
 
     @abstractmethod
     def config(self, schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:
@@ -143,3 +157,15 @@ class Format(ABC):
                 "Use format compressed-tensors or mlx",
             )
         return several[0]
+
+
+def _dequantize_by_rows(
+    codes: UInt8[Tensor, "rows cols"], grid: Grid, dtype: torch.dtype
+) -> Float[Tensor, "rows cols"]:
+    """The weights in ``dtype``, some rows at a time: the float32 steps of a whole layer are several times its size."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    count = max(1, _WEIGHTS_AT_ONCE // codes.shape[1])
+    for start in range(0, len(codes), count):
+        rows = torch.arange(start, min(start + count, len(codes)), device=codes.device)
+        out[start : start + count] = grid.select_rows(rows).dequantize(codes[start : start + count])
+    return out

@@ -1,4 +1,4 @@
-"""Checks and casts that several containers share."""
+"""Checks, casts and refusals that several containers share."""
 
 from collections.abc import Mapping
 
@@ -80,6 +80,24 @@ def holds_codes(stored: Mapping[str, TensorInfo], name: str, layout: Layout) -> 
     codes = (suffix for suffix, (dtype, _) in layout.items() if NAMES[dtype] in CODES)
     found = ((suffix, stored.get(f"{name}.{suffix}")) for suffix in codes)
     return any(info is not None and (suffix != "weight" or info.dtype in CODES) for suffix, info in found)
+
+
+def affine_only(container: str, name: str, bits: int, affine_scheme: str) -> str:
+    """Why a container that holds affine grids does not hold layer ``name`` on another grid, and the way out."""
+    return f"{name}: {container} holds affine grids only. Use format lut for NU{bits}, or scheme {affine_scheme}"
+
+
+def no_conv1d(name: str, why: str, bits: int) -> str:
+    """Why a container does not hold layer ``name``, one of GPT-2's Conv1D, and the way out."""
+    return f"{name} is a Conv1D, {why}. Use scheme NU{min(bits, 4)} (format lut)"
+
+
+def uneven_groups(name: str, scheme: Scheme, cols: int) -> str | None:
+    """Why groups that do not divide the ``cols`` columns of layer ``name`` cannot be stored; None where they do."""
+    if cols % (scheme.group_size or cols) == 0:
+        return None
+    what = f"{name}: groups of {scheme.group_size} do not divide its {cols} columns"
+    return f"{what}. Use a group that does, or whole rows (no _G)"
 
 
 def check_scales(scales: Float[Tensor, "rows groups"], name: str) -> None:

@@ -16,7 +16,17 @@ from leangrid.formats.base import CONFIG, DAMAGED_CONFIG, Format, Layout
 from leangrid.formats.bit_stream import pack as pack_bits
 from leangrid.formats.bit_stream import packed_width
 from leangrid.formats.bit_stream import unpack as unpack_bits
-from leangrid.formats.checks import DAMAGED, affine_grid, cast_exactly, check_layout, check_padding, check_scales
+from leangrid.formats.checks import (
+    DAMAGED,
+    affine_grid,
+    affine_only,
+    cast_exactly,
+    check_layout,
+    check_padding,
+    check_scales,
+    no_conv1d,
+    uneven_groups,
+)
 from leangrid.grids import AffineGrid, Grid
 from leangrid.recipe import AFFINE_BITS, Scheme
 
@@ -31,21 +41,10 @@ class CompressedTensors(Format):
         """Non-uniform grids, GPT-2's Conv1D (its readers replace nn.Linear only) and groups that do not divide a
         row."""
         if scheme.grid != "affine":
-            return (
-                f"{name}: compressed-tensors holds affine grids only. "
-                f"Use format lut for NU{scheme.bits}, or scheme W{scheme.bits}A16"
-            )
+            return affine_only(self.NAME, name, scheme.bits, f"W{scheme.bits}A16")
         if kind == "conv1d":
-            return (
-                f"{name} is a Conv1D, and readers of compressed-tensors know nn.Linear only. "
-                f"Use scheme NU{min(scheme.bits, 4)} (format lut)"
-            )
-        if scheme.group_size and cols % scheme.group_size:
-            return (
-                f"{name}: groups of {scheme.group_size} do not divide its {cols} columns. "
-                "Use a group that does, or whole rows (no _G)"
-            )
-        return None
+            return no_conv1d(name, "and readers of compressed-tensors know nn.Linear only", scheme.bits)
+        return uneven_groups(name, scheme, cols)
 
     def layout(self, scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> Layout:
         """weight_packed int32 [rows, words], weight_scale ``dtype`` [rows, groups], weight_shape int64 [2], and unless

@@ -16,9 +16,9 @@ from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import gguf_blocks
 from leangrid.formats.base import CONFIG, DAMAGED_CONFIG, Format, Layout
-from leangrid.formats.checks import DAMAGED, check_layout
+from leangrid.formats.checks import DAMAGED, check_layout, no_conv1d
 from leangrid.formats.gguf_blocks import Parts
-from leangrid.grids import AffineGrid, Grid, GroupedGrid, OffsetGrid, Precision, SuperblockGrid
+from leangrid.grids import AffineGrid, Grid, GroupedGrid, KTypeGrid, OffsetGrid, Precision
 from leangrid.recipe import Scheme
 
 VERSION = 1
@@ -39,7 +39,7 @@ class Gguf(Format):
                 "Use scheme Q4_K or Q4_0, or export a finished affine result to gguf"
             )
         if kind == "conv1d":
-            return f"{name} is a Conv1D, which llama.cpp's files hold transposed. Use scheme NU4 (format lut)"
+            return no_conv1d(name, "which llama.cpp's files hold transposed", 4)
         if cols % 32:
             return (
                 f"{name}: llama.cpp's blocks of 32 do not divide its {cols} columns. "
@@ -59,8 +59,8 @@ class Gguf(Format):
         self, codes: UInt8[Tensor, "rows cols"], grid: Grid, dtype: torch.dtype, scheme: Scheme
     ) -> dict[str, Tensor]:
         """Of the grid of the layer's block type. FormatError for another grid, or one that its fields cannot hold."""
-        kind = _block_type(scheme, codes.shape[1])
-        return {"weight": gguf_blocks.pack(kind, _parts(kind, codes, grid))}
+        block_type = _block_type(scheme, codes.shape[1])
+        return {"weight": gguf_blocks.pack(block_type, _parts(block_type, codes, grid))}
 
     def check(self, tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int], name: str) -> None:
         """Shape and dtype, scales finite and not 0, minima finite."""
@@ -71,14 +71,14 @@ class Gguf(Format):
     ) -> tuple[Tensor, GroupedGrid]:
         """(codes uint8 [rows, cols], grid)."""
         check_layout(tensors, self.layout(scheme, shape, torch.float32), name)
-        kind = _block_type(scheme, shape[1])
-        parts = gguf_blocks.unpack(kind, tensors["weight"])
+        block_type = _block_type(scheme, shape[1])
+        parts = gguf_blocks.unpack(block_type, tensors["weight"])
         scales = [parts.d] if parts.sc is None else [parts.d, parts.sc]
         if not bool(parts.d.isfinite().all()) or any(bool((scale == 0).any()) for scale in scales):
             raise CheckpointError("a block's scale is NaN, infinite or 0", f"{name}.weight", DAMAGED)
         if parts.dmin is not None and not bool(parts.dmin.isfinite().all()):
             raise CheckpointError("a block's minimum is NaN or infinite", f"{name}.weight", DAMAGED)
-        return parts.codes, _grid(kind, parts)
+        return parts.codes, _grid(block_type, parts)
 
     def weight_dtype(self, tensors: dict[str, Tensor]) -> torch.dtype:
         """float32, in which llama.cpp dequantizes."""
@@ -100,13 +100,13 @@ class Gguf(Format):
 
     def scheme_of(self, config: dict[str, Any]) -> Scheme:
         """The block type as a scheme."""
-        kind, layers = config.get("type"), config.get("layers")
-        if config.get("version") != VERSION or not isinstance(kind, str) or kind not in BLOCK_TYPES:
-            what = f"type {kind!r} of version {config.get('version')!r} is not known"
+        name, layers = config.get("type"), config.get("layers")
+        if config.get("version") != VERSION or not isinstance(name, str) or name not in BLOCK_TYPES:
+            what = f"type {name!r} of version {config.get('version')!r} is not known"
             raise FormatError(what, CONFIG, "Upgrade leangrid")
-        if not isinstance(layers, list) or not layers or not all(isinstance(name, str) for name in layers):
+        if not isinstance(layers, list) or not layers or not all(isinstance(layer, str) for layer in layers):
             raise FormatError("layers must list the quantized layers", CONFIG, DAMAGED_CONFIG)
-        return Scheme.of_block(BLOCK_TYPES[kind])
+        return Scheme.of_block(BLOCK_TYPES[name])
 
     def covers(self, config: dict[str, Any], name: str) -> bool:
         """Whether ``name`` is listed."""
@@ -119,29 +119,39 @@ def _block_type(scheme: Scheme, cols: int) -> BlockType:
     return BLOCK_TYPES[scheme.block].fitting(cols)
 
 
-def _parts(kind: BlockType, codes: UInt8[Tensor, "rows cols"], grid: Grid) -> Parts:
+def _parts(block_type: BlockType, codes: UInt8[Tensor, "rows cols"], grid: Grid) -> Parts:
     """The fields of the blocks that hold ``codes`` on ``grid``; FormatError where the type has no such grid."""
-    if not isinstance(grid, GroupedGrid) or (grid.bits, grid.group_size) != (kind.bits, kind.group):
-        what = f"{kind.name} holds groups of {kind.group} at {kind.bits} bits, not {type(grid).__name__}"
-        raise FormatError(what, None, "Use its scheme")
-    if isinstance(grid, SuperblockGrid) and grid.kind is kind:
-        return Parts(
-            codes, grid.d, *((grid.dmin, grid.sub_scale, grid.sub_min) if kind.minimum else (None, grid.sub_scale))
+    if not isinstance(grid, GroupedGrid) or (grid.bits, grid.group_size) != (block_type.bits, block_type.group):
+        what = (
+            f"{block_type.name} holds groups of {block_type.group} at {block_type.bits} bits, not {type(grid).__name__}"
         )
-    if not kind.sc:
-        if isinstance(grid, AffineGrid) and not kind.minimum and bool((grid.zero_point == kind.middle).all()):
+        raise FormatError(what, None, "Use its scheme")
+    if isinstance(grid, KTypeGrid) and grid.block_type is block_type:
+        return Parts(
+            codes,
+            grid.d,
+            *((grid.dmin, grid.sub_scale, grid.sub_min) if block_type.minimum else (None, grid.sub_scale)),
+        )
+    if not block_type.sc:
+        if (
+            isinstance(grid, AffineGrid)
+            and not block_type.minimum
+            and bool((grid.zero_point == block_type.middle).all())
+        ):
             return Parts(codes, grid.scale)
-        if isinstance(grid, OffsetGrid) and kind.minimum:
+        if isinstance(grid, OffsetGrid) and block_type.minimum:
             return Parts(codes, grid.scale, grid.offset)
-    raise FormatError(f"{kind.name} does not hold a {type(grid).__name__}", None, f"Use scheme {kind.name}")
+    raise FormatError(f"{block_type.name} does not hold a {type(grid).__name__}", None, f"Use scheme {block_type.name}")
 
 
-def _grid(kind: BlockType, parts: Parts) -> GroupedGrid:
+def _grid(block_type: BlockType, parts: Parts) -> GroupedGrid:
     """The grid that the fields of a layer's blocks say."""
     if parts.sc is not None:
         dmin = torch.zeros_like(parts.d) if parts.dmin is None else parts.dmin
         sub_min = torch.zeros_like(parts.sc) if parts.m is None else parts.m
-        return SuperblockGrid(kind=kind, d=parts.d, dmin=dmin, sub_scale=parts.sc, sub_min=sub_min)
+        return KTypeGrid(block_type=block_type, d=parts.d, dmin=dmin, sub_scale=parts.sc, sub_min=sub_min)
     if parts.dmin is not None:
-        return OffsetGrid(parts.d, parts.dmin, kind.bits, kind.group)
-    return AffineGrid(parts.d, torch.full_like(parts.d, kind.middle).to(torch.uint8), kind.bits, kind.group)
+        return OffsetGrid(parts.d, parts.dmin, block_type.bits, block_type.group)
+    return AffineGrid(
+        parts.d, torch.full_like(parts.d, block_type.middle).to(torch.uint8), block_type.bits, block_type.group
+    )

@@ -37,7 +37,7 @@ class Parts:
     m: Int[Tensor, "rows groups"] | None = None
 
 
-def pack(kind: BlockType, parts: Parts) -> UInt8[Tensor, "rows bytes"]:
+def pack(block_type: BlockType, parts: Parts) -> UInt8[Tensor, "rows bytes"]:
     """The bytes of each row, uint8.
 
     Raises:
@@ -45,30 +45,32 @@ def pack(kind: BlockType, parts: Parts) -> UInt8[Tensor, "rows bytes"]:
         FormatError: a code or an integer does not fit its field, or float16 rounds a ``d`` or ``dmin``.
     """
     rows, cols = parts.codes.shape
-    width, blocks = kind.row_bytes(cols), cols // kind.cols
-    _check_parts(kind, parts, (rows, blocks), (rows, cols // kind.group))
-    fields = {"codes": parts.codes.reshape(rows, blocks, kind.cols), "d": _half(parts.d, "d")}
+    width, blocks = block_type.row_bytes(cols), cols // block_type.cols
+    _check_parts(block_type, parts, (rows, blocks), (rows, cols // block_type.group))
+    fields = {"codes": parts.codes.reshape(rows, blocks, block_type.cols), "d": _half(parts.d, "d")}
     if parts.dmin is not None:
         fields["dmin"] = _half(parts.dmin, "dmin")
     for name, value in (("sc", parts.sc), ("m", parts.m)):
         if value is not None:
             fields[name] = value.to(torch.int16).reshape(rows, blocks, -1)
-    return torch.cat(_LAYOUTS[kind.name].pack(fields), dim=2).reshape(rows, width)
+    return torch.cat(_LAYOUTS[block_type.name].pack(fields), dim=2).reshape(rows, width)
 
 
-def unpack(kind: BlockType, stored: UInt8[Tensor, "rows bytes"]) -> Parts:
+def unpack(block_type: BlockType, stored: UInt8[Tensor, "rows bytes"]) -> Parts:
     """The inverse of ``pack``; ShapeError where the bytes are no whole blocks."""
     rows, width = stored.shape
-    if stored.dtype != torch.uint8 or width % kind.nbytes:
-        raise ShapeError(f"{width} {stored.dtype} a row are no whole {kind.name} blocks of {kind.nbytes} bytes")
-    layout = _LAYOUTS[kind.name]
-    pieces = stored.reshape(rows, -1, kind.nbytes).split(layout.sizes, dim=2)
+    if stored.dtype != torch.uint8 or width % block_type.nbytes:
+        raise ShapeError(
+            f"{width} {stored.dtype} a row are no whole {block_type.name} blocks of {block_type.nbytes} bytes"
+        )
+    layout = _LAYOUTS[block_type.name]
+    pieces = stored.reshape(rows, -1, block_type.nbytes).split(layout.sizes, dim=2)
     fields = layout.unpack(*pieces)
     flat = {name: value.reshape(rows, -1) for name, value in fields.items()}
     return Parts(**flat)
 
 
-def dequantize(kind: BlockType, parts: Parts) -> Float[Tensor, "rows cols"]:
+def dequantize(block_type: BlockType, parts: Parts) -> Float[Tensor, "rows cols"]:
     """The weight, float32, in the order of operations of llama.cpp's reader: its products are exact, so that only the
     last operation rounds."""
     rows, cols = parts.codes.shape
@@ -76,33 +78,39 @@ def dequantize(kind: BlockType, parts: Parts) -> Float[Tensor, "rows cols"]:
     def wide(values: Tensor, size: int) -> Tensor:
         return values.float().reshape(rows, -1, 1).expand(-1, -1, size).reshape(rows, cols)
 
-    scale = wide(parts.d, kind.cols) if parts.sc is None else wide(parts.d, kind.cols) * wide(parts.sc, kind.group)
-    weight = scale * (parts.codes.float() - kind.middle)
+    scale = (
+        wide(parts.d, block_type.cols)
+        if parts.sc is None
+        else wide(parts.d, block_type.cols) * wide(parts.sc, block_type.group)
+    )
+    weight = scale * (parts.codes.float() - block_type.middle)
     if parts.dmin is None:
         return weight
     return (
-        weight + wide(parts.dmin, kind.cols)
+        weight + wide(parts.dmin, block_type.cols)
         if parts.m is None
-        else weight - wide(parts.dmin, kind.cols) * wide(parts.m, kind.group)
+        else weight - wide(parts.dmin, block_type.cols) * wide(parts.m, block_type.group)
     )
 
 
-def _check_parts(kind: BlockType, parts: Parts, blocks: tuple[int, int], groups: tuple[int, int]) -> None:
+def _check_parts(block_type: BlockType, parts: Parts, blocks: tuple[int, int], groups: tuple[int, int]) -> None:
     wanted = {
         "d": blocks,
-        "dmin": blocks if kind.minimum else None,
-        "sc": groups if kind.sc else None,
-        "m": groups if kind.m else None,
+        "dmin": blocks if block_type.minimum else None,
+        "sc": groups if block_type.sc else None,
+        "m": groups if block_type.m else None,
     }
     for name, shape in wanted.items():
         value = getattr(parts, name)
         found = None if value is None else tuple(value.shape)
         if found != shape:
-            raise ShapeError(f"{kind.name} of {tuple(parts.codes.shape)} needs {name} of shape {shape}, not {found}")
+            raise ShapeError(
+                f"{block_type.name} of {tuple(parts.codes.shape)} needs {name} of shape {shape}, not {found}"
+            )
     for name, value, limits in (
-        ("code", parts.codes, (0, 2**kind.bits - 1)),
-        ("sc", parts.sc, kind.sc),
-        ("m", parts.m, kind.m),
+        ("code", parts.codes, (0, 2**block_type.bits - 1)),
+        ("sc", parts.sc, block_type.sc),
+        ("m", parts.m, block_type.m),
     ):
         if (
             value is not None
@@ -111,7 +119,7 @@ def _check_parts(kind: BlockType, parts: Parts, blocks: tuple[int, int], groups:
             and not limits[0] <= int(value.min()) <= int(value.max()) <= limits[1]
         ):
             raise FormatError(
-                f"{kind.name} holds {name} of {limits[0]}..{limits[1]}, not {int(value.min())}..{int(value.max())}",
+                f"{block_type.name} holds {name} of {limits[0]}..{limits[1]}, not {int(value.min())}..{int(value.max())}",
                 None,
                 _WAY_OUT,
             )

@@ -21,11 +21,11 @@ _SMALLEST = 32  # columns in the smallest block
 
 @dataclass(frozen=True)
 class _Choice:
-    """The type ``kind`` holds codes of ``bits`` bits exactly, if the columns of one scale are a multiple of
+    """The type ``block_type`` holds codes of ``bits`` bits exactly, if the columns of one scale are a multiple of
     ``columns``."""
 
     bits: int
-    kind: str
+    block_type: str
     columns: int
     symmetric_only: bool = False
 
@@ -65,12 +65,12 @@ def refuse(scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear"
     return None
 
 
-def block_type(scheme: Scheme, cols: int) -> BlockType:
+def choose_block_type(scheme: Scheme, cols: int) -> BlockType:
     """The smallest type that holds a row of ``cols`` exactly; FormatError where ``refuse`` says so."""
-    kind = _fitting(scheme, cols)
-    if kind is None:
+    block_type = _fitting(scheme, cols)
+    if block_type is None:
         raise FormatError(refuse(scheme, "the layer", 1, cols) or "no block type fits")
-    return kind
+    return block_type
 
 
 def _fitting(scheme: Scheme, cols: int) -> BlockType | None:
@@ -81,7 +81,7 @@ def _fitting(scheme: Scheme, cols: int) -> BlockType | None:
             and columns % choice.columns == 0
             and (scheme.symmetric or not choice.symmetric_only)
         ):
-            return BLOCK_TYPES[choice.kind]
+            return BLOCK_TYPES[choice.block_type]
     return None
 
 
@@ -93,7 +93,9 @@ def check_scale(scale: Tensor, name: str) -> None:
         raise FormatError(what, name, "Quantize a checkpoint stored in float16 or bfloat16, or export to dense")
 
 
-def pack_affine(kind: BlockType, codes: UInt8[Tensor, "rows cols"], grid: AffineGrid) -> UInt8[Tensor, "rows bytes"]:
+def pack_affine(
+    block_type: BlockType, codes: UInt8[Tensor, "rows cols"], grid: AffineGrid
+) -> UInt8[Tensor, "rows bytes"]:
     """The bytes of the blocks that hold S (q - Z).
 
     Raises:
@@ -101,16 +103,18 @@ def pack_affine(kind: BlockType, codes: UInt8[Tensor, "rows cols"], grid: Affine
     """
     cols = codes.shape[1]
     columns = grid.group_size or cols
-    d = grid.scale.repeat_interleave(columns // kind.cols, dim=1)  # the blocks of a group share its scale
-    groups = (codes.shape[0], cols // kind.group)
-    one = torch.ones(groups, dtype=torch.int16, device=codes.device) if kind.sc else None
-    if kind.minimum:
-        zero = grid.zero_point.to(torch.int16).repeat_interleave(columns // kind.group, dim=1)
-        return pack(kind, Parts(codes, d, d, one, zero))
+    d = grid.scale.repeat_interleave(columns // block_type.cols, dim=1)  # the blocks of a group share its scale
+    groups = (codes.shape[0], cols // block_type.group)
+    one = torch.ones(groups, dtype=torch.int16, device=codes.device) if block_type.sc else None
+    if block_type.minimum:
+        zero = grid.zero_point.to(torch.int16).repeat_interleave(columns // block_type.group, dim=1)
+        return pack(block_type, Parts(codes, d, d, one, zero))
     zero = grid.zero_point.to(torch.int16).repeat_interleave(columns, dim=1)
-    moved = codes.to(torch.int16) - zero + kind.middle
-    if not 0 <= int(moved.min()) <= int(moved.max()) < 2**kind.bits:
+    moved = codes.to(torch.int16) - zero + block_type.middle
+    if not 0 <= int(moved.min()) <= int(moved.max()) < 2**block_type.bits:
         raise FormatError(
-            f"{kind.name} cannot hold these codes and zero points", None, "Quantize with the scheme's _SYM variant"
+            f"{block_type.name} cannot hold these codes and zero points",
+            None,
+            "Quantize with the scheme's _SYM variant",
         )
-    return pack(kind, Parts(moved.to(torch.uint8), d, None, one, None))
+    return pack(block_type, Parts(moved.to(torch.uint8), d, None, one, None))

@@ -20,10 +20,12 @@ from leangrid.formats.bit_stream import unpack as unpack_bits
 from leangrid.formats.checks import (
     DAMAGED,
     affine_grid,
+    affine_only,
     cast_exactly_to_half,
     check_layout,
     check_scales,
     half_precision,
+    no_conv1d,
 )
 from leangrid.grids import AffineGrid, Grid, Precision
 from leangrid.recipe import Scheme
@@ -50,16 +52,14 @@ class Gptq(Format):
         rows or columns that do not fill words."""
         bits, size = scheme.bits, scheme.group_size
         if scheme.grid != "affine":
-            return f"{name}: gptq holds affine grids only. Use format lut for NU{bits}, or scheme W{bits}A16"
+            return affine_only("gptq", name, bits, f"W{bits}A16")
         if bits not in BITS:
             return (
                 f"{name}: gptq holds {', '.join(map(str, BITS))} bits, not {bits}. "
                 "Use format compressed-tensors or mlx, or scheme W4A16"
             )
         if kind == "conv1d":
-            return (
-                f"{name} is a Conv1D, and readers of gptq know nn.Linear only. Use scheme NU{min(bits, 4)} (format lut)"
-            )
+            return no_conv1d(name, "and readers of gptq know nn.Linear only", bits)
         if size and (size not in GROUPS or cols % size):
             why = f"do not divide its {cols} columns" if cols % size else f"are none of {', '.join(map(str, GROUPS))}"
             return f"{name}: groups of {size} {why}. Use format compressed-tensors, or whole rows (no _G)"

@@ -18,7 +18,16 @@ from leangrid.formats.base import DAMAGED_CONFIG, Format, Layout
 from leangrid.formats.bit_stream import pack as pack_bits
 from leangrid.formats.bit_stream import packed_width
 from leangrid.formats.bit_stream import unpack as unpack_bits
-from leangrid.formats.checks import DAMAGED, cast_exactly, check_layout, check_scales, scheme_in_groups
+from leangrid.formats.checks import (
+    DAMAGED,
+    affine_only,
+    cast_exactly,
+    check_layout,
+    check_scales,
+    no_conv1d,
+    scheme_in_groups,
+    uneven_groups,
+)
 from leangrid.grids import AffineGrid, Grid, OffsetGrid
 from leangrid.grids.base import group_columns
 from leangrid.recipe import Scheme
@@ -35,7 +44,7 @@ class Mlx(Format):
     NAME = "mlx"
     QUANT_METHOD = "mlx"  # not written: MLX's entry has no quant_method, and transformers refuses it for that
     CONFIG_KEYS = ("quantization", "quantization_config")  # mlx-lm looks under the first
-    OFFSETS = True
+    MARK = "scales"
     AUTO_GROUPS = GROUPS  # whole rows are stored in groups too, so that narrower ones cost nothing
 
     def refuse(self, scheme: Scheme, name: str, rows: int, cols: int, kind: str = "linear") -> str | None:
@@ -43,16 +52,11 @@ class Mlx(Format):
         32 divides."""
         bits, size = scheme.bits, scheme.group_size
         if scheme.grid == "nonuniform":
-            return f"{name}: MLX holds affine grids only. Use format lut for NU{bits}, or scheme W{bits}A16_G64"
+            return affine_only("MLX", name, bits, f"W{bits}A16_G64")
         if kind == "conv1d":
-            return (
-                f"{name} is a Conv1D, which mlx-lm transposes after reading. Use scheme NU{min(bits, 4)} (format lut)"
-            )
-        if cols % (size or cols):
-            return (
-                f"{name}: groups of {size} do not divide its {cols} columns. "
-                "Use a group that does, or whole rows (no _G)"
-            )
+            return no_conv1d(name, "which mlx-lm transposes after reading", bits)
+        if uneven := uneven_groups(name, scheme, cols):
+            return uneven
         if (size or cols) % GROUPS[-1]:
             fits = next(
                 (f"scheme W{bits}A16_G{group}" for group in GROUPS if cols % group == 0), "format compressed-tensors"

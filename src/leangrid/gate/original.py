@@ -1,9 +1,9 @@
-"""Our own reading of the original held against transformers': what both sides of the gate share, the gate cannot see
-otherwise.
+"""Our reading of the original compared with transformers'.
 
-transformers opens the same files by itself. Every parameter and buffer must be the same, and what its model gives out
-for the gate's windows is what ours, block by block, must give. A model that memory does not hold is compared tensor by
-tensor with the files."""
+Both models that the gate compares are read by our code, so an error of that code would be in both and not be seen.
+transformers opens the same files by itself: every parameter and buffer must be equal, and its outputs for the gate's
+windows must be those of our walk, block by block. A model that does not fit in memory is compared with the files tensor
+by tensor."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -18,70 +18,78 @@ from torch import Tensor, nn
 
 from leangrid.errors import CheckpointError
 from leangrid.machine import memory
-from leangrid.machine.devices import available_bytes, has_own_memory
+from leangrid.machine.devices import has_own_memory, usable_device_bytes
 from leangrid.metrics.embedding import states
 from leangrid.models.original import open_original, original_on_disk, tensors_of
 from leangrid.models.skeleton import Skeleton
 from leangrid.storage.fused import FUSED, MIXTRAL, PLAIN
 
-_SMALL = 1 << 27  # bytes that the gate may take whatever the run took before
+_SMALL = 1 << 27  # bytes that the gate may use however little memory the run needed
 _CHUNK = 1 << 24  # values that are compared at once
 _SHOWN = 3
-# A typical token's relative error of our walk against transformers' model, in 32 and 16 bits, and in 16 where experts
-# are joined. Measured: 0 for every dense model of the table in any dtype, at most 0.007 for a mixture in bfloat16,
-# which transformers adds otherwise.
-_OUTPUTS = {"exact": 1e-3, "half": 1e-2, "joined": 5e-2}
+# The largest relative error of our walk's outputs that passes (median token): in float32, in 16 bits, and in 16 bits
+# for mixtures of experts. Measured: 0 for every dense model of the table in any dtype, at most 0.007 for a mixture in
+# bfloat16, whose experts' outputs transformers adds in another order.
+_TOLERANCES = {"float32": 1e-3, "half": 1e-2, "half_experts": 5e-2}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 @dataclass
-class Reference:
-    """The original, to hold the result and our reading against.
+class OriginalModel:
+    """The original as transformers reads it.
 
-    ``model`` is transformers' own, None where there is none to run; ``kind`` what our reading was compared with, in
-    words; ``problems`` one phrase for each difference."""
+    Attributes:
+        model: transformers' model; None where it cannot be run here.
+        kind: what our reading was compared with, in words.
+        problems: one phrase for each difference of our reading.
+        tolerance: the largest relative error of our outputs that is no difference.
+    """
 
     model: nn.Module | None
     kind: str
     problems: list[str]
     tolerance: float = 0.0
 
-    def outputs(self, ids: Tensor, predicts: bool, device: str) -> list[Tensor]:
+    def outputs(self, ids: Tensor, has_lm_head: bool, device: str) -> list[Tensor]:
         """Logits [length, vocab] of each window, or the last hidden states; one window at a time, as our walk goes."""
         model: Any = self.model
         found = []
         for window in ids.to(device).split(1):
-            given = model(input_ids=window, use_cache=False).logits if predicts else states(model, input_ids=window)
-            found.append(given[0].cpu())
+            if has_lm_head:
+                output = model(input_ids=window, use_cache=False).logits
+            else:
+                output = states(model, input_ids=window)
+            found.append(output[0].cpu())
         return found
 
     def compare(self, expected: list[Tensor], own: Iterator[Tensor]) -> None:
-        """Hold what our walk of the original gives out against ``outputs``: a typical token's relative error."""
+        """Compare the outputs of our walk (``own``) with those of transformers' model (``expected``); a median relative
+        error over ``tolerance`` is a problem."""
         errors = [_token_error(ours, theirs) for ours, theirs in zip(own, expected, strict=True)]
         if not max(errors) <= self.tolerance:
             self.problems.append(f"its outputs differ by {max(errors):.2g}")
 
 
 @contextmanager
-def held_against(ours: Skeleton, device: str) -> Iterator[Reference]:
-    """The reference for the length of the ``with``: as much of it as memory holds, so that no run takes more because of
-    its gate.
+def open_reference(ours: Skeleton, device: str) -> Iterator[OriginalModel]:
+    """Context: the original as transformers reads it, and how ``ours`` differs. It uses no more memory than the run
+    did.
 
-    A dense model's weights stay in their files. Where its dtype is not the stored one, transformers looks at all of
-    them as it loads, so that a large one is opened as it is stored and compared tensor by tensor. Experts, which
-    transformers joins as it loads, need the whole model in memory; where the run has not taken as much before, the
-    tensors of two blocks are compared with the files."""
+    A dense model's weights stay in their files. Where it computes in another dtype than the stored one, transformers
+    converts all weights as it loads, so a large model is opened in its stored dtype, compared tensor by tensor and not
+    run. The experts of a mixture are merged as it loads, which needs the whole model in memory; where the run did not
+    use as much before, the tensors of two blocks are compared with the files instead."""
     shards = {info.file for info in ours.checkpoint.tensors.values()}
     remote = getattr(ours.checkpoint, "remote", None) is not None
     stored = 0 if remote else sum(shard.stat().st_size for shard in shards)
     with ExitStack() as stack:
         if remote or not memory.can_map(stored):
-            reference = Reference(
+            reference = OriginalModel(
                 None, "nothing: " + ("its files are not here" if remote else "the process may not map its files"), []
             )
         elif ours.architecture.sparse and not _fits(ours, device):
             problems, which = _file_differences(ours)
-            reference = Reference(None, which, problems)
+            reference = OriginalModel(None, which, problems)
         else:
             try:
                 runs = ours.architecture.sparse or ours.compute_dtype == ours.dtype or stored <= _spare()
@@ -89,9 +97,9 @@ def held_against(ours: Skeleton, device: str) -> Iterator[Reference]:
                     _transformers_model(ours, ours.compute_dtype if runs else ours.dtype, device)
                 )
                 kind, problems = "transformers" if runs else "transformers' tensors", _differences(ours, model)
-                reference = Reference(model if runs else None, kind, problems, _tolerance(ours))
+                reference = OriginalModel(model if runs else None, kind, problems, _tolerance(ours))
             except CheckpointError as error:
-                reference = Reference(None, "transformers", [error.what])
+                reference = OriginalModel(None, "transformers", [error.what])
         yield reference
     memory.return_freed_memory()
 
@@ -108,8 +116,8 @@ def _transformers_model(ours: Skeleton, dtype: torch.dtype, device: str) -> Iter
 
 
 def _token_error(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |theirs| of the median token: a rounding that sends one token to another expert changes that
-    token alone."""
+    """|ours - theirs| / |theirs| of the median token. Not of the worst: rounding may route a single token to another
+    expert, which is no error."""
     error = torch.linalg.vector_norm(ours.float() - theirs.float(), dim=-1)
     return float(
         (error / torch.linalg.vector_norm(theirs.float(), dim=-1).clamp_min(torch.finfo(torch.float32).tiny)).median()
@@ -118,18 +126,18 @@ def _token_error(ours: Tensor, theirs: Tensor) -> float:
 
 def _tolerance(ours: Skeleton) -> float:
     if ours.compute_dtype.itemsize >= 4:
-        return _OUTPUTS["exact"]
-    return _OUTPUTS["joined" if ours.architecture.sparse else "half"]
+        return _TOLERANCES["float32"]
+    return _TOLERANCES["half_experts" if ours.architecture.sparse else "half"]
 
 
 def _spare() -> int:
-    """What the gate may take beside its own blocks: what the run took before and gave back."""
-    return min(max(_SMALL, memory.peak_bytes() - memory.resident_bytes()), available_bytes("cpu"))
+    """Bytes that the gate may use beside its own blocks: what the run used before and freed."""
+    return min(max(_SMALL, memory.peak_bytes() - memory.resident_bytes()), usable_device_bytes("cpu"))
 
 
 def _fits(ours: Skeleton, device: str) -> bool:
     need = ours.compute_dtype.itemsize * sum(parameter.numel() for parameter in ours.model.parameters())
-    return need <= _spare() and (not has_own_memory(device) or need <= available_bytes(device))
+    return need <= _spare() and (not has_own_memory(device) or need <= usable_device_bytes(device))
 
 
 def _differences(ours: Skeleton, theirs: nn.Module) -> list[str]:
@@ -137,7 +145,7 @@ def _differences(ours: Skeleton, theirs: nn.Module) -> list[str]:
     own = set(ours.model.state_dict(keep_vars=True)) | {name for name, _ in ours.model.named_buffers()}
     found, met, stored = [], set(), set(ours.parameter_names())
     for name, tensor in tensors_of(theirs):
-        for same, part in _apart(ours, name, tensor):
+        for same, part in _split_experts(ours, name, tensor):
             met.add(same)
             if set(same.split(".")) & set(ours.naming.absent):
                 continue
@@ -149,30 +157,30 @@ def _differences(ours: Skeleton, theirs: nn.Module) -> list[str]:
 
 
 def _file_differences(ours: Skeleton) -> tuple[list[str], str]:
-    """The same for the first and the last block and all outside of them, tensor by tensor from the files, and which
-    these were."""
+    """One phrase for each tensor of the first block, the last block or outside the blocks that we read otherwise than
+    it is in the files; and which tensors these were, in words."""
     shards = sorted({Path(info.file) for info in ours.checkpoint.tensors.values()})
     places = {name: shard for shard in shards for name in _keys(shard)}
     blocks = sorted({0, len(ours.blocks) - 1})
-    kept = tuple(f"{ours.block_name(index)}." for index in blocks)
+    compared = tuple(f"{ours.block_name(index)}." for index in blocks)
     found = []
     for name in ours.parameter_names():
-        if name.startswith(ours.blocks_prefix) and not name.startswith(kept):
+        if name.startswith(ours.blocks_prefix) and not name.startswith(compared):
             continue
-        theirs = _in_files(ours, name, places)
+        theirs = _read_from_files(ours, name, places)
         if theirs is None or not _equal(ours.read(name), theirs):
             found.append(f"{name} is {'in no file' if theirs is None else 'another'}")
     return found, f"tensors of {len(blocks)} blocks"
 
 
-def said(what: str, problems: list[str]) -> str:
-    """The differences as one sentence."""
+def describe_problems(what: str, problems: list[str]) -> str:
+    """One sentence: ``what`` and the first of the problems."""
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return f"{what}: {'; '.join(problems[:_SHOWN])}{more}"
 
 
 def _read(ours: Skeleton, name: str, stored: Collection[str]) -> Tensor:
-    """What our walk computes with under this name: stored, tied to what is stored, or a table."""
+    """The tensor that our walk uses under this name: a stored one, the one it is tied to, or a buffer."""
     tied = getattr(ours.model, "all_tied_weights_keys", None) or {}
     while name not in stored and name in tied:
         name = tied[name]
@@ -187,8 +195,8 @@ def _equal(ours: Tensor, theirs: Tensor) -> bool:
     return all(torch.equal(one.to("cpu", theirs.dtype), other.to("cpu")) for one, other in pairs)
 
 
-def _apart(ours: Skeleton, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A tensor of transformers' model under the names of ours, where every expert's matrices stand alone."""
+def _split_experts(ours: Skeleton, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor of transformers' model under the names of ours: merged experts as one matrix for each expert."""
     mixtral = ours.config.model_type == "mixtral"
     name = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
     owner, _, leaf = name.rpartition(".")
@@ -209,9 +217,9 @@ def _keys(shard: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _in_files(ours: Skeleton, name: str, places: dict[str, Path]) -> Tensor | None:
-    """The tensor that transformers takes for ``name``: by its own name, with or without the base model's, or a part of
-    joined experts."""
+def _read_from_files(ours: Skeleton, name: str, places: dict[str, Path]) -> Tensor | None:
+    """The tensor that transformers reads for ``name``: stored under this name, with or without the base model's prefix,
+    or part of merged experts; None where there is none."""
     base = ours.model.base_model_prefix
     spelled = [name, f"{base}.{name}", name.removeprefix(f"{base}.")]
     spelled += [

@@ -1,38 +1,9 @@
-"""The quality gate: the finished files are opened again and held against the original, before the directory gets its
-name.
-
-Both models are walked block by block, side by side, so the gate holds one block of each. It sees the bytes that were
-written, not the tensors that were meant: a convention shifted by one, a layer in the wrong place or a file that no
-reader can open ends here. The original side is transformers' own model of the source (original.py), so that a
-fault of our reader, which both walks share, ends here too.
-
-The figures are those of the first calibration windows, and of windows that calibration never saw, where plain rounding
-is measured beside the result: a calibration that was too small shows there. A model with a language-model head is
-judged by its mean KL from the original, any other by its mean-pooled last hidden states' cosine distance."""
+"""What the quality gate found: distances, the limit, and whether a result may be used."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
-
-import torch
-from jaxtyping import Int64
-from torch import Tensor
-
-from leangrid.errors import Interrupted, LeangridError, first_line
-from leangrid.gate.original import Reference, held_against, said
-from leangrid.gate.side_by_side import Walked, outputs, walk
-from leangrid.inference.result_reader import DequantizedResult, ResultReader
-from leangrid.machine.devices import has_own_memory, is_out_of_memory, release_cached_memory
-from leangrid.metrics.divergence import divergence
-from leangrid.metrics.embedding import cosine_distance
-from leangrid.metrics.perplexity import CHUNK, negative_log_likelihood, perplexity
-from leangrid.models.skeleton import Skeleton
-from leangrid.planning.sizes import GATE_LENGTH, GATE_WINDOWS
-from leangrid.recipe import Recipe
-
-WORST = 3
 
 # Above these a model is broken rather than quantized. Measured on SmolLM2: 0.11 at 4 bits, 0.47 at 3, and 3.3 for plain
 # rounding at 3, which is perplexity 371 instead of 13.
@@ -45,11 +16,118 @@ TINY = 0.001  # share of the limit below which no distance is worth a warning
 
 
 @dataclass(frozen=True)
-class Unseen:
-    """Windows that calibration did not see, int64 [windows, length], and the text they are from, in words."""
+class Distance:
+    """How far a result is from its original on one text.
 
-    windows: Int64[Tensor, "windows length"]
-    text: str
+    Attributes:
+        measure: kl (mean KL from the original per predicted token, in nats), or cosine (mean 1 - cosine similarity of
+            the mean-pooled last hidden states) for models without a language-model head.
+        value: the distance; NaN where the result's outputs are not finite.
+        windows, tokens: how much text was measured.
+        top1_agreement: share of predicted tokens on which both models agree; None for cosine.
+        perplexity, reference_perplexity: of the result and of the original; None for cosine, infinite on overflow.
+        rounding: the distance of plain rounding; None where it was not measured.
+    """
+
+    measure: str
+    value: float
+    windows: int
+    tokens: int
+    top1_agreement: float | None = None
+    perplexity: float | None = None
+    reference_perplexity: float | None = None
+    rounding: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures that were measured, for JSON: null for what is not finite."""
+        figures: dict[str, Any] = {"measure": self.measure, "value": _to_json(self.value)}
+        for name in ("top1_agreement", "perplexity", "reference_perplexity", "rounding"):
+            figure = getattr(self, name)
+            figures |= {} if figure is None else {name: _to_json(figure)}
+        return figures | {"windows": self.windows, "tokens": self.tokens}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Distance":
+        """The inverse of ``to_dict``; what is null is NaN."""
+        names = (field.name for field in fields(cls) if field.name in stored)
+        figures: dict[str, Any] = {name: math.nan if stored[name] is None else stored[name] for name in names}
+        return cls(**figures)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the gate found.
+
+    Attributes:
+        seen: measured on the first calibration windows; None where the result could not be opened or run.
+        unseen: measured on ``unseen_text``, which calibration did not see; None where there is no such text.
+        original: what leangrid's reading of the original was compared with, in words.
+        worst_layers: the linears whose outputs differ most, as {"name": path, "error": |y^ - y| / |y|}.
+        limit: the largest distance that passes.
+        error: why the result cannot be trusted, one sentence; None where it can.
+        warnings: signs of a calibration that was too small, one sentence each.
+    """
+
+    seen: Distance | None = None
+    unseen: Distance | None = None
+    unseen_text: str = ""
+    original: str = ""
+    worst_layers: tuple[Mapping[str, Any], ...] = ()
+    limit: float | None = None
+    error: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def distance(self) -> float:
+        """The larger of the distances on seen and unseen text, which the limit is for; NaN where one is not finite."""
+        values = [text.value for text in (self.seen, self.unseen) if text is not None]
+        return max(values) if values and all(map(math.isfinite, values)) else math.nan
+
+    @property
+    def passed(self) -> bool:
+        """Whether the result may be used: it was measured, without an error, and is within the limit."""
+        return self.error is None and self.limit is not None and self.distance <= self.limit
+
+    @property
+    def verdict(self) -> str:
+        """Why a result did not pass, in one sentence."""
+        if self.error is not None:
+            return self.error
+        what = (
+            "the mean KL from the original"
+            if self.seen is not None and self.seen.measure == "kl"
+            else "the distance of the embeddings from the original's"
+        )
+        worst = ", ".join(f"{layer['name']} ({layer['error']:.2g})" for layer in self.worst_layers)
+        layers = f"worst layers by the relative error of their outputs: {worst}"
+        return f"{what} is {_to_json(self.distance)}, {self.limit} is allowed; {layers}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the manifest holds as ``quality``; ``seen`` is spread out in it."""
+        if self.seen is None:
+            return {} if self.error is None else {"error": self.error}
+        found = self.seen.to_dict() | {"original": self.original, "worst_layers": [dict(x) for x in self.worst_layers]}
+        found["limit"] = self.limit
+        if self.unseen is not None:
+            found["unseen"] = {"text": self.unseen_text} | self.unseen.to_dict()
+        if self.error is not None:
+            found["error"] = self.error
+        return found | ({"warnings": list(self.warnings)} if self.warnings else {})
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Quality":
+        """The inverse of ``to_dict``; what is null is NaN."""
+        unseen = stored.get("unseen")
+        return cls(
+            Distance.from_dict(stored) if "measure" in stored else None,
+            None if unseen is None else Distance.from_dict(unseen),
+            "" if unseen is None else unseen["text"],
+            stored.get("original", ""),
+            tuple(stored.get("worst_layers", ())),
+            stored.get("limit"),
+            stored.get("error"),
+            tuple(stored.get("warnings", ())),
+        )
 
 
 def default_limit(bits: int, measure: str) -> float:
@@ -58,168 +136,30 @@ def default_limit(bits: int, measure: str) -> float:
     return limits[max((known for known in limits if known <= bits), default=min(limits))]
 
 
-def judge(
-    original: Skeleton,
-    directory: Path,
-    windows: Int64[Tensor, "samples length"],
-    recipe: Recipe,
-    device: str,
-    unseen: Unseen | None = None,
-    doubts: list[str] | None = None,
-) -> dict[str, Any]:
-    """What the manifest keeps as ``quality``.
-
-    Args:
-        original, directory: the source, and the finished files.
-        windows: of the calibration; the first two are measured, and ``unseen`` beside them where there is other text.
-        recipe: resolved; plain rounding is measured in its schemes.
-        doubts: differences between the source and ``original`` that were found otherwise (a .gguf file), one phrase
-        each.
-
-    Returns:
-        measure, value, rounding (the value of plain rounding), limit, windows, tokens, worst_layers, with a
-        language-model head also top1_agreement and both perplexities, all on the calibration's windows; ``unseen``: the
-        same of other windows, and ``text``, where they are from; ``original``: what our reading was held against;
-        ``warnings``, sentences, where there are any; ``error``, one sentence, where the result cannot be trusted. A
-        result that cannot be opened or run is an answer, not an exception; Interrupted (the source changed) passes.
-    """
-    texts = [windows[:GATE_WINDOWS, :GATE_LENGTH]] + (
-        [] if unseen is None else [unseen.windows[:GATE_WINDOWS, :GATE_LENGTH]]
-    )
-    try:
-        try:
-            found = _measure(original, directory, texts, recipe, device)
-        except RuntimeError as error:
-            if not (has_own_memory(device) and is_out_of_memory(error)):
-                raise
-            release_cached_memory(device)
-            found = _measure(original, directory, texts, recipe, "cpu")
-    except Interrupted:
-        raise
-    except (LeangridError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
-        return {"error": f"the result cannot be opened again and run: {first_line(error)}"}
-    seen, *others = found.pop("texts")
-    problems = found.pop("problems")
-    found = seen | found | {"limit": default_limit(recipe.parsed.bits, seen["measure"])}
-    if unseen is not None:
-        found["unseen"] = {"text": unseen.text} | others[0]
-    if problems:
-        found["error"] = said("leangrid read the original otherwise than transformers", problems)
-    elif doubts:
-        found["error"] = said("leangrid read another model from the .gguf file than it holds", doubts)
-    elif distance(found) is None:
-        found["error"] = "the result's predictions are not finite"
-    warnings = _warnings(found)
-    return found | ({"warnings": warnings} if warnings else {})
-
-
-def distance(quality: Mapping[str, Any]) -> float | None:
-    """The larger of the distances on the calibration's windows and on unseen ones: what the limit is for."""
-    values = [quality.get("value"), *([quality["unseen"].get("value")] if "unseen" in quality else [])]
-    return None if any(value is None for value in values) else max(values)
-
-
-def passed(quality: Mapping[str, Any], limit: float | None = None) -> bool:
-    """Whether what ``judge`` found is within ``limit`` (its own default where None). Nothing found is nothing
-    passed."""
-    value, allowed = distance(quality), quality.get("limit") if limit is None else limit
-    return "error" not in quality and value is not None and allowed is not None and value <= allowed
-
-
-def verdict(quality: Mapping[str, Any], limit: float | None = None) -> str:
-    """Why a result did not pass, in one sentence."""
-    if "error" in quality:
-        return str(quality["error"])
-    what = (
-        "the mean KL from the original"
-        if quality.get("measure") == "kl"
-        else "the distance of the embeddings from the original's"
-    )
-    worst = ", ".join(f"{layer['name']} ({layer['error']:.2g})" for layer in quality.get("worst_layers", []))
-    allowed = quality.get("limit") if limit is None else limit
-    layers = f"worst layers by the relative error of their outputs: {worst}"
-    return f"{what} is {distance(quality)}, {allowed} is allowed; {layers}"
-
-
-@torch.no_grad()
-def _measure(original: Skeleton, directory: Path, texts: list[Tensor], recipe: Recipe, device: str) -> dict[str, Any]:
-    """``original``, ``problems`` and ``worst_layers``, and the figures of each of the ``texts`` in turn."""
-    linears = [name for index in range(len(original.blocks)) for name in original.linear_names(index)]
-    weights = DequantizedResult(ResultReader(directory), linears)
-    try:
-        result = Skeleton(weights, original.compute_dtype)
-        rounding = recipe if len(texts) > 1 and recipe.parsed.method != "rtn" else None
-        walked = walk(original, result, texts, rounding, device)
-        with held_against(original, device) as reference:
-            figures = [
-                _figures(original, result, walked, number, ids, reference, device) for number, ids in enumerate(texts)
-            ]
-        worst = sorted(walked.errors, key=lambda name: -walked.errors[name])[:WORST]
-        layers = [{"name": name, "error": round(walked.errors[name], 4)} for name in worst]
-        return {"texts": figures, "problems": reference.problems, "original": reference.kind, "worst_layers": layers}
-    finally:
-        weights.close()
-
-
-def _figures(
-    original: Skeleton, result: Skeleton, walked: Walked, number: int, ids: Tensor, reference: Reference, device: str
-) -> dict[str, Any]:
-    """How far the result is from the original on text ``number``: from transformers' outputs where they are there, else
-    from our walk's."""
-    own = outputs(original, ids, walked.original[number], device)
-    expected = list(own) if reference.model is None else reference.outputs(ids, original.causal, device)
-    if reference.model is not None:
-        reference.compare(expected, own)
-    found = _distance(expected, outputs(result, ids, walked.result[number], device), ids, original.causal)
-    if walked.rounded:
-        found["rounding"] = _distance(
-            expected, outputs(original, ids, walked.rounded[number], device), ids, original.causal
-        )["value"]
-    return found | {"windows": ids.shape[0], "tokens": ids.numel()}
-
-
-def _distance(expected: list[Tensor], found: Iterator[Tensor], ids: Tensor, predicts: bool) -> dict[str, Any]:
-    """From what the original and another model give out, window by window."""
-    if not predicts:
-        pooled = [torch.stack([one.double().mean(0) for one in windows]) for windows in (expected, found)]
-        return {"measure": "cosine", "value": _rounded(cosine_distance(*pooled))}
-    compared, surprises = [], []
-    for one, other, window in zip(expected, found, ids.cpu(), strict=True):
-        for start in range(0, len(window) - 1, CHUNK):
-            part = slice(start, min(start + CHUNK, len(window) - 1))
-            compared.append(divergence(torch.log_softmax(one[part].float(), -1), other[start:]))
-        surprises.append([negative_log_likelihood(logits, window) for logits in (other, one)])
-    perplexities = [_rounded(perplexity(torch.cat(parts))) for parts in zip(*surprises, strict=True)]
-    return {
-        "measure": "kl",
-        "value": _rounded(float(torch.cat([one.kl for one in compared]).mean())),
-        "top1_agreement": _rounded(float(torch.cat([one.agrees for one in compared]).double().mean())),
-        "perplexity": perplexities[0],
-        "reference_perplexity": perplexities[1],
-    }
-
-
-def _warnings(found: Mapping[str, Any]) -> list[str]:
-    """One sentence for each sign of a calibration that was too small, seen on windows that it did not hold."""
-    unseen, seen = found.get("unseen") or {}, found["value"]
-    value, rounding, before = unseen.get("value"), unseen.get("rounding"), found.get("rounding")
-    if value is None or seen is None or rounding is None or before is None or value <= TINY * found["limit"]:
+def list_warnings(found: Quality) -> list[str]:
+    """One sentence for each sign of a calibration that was too small, seen on text that it did not hold."""
+    seen, unseen, limit = found.seen, found.unseen, found.limit
+    if seen is None or unseen is None or limit is None or seen.rounding is None or unseen.rounding is None:
         return []
-    what = "KL from the original" if found["measure"] == "kl" else "distance from the original"
+    value, rounding = unseen.value, unseen.rounding
+    if not all(map(math.isfinite, (seen.value, seen.rounding, value, rounding))) or value <= TINY * limit:
+        return []
+    what = "KL from the original" if seen.measure == "kl" else "distance from the original"
     more = "calibrate with more text (--samples, --length)"
     if value > rounding:
         return [
-            f"on text that calibration did not see ({unseen['text']}) plain rounding is nearer to the original: "
+            f"on text that calibration did not see ({found.unseen_text}) plain rounding is nearer to the original: "
             f"its {what} is {rounding:.3g}, the result's {value:.3g}; {more}"
         ]
-    if value * before > MUCH_WORSE * seen * rounding:
+    # How much the result's distance grew on unseen text, over how much rounding's did.
+    if value * seen.rounding > MUCH_WORSE * seen.value * rounding:
         return [
-            f"the {what} is {value:.3g} on text that calibration did not see ({unseen['text']}), "
-            f"{seen:.3g} on the text it saw; {more}"
+            f"the {what} is {value:.3g} on text that calibration did not see ({found.unseen_text}), "
+            f"{seen.value:.3g} on the text it saw; {more}"
         ]
     return []
 
 
-def _rounded(value: float) -> float | None:
-    """Six digits: what differs beyond them is the machine's, not the result's."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def _to_json(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from leangrid.formats import FORMATS
-from leangrid.grids import kind_of
+from leangrid.grids import grid_class
 from leangrid.machine import memory
 from leangrid.models.skeleton import Skeleton
-from leangrid.models.streams import embed
+from leangrid.models.streams import hidden_of, run_to_first_block
 from leangrid.recipe import Recipe
 
 _PROBED = 64  # tokens of a window on which linears are compared one by one
@@ -34,14 +34,14 @@ class Walked:
 
 @torch.no_grad()
 def walk(original: Skeleton, result: Skeleton, texts: Sequence[Tensor], rounding: Recipe | None, device: str) -> Walked:
-    """Walk both through ``texts`` (token ids, int64 [windows, length]), holding one block of each; with ``rounding``,
-    the recipe whose schemes it takes, also through the original's blocks with their weights rounded to the nearest
-    level."""
-    windows = [
-        window for ids in texts for window in ids.split(1)
-    ]  # one at a time: a run that was short of memory had room for no more
-    theirs, their_calls = embed(original, windows, device)
-    ours, our_calls = embed(result, windows, device)
+    """Walk both models through ``texts`` (token ids, int64 [windows, length]), with one block of each in memory.
+
+    ``rounding``: None, or the recipe by whose schemes the original's weights are rounded to the nearest level for a
+    third walk."""
+    # One at a time: a run that was short of memory had room for no more.
+    windows = [window for ids in texts for window in ids.split(1)]
+    theirs, their_calls = run_to_first_block(original, windows, device)
+    ours, our_calls = run_to_first_block(result, windows, device)
     rounded = theirs if rounding is not None else []
     errors: dict[str, float] = {}
     for index in range(len(original.blocks)):
@@ -58,13 +58,11 @@ def walk(original: Skeleton, result: Skeleton, texts: Sequence[Tensor], rounding
 
 
 def outputs(skeleton: Skeleton, ids: Tensor, hidden: Tensor, device: str) -> Iterator[Float[Tensor, "length out"]]:
-    """The rest of the model after its blocks, window by window: logits, or where there is no language-model head the
-    last hidden states.
+    """What the model computes after its blocks, window by window: logits, or the last hidden states of a model without
+    a language-model head.
 
-    The blocks hand ``hidden`` on, whatever comes in.
-    """
-    predicts = skeleton.causal
-    with skeleton.load_outside_blocks(device, head=predicts) as model:
+    The whole model runs with empty blocks, each of which returns ``hidden`` whatever its input is."""
+    with skeleton.load_outside_blocks(device, lm_head=skeleton.has_lm_head) as model:
         for window, handed in zip(ids.split(1), hidden.split(1), strict=True):
             for block in skeleton.blocks:
                 block.forward = lambda *_args, handed=handed, **_kwargs: handed
@@ -73,7 +71,7 @@ def outputs(skeleton: Skeleton, ids: Tensor, hidden: Tensor, device: str) -> Ite
             finally:
                 for block in skeleton.blocks:
                     del block.forward
-            yield (output.logits if predicts else output.last_hidden_state)[0].cpu()
+            yield (output.logits if skeleton.has_lm_head else output.last_hidden_state)[0].cpu()
 
 
 def _by_text(states: list[Tensor], texts: Sequence[Tensor]) -> list[Tensor]:
@@ -83,8 +81,7 @@ def _by_text(states: list[Tensor], texts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _through(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    result = block(hidden, *args, **kwargs)
-    return result[0] if isinstance(result, tuple) else result
+    return hidden_of(block(hidden, *args, **kwargs))
 
 
 def _round(original: Skeleton, block: nn.Module, index: int, names: Sequence[str], recipe: Recipe) -> None:
@@ -95,7 +92,7 @@ def _round(original: Skeleton, block: nn.Module, index: int, names: Sequence[str
         weight: Any = block.get_submodule(name).weight
         values = transposed(weight).float().contiguous()
         scheme = recipe.for_layer(f"{original.block_name(index)}.{name}").scheme_for(values.shape[1])
-        grid = kind_of(scheme).fit_minmax(values, scheme, stored.for_scheme(scheme))
+        grid = grid_class(scheme).fit_minmax(values, scheme, stored.for_scheme(scheme))
         rounded = grid.dequantize(grid.nearest(values))
         weight.data = transposed(rounded).to(weight.dtype).contiguous()
 

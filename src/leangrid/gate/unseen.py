@@ -1,6 +1,7 @@
 """Text that calibration did not see, for the quality gate: more of the same corpus where there is more, else prose that
 Python carries."""
 
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -9,12 +10,19 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from leangrid.data.calibration import cut_windows, find_affixes, tokenize_text
-from leangrid.gate.quality import Unseen
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.planning.sizes import GATE_LENGTH, GATE_WINDOWS
 
 _CHARACTERS = 16 * GATE_WINDOWS * GATE_LENGTH  # beyond any tokenizer's average
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Windows that calibration did not see, int64 [windows, length], and the text they are from, in words."""
+
+    windows: Int64[Tensor, "windows length"]
+    text: str
 
 
 def unseen_windows(

@@ -5,12 +5,12 @@
     codes = grid.nearest(weight)
     weight_hat = grid.dequantize(codes)
 
-To add a kind of grid, write one file with a subclass of ``Grid`` (or ``GroupedGrid``), and add its row to ``KINDS``."""
+To add a kind of grid, write one file with a subclass of ``Grid`` (or ``GroupedGrid``), and add its rows to
+``KINDS`` and to ``recipe.GRID_SCHEMES``."""
 
-from leangrid.errors import RecipeError
 from leangrid.grids.affine import AffineGrid, fit_affine, fit_minmax
 from leangrid.grids.base import Grid, GroupedGrid, Precision
-from leangrid.grids.k_types import SuperblockGrid, fit_minmax_superblock, fit_superblock
+from leangrid.grids.k_types import KTypeGrid, fit_k_type, fit_minmax_k_type
 from leangrid.grids.nonuniform import NonuniformGrid, fit_nonuniform
 from leangrid.grids.offset import OffsetGrid, fit_minmax_offset, fit_offset
 from leangrid.recipe import Scheme
@@ -20,7 +20,7 @@ KINDS: dict[str, type[Grid]] = {
     "affine": AffineGrid,
     "nonuniform": NonuniformGrid,
     "offset": OffsetGrid,
-    "superblock": SuperblockGrid,
+    "superblock": KTypeGrid,
 }
 
 __all__ = [
@@ -28,23 +28,21 @@ __all__ = [
     "AffineGrid",
     "Grid",
     "GroupedGrid",
+    "KTypeGrid",
     "NonuniformGrid",
     "OffsetGrid",
     "Precision",
-    "SuperblockGrid",
     "fit_affine",
+    "fit_k_type",
     "fit_minmax",
+    "fit_minmax_k_type",
     "fit_minmax_offset",
-    "fit_minmax_superblock",
     "fit_nonuniform",
     "fit_offset",
-    "fit_superblock",
-    "kind_of",
+    "grid_class",
 ]
 
 
-def kind_of(scheme: Scheme) -> type[Grid]:
-    """The row of ``KINDS`` for a scheme; RecipeError where its grid has none."""
-    if scheme.grid not in KINDS:
-        raise RecipeError(f"'{scheme.grid}' is no kind of grid", "scheme", f"Kinds: {', '.join(KINDS)}")
+def grid_class(scheme: Scheme) -> type[Grid]:
+    """The class of a scheme's grid: its row of ``KINDS``."""
     return KINDS[scheme.grid]

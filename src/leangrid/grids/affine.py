@@ -141,7 +141,12 @@ def same_sign(new: Float[Tensor, "*shape"], old: Float[Tensor, "*shape"]) -> Flo
 
 
 def round_scale(scale: Float[Tensor, "*shape"], dtype: torch.dtype | None) -> Float[Tensor, "*shape"]:
-    """``scale`` rounded to ``dtype`` (None: float32), as float32; magnitudes stay inside the dtype's normal range."""
+    """``scale`` rounded to ``dtype`` (None: float32), as float32; magnitudes stay inside the dtype's normal range.
+
+    In float16 that is 2^-14 (6.1e-5) and more: a subnormal has fewer than 11 bits, and min-max grids are not compared
+    after rounding. The affine search (``kernels.plain.affine.SCALE_LIMITS``) and the d of K types may be subnormal,
+    down to 2^-24, because there every candidate is scored as it is stored.
+    """
     if dtype is None or dtype == torch.float32:
         return scale.float()
     info = torch.finfo(dtype)
@@ -214,6 +219,13 @@ def fit_minmax(
 
     Raises:
         ShapeError: weights that are not finite, or a group size that does not divide the columns.
+
+    Example:
+        >>> import torch
+        >>> from leangrid.grids import fit_minmax
+        >>> grid = fit_minmax(torch.tensor([[-1.0, 0.0, 1.0, 2.0]]), bits=2)
+        >>> grid.scale, grid.zero_point
+        (tensor([[1.]]), tensor([[1]], dtype=torch.uint8))
     """
     weight = check_weight(weight)
     grouped = weight.reshape(weight.shape[0], -1, group_columns(weight.shape[1], group_size))

@@ -31,11 +31,6 @@ class Precision:
     smallest: float = 0.0
     largest: float = math.inf
 
-    @classmethod
-    def of(cls, dtype: "torch.dtype | Precision") -> "Precision":
-        """A plain dtype as a Precision without limits; a Precision as it is."""
-        return cls(dtype) if isinstance(dtype, torch.dtype) else dtype
-
     def for_scheme(self, scheme: Scheme) -> "Precision":
         """This precision, or float16 for llama.cpp's block types, which store float16 in every container."""
         return Precision(torch.float16) if scheme.block else self
@@ -43,6 +38,9 @@ class Precision:
     def clamped(self, scale: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """``scale`` with magnitudes inside the limits, signs kept."""
         return torch.copysign(scale.abs().clamp(self.smallest, self.largest), scale)
+
+
+FLOAT32 = Precision(torch.float32)
 
 
 class Grid(ABC):
@@ -190,12 +188,17 @@ class Grid(ABC):
 class GroupedGrid(Grid):
     """A grid with one scale for each row and group of ``group_size`` columns (None: one group, the whole row).
 
-    The weights are linear in its parameters: w_j = sum over kinds of parameter * design_j. A kind is a scale or an
-    offset; a span is the columns that share one parameter of each kind. That is all that a refit needs.
+    Each row has ``spans`` spans of columns, and each span has ``kinds`` parameters: S, or S and B. The weights are
+    linear in them: w_j = sum over the parameters of j's span of parameter * design_j. A refit needs no more than this.
     """
 
     scale: Float[Tensor, "rows groups"]
     group_size: int | None
+
+    @classmethod
+    def spans_and_kinds(cls, scheme: Scheme, cols: int) -> tuple[int, int]:
+        """The last two sizes of ``parameters`` for a layer of ``cols`` columns; here one scale for each group."""
+        return cols // group_columns(cols, scheme.group_size), 1
 
     @property
     @abstractmethod
@@ -227,7 +230,7 @@ class GroupedGrid(Grid):
     ) -> tuple[Tensor, Any, Tensor]:
         """As ``Grid.refit``: all parameters of a row together, in chunks of rows. The codes stay."""
         (rows, spans, kinds), cols = self.parameters.shape, codes.shape[1]
-        chunk = max(1, CHUNK_BYTES // max(8 * (spans * kinds) ** 2, 4 * cols * kinds * kinds))
+        chunk = _rows_at_once(spans, kinds, cols)
         parts, change = [], torch.zeros(rows, dtype=torch.float64, device=hessian.device)
         for index in torch.arange(rows, device=hessian.device).split(chunk):
             here = self.select_rows(index)
@@ -241,13 +244,18 @@ class GroupedGrid(Grid):
 
     @classmethod
     def refit_bytes(cls, scheme: Scheme, rows: int, cols: int, accelerated: bool) -> int:
-        unknowns = cols // scheme.group_size if scheme.group_size else 1
-        return COPIES * min(8 * rows * unknowns**2, CHUNK_BYTES)
+        spans, kinds = cls.spans_and_kinds(scheme, cols)
+        return COPIES * 8 * min(rows, _rows_at_once(spans, kinds, cols)) * (spans * kinds) ** 2
 
     def _grouped(self, matrix: Tensor) -> Tensor:
         """[rows, cols] -> [rows, groups, columns a group]."""
         self.group_of(matrix.shape[1])
         return matrix.reshape(matrix.shape[0], self.scale.shape[1], -1)
+
+
+def _rows_at_once(spans: int, kinds: int, cols: int) -> int:
+    """Rows whose normal equations, and the products they are summed from, fit in CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES // max(8 * (spans * kinds) ** 2, 4 * cols * kinds * kinds))
 
 
 def check_weight(weight: Tensor) -> Float[Tensor, "rows cols"]:

@@ -17,6 +17,8 @@ from leangrid.grids.base import GroupedGrid, Precision, check_weight, group_colu
 from leangrid.grids.nonuniform import round_levels
 from leangrid.recipe import Recipe, Scheme
 
+_ROUNDS = 2  # how often S and B are solved for, given the codes, and the codes chosen again
+
 
 @dataclass(frozen=True, eq=False)
 class OffsetGrid(GroupedGrid):
@@ -54,6 +56,10 @@ class OffsetGrid(GroupedGrid):
     @classmethod
     def fit_minmax(cls, weight: Tensor, scheme: Scheme, precision: Precision) -> "OffsetGrid":
         return fit_minmax_offset(weight, scheme.bits, scheme.group_size, precision.dtype).clamped(precision)
+
+    @classmethod
+    def spans_and_kinds(cls, scheme: Scheme, cols: int) -> tuple[int, int]:
+        return super().spans_and_kinds(scheme, cols)[0], 2
 
     @classmethod
     def describe(cls, scheme: Scheme) -> str:
@@ -132,7 +138,6 @@ def fit_offset(
     steps: int = 2048,
     group_size: int | None = None,
     scale_dtype: torch.dtype | None = None,
-    rounds: int = 2,
 ) -> OffsetGrid:
     """Return a grid S q + B of low weighted squared error: that of the affine search, improved by least squares.
 
@@ -142,7 +147,6 @@ def fit_offset(
         group_size: columns of a group; None means the whole row.
         scale_dtype: the dtype in which scale and offset are stored (None: float32). Both are rounded to it before a
             change is judged, and a group takes a change only if its objective falls.
-        rounds: how often S and B are solved for, given the codes, and the codes chosen again.
 
     Raises:
         ShapeError: weights that are not finite, or a group size that does not divide the columns.
@@ -159,7 +163,7 @@ def fit_offset(
     share = (share / share.sum(2, keepdim=True)).float()
     mean = (share * grouped).sum(2)
     codes, best = _nearest_and_error(grid, grouped, share)
-    for _ in range(rounds):
+    for _ in range(_ROUNDS):
         # Weighted linear regression of the weights on their codes: the slope is S, the intercept B.
         average = (share * codes).sum(2)
         spread = codes - average[..., None]

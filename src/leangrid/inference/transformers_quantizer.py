@@ -161,8 +161,8 @@ class LeangridQuantizer(HfQuantizer):
             raise CheckpointError("does not belong to this format", min(beside), way_out)
 
     def _check_complete(self, model: Any, headers: dict[str, TensorInfo]) -> None:
-        """Refuse a config that lists a layer which the model lacks, and MLX's files where they hold another layer than
-        a linear quantized."""
+        """Refuse a config that lists a layer which the model lacks, and files that hold another layer than a linear
+        quantized."""
         made = {
             s
             for n, m in model.named_modules()
@@ -175,12 +175,9 @@ class LeangridQuantizer(HfQuantizer):
             raise CheckpointError(
                 what, "config.json: quantization_config", "The config does not belong to these weights"
             )
-        scaled = (
-            {n.removesuffix(".scales") for n in headers if n.endswith(".scales")}
-            if self.format.NAME == "mlx"
-            else set[str]()
-        )
-        if others := sorted(scaled - made):
+        mark = self.format.MARK
+        marked = {n.removesuffix(f".{mark}") for n in headers if n.endswith(f".{mark}")} if mark else set[str]()
+        if others := sorted(marked - made):
             raise FormatError(
                 "leangrid reads quantized linears only, and this is another layer", others[0], "Load it with mlx-lm"
             )

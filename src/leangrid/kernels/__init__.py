@@ -19,6 +19,7 @@ from torch import Tensor
 from leangrid.errors import ShapeError
 from leangrid.kernels import native
 from leangrid.kernels.checks import (
+    FLOATS,
     check_block,
     check_codes,
     check_group_grid,
@@ -50,8 +51,6 @@ __all__ = [
     "sweep_levels",
     "sweep_offset",
 ]
-
-SCALE_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
 
 
 def kmeans_dp(
@@ -139,7 +138,7 @@ def affine_search(
         raise ShapeError(
             f"affine_search: groups of {group_size} do not divide {cols} columns", "group_size", "Choose a divisor"
         )
-    if not (1 <= bits <= 8 and steps >= 1 and 0 < shrink < 0.5) or scale_dtype not in SCALE_DTYPES:
+    if not (1 <= bits <= 8 and steps >= 1 and 0 < shrink < 0.5) or scale_dtype not in (None, *FLOATS):
         raise ShapeError(
             f"affine_search: bits {bits}, steps {steps}, shrink {shrink}, scale dtype {scale_dtype}",
             "arguments",

@@ -9,7 +9,8 @@ from torch import Tensor
 from leangrid.errors import ShapeError
 from leangrid.kernels.plain.packed import TILE_ROWS, tile_bytes
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# The dtypes of grids and products, with the numbers by which C++ and Triton know them.
+FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def check_weight(op: str, weight: Tensor) -> Tensor:

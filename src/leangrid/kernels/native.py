@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from leangrid.errors import RecipeError
+from leangrid.kernels.checks import FLOATS
 from leangrid.kernels.plain.affine import SCALE_LIMITS, shrink_steps
 
 TILE_COLUMNS = 32  # columns of the square tiles in which the extension computes outer_sums
@@ -112,7 +113,7 @@ def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shr
         steps,
         shrink_steps(steps, shrink),
         symmetric,
-        {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype],
+        FLOATS[dtype],
         smallest,
         largest,
         scale,

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from leangrid.errors import ShapeError
 from leangrid.kernels import native
-from leangrid.kernels.checks import check_packed, check_product, check_tiles
+from leangrid.kernels.checks import FLOATS, check_packed, check_product, check_tiles
 from leangrid.kernels.choice import backend
 from leangrid.kernels.plain import packed
 
@@ -30,7 +30,6 @@ MAX_TOKENS = 32  # multiplied from tiled codes; at 64 tokens dense rows are as f
 # 4096. A smaller layer is dequantized as a whole, and its product is then the dense layer's, bit for bit.
 DENSE_CHUNK = 1 << 20
 
-_ROUNDING = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 Rows = Callable[[int, int], Tensor]  # rows(start, stop) -> W[start:stop], dense
 
 
@@ -216,7 +215,7 @@ def affine_matrix(codes: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor
                   stored_dtype: torch.dtype) -> Any:  # fmt: skip
     """As ``lut_matrix``, for a tiled weight of ``affine_linear``."""
     cols = scale.shape[1] * group_size
-    values, zeros, rounding = _exact(scale), zero_point.contiguous(), _ROUNDING[stored_dtype]
+    values, zeros, rounding = _exact(scale), zero_point.contiguous(), FLOATS[stored_dtype]
     return native.module().Matrix(len(scale), cols, codes, values, zeros, bits, group_size, rounding, _float(bias))
 
 

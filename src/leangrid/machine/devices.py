@@ -57,15 +57,15 @@ def has_own_memory(device: torch.device | str) -> bool:
     return torch.device(device).type != "cpu"
 
 
-def available_bytes(device: torch.device | str) -> int:
+def usable_device_bytes(device: torch.device | str) -> int:
     """How many bytes of memory a run may use on ``device``: of its own memory, or of the machine's for the CPU."""
     if not has_own_memory(device):
         return int(_USABLE_HOST * memory.available_bytes())
     free, _ = torch.cuda.mem_get_info(device)
-    return usable_bytes(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return usable_part(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
-def usable_bytes(free: int) -> int:
+def usable_part(free: int) -> int:
     """How many of ``free`` bytes of a CUDA device a run may use."""
     return int(_USABLE * free)
 
@@ -89,15 +89,15 @@ def synchronize(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def reset_peak_bytes(device: torch.device | str) -> None:
-    """Let ``peak_bytes`` count from now on. Does nothing for the CPU."""
+def reset_peak_device_bytes(device: torch.device | str) -> None:
+    """Let ``peak_device_bytes`` count from now on. Does nothing for the CPU."""
     if has_own_memory(device):
         torch.cuda.init()  # the allocator exists only after it
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def peak_bytes(device: torch.device | str) -> int:
-    """The most bytes of tensors on ``device`` at one time since ``reset_peak_bytes``; 0 for the CPU."""
+def peak_device_bytes(device: torch.device | str) -> int:
+    """The most bytes of tensors on ``device`` at one time since ``reset_peak_device_bytes``; 0 for the CPU."""
     return torch.cuda.max_memory_allocated(device) if has_own_memory(device) else 0
 
 

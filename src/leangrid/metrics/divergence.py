@@ -58,7 +58,7 @@ def divergence(
     return Divergence(torch.cat(kls), torch.cat(agreements))
 
 
-class Reference:
+class ReferenceLogits:
     """The original's log-probabilities on all windows, to compare several models with.
 
     They are held in memory in float32 where that fits in ``budget`` bytes, else in float16, which changes a mean KL by
@@ -112,7 +112,7 @@ def _log_probs(logits: Float[Tensor, "tokens vocab"], dtype: torch.dtype) -> Flo
 
 
 def _budget() -> int:
-    """The default of ``Reference``'s budget."""
+    """The default of ``ReferenceLogits``'s budget."""
     try:
         physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # this system does not say

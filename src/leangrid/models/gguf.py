@@ -26,7 +26,7 @@ from leangrid.models.gguf_fields import Fields, can_dequantize, read_rows, rows_
 from leangrid.models.shapes import DescribedCheckpoint, TensorShape
 from leangrid.models.skeleton import empty_model
 from leangrid.storage import files, safetensors
-from leangrid.storage.dtypes import NAMES, torch_name, weight_dtype
+from leangrid.storage.dtypes import NAMES, plain_dtype, torch_name
 from leangrid.storage.gguf import Field
 from leangrid.storage.gguf_header import Header, StoredTensor, begins_as_gguf, read_header
 from leangrid.storage.gguf_shards import list_parts, read_model_header
@@ -146,7 +146,7 @@ def _dtype(header: Header) -> torch.dtype:
     counts: dict[torch.dtype, int] = {}
     for stored in header.tensors.values():
         if len(stored.shape) > 1:
-            dtype = weight_dtype(stored.kind) or torch.bfloat16
+            dtype = plain_dtype(stored.kind) or torch.bfloat16
             counts[dtype] = counts.get(dtype, 0) + torch.Size(stored.shape).numel()
     return max(counts, key=lambda dtype: counts[dtype])
 
@@ -263,7 +263,7 @@ def _read(part: Part, dtype: torch.dtype) -> Tensor:
     stored = part.stored
     if stored is None:
         return torch.zeros(part.shape, dtype=dtype)
-    columns, dtype_read = stored.shape[-1], weight_dtype(stored.kind) or dtype
+    columns, dtype_read = stored.shape[-1], plain_dtype(stored.kind) or dtype
     vector = len(stored.shape) == 1
     made = torch.empty((1 if vector else part.count, columns), dtype=dtype_read)
     step = rows_at_once(stored)
@@ -287,7 +287,7 @@ def _shards(source: GgufSource) -> Iterator[list[str]]:
     held: list[str] = []
     size = 0
     for name, part in source.tensors.items():
-        kind = source.dtype if part.stored is None else (weight_dtype(part.stored.kind) or source.dtype)
+        kind = source.dtype if part.stored is None else (plain_dtype(part.stored.kind) or source.dtype)
         nbytes = max(kind.itemsize, source.dtype.itemsize) * torch.Size(part.shape).numel()
         if held and size + nbytes > _SHARD:
             yield held

@@ -22,7 +22,7 @@ from leangrid.errors import ArchitectureError, CheckpointError, first_line
 from leangrid.models.architectures import Architecture, Groups, architecture_of
 from leangrid.models.experts import unfuse_experts
 from leangrid.models.naming import Naming, Weights, match_names
-from leangrid.storage.dtypes import weight_dtype
+from leangrid.storage.dtypes import plain_dtype
 from leangrid.storage.safetensors import TensorInfo
 
 
@@ -81,7 +81,7 @@ class Skeleton:
         return f"{self._base_dot}{self.architecture.blocks}."
 
     @property
-    def causal(self) -> bool:
+    def has_lm_head(self) -> bool:
         """Whether the model predicts the next token, so that it has a perplexity: a decoder with its head."""
         return self.architecture.kind == "decoder" and self.model.can_generate()
 
@@ -134,6 +134,10 @@ class Skeleton:
     def linear_names(self, index: int) -> list[str]:
         """The paths in the model of the linears of block ``index`` that are quantized, in the order of the groups."""
         return [f"{self.block_name(index)}.{name}" for group in self.groups(index) for name in group]
+
+    def all_linear_names(self) -> list[str]:
+        """The paths of all linears that are quantized, block after block."""
+        return [name for index in range(len(self.blocks)) for name in self.linear_names(index)]
 
     def shape(self, linear: str) -> tuple[int, int]:
         """(rows, cols) = (out_features, in_features) of a linear."""
@@ -195,12 +199,13 @@ class Skeleton:
             self.release(block)
 
     @contextmanager
-    def load_outside_blocks(self, device: torch.device | str = "cpu", head: bool = False) -> Iterator[nn.Module]:
+    def load_outside_blocks(self, device: torch.device | str = "cpu", lm_head: bool = False) -> Iterator[nn.Module]:
         """Context: the base model on ``device`` with the weights outside of its blocks (embeddings, norms), its blocks
-        still empty; released at the end. ``head``: the whole model with its head instead."""
-        model = self.model if head else self.base
-        self.materialise(model, "" if head else self.prefix, skip=self.blocks_prefix)
-        if head:
+        still empty; released at the end. ``lm_head``: the whole model, with its language-model
+        head, instead."""
+        model = self.model if lm_head else self.base
+        self.materialise(model, "" if lm_head else self.prefix, skip=self.blocks_prefix)
+        if lm_head:
             self.model.tie_weights()
         children = [child for child in model.modules() if not any(p.is_meta for p in child.parameters())]
         for child in children:
@@ -211,7 +216,7 @@ class Skeleton:
             for name, parameter in list(model.named_parameters()):
                 if not parameter.is_meta:
                     _set_parameter(model, name, torch.empty_like(parameter, device="meta"))
-            if head:
+            if lm_head:
                 self.model.tie_weights()
 
     def release(self, module: nn.Module) -> None:
@@ -222,10 +227,10 @@ class Skeleton:
     def _stored_dtype(self) -> torch.dtype:
         """The dtype of most of the weights to be quantized; float32 for float64, in which no engine computes."""
         counts: Counter[str] = Counter()
-        for name in (f"{name}.weight" for index in range(len(self.blocks)) for name in self.linear_names(index)):
-            info = self.checkpoint.tensors[self._sources[name]]
+        for name in self.all_linear_names():
+            info = self.checkpoint.tensors[self._sources[f"{name}.weight"]]
             counts[info.dtype] += int(torch.Size(info.shape).numel())
-        return weight_dtype(counts.most_common(1)[0][0]) or torch.float32
+        return plain_dtype(counts.most_common(1)[0][0]) or torch.float32
 
 
 def described_model(config: dict[str, Any]) -> PreTrainedModel:

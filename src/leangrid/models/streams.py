@@ -75,11 +75,16 @@ def _moved(value: Any, device: torch.device) -> Any:
     return type(value)(_moved(item, device) for item in value) if type(value) in (tuple, list) else value
 
 
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a block returned, which some architectures put first in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class _Captured(Exception):
     """The forward pass went as far as it was needed."""
 
 
-def embed(
+def run_to_first_block(
     skeleton: Skeleton,
     batches: Sequence[Tensor],
     device: torch.device | str = "cpu",

@@ -31,7 +31,7 @@ from leangrid.machine.devices import copy_to_host
 from leangrid.machine.flops import product
 from leangrid.models import experts
 from leangrid.models.architectures import Groups
-from leangrid.models.streams import Calls, Streams
+from leangrid.models.streams import Calls, Streams, hidden_of
 
 
 class _Pass(greenlet):
@@ -79,11 +79,18 @@ class ExpertInputs:
 class BlockWalk:
     """Walks both streams through one block.
 
-    Iterating yields a GroupInputs (ExpertInputs where experts are routed to) for each group, in order; read it before
+    Iterating yields a GroupInputs (ExpertInputs where experts are routed to) for each group, in order. Read it before
     ``replace`` is called for each of its linears, and both before the next step. Afterwards ``finished`` gives the
-    streams that enter the next block. With ``replay`` and ``park`` new weights wait on the host between groups.
-    ``take`` gives a batch of hidden states on the block's device when its pass begins, ``keep`` what to hold of one
-    that leaves the block.
+    streams that enter the next block.
+
+    Args:
+        groups: the block's linears by shared input, as paths from the block.
+        calls: with which other arguments the model calls the block.
+        index: its number.
+        replay: run each batch to each group again, instead of pausing it there.
+        park: new weights wait in host memory between groups (with ``replay`` only).
+        get: gives a batch of hidden states, which may wait elsewhere, on the block's device.
+        put: takes a batch that leaves the block and returns what to hold of it.
 
     Raises:
         CalibrationError: a group saw no tokens (its linears were never called).
@@ -224,7 +231,7 @@ class BlockWalk:
         def forward() -> Tensor:
             args, kwargs = self._calls.of(self._index, hidden.shape[0], self._device)
             result = self._block(self._get(hidden, self._device), *args, **kwargs)
-            return self._put(result[0] if isinstance(result, tuple) else result)
+            return self._put(hidden_of(result))
 
         return _Pass(forward)
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from leangrid.errors import LeangridError
-from leangrid.grids import kind_of
+from leangrid.grids import grid_class
 from leangrid.machine import flops
 from leangrid.machine.arithmetic import use_products
-from leangrid.machine.devices import has_own_memory, synchronize, usable_bytes
+from leangrid.machine.devices import has_own_memory, synchronize, usable_part
 from leangrid.machine.stopwatch import STAGES
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.placement import Placement
@@ -106,7 +106,7 @@ class Described:
     @property
     def usable(self) -> int:
         """Bytes of one that a run may take."""
-        return usable_bytes(self.memory)
+        return usable_part(self.memory)
 
     def rates(self, recipe: Recipe) -> Rates:
         """What is assumed of them."""
@@ -143,7 +143,7 @@ def estimate_seconds(
     skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placement: Placement, rates: Rates
 ) -> dict[str, float]:
     """Estimated seconds by stage and ``total``; with several ranks also ``exchange``."""
-    streams, tokens, blocks = 2 if recipe.correct else 1, recipe.samples * recipe.length, len(skeleton.blocks)
+    streams, tokens, blocks = recipe.streams, recipe.samples * recipe.length, len(skeleton.blocks)
     weights, states = sum(layer.rows * layer.cols for layer in layers), state_bytes(skeleton, recipe, tokens)
     before, after = sum(layer.bytes_before for layer in layers), sum(layer.bytes_after for layer in layers)
     groups = [_shape(skeleton, index, group) for index in range(blocks) for group in skeleton.groups(index)]
@@ -162,7 +162,7 @@ def estimate_seconds(
     shared = {
         "calibrate": passes * streams * tokens * (2 * weights + attention) / forward,
         "hessian": sum(flops.hessian(tokens, cols, streams, min(_SUMS_PANEL, cols)) for _, cols in groups) / rates.sums,
-        "grid": weights * kind_of(recipe.parsed).FIT_SECONDS_PER_WEIGHT / rates.threads,
+        "grid": weights * grid_class(recipe.parsed).FIT_SECONDS_PER_WEIGHT / rates.threads,
         "solve": solved / (_SOLVE * algebra),
         "baseline": baseline / (_BASELINE * algebra),
     }

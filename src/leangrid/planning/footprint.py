@@ -11,9 +11,9 @@ R rows in all, r rows of its tallest.
 from dataclasses import dataclass, field, replace
 
 from leangrid import kernels
-from leangrid.grids import kind_of
+from leangrid.grids import grid_class
 from leangrid.machine.arithmetic import choose_compute_dtype
-from leangrid.machine.devices import available_bytes, has_own_memory
+from leangrid.machine.devices import has_own_memory, usable_device_bytes
 from leangrid.metrics.perplexity import CHUNK
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.placement import Placement
@@ -81,7 +81,7 @@ class Demand:
     accelerated: bool
     schemes: tuple[Scheme, ...]
     refined: bool = True
-    head: bool = True  # the quality gate compares logits; of other models their states
+    has_lm_head: bool = True  # the quality gate compares logits; of other models their states
     tiled: bool = False  # Hessians take 16-bit inputs as they are: no copy in float32
 
     @classmethod
@@ -102,14 +102,14 @@ class Demand:
             vocabulary,
             samples,
             length,
-            2 if recipe.correct else 1,
+            recipe.streams,
             itemsize,
             skeleton.dtype.itemsize,
             weights * (bits + 1) // 8,
             has_own_memory(device),
             tuple(recipe.schemes),
             bool(recipe.refine),
-            skeleton.causal,
+            skeleton.has_lm_head,
             kernels.outer_takes_bfloat16(device),
         )
 
@@ -130,9 +130,10 @@ class Demand:
     def held(self, number: int) -> int:
         """Bytes a token that a pass holds while it stands at group ``number`` (at its end: what it gives out).
 
-        Every architecture of the table has four groups: into attention, out of it, into the MLP, out of it. A pass
-        standing at one holds the group's input, the norm's output or the states that led there, and past attention a
-        new residual."""
+        Groups are the four of ``Skeleton.group_shapes``: into attention, out of it, into the MLP, out of it. A pass
+        that stands at one holds the group's input, the norm's output or the states that led there, and past attention
+        a new residual.
+        """
         if number == len(self.groups):
             return self.itemsize * self.hidden
         group = self.groups[number]
@@ -154,100 +155,102 @@ class Demand:
         return tokens * max(norm, made)
 
 
-def sum_footprint(work: Demand, placement: Placement) -> Footprint:
+def sum_footprint(demand: Demand, placement: Placement) -> Footprint:
     """The sums for one placement."""
-    result = Footprint(host=_host(work, placement) if work.accelerated else {})
-    tokens = min(placement.windows, work.samples) * work.length
-    away = placement.disk_streams or (placement.host_streams and work.accelerated)
-    streams = 0 if away else work.states
-    base = {"weights": work.weights, "streams": streams}
-    if work.accelerated and not placement.in_place:
-        base["next block"] = work.weights
+    result = Footprint(host=_host(demand, placement) if demand.accelerated else {})
+    tokens = min(placement.windows, demand.samples) * demand.length
+    away = placement.disk_streams or (placement.host_streams and demand.accelerated)
+    streams = 0 if away else demand.states
+    base = {"weights": demand.weights, "streams": streams}
+    if demand.accelerated and not placement.in_place:
+        base["next block"] = demand.weights
     result.phases["embedding"] = {
-        "table": work.vocabulary * work.hidden * (work.itemsize + (0 if work.accelerated else work.stored_itemsize)),
-        "streams": streams // work.streams,
-        "batch": work.transient(0, tokens),
+        "table": demand.vocabulary
+        * demand.hidden
+        * (demand.itemsize + (0 if demand.accelerated else demand.stored_itemsize)),
+        "streams": streams // demand.streams,
+        "batch": demand.transient(0, tokens),
     }
-    if placement.host_block and work.accelerated:
+    if placement.host_block and demand.accelerated:
         return result
-    for number, group in enumerate(work.groups):
-        waiting = base | _waiting(work, placement, number)
-        moving = base | _moving(work, placement, number, tokens)
+    for number, group in enumerate(demand.groups):
+        waiting = base | _waiting(demand, placement, number)
+        moving = base | _moving(demand, placement, number, tokens)
         result.phases[f"forward {number}"] = moving
-        if number in placement.host_groups and work.accelerated:
+        if number in placement.host_groups and demand.accelerated:
             continue
-        square, both = _F32 * group.cols**2, work.streams
-        converted = tokens * group.cols * _F32 * both if work.itemsize < _F32 and not work.tiled else 0
+        square, both = _F32 * group.cols**2, demand.streams
+        converted = tokens * group.cols * _F32 * both if demand.itemsize < _F32 and not demand.tiled else 0
         held = moving if placement.replay else waiting
         result.phases[f"hessian {number}"] = held | {"H and G": both * square, "batch in float32": converted}
-        for phase, parts in _algebra(work, placement, group).items():
+        for phase, parts in _algebra(demand, placement, group).items():
             result.phases[f"{phase} {number}"] = waiting | parts
-    result.phases["forward out"] = base | _moving(work, placement, len(work.groups), tokens)
-    if work.head and not work.accelerated:
-        result.phases["check"] = _check(work)
+    result.phases["forward out"] = base | _moving(demand, placement, len(demand.groups), tokens)
+    if demand.has_lm_head and not demand.accelerated:
+        result.phases["check"] = _check(demand)
     return result
 
 
-def _check(work: Demand) -> dict[str, int]:
+def _check(demand: Demand) -> dict[str, int]:
     """The quality gate at its end: the head's table as it is read and as it computes, logits of its windows and of one
     more, a few chunks in float32. On a device the logits wait in host memory, and a block there is larger than the
     table."""
-    window = min(work.length, GATE_LENGTH) * work.vocabulary
-    table = work.vocabulary * work.hidden * (work.itemsize + work.stored_itemsize)
+    window = min(demand.length, GATE_LENGTH) * demand.vocabulary
+    table = demand.vocabulary * demand.hidden * (demand.itemsize + demand.stored_itemsize)
     return {
         "table": table,
-        "logits": (min(work.samples, GATE_WINDOWS) + 1) * window * work.itemsize,
-        "chunks": 5 * min(window, CHUNK * work.vocabulary) * _F32,
+        "logits": (min(demand.samples, GATE_WINDOWS) + 1) * window * demand.itemsize,
+        "chunks": 5 * min(window, CHUNK * demand.vocabulary) * _F32,
     }
 
 
-def _waiting(work: Demand, placement: Placement, number: int) -> dict[str, int]:
+def _waiting(demand: Demand, placement: Placement, number: int) -> dict[str, int]:
     """What is held while group ``number`` is solved: all passes at that group, or the replaced weights beside the
     original ones."""
     if not placement.replay:
-        return {"activations": work.streams * work.tokens * work.held(number)}
-    if placement.in_place and work.accelerated:
+        return {"activations": demand.streams * demand.tokens * demand.held(number)}
+    if placement.in_place and demand.accelerated:
         return {}  # parked on the host
-    return {"new weights": _new_weights(work, number)}
+    return {"new weights": _new_weights(demand, number)}
 
 
-def _new_weights(work: Demand, number: int) -> int:
+def _new_weights(demand: Demand, number: int) -> int:
     """Replayed with two streams, the new weights of the groups before ``number`` stand beside the original ones."""
-    return work.itemsize * sum(g.rows * g.cols for g in work.groups[:number]) * (work.streams - 1)
+    return demand.itemsize * sum(g.rows * g.cols for g in demand.groups[:number]) * (demand.streams - 1)
 
 
-def _moving(work: Demand, placement: Placement, number: int, tokens: int) -> dict[str, int]:
+def _moving(demand: Demand, placement: Placement, number: int, tokens: int) -> dict[str, int]:
     """What is held while passes are on their way to group ``number`` (to the block's end where there is none)."""
-    out = number == len(work.groups)
+    out = number == len(demand.groups)
     if placement.replay:  # one pass from the block's input on, and the other stream's input of the same batch
-        widest = max(tokens * work.held(n) + work.transient(n, tokens) for n in range(number + 1))
-        other = work.itemsize * tokens * (work.hidden if out else work.groups[number].cols) * (work.streams - 1)
-        away = placement.disk_streams or (placement.host_streams and work.accelerated)
-        leaving = work.states if out and not away else 0
-        read = work.itemsize * tokens * work.hidden if away else 0
+        widest = max(tokens * demand.held(n) + demand.transient(n, tokens) for n in range(number + 1))
+        other = demand.itemsize * tokens * (demand.hidden if out else demand.groups[number].cols) * (demand.streams - 1)
+        away = placement.disk_streams or (placement.host_streams and demand.accelerated)
+        leaving = demand.states if out and not away else 0
+        read = demand.itemsize * tokens * demand.hidden if away else 0
         parts = {"one pass": widest + read, "other stream's input": other, "streams out": leaving}
-        return parts | {"new weights": _new_weights(work, number)}
+        return parts | {"new weights": _new_weights(demand, number)}
     most = max(
-        work.held(number), work.held(number - 1) if number else 0
+        demand.held(number), demand.held(number - 1) if number else 0
     )  # batch after batch changes from the one to the other
-    before = work.groups[number - 1] if number else Group(0, 0, 0)
-    activations = work.streams * work.tokens * most
+    before = demand.groups[number - 1] if number else Group(0, 0, 0)
+    activations = demand.streams * demand.tokens * most
     return {
         "activations": activations,
-        "batch": work.transient(number, tokens),
-        "new weights": work.itemsize * before.rows * before.cols,
+        "batch": demand.transient(number, tokens),
+        "new weights": demand.itemsize * before.rows * before.cols,
     }
 
 
-def _algebra(work: Demand, placement: Placement, group: Group) -> dict[str, dict[str, int]]:
+def _algebra(demand: Demand, placement: Placement, group: Group) -> dict[str, dict[str, int]]:
     """The phases of one group's algebra after its sums."""
     square, layer = _F32 * group.cols**2, _F32 * group.tallest * group.cols
-    cross = work.streams - 1
-    copies = _LAYER if work.refined else _LAYER_SWEPT
+    cross = demand.streams - 1
+    copies = _LAYER if demand.refined else _LAYER_SWEPT
     if placement.in_place:
         moves = cross * (group.rows >= group.cols)  # M stays; W (G - H) waits on the host
         panels = max(_IN_PLACE_PANELS * _F32 * min(PANEL, group.cols) * group.cols, square)
-        new = group.rows * group.cols * (1 + work.itemsize)
+        new = group.rows * group.cols * (1 + demand.itemsize)
         tile = min(layer, max(TILE_BYTES, _F32 * group.cols))
         return {
             "factor": {"H, U": (_IN_PLACE_FACTOR + moves) * square, "panels, then H damped": panels},
@@ -256,39 +259,40 @@ def _algebra(work: Demand, placement: Placement, group: Group) -> dict[str, dict
                 "tile": copies * tile,
                 "codes, new weights": new,
             }
-            | _refit(work, group.cols, tile // (_F32 * group.cols)),
+            | _refit(demand, group.cols, tile // (_F32 * group.cols)),
         }
     return {
         "finish": {"H and G": (_FINISH + cross) * square},
         "factor": {"H, G and the factorization": (_FACTOR + cross) * square},
         "solve": {"H, U, damped, M": (_SOLVE + cross) * square, "layer": copies * layer}
-        | _refit(work, group.cols, group.tallest),
+        | _refit(demand, group.cols, group.tallest),
     }
 
 
-def _refit(work: Demand, cols: int, rows: int) -> dict[str, int]:
+def _refit(demand: Demand, cols: int, rows: int) -> dict[str, int]:
     """What a refit of ``rows`` rows together needs: the most of any scheme."""
-    if not work.refined:
+    if not demand.refined:
         return {}
-    sizes = (kind_of(scheme).refit_bytes(scheme, rows, cols, work.accelerated) for scheme in work.schemes)
+    fitting = [scheme.fitting(cols) for scheme in demand.schemes]
+    sizes = (grid_class(scheme).refit_bytes(scheme, rows, cols, demand.accelerated) for scheme in fitting)
     return {"normal equations": max(sizes)}
 
 
-def _host(work: Demand, placement: Placement) -> dict[str, int]:
+def _host(demand: Demand, placement: Placement) -> dict[str, int]:
     """What waits in host memory beside a device."""
     parts = {
-        "next block": work.weights,
-        "packed block": work.packed,
-        "table": work.vocabulary * work.hidden * work.stored_itemsize,
+        "next block": demand.weights,
+        "packed block": demand.packed,
+        "table": demand.vocabulary * demand.hidden * demand.stored_itemsize,
     }
     if placement.host_streams and not placement.disk_streams:
-        parts["streams in and out"] = 2 * work.states
+        parts["streams in and out"] = 2 * demand.states
     if placement.host_groups or placement.host_block:
         alone = replace(placement, host_groups=(), host_block=False)
-        parts["algebra"] = max(sum(p.values()) for g in work.groups for p in _algebra(work, alone, g).values())
-    if placement.in_place and work.streams == 2:
-        parts["new weights"] = _new_weights(work, len(work.groups))
-        parts["folded"] = max((_F32 * g.rows * g.cols for g in work.groups if g.rows < g.cols), default=0)
+        parts["algebra"] = max(sum(p.values()) for g in demand.groups for p in _algebra(demand, alone, g).values())
+    if placement.in_place and demand.streams == 2:
+        parts["new weights"] = _new_weights(demand, len(demand.groups))
+        parts["folded"] = max((_F32 * g.rows * g.cols for g in demand.groups if g.rows < g.cols), default=0)
     return parts
 
 
@@ -308,11 +312,11 @@ def choose_placement(
         budget: bytes on the device; None: what is free there.
         host_budget: bytes in host memory beside a device; None: what is free there.
     """
-    work = Demand.of(skeleton, recipe, samples, length, device)
-    budget = available_bytes(device) if budget is None else budget
-    host_budget = available_bytes("cpu") if host_budget is None else host_budget
-    first = Placement(max(1, min(samples, TOKENS_A_BATCH["cuda" if work.accelerated else "cpu"] // length)))
-    every = [(option, sum_footprint(work, option)) for option in first.options()]
+    demand = Demand.of(skeleton, recipe, samples, length, device)
+    budget = usable_device_bytes(device) if budget is None else budget
+    host_budget = usable_device_bytes("cpu") if host_budget is None else host_budget
+    first = Placement(max(1, min(samples, TOKENS_A_BATCH["cuda" if demand.accelerated else "cpu"] // length)))
+    every = [(option, sum_footprint(demand, option)) for option in first.candidates()]
     here = [found for found in every if found[1].peak <= budget] or every[-1:]
     return next(
         (found for found in here if found[1].host_peak <= host_budget), min(here, key=lambda found: found[1].host_peak)

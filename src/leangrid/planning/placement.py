@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-Failed = Literal["forward", "algebra"]
+FailedPhase = Literal["forward", "algebra"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class Placement:
         in_place: the algebra of solve/in_place.py, with three matrices of the Hessian's size at once.
         host_groups: groups of linears whose Hessian, factor and solve are on the CPU.
         host_block: the whole block is on the CPU.
+
+    Example:
+        >>> placement = leangrid.Placement(windows=2, replay=True)
+        >>> recipe = leangrid.Recipe(scheme="NU4", calibration="text.txt", samples=8, length=64)
+        >>> leangrid.quantize("model", "out-replayed", recipe, placement=placement).layers
+        14
     """
 
     windows: int
@@ -33,7 +39,7 @@ class Placement:
     host_groups: tuple[int, ...] = ()
     host_block: bool = False
 
-    def options(self) -> "Iterator[Placement]":
+    def candidates(self) -> "Iterator[Placement]":
         """Placements that need less and less memory and more and more time; the plan takes the first that fits."""
         base = Placement(self.windows)
         yield from (base, replace(base, replay=True))
@@ -45,7 +51,9 @@ class Placement:
             for disk in (False, True):
                 yield replace(base, replay=True, host_streams=True, disk_streams=disk, in_place=True)
 
-    def reduced(self, failed: Failed, group: int, groups: int, accelerated: bool) -> "tuple[Placement, str] | None":
+    def next_smaller(
+        self, failed: FailedPhase, group: int, groups: int, accelerated: bool
+    ) -> "tuple[Placement, str] | None":
         """The next smaller placement after this one ran out of memory, and the change in words; None: there is none.
 
         Args:

@@ -12,7 +12,7 @@ from leangrid import kernels
 from leangrid.errors import LeangridError, OutputError
 from leangrid.machine import memory
 from leangrid.machine.arithmetic import choose_compute_dtype
-from leangrid.machine.devices import available_bytes, has_own_memory, parse_device, set_threads
+from leangrid.machine.devices import has_own_memory, parse_device, set_threads, usable_device_bytes
 from leangrid.models.gguf import dequantizing_bytes, describe, is_gguf
 from leangrid.models.naming import Weights
 from leangrid.models.shapes import SHAPES, describe_shape
@@ -58,6 +58,11 @@ class Plan(Result):
         devices: how many processes, one for each device.
         rates: the speeds that the times were divided by, and under ``assumed`` whether they were assumed instead of
             measured here.
+
+    Example:
+        >>> planned = leangrid.plan("model", leangrid.Recipe(scheme="NU4", samples=16, length=64))
+        >>> planned.layer_plans[0].name, planned.bytes < planned.bytes_before
+        ('model.layers.0.self_attn.q_proj', True)
     """
 
     source: str
@@ -120,7 +125,7 @@ def plan(
     result = _estimate(str(source or shape), skeleton, recipe or Recipe(), device, absent)
     if absent is None:
         _refuse_what_is_not_here(result, Path(out) if out is not None else Path.cwd())
-    _refuse_small_device(result, device, absent.usable if absent else available_bytes(device))
+    _refuse_small_device(result, device, absent.usable if absent else usable_device_bytes(device))
     return result
 
 

@@ -13,7 +13,7 @@ from leangrid.storage.remote import Remote
 from leangrid.storage.source import Checkpoint, open_source
 
 
-def open_model(
+def open_checkpoint(
     directory: Path, recipe: Recipe, device: str = "cpu", remote: Remote | None = None
 ) -> tuple[Checkpoint, Skeleton, Recipe]:
     """Open a checkpoint directory: its files, the model that they hold, and the recipe resolved for that model.
@@ -55,17 +55,16 @@ def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:
         raise FormatError(
             what, "--format", f"Use format gguf, or a scheme such as W{min(recipe.parsed.bits, 4)}A16_G32"
         )
-    for index in range(len(skeleton.blocks)):
-        for name in skeleton.linear_names(index):
-            rows, cols = skeleton.shape(name)
-            scheme = recipe.for_layer(name).parsed
-            if scheme.group_size and cols % scheme.group_size and not scheme.block:
-                fits = [g for g in (128, 64, 32) if cols % g == 0]
-                instead = f"W{scheme.bits}A16_G{fits[0]} or W{scheme.bits}A16" if fits else f"W{scheme.bits}A16"
-                raise ShapeError(f"groups of {scheme.group_size} do not divide {cols} columns", name, f"Use {instead}")
-            reason = container.refuse(scheme, name, rows, cols, skeleton.architecture.layer)
-            if reason:
-                raise FormatError(reason)
+    for name in skeleton.all_linear_names():
+        rows, cols = skeleton.shape(name)
+        scheme = recipe.for_layer(name).parsed
+        if scheme.group_size and cols % scheme.group_size and not scheme.block:
+            fits = [g for g in (128, 64, 32) if cols % g == 0]
+            instead = f"W{scheme.bits}A16_G{fits[0]} or W{scheme.bits}A16" if fits else f"W{scheme.bits}A16"
+            raise ShapeError(f"groups of {scheme.group_size} do not divide {cols} columns", name, f"Use {instead}")
+        reason = container.refuse(scheme, name, rows, cols, skeleton.architecture.layer)
+        if reason:
+            raise FormatError(reason)
     if recipe.layers:
         _refuse_mixture(recipe, skeleton)
 
@@ -73,7 +72,7 @@ def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:
 def _refuse_mixture(recipe: Recipe, skeleton: Skeleton) -> None:
     """RecipeError for an entry of ``layers`` that names no layer, or parts linears that engines fuse (q, k, v; gate,
     up)."""
-    names = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+    names = skeleton.all_linear_names()
     idle = set(recipe.layers) - {recipe.find_key(name) for name in names}
     if idle:
         raise RecipeError(
@@ -94,7 +93,7 @@ def _refuse_mixture(recipe: Recipe, skeleton: Skeleton) -> None:
 def describe_narrow_types(recipe: Recipe, skeleton: Skeleton) -> list[str]:
     """One sentence for each width whose layers take another block type than the scheme's, because 256 does not divide
     it."""
-    widths = [skeleton.shape(name)[1] for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+    widths = [skeleton.shape(name)[1] for name in skeleton.all_linear_names()]
     others = {
         cols: recipe.scheme_name(cols) for cols in sorted(set(widths)) if recipe.scheme_name(cols) != recipe.scheme
     }

@@ -42,7 +42,7 @@ class Sizes:
 
 def stored_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
     """Layer -> the scheme that the files of a resolved ``recipe`` will say, in the model's order."""
-    names = [name for index in range(len(skeleton.blocks)) for name in skeleton.linear_names(index)]
+    names = skeleton.all_linear_names()
     return schemes_stored_by(
         FORMATS[recipe.format], {name: (recipe.for_layer(name).parsed, skeleton.shape(name)[1]) for name in names}
     )
@@ -51,28 +51,27 @@ def stored_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
 def compute_sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
     """The sizes that quantizing ``skeleton`` by a resolved ``recipe`` gives."""
     layers, schemes = [], stored_schemes(skeleton, recipe)
-    for index in range(len(skeleton.blocks)):
-        for name in skeleton.linear_names(index):
-            rows, cols = skeleton.shape(name)
-            stored = FORMATS[recipe.format].layout(schemes[name], (rows, cols), skeleton.dtype).values()
-            after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in stored)
-            layers.append(
-                LayerSize(
-                    name,
-                    rows,
-                    cols,
-                    rows * cols * skeleton.dtype.itemsize,
-                    after,
-                    recipe.for_layer(name).scheme_name(cols),
-                )
+    for name in skeleton.all_linear_names():
+        rows, cols = skeleton.shape(name)
+        stored = FORMATS[recipe.format].layout(schemes[name], (rows, cols), skeleton.dtype).values()
+        after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in stored)
+        layers.append(
+            LayerSize(
+                name,
+                rows,
+                cols,
+                rows * cols * skeleton.dtype.itemsize,
+                after,
+                recipe.for_layer(name).scheme_name(cols),
             )
+        )
     before = sum(tensor.nbytes for tensor in skeleton.checkpoint.tensors.values())
     return Sizes(layers, before, before + sum(layer.bytes_after - layer.bytes_before for layer in layers))
 
 
 def state_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:
     """The hidden states of all ``tokens`` between two blocks: two streams where the input's error is corrected."""
-    return (2 if recipe.correct else 1) * tokens * skeleton.hidden_size * skeleton.compute_dtype.itemsize
+    return recipe.streams * tokens * skeleton.hidden_size * skeleton.compute_dtype.itemsize
 
 
 class DiskBytes(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from leangrid.grids import kind_of
+from leangrid.grids import grid_class
 from leangrid.recipe import Recipe
 from leangrid.report.experts import expert_figures
 from leangrid.report.facts import Facts, finite
@@ -101,7 +101,7 @@ def describe_calibration(recipe: Recipe) -> str:
 def describe_scheme(recipe: Recipe) -> str:
     """What the scheme stores and how it was found, in words."""
     scheme = recipe.parsed
-    kind = kind_of(scheme).describe(scheme)
+    kind = grid_class(scheme).describe(scheme)
     over = f"each group of {scheme.group_size} weights" if scheme.group_size else "each row"
     learned = {
         "leanquant": "learned on the inverse Hessian (LeanQuant)",

@@ -12,7 +12,7 @@ from typing import Any
 from leangrid.errors import VerifyError
 from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord, read_records
-from leangrid.storage.manifest import MANIFEST
+from leangrid.storage.manifest import read_manifest
 
 RECORDS, RUN = "records.jsonl", "run.json"
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx.data")
@@ -37,7 +37,7 @@ class Facts:
     def read(cls, directory: Path) -> "Facts":
         """Read the files of a directory that was verified; VerifyError where they are not those of a result."""
         try:
-            manifest = json.loads((directory / MANIFEST).read_bytes())
+            manifest = read_manifest(directory)
             run = json.loads((directory / RUN).read_bytes()) if (directory / RUN).exists() else {}
             facts = cls(manifest, read_records(directory / RECORDS), run)
             _ = facts.recipe, facts.result["scheme"], facts.bytes_after

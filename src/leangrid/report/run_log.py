@@ -35,7 +35,7 @@ def run_log(
         "seconds": {name: round(sum(lap.get(name, 0.0) for lap in laps), 3) for name in stages},
         "blocks": blocks,
         "peak_ram_bytes": max([memory.peak_bytes(), *(block["peak_ram_bytes"] for block in blocks)]),
-        "peak_gpu_bytes": max([devices.peak_bytes(device), *(block["peak_gpu_bytes"] for block in blocks)]),
+        "peak_gpu_bytes": max([devices.peak_device_bytes(device), *(block["peak_gpu_bytes"] for block in blocks)]),
         "bytes_before": bytes_before,
         "sample": next((info["sample"] for info in infos if info.get("sample")), None),
     }

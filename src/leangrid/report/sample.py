@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from leangrid.grids import Precision, kind_of
+from leangrid.grids import Precision, grid_class
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
 from leangrid.solve.factor import Factor
@@ -47,7 +47,7 @@ def sample_row(
     """
     cols, span = weight.shape[1], weight.amax(1).float() - weight.amin(1).float()
     row = int(span.argsort()[len(span) // 2])
-    power = recipe.p if recipe.p is not None else 4.0
+    power = recipe.exponent
     costs = factor.loss_error_weights(power).cpu()
     group = result.grid.group_of(cols).cpu()
     inside = (group == group[int(costs.argmax())]).nonzero().squeeze(1)
@@ -56,7 +56,9 @@ def sample_row(
     grid = result.grid.select_rows(torch.tensor([row], device=result.codes.device))
     levels = grid.levels.cpu().reshape(-1, grid.levels.shape[-1])[int(group[inside[0]])]
     scheme = recipe.scheme_for(cols)
-    minmax = kind_of(scheme).fit_minmax(values[None], scheme, Precision(torch.float32))  # not as a container rounds it
+    minmax = grid_class(scheme).fit_minmax(
+        values[None], scheme, Precision(torch.float32)
+    )  # not as a container rounds it
     stored = grid.dequantize(result.codes[row : row + 1])[0].float().cpu()
     return {
         "name": name,

@@ -38,7 +38,7 @@ SERVE: dict[str, tuple[str, str]] = {
 NOT_LOADED = frozenset({"gguf", "onnx"})
 
 
-def kind_of(container: str, exported: bool) -> str:
+def serving_key(container: str, exported: bool) -> str:
     """The key of the tables above: quantize's ``gguf`` is blocks in a directory, export's is one file."""
     return BLOCKS if container == "gguf" and not exported else container
 
@@ -46,5 +46,5 @@ def kind_of(container: str, exported: bool) -> str:
 def snippet(container: str, exported: bool) -> tuple[str, str]:
     """(language, lines) that open a result."""
     return OPEN.get(
-        kind_of(container, exported), ("python", 'import leangrid\nmodel, tokenizer = leangrid.load("DIR")')
+        serving_key(container, exported), ("python", 'import leangrid\nmodel, tokenizer = leangrid.load("DIR")')
     )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 
 import torch
@@ -14,6 +15,7 @@ from leangrid.machine.stopwatch import Clock
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
 from leangrid.solve.hessian import Hessian
+from leangrid.solve.layer import LinearResult
 
 
 class LayerCosts:
@@ -36,9 +38,17 @@ class LayerCosts:
         synchronize(self._device)
         self.seconds[name] += perf_counter() - begin
 
-    def count(self, name: str, operations: float) -> None:
-        """Add floating-point operations to stage ``name``."""
-        self.flops[name] += operations
+    def record_sweep(self, stage: str, rows: int, cols: int, exact: bool) -> None:
+        """Add the operations of a sweep to ``stage``."""
+        self.flops[stage] += flops.exact(rows, cols) if exact else flops.sweep(rows, cols)
+
+    def record_loss(self, stage: str, rows: int, cols: int) -> None:
+        """Add the operations of a layer loss to ``stage``."""
+        self.flops[stage] += flops.layer_loss(rows, cols)
+
+    def record_refinement(self, stage: str, rows: int, cols: int, rounds: int) -> None:
+        """Add the operations of a refinement to ``stage``."""
+        self.flops[stage] += flops.refine(rows, cols, rounds)
 
     def add(self, other: "LayerCosts") -> None:
         """Add what another part of the same layer cost."""
@@ -47,12 +57,21 @@ class LayerCosts:
                 mine[name] += value
 
 
+@dataclass(frozen=True, eq=False)
+class SolvedLinear:
+    """A linear of a block, whole: its path from the block, the result, and what it cost on all ranks."""
+
+    name: str
+    result: LinearResult
+    costs: LayerCosts
+
+
 class Accounting:
     """Adds a run's operations to its clock: what the recipe needs at least, and what was done."""
 
     def __init__(self, clock: Clock, skeleton: Skeleton, recipe: Recipe, tokens: int) -> None:
         self._clock, self._skeleton, self._recipe, self._tokens = clock, skeleton, recipe, tokens
-        self._streams = 2 if recipe.correct else 1
+        self._streams = recipe.streams
 
     def count_forward(self, index: int, done: float) -> None:
         """Block ``index`` was walked with ``done`` operations; needed is each linear once for a token and stream."""

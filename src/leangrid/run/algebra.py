@@ -3,12 +3,13 @@
 Each kind has the same steps: ``collect`` the Hessian, ``factorize`` it, give the corrected ``targets`` of one linear
 after another, take what was solved by ``add``, and hand all of it out by ``results``.
 
-* GroupAlgebra: the linears of a group read the same input. Of several ranks each solves some of the linears whole.
+* PlainAlgebra: the linears of a group read the same input. Of several ranks each solves some of the linears whole.
 * ExpertAlgebra: the linears of one expert; its Hessian is made from the tokens that were routed to it (experts.py).
-* InPlaceAlgebra: the same results where the group's matrices hardly fit (solve/in_place.py). Targets come a tile of
-  rows at a time, and of several ranks each solves a part of the rows of every linear.
+* InPlaceAlgebra: as PlainAlgebra, where the group's matrices hardly fit (solve/in_place.py). Targets come some rows at
+  a time, and of several ranks each solves a part of the rows of every linear.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from leangrid.models.walk import ExpertInputs, GroupInputs
-from leangrid.run.accounting import LayerCosts
+from leangrid.run.accounting import LayerCosts, SolvedLinear
 from leangrid.run.block import Block
 from leangrid.run.experts import expert_hessians
 from leangrid.run.run import Run
@@ -26,6 +27,7 @@ from leangrid.solve.factor import Factor, factorize
 from leangrid.solve.hessian import Hessian, HessianSum
 from leangrid.solve.in_place import InPlaceGroup, InPlaceHessianSum, concatenate_results
 from leangrid.solve.layer import LinearResult
+from leangrid.solve.observer import Observer
 
 _Sum = TypeVar("_Sum", bound=HessianSum)
 
@@ -42,7 +44,7 @@ def algebras(run: Run, block: Block, number: int, group: GroupInputs | ExpertInp
         yield PlainAlgebra(run, block, number, group)
 
 
-class GroupAlgebra:
+class GroupAlgebra(ABC):
     """The steps that all kinds share: what was solved is collected here, and exchanged between ranks.
 
     Attributes:
@@ -53,65 +55,61 @@ class GroupAlgebra:
         self.names = tuple(names)
         self._run, self._block, self._number = run, block, number
         self._device = run.states.algebra_device(number)
+        self._watching = LayerCosts(self._device)
         self._solved: dict[str, list[tuple[LinearResult, LayerCosts]]] = {name: [] for name in names}
 
+    @abstractmethod
     def collect(self) -> Hessian:
         """H of the input, over the calibration tokens of all ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def factorize(self) -> Factor:
         """U with (H + lambda I)^-1 = U^T U; the correction is made from it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def targets(self, name: str) -> Iterator[Tensor]:
         """W~ of this rank's part of a linear, float32 [rows, cols], some rows after others."""
-        raise NotImplementedError
 
-    def costs(self) -> LayerCosts:
-        """The observer for one ``solve_linear``."""
-        return LayerCosts(self._device)
+    def observer(self) -> Observer:
+        """Watches the next ``solve_linear``; what it saw belongs to the result that is added next."""
+        self._watching = LayerCosts(self._device)
+        return self._watching
 
-    def add(self, name: str, result: LinearResult, costs: LayerCosts) -> None:
-        """Take what was solved for the next rows of ``name``."""
-        self._solved[name].append((result, costs))
+    def add(self, name: str, result: LinearResult) -> None:
+        """Take what was solved for the next rows of the linear ``name``."""
+        self._solved[name].append((result, self._watching))
 
-    def results(self) -> Iterator[tuple[str, LinearResult, LayerCosts]]:
-        """Each linear whole, with what it cost on all ranks."""
+    def results(self) -> Iterator[SolvedLinear]:
+        """Each linear whole, from all ranks."""
         parts = [self._solved]
         if self._run.ranks.count > 1:  # between ranks everything goes through host memory
             for solved in self._solved.values():
                 solved[:] = [(result.to("cpu"), costs) for result, costs in solved]
             parts = self._run.ranks.gather(self._solved)
         for name in self.names:
-            yield name, *self._joined([piece for part in parts for piece in part.pop(name)])
+            yield self._whole(name, [piece for part in parts for piece in part.pop(name)])
 
-    def _joined(self, pieces: list[tuple[LinearResult, LayerCosts]]) -> tuple[LinearResult, LayerCosts]:
+    def _whole(self, name: str, pieces: list[tuple[LinearResult, LayerCosts]]) -> SolvedLinear:
+        """The rows of all pieces as one result."""
         costs = pieces[0][1]
         for _, other in pieces[1:]:
             costs.add(other)
-        return concatenate_results([result.to(self._device) for result, _ in pieces]), costs
+        return SolvedLinear(name, concatenate_results([result.to(self._device) for result, _ in pieces]), costs)
+
+    def _cols(self) -> int:
+        """Input features, which all the linears share."""
+        return self._run.skeleton.shape(f"{self._block.name}.{self.names[0]}")[1]
 
     def _rows(self) -> int:
         """Output features of all the linears together."""
         return sum(self._run.skeleton.shape(path)[0] for path in self._block.paths(self.names))
 
 
-class PlainAlgebra(GroupAlgebra):
-    """Of one group; H, G, the factor and the correction are on the device together."""
+class _OnDevice(GroupAlgebra):
+    """What PlainAlgebra and ExpertAlgebra share: factor and correction are made from a whole Hessian on the device."""
 
-    def __init__(self, run: Run, block: Block, number: int, group: GroupInputs) -> None:
-        super().__init__(run, block, number, group.names)
-        self._group = group
-        self._hessian: Hessian | None = None
-        self._correction: Correction | None = None
-
-    def collect(self) -> Hessian:
-        cols = self._run.skeleton.shape(f"{self._block.name}.{self.names[0]}")[1]
-        total = HessianSum(cols, self._device, cross=self._group.paired)
-        total = _sum_tokens(self._run, self._number, self._group, total)
-        with self._run.stage("hessian", self._number):
-            self._hessian = total.finish()
-        return replace(self._hessian, cross=None)
+    _hessian: Hessian | None = None
+    _correction: Correction | None = None
 
     def factorize(self) -> Factor:
         hessian, self._hessian, recipe = self._hessian, None, self._run.recipe
@@ -135,16 +133,31 @@ class PlainAlgebra(GroupAlgebra):
         yield target
 
 
-class ExpertAlgebra(PlainAlgebra):
+class PlainAlgebra(_OnDevice):
+    """Of one group."""
+
+    def __init__(self, run: Run, block: Block, number: int, group: GroupInputs) -> None:
+        super().__init__(run, block, number, group.names)
+        self._group = group
+
+    def collect(self) -> Hessian:
+        total = HessianSum(self._cols(), self._device, cross=self._group.paired)
+        total = _sum_tokens(self._run, self._number, self._group, total)
+        with self._run.stage("hessian", self._number):
+            self._hessian = total.finish()
+        return replace(self._hessian, cross=None)  # G is let go once the correction is made
+
+
+class ExpertAlgebra(_OnDevice):
     """Of one expert, whose Hessian was summed with those of the others. Its input is not corrected."""
 
     def __init__(self, run: Run, block: Block, number: int, names: Sequence[str], hessian: Hessian) -> None:
-        GroupAlgebra.__init__(self, run, block, number, names)
-        self._hessian, self._correction = hessian, None
+        super().__init__(run, block, number, names)
+        self._hessian = hessian
 
     def collect(self) -> Hessian:
         if self._hessian is None:
-            raise RuntimeError("an expert's Hessian is read once")
+            raise RuntimeError("an expert's Hessian is collected once")
         return self._hessian
 
 
@@ -154,30 +167,28 @@ class InPlaceAlgebra(GroupAlgebra):
     def __init__(self, run: Run, block: Block, number: int, group: GroupInputs) -> None:
         super().__init__(run, block, number, group.names)
         self._group = group
-        self._wide: InPlaceGroup | None = None
+        self._in_place: InPlaceGroup | None = None
 
     def collect(self) -> Hessian:
         run = self._run
-        cols = run.skeleton.shape(f"{self._block.name}.{self.names[0]}")[1]
-        total = _sum_tokens(
-            run, self._number, self._group, InPlaceHessianSum(cols, self._device, cross=self._group.paired)
-        )
+        total = InPlaceHessianSum(self._cols(), self._device, cross=self._group.paired)
+        total = _sum_tokens(run, self._number, self._group, total)
         weights = {name: run.weight(self._block, name) for name in self.names}
         with run.stage("factor", self._number):  # the factor takes the place of a copy of H, so both are made at once
-            self._wide = InPlaceGroup(total, weights, run.recipe, run.strength)
-        return self._wide.hessian
+            self._in_place = InPlaceGroup(total, weights, run.recipe, run.strength)
+        return self._in_place.hessian
 
     def factorize(self) -> Factor:
-        if self._wide is None:
+        if self._in_place is None:
             raise RuntimeError("collect comes before factorize")
-        self._run.accounting.count_group(self._wide.hessian, self._rows(), self._group.paired)
-        return self._wide.factor
+        self._run.accounting.count_group(self._in_place.hessian, self._rows(), self._group.paired)
+        return self._in_place.factor
 
     def targets(self, name: str) -> Iterator[Tensor]:
-        if self._wide is None:
+        if self._in_place is None:
             raise RuntimeError("collect comes before targets")
         ranks = self._run.ranks
-        return self._wide.targets(name, share=(ranks.rank, ranks.count))
+        return self._in_place.targets(name, share=(ranks.rank, ranks.count))
 
 
 def _sum_tokens(run: Run, number: int, group: GroupInputs, total: _Sum) -> _Sum:

@@ -1,4 +1,4 @@
-"""The block at work: its weights, the groups of its linears, and what will be committed of it."""
+"""The block that is being quantized: its weights, the groups of its linears, and what will be committed of it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from leangrid.models.walk import BlockWalk, ExpertInputs, GroupInputs
 from leangrid.report.records import LayerRecord
 
-Stage = Callable[..., AbstractContextManager[None]]  # Run.stage: counts the time of its body
+StageTimer = Callable[..., AbstractContextManager[None]]  # Run.stage: counts the time of its body
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Block:
         tensors: packed codes and grids, by their names in the result.
         records: what will stand in records.jsonl.
         sample: one row of one layer for the report, where this block has that layer.
-        resident_bytes: the most that the process held while the block was at work.
+        resident_bytes: the most that the process held while the block was open.
     """
 
     index: int
@@ -34,28 +34,27 @@ class Block:
     records: list[LayerRecord] = field(default_factory=list)
     sample: dict[str, Any] | None = None
     resident_bytes: int = 0
-    _new: dict[str, Tensor] = field(default_factory=dict)
+    _queued: dict[str, Tensor] = field(default_factory=dict)
 
-    def groups(self, stage: Stage) -> Iterator[tuple[int, GroupInputs | ExpertInputs]]:
+    def groups(self, timer: StageTimer) -> Iterator[tuple[int, GroupInputs | ExpertInputs]]:
         """The groups of linears that read the same input, numbered, in the order of the forward pass.
 
-        Each is read by both streams before the next is reached; the weights given to ``replace`` meanwhile are what the
-        quantized stream goes on with.
-        """
+        The streams stop at a group until the next one is asked for. Then the weights that were queued meanwhile take
+        their places, and the quantized stream goes on with them."""
         groups = enumerate(self.walk)
         while True:
-            with stage("calibrate"):
+            with timer("calibrate"):
                 number, group = next(groups, (-1, None))
             if group is None:
                 return
             yield number, group
-            for name, weight in self._new.items():
+            for name, weight in self._queued.items():
                 self.walk.replace(name, weight)
-            self._new.clear()
+            self._queued.clear()
 
-    def replace(self, name: str, weight: Tensor) -> None:
-        """Let the quantized stream go on with ``weight``, as the module stores it, in the linear ``name``."""
-        self._new[name] = weight
+    def queue_weight(self, name: str, weight: Tensor) -> None:
+        """Give the linear ``name`` a new weight, as the module stores it, once the streams go on."""
+        self._queued[name] = weight
 
     def parameter(self, name: str) -> Tensor:
         """The original weight of a linear, as the module stores it."""

@@ -22,7 +22,7 @@ from leangrid.models.gguf import all_files, dequantize, describe, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.footprint import choose_placement
 from leangrid.planning.placement import Placement
-from leangrid.planning.resolve import describe_narrow_types, open_model, resolve_recipe
+from leangrid.planning.resolve import describe_narrow_types, open_checkpoint, resolve_recipe
 from leangrid.planning.sizes import disk_bytes
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
@@ -82,17 +82,17 @@ def open_inputs(request: Request) -> RunInputs:
         resolve_recipe(recipe, Skeleton(describe(path)), request.device)  # refused before a weight is read
         source = {"files": {file.name: {"sha256": files.hash_file(file)} for file in all_files(path)}}
         journal = _locked_journal(request, source)
-        with _taken_back(journal):
+        with _discarded_on_error(journal):
             directory = journal.partial / "source"
             if not (directory / "config.json").is_file():
                 dequantize(path, directory)
                 memory.return_freed_memory()
-            checkpoint, skeleton, resolved = open_model(directory, recipe, request.device)
+            checkpoint, skeleton, resolved = open_checkpoint(directory, recipe, request.device)
     else:
-        checkpoint, skeleton, resolved = open_model(path, recipe, request.device, remote)
+        checkpoint, skeleton, resolved = open_checkpoint(path, recipe, request.device, remote)
         side = {name: files.hash_file(file) for name, file in checkpoint.side_files().items()}
         journal = _locked_journal(request, checkpoint.identity | {"side_files": side})  # another tokenizer: another run
-    with _taken_back(journal):
+    with _discarded_on_error(journal):
         placement = _placement(request, skeleton, resolved, journal)
         _require_disk(request, skeleton, resolved, journal, placement)
     notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
@@ -145,7 +145,7 @@ def _placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Jo
     if request.placement is not None:
         return request.placement
     done = journal.find_resume_point()
-    last = journal.read_block_records(done - 1) if done else {}
+    last = journal.read_block_info(done - 1) if done else {}
     if last.get("device") == request.device and "placement" in last:
         return Placement.from_json(last["placement"])
     samples, length = _windows_shape(request, recipe)
@@ -173,7 +173,7 @@ def _windows_shape(request: Request, recipe: Recipe) -> tuple[int, int]:
 
 
 @contextmanager
-def _taken_back(journal: Journal) -> Iterator[None]:
+def _discarded_on_error(journal: Journal) -> Iterator[None]:
     """Where the body raises, a run that never began leaves nothing behind."""
     try:
         yield

@@ -2,29 +2,48 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from leangrid.errors import LeangridError
-from leangrid.machine.devices import DeviceClock, parse_device, reset_peak_bytes
+from leangrid.machine.devices import DeviceClock, parse_device, reset_peak_device_bytes, set_threads
 from leangrid.run.inputs import check_values
-from leangrid.run.ranks import Ranks
-from leangrid.run.ranks_inputs import open_inputs_of_ranks
+from leangrid.run.open_on_ranks import open_inputs_on_ranks
+from leangrid.run.publish import result_of_finished_run
+from leangrid.run.ranks import Ranks, join_ranks
 from leangrid.run.request import Request
+from leangrid.run.result import QuantizeResult
 from leangrid.run.run import Run
 from leangrid.run.windows import calibration_windows
 
 
 @contextmanager
-def open_run(request: Request, ranks: Ranks) -> Iterator[Run]:
+def open_run(request: Request) -> Iterator[Run | QuantizeResult]:
     """The run that ``request`` asks for, locked and ready for its first block that is not finished.
+
+    It is a result where nothing is left to do: the run was stopped after its directory had got its final name.
+
+    Where torchrun started this process, it is this rank's part of the run, on this rank's device.
 
     Raises:
         LeangridError: bad input, before anything is written, or after what was written has been taken back: an
             ``out.partial`` of this run without a finished block is removed again.
     """
+    set_threads(request.threads)
+    with join_ranks(request.device) as (ranks, device):
+        finished = ranks.broadcast(result_of_finished_run(request) if ranks.first else None)
+        if finished is not None:
+            yield finished
+            return
+        with _open(replace(request, device=device), ranks) as run:
+            yield run
+
+
+@contextmanager
+def _open(request: Request, ranks: Ranks) -> Iterator[Run]:
     clock = DeviceClock(parse_device(request.device))
-    reset_peak_bytes(request.device)
+    reset_peak_device_bytes(request.device)
     with clock.stage("load"):
-        inputs = open_inputs_of_ranks(request, ranks)  # source, skeleton, recipe, journal, placement
+        inputs = open_inputs_on_ranks(request, ranks)  # source, skeleton, recipe, journal, placement
     journal, run = inputs.journal, None
     try:
         if inputs.skeleton.architecture.sparse:

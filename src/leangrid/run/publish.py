@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from leangrid._version import __version__
 from leangrid.data.calibration import hash_windows
-from leangrid.gate import quality as quality_gate
+from leangrid.gate.judge import judge_result
+from leangrid.gate.quality import Quality
 from leangrid.gate.unseen import unseen_windows
 from leangrid.machine import devices
 from leangrid.machine.arithmetic import use_products
@@ -35,7 +37,7 @@ from leangrid.storage.hub import locate_source
 from leangrid.storage.safetensors import TensorInfo
 
 
-def publish_result(inputs: RunInputs, windows: Tensor, clock: Clock, judged_on: str) -> QuantizeResult:
+def publish(inputs: RunInputs, windows: Tensor, clock: Clock, judged_on: str) -> QuantizeResult:
     """Write everything that is not a block, the manifest last, give the directory its name, and say what the run did.
 
     Args:
@@ -43,7 +45,7 @@ def publish_result(inputs: RunInputs, windows: Tensor, clock: Clock, judged_on: 
         judged_on: the device of the quality gate.
     """
     skeleton, recipe, journal, request = inputs.skeleton, inputs.recipe, inputs.journal, inputs.request
-    infos = [journal.read_block_records(index) for index in range(len(skeleton.blocks))]
+    infos = [journal.read_block_info(index) for index in range(len(skeleton.blocks))]
     records = [LayerRecord.from_json(record) for info in infos for record in info["records"]]
 
     def judge(staged: Path) -> dict[str, Any]:
@@ -51,12 +53,12 @@ def publish_result(inputs: RunInputs, windows: Tensor, clock: Clock, judged_on: 
         with use_products(recipe.products):
             left_over = (journal.load_artifact("windows") or {}).get("unseen")
             unseen = unseen_windows(skeleton, recipe.calibration, windows.shape[1], left_over)
-            doubts = _doubts_of_gguf(inputs)
-            quality = quality_gate.judge(skeleton, staged, windows, recipe, judged_on, unseen, doubts)
+            differences = _gguf_differences(inputs)
+            quality = judge_result(skeleton, staged, windows, recipe, judged_on, unseen, differences)
         spent = clock.elapsed() - began
         clock.add("check", spent)
         clock.add("save", -spent)  # the stage in which this happens
-        return {"quality": quality}
+        return {"quality": quality.to_dict()}
 
     def pages(manifest_so_far: Mapping[str, Any]) -> Mapping[str, str]:
         last = clock.lap()
@@ -66,7 +68,7 @@ def publish_result(inputs: RunInputs, windows: Tensor, clock: Clock, judged_on: 
 
     begin = clock.elapsed()
     with clock.stage("save"):
-        manifest = writer.publish_result(
+        manifest = writer.write_result(
             journal,
             request.out,
             _outside_blocks(skeleton),
@@ -111,7 +113,7 @@ def _manifest(
     }
 
 
-def _doubts_of_gguf(inputs: RunInputs) -> list[str]:
+def _gguf_differences(inputs: RunInputs) -> list[str]:
     """Differences between a .gguf source and the directory it was dequantized to, by a reader that the importer does
     not use."""
     if not is_gguf(Path(inputs.request.source)):
@@ -166,18 +168,18 @@ def _result(
     flops: dict[str, dict[str, float]],
     device: str,
 ) -> QuantizeResult:
-    quality = dict(manifest.get("quality", {}))
-    if request.max_kl is not None and "limit" in quality:
-        quality["limit"] = request.max_kl
+    quality = Quality.from_dict(manifest.get("quality", {}))
+    if request.max_kl is not None and quality.limit is not None:
+        quality = replace(quality, limit=request.max_kl)
     return QuantizeResult(
         out=str(request.out),
         bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
         seconds=seconds,
         flops=flops,
         peak_ram_bytes=peak_bytes(),
-        peak_gpu_bytes=devices.peak_bytes(device),
+        peak_gpu_bytes=devices.peak_device_bytes(device),
         max_rescued=request.max_rescued,
-        quality=quality | {"passed": quality_gate.passed(quality)},
+        quality=quality.to_dict() | {"passed": quality.passed},
         **manifest["result"],
     )
 

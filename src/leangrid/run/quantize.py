@@ -8,19 +8,17 @@
                 W~ = W + a W (G - H)(H + lambda I)^-1             targets      (solve/correction.py)
                 fit the grid, sweep, refine                       solve_linear (solve/layer.py)
             the quantized stream goes on with the new weights
-        commit the block
+        commit the block                                          (run/block_writer.py)
 
 X is the input of the original model, X~ that of the model whose earlier linears are quantized already.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from leangrid.machine.devices import set_threads
 from leangrid.models.streams import Streams
 from leangrid.planning.placement import Placement
 from leangrid.progress import Event
@@ -28,8 +26,6 @@ from leangrid.recipe import Recipe
 from leangrid.run.algebra import GroupAlgebra, algebras
 from leangrid.run.block import Block
 from leangrid.run.open_run import open_run
-from leangrid.run.publish import result_of_finished_run
-from leangrid.run.ranks import join_ranks
 from leangrid.run.request import Request
 from leangrid.run.result import QuantizeResult
 from leangrid.run.run import Run
@@ -58,6 +54,7 @@ def quantize(
 
     Args:
         source: checkpoint directory, hub id ``org/name[@revision]``, or ``.gguf`` file.
+        out: directory to make; replaced with ``overwrite`` only.
         recipe: what to do; ``Recipe()`` where None.
         windows: calibration token ids, int64 [samples, length], instead of the recipe's corpus.
         device: where the blocks are computed, in torch's words.
@@ -71,6 +68,9 @@ def quantize(
         progress: is called with an Event after every linear and block.
         placement: what is on the device and what waits elsewhere; chosen from the memory there is where None.
 
+    Returns:
+        What the run did: sizes, losses, seconds, rescues, and how far the result is from the original.
+
     Raises:
         LeangridError: bad input (exit code 2: nothing was written), or a stop (3: the same call resumes).
 
@@ -80,26 +80,20 @@ def quantize(
         >>> result.layers, result.scheme, result.loss < result.loss_rounding
         (14, 'W4A16_G32', True)
     """
-    set_threads(threads)
-    recipe, out = Recipe() if recipe is None else recipe, Path(out)
-    states = None if state_dir is None else Path(state_dir)
-    request = Request(
-        source, out, recipe, windows, device, overwrite, restart, max_rescued, max_kl, states, progress, placement
-    )
-    return carry_out(request)
+    recipe, states = Recipe() if recipe is None else recipe, None if state_dir is None else Path(state_dir)
+    others = (overwrite, restart, max_rescued, max_kl, states, progress, placement)
+    return run_request(Request(source, Path(out), recipe, windows, device, threads, *others))
 
 
-def carry_out(request: Request) -> QuantizeResult:
-    """Open or resume the run that ``request`` asks for, quantize its blocks, and publish the result."""
-    with torch.no_grad(), join_ranks(request.device) as (ranks, own_device):
-        finished = ranks.broadcast(result_of_finished_run(request) if ranks.first else None)
-        if finished is not None:
-            return finished
-        with open_run(replace(request, device=own_device), ranks) as run:
-            streams = run.streams()
-            for index in run.remaining_blocks():
-                streams = run.attempt(quantize_block, index, streams)
-            return run.publish()
+def run_request(request: Request) -> QuantizeResult:
+    """Open or resume the run that ``request`` asks for, quantize its blocks in order, and publish the result."""
+    with torch.no_grad(), open_run(request) as run:
+        if isinstance(run, QuantizeResult):  # it was stopped after its directory had got its name
+            return run
+        streams = run.streams()
+        for index in run.remaining_blocks():
+            streams = run.attempt_block(quantize_block, index, streams)
+        return run.finish()
 
 
 def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
@@ -108,7 +102,7 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
         for number, group in block.groups(run.stage):
             for algebra in algebras(run, block, number, group):  # one; in a mixture one for each expert
                 quantize_linears(run, block, algebra)
-        return run.commit(block)
+        return run.writer.commit(block)
 
 
 def quantize_linears(run: Run, block: Block, algebra: GroupAlgebra) -> None:
@@ -117,9 +111,8 @@ def quantize_linears(run: Run, block: Block, algebra: GroupAlgebra) -> None:
     factor = algebra.factorize()
     for name in algebra.names:
         recipe = run.recipe.for_layer(f"{block.name}.{name}")
-        for target in algebra.targets(name):
-            costs = algebra.costs()
-            result = solve_linear(target, factor, hessian.matrix, recipe, run.precision, costs)
-            algebra.add(name, result, costs)
-    for name, result, costs in algebra.results():
-        run.store(block, name, result, costs, hessian, factor)
+        for target in algebra.targets(name):  # all rows of the linear, or some after others
+            observer = algebra.observer()
+            algebra.add(name, solve_linear(target, factor, hessian.matrix, recipe, run.precision, observer))
+    for solved in algebra.results():
+        run.writer.store(block, solved, hessian, factor)

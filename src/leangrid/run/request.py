@@ -25,6 +25,7 @@ class Request:
     recipe: Recipe
     windows: Tensor | None = None
     device: str = "cpu"
+    threads: int | None = None
     overwrite: bool = False
     restart: bool = False
     max_rescued: float = 0.01

@@ -31,6 +31,12 @@ class QuantizeResult(Result):
         experts: tokens per expert of a mixture (report/experts.py); empty for other models.
         quality: what the quality gate found (gate/quality.py): measure, value, limit, passed, top1_agreement,
             worst_layers, or error.
+
+    Example:
+        >>> recipe = leangrid.Recipe(scheme="NU4", calibration="text.txt", samples=8, length=64)
+        >>> result = leangrid.quantize("model", "out-nu4", recipe)
+        >>> result.exit_code, result.quality["measure"], result["scheme"] == result.to_dict()["scheme"]
+        (0, 'kl', True)
     """
 
     out: str

@@ -76,19 +76,19 @@ def _checked(windows: Tensor, vocabulary: int, positions: int | None) -> Tensor:
 
 def _sampler(inputs: RunInputs) -> Callable[[int, int, int], Tensor] | None:
     """Draws windows from the source model itself, which is whole in memory for that time; None for an encoder."""
-    if not inputs.skeleton.causal:
+    if not inputs.skeleton.has_lm_head:
         return None
     progress, a_report = inputs.request.progress, 16 * inputs.recipe.samples
 
-    def sample_windows(samples: int, length: int, seed: int) -> Tensor:
+    def report(done: int, total: int) -> None:
+        if progress is not None and done * 10 // total > (done - a_report) * 10 // total:
+            progress(Event("calibrate", message=f"sampled {done:,} of {total:,} tokens from the model itself"))
+
+    def draw(samples: int, length: int, seed: int) -> Tensor:
         from leangrid.data.sampling import sample_windows
         from leangrid.inference.load import load
 
         model, tokenizer = load(inputs.checkpoint.directory, dtype=torch.float32)
         return sample_windows(model, tokenizer, samples, length, seed, progress=report)
 
-    def report(done: int, total: int) -> None:
-        if progress is not None and done * 10 // total > (done - a_report) * 10 // total:
-            progress(Event("calibrate", message=f"sampled {done:,} of {total:,} tokens from the model itself"))
-
-    return sample_windows
+    return draw

@@ -10,7 +10,8 @@ Where no factor exists, other requests are tried in this order, and each deviati
 accepted only if U^T U (H + lambda I) is the identity on a few random vectors."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,7 +21,7 @@ from leangrid.errors import NumericalError, ShapeError
 from leangrid.solve.rescue import Rescue
 
 TOLERANCE = 1e-2  # relative error of U^T U (H + lambda I) - I on the random vectors
-PROBES = 8  # how many of them
+_PROBES = 8  # how many of them
 _LEAF = 64  # columns that one thread factors whole
 _ATTEMPTS = ((torch.float32, 1.0), (torch.float32, 10.0), (torch.float32, 100.0), (torch.float64, 1.0))
 
@@ -37,6 +38,12 @@ class Factor:
         ridge: lambda.
         dead: columns that no calibration token touched, original order.
         rescues: what was done differently from what was asked.
+
+    Example:
+        >>> from leangrid.solve.factor import factorize
+        >>> factor = factorize(torch.tensor([[4.0, 0.0], [0.0, 16.0]]), damping=0.0)
+        >>> factor.diagonal, factor.loss_error_weights(p=2.0)
+        (tensor([0.5000, 0.2500], dtype=torch.float64), tensor([0.2500, 1.0000], dtype=torch.float64))
     """
 
     upper: Float[Tensor, "cols cols"]
@@ -46,6 +53,16 @@ class Factor:
     ridge: float
     dead: Bool[Tensor, " cols"]
     rescues: tuple[Rescue, ...] = ()
+
+    def to(self, device: torch.device | str) -> "Factor":
+        """The same on ``device``."""
+        return replace(
+            self,
+            upper=self.upper.to(device),
+            order=self.order.to(device),
+            damped=self.damped.to(device),
+            dead=self.dead.to(device),
+        )
 
     @property
     def is_diagonal(self) -> bool:
@@ -88,6 +105,15 @@ def factorize(matrix: Float[Tensor, "cols cols"], damping: float = 0.01, act_ord
     Raises:
         ShapeError: the matrix is not square.
         NumericalError: the matrix holds NaN or infinite values.
+
+    Example:
+        >>> from leangrid.solve.factor import factorize
+        >>> factor = factorize(torch.tensor([[4.0, 0.0], [0.0, 16.0]]), damping=0.0)
+        >>> factor.order  # the column with the largest input first
+        tensor([1, 0])
+        >>> factor.upper
+        tensor([[0.2500, 0.0000],
+                [0.0000, 0.5000]])
     """
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ShapeError(f"a Hessian is square, not {tuple(matrix.shape)}", "factorize")
@@ -191,7 +217,14 @@ def _inverse_cholesky(backwards: Tensor, damping: float, dtype: torch.dtype) -> 
         return None, float("inf")
     identity = torch.eye(whole, dtype=dtype, device=damped.device)
     upper = torch.linalg.solve_triangular(lower, identity, upper=False)[:size, :size].flip(0, 1)
+    return upper, inversion_error(upper, lambda probes: (damped @ probes.flip(0)).flip(0))
+
+
+def inversion_error(upper: Float[Tensor, "cols cols"], multiply_damped: Callable[[Tensor], Tensor]) -> float:
+    """Relative error of U^T U (H + lambda I) - I on a few fixed random vectors; infinite where it is NaN.
+
+    ``multiply_damped`` returns (H + lambda I) v for vectors v [cols, n]; all are in elimination order."""
     generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(len(damped), PROBES, generator=generator).to(damped.device, dtype)
-    error = float((upper.T @ (upper @ (damped @ probes).flip(0)) - probes.flip(0)).norm() / probes.norm())
-    return upper, error if error == error else float("inf")
+    probes = torch.randn(len(upper), _PROBES, generator=generator).to(upper.device, upper.dtype).flip(0)
+    error = float((upper.T @ (upper @ multiply_damped(probes)) - probes).norm() / probes.norm())
+    return error if error == error else math.inf

@@ -1,9 +1,8 @@
 """The layer Hessian H = 2/N X~^T X~ from batches of inputs, and G = 2/N X^T X~ for the correction of the inputs' error.
 
 One row of X~ is one token's input in the quantized model, of X in the original one. Sums are float32 and unscaled: the
-division by N comes last, so that any split into batches and any merge of partial sums counts every token once. Only the
-upper triangle of X~^T X~ is computed. Inputs in bfloat16 are multiplied as they are: their products are exact in
-float32."""
+division by N comes last, so that any split into batches counts every token once. Only the upper triangle of X~^T X~ is
+computed. Inputs in bfloat16 are multiplied as they are: their products are exact in float32."""
 
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from leangrid.errors import CalibrationError, NumericalError, ShapeError
 from leangrid.solve.rescue import Rescue
 
 MAX_DROPPED = 0.1  # share of tokens with non-finite activations above which a run stops
+MIRROR_PANEL = 256  # columns whose two triangles stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,14 @@ class HessianSum:
         cols: columns of the layer.
         device: where the sums are.
         cross: whether G is summed, too, from pairs of original and quantized inputs.
+
+    Example:
+        >>> from leangrid.solve.hessian import HessianSum
+        >>> total = HessianSum(cols=2)
+        >>> total.add(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))  # two tokens
+        >>> total.finish().matrix
+        tensor([[2., 2.],
+                [2., 4.]])
     """
 
     def __init__(self, cols: int, device: torch.device | str = "cpu", cross: bool = False) -> None:
@@ -78,18 +86,6 @@ class HessianSum:
                 "hessian",
             )
         self._accumulate(self._tokens(quantized), self._tokens(original) if self._cross is not None else None)
-
-    def merge(self, other: "HessianSum") -> None:
-        """Add the tokens of another sum, such as another rank's."""
-        if self.cols != other.cols or (self._cross is None) != (other._cross is None):
-            raise ShapeError(
-                f"sums over {self.cols} and {other.cols} columns, or with and without cross, do not merge", "hessian"
-            )
-        self._matrix += other._matrix.to(self._matrix.device)
-        if self._cross is not None and other._cross is not None:
-            self._cross += other._cross.to(self._cross.device)
-        self.tokens += other.tokens
-        self.dropped += other.dropped
 
     def parts(self) -> list[Tensor]:
         """The unscaled sums themselves, not copies, float32 [cols, cols]: X~^T X~ and, if summed, X^T X~."""
@@ -149,10 +145,10 @@ def _finite_rows(x: Float[Tensor, "tokens cols"]) -> Bool[Tensor, " tokens"]:
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).isfinite()
 
 
-def mirror_(matrix: Float[Tensor, "cols cols"], panel: int = 256) -> Float[Tensor, "cols cols"]:
-    """The matrix with its upper triangle copied onto the lower, in place, in panels that stay in the cache."""
-    for start in range(0, len(matrix), panel):
-        stop = start + panel
+def mirror_(matrix: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
+    """The matrix with its upper triangle copied onto the lower, in place, panel by panel."""
+    for start in range(0, len(matrix), MIRROR_PANEL):
+        stop = start + MIRROR_PANEL
         matrix[stop:, start:stop] = matrix[start:stop, stop:].T
         corner = matrix[start:stop, start:stop]
         corner.copy_(corner.triu() + corner.triu(1).T)

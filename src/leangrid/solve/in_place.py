@@ -21,12 +21,12 @@ from leangrid.errors import ShapeError
 from leangrid.recipe import Recipe
 from leangrid.solve.correction import multiply_by_inverse
 from leangrid.solve.factor import (
-    PROBES,
     TOLERANCE,
     Factor,
     dead_rescues,
     elimination_order,
     factorize,
+    inversion_error,
     scale_and_dead,
     split_cholesky_,
 )
@@ -36,6 +36,7 @@ from leangrid.solve.rescue import Rescue
 
 PANEL = 2048  # columns of a panel: wide enough for a product at full speed, and a small share of the matrix
 TILE_BYTES = 1 << 28  # of one float32 copy of the rows that are solved at once
+REVERSED_AT_ONCE = 1 << 26  # numbers
 
 
 class InPlaceHessianSum(HessianSum):
@@ -154,7 +155,13 @@ def factorize_in_place(
         del upper
         return _factorize_on_cpu(matrix, damping, act_order)
     reverse_(invert_lower_(upper, panel))
-    if not _error(matrix, upper, order, scale, ridge) < TOLERANCE:
+
+    def multiply_damped(vectors: Tensor) -> Tensor:  # in elimination order, over ``scale`` as U is
+        spread = torch.empty_like(vectors)
+        spread[order] = vectors
+        return (matrix @ spread)[order].div_(scale).add_(vectors, alpha=ridge)
+
+    if not inversion_error(upper, multiply_damped) < TOLERANCE:
         del upper
         return _factorize_on_cpu(matrix, damping, act_order)
     damped = matrix.clone()
@@ -197,12 +204,12 @@ def invert_lower_(lower: Float[Tensor, "cols cols"], panel: int = PANEL) -> Floa
     return lower
 
 
-def reverse_(matrix: Float[Tensor, "cols cols"], chunk: int = 1 << 26) -> Float[Tensor, "cols cols"]:
+def reverse_(matrix: Float[Tensor, "cols cols"]) -> Float[Tensor, "cols cols"]:
     """Rows and columns in reverse order, in place: a contiguous matrix read backwards."""
     flat = matrix.view(-1)
     count = flat.numel()
-    for start in range(0, count // 2, chunk):
-        stop = min(start + chunk, count // 2)
+    for start in range(0, count // 2, REVERSED_AT_ONCE):
+        stop = min(start + REVERSED_AT_ONCE, count // 2)
         head, tail = flat[start:stop], flat[count - stop : count - start]
         first = head.flip(0)
         head.copy_(tail.flip(0))
@@ -231,16 +238,4 @@ def concatenate_results(parts: Sequence[LinearResult]) -> LinearResult:
 
 def _factorize_on_cpu(matrix: Tensor, damping: float, act_order: bool) -> Factor:
     """``factorize`` in host memory, its results on the device of ``matrix``."""
-    factor, device = factorize(matrix.cpu(), damping, act_order), matrix.device
-    moved = {name: getattr(factor, name).to(device) for name in ("upper", "order", "damped", "dead")}
-    return replace(factor, **moved)
-
-
-def _error(matrix: Tensor, upper: Tensor, order: Tensor, scale: float, damping: float) -> float:
-    """Relative error of U^T U (H + lambda I) - I on a few fixed random vectors; H and lambda over ``scale``."""
-    probes = torch.randn(len(matrix), PROBES, generator=torch.Generator().manual_seed(0)).to(matrix.device)
-    spread = torch.empty_like(probes)
-    spread[order] = probes
-    product = (matrix @ spread)[order].div_(scale).add_(probes, alpha=damping)
-    error = float((upper.T @ (upper @ product) - probes).norm() / probes.norm())
-    return error if error == error else math.inf
+    return factorize(matrix.cpu(), damping, act_order).to(matrix.device)

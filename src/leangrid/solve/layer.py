@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from leangrid.errors import ShapeError
-from leangrid.grids import Grid, Precision, kind_of
-from leangrid.grids.base import check_weight
-from leangrid.machine import flops
-from leangrid.recipe import Recipe, Scheme
+from leangrid.errors import RecipeError, ShapeError
+from leangrid.grids import Grid, Precision, grid_class
+from leangrid.grids.base import FLOAT32, check_weight
+from leangrid.recipe import GRID_SCHEMES, Recipe, Scheme
 from leangrid.solve.factor import Factor, factorize, relative_power
 from leangrid.solve.observer import NoObserver, Observer, Stage
 from leangrid.solve.refine import refine
@@ -40,6 +39,12 @@ class LinearResult:
         loss_minmax: the same of GPTQ on a min-max grid.
         loss_rounding: the same of rounding to that grid.
         rescues: what was done differently from the recipe.
+
+    Example:
+        >>> result = leangrid.quantize_linear(torch.eye(4, 8), torch.eye(8), scheme="W4A16")
+        >>> codes, grid, loss = result
+        >>> result.loss <= result.loss_minmax <= result.loss_rounding
+        True
     """
 
     codes: UInt8[Tensor, "rows cols"]
@@ -66,7 +71,7 @@ def quantize_linear(
     Args:
         weight: [rows, cols], any float dtype; y = weight @ x.
         hessian: 2/N X^T X [cols, cols], any float dtype, with one calibration token in each of the N rows of X.
-        scheme: a string such as NU3, W4A16_G64, GPTQ4 or RTN4, or a ``Scheme``.
+        scheme: a string such as NU3, W4A16_G64, GPTQ4 or RTN4, or a ``Scheme`` that such a string names.
         recipe_fields: other fields of ``Recipe``: p, steps, refine, guard, damping, act_order, search.
 
     Returns:
@@ -74,7 +79,7 @@ def quantize_linear(
         bfloat16, else in float32.
 
     Raises:
-        RecipeError: a wrong field, or a scheme whose grid is unknown.
+        RecipeError: a wrong field, or a ``Scheme`` that no scheme string names.
         ShapeError: shapes that do not fit, or weights that are not finite.
         NumericalError: a Hessian that is not finite.
 
@@ -87,18 +92,25 @@ def quantize_linear(
         >>> torch.equal(grid.dequantize(codes), weight)
         True
     """
-    if isinstance(scheme, Scheme):
-        recipe = Recipe(**recipe_fields).with_defaults(scheme)  # pyright: ignore[reportArgumentType]
-    else:
-        recipe = Recipe(scheme=scheme, **recipe_fields).resolved("W4A16")  # pyright: ignore[reportArgumentType]
+    recipe = _recipe_of(scheme, recipe_fields)
     if weight.ndim != 2 or tuple(hessian.shape) != (weight.shape[1], weight.shape[1]):
         raise ShapeError(
             f"a weight {tuple(weight.shape)} and a Hessian {tuple(hessian.shape)} do not fit", "quantize_linear"
         )
     factor = factorize(hessian, recipe.damping, recipe.act_order)
-    dtype = weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32
-    given = scheme if isinstance(scheme, Scheme) else None
-    return solve_linear(weight, factor, hessian.float(), recipe, dtype, scheme=given)
+    precision = Precision(weight.dtype if weight.dtype in (torch.float16, torch.bfloat16) else torch.float32)
+    return solve_linear(weight, factor, hessian.float(), recipe, precision)
+
+
+def _recipe_of(scheme: str | Scheme, fields: dict[str, Any]) -> Recipe:
+    """The resolved recipe of a scheme; a grid of scale and stored offset comes from a container that holds such."""
+    if isinstance(scheme, str):
+        return Recipe(scheme=scheme, **fields).resolved("W4A16")
+    recipe = Recipe(**{"scheme": scheme.name, "format": GRID_SCHEMES[scheme.grid].format, **fields}).resolved()
+    if recipe.parsed != scheme:
+        what = f"no scheme string names {scheme!r}"
+        raise RecipeError(what, "quantize_linear", f"'{scheme.name}' means {recipe.parsed!r}")
+    return recipe
 
 
 def solve_linear(
@@ -106,9 +118,8 @@ def solve_linear(
     factor: Factor,
     hessian: Float[Tensor, "cols cols"],
     recipe: Recipe,
-    dtype: torch.dtype | Precision = torch.float32,
+    precision: Precision = FLOAT32,
     observer: Observer | None = None,
-    scheme: Scheme | None = None,
 ) -> LinearResult:
     """Quantize ``target``: LeanQuant's Algorithm 1 for one linear, whose Hessian is factored already.
 
@@ -117,17 +128,16 @@ def solve_linear(
         factor: of ``hessian``.
         hessian: H undamped, float32, original column order.
         recipe: with every default written out (Recipe.resolved).
-        dtype: what the container stores; scales, offsets and levels are rounded to it before any error is moved.
+        precision: of the container; scales, offsets and levels are rounded to it before any error is moved.
         observer: is told of the stages; None for nobody.
-        scheme: None for the scheme of the recipe.
 
     Raises:
-        RecipeError: a scheme whose grid is unknown.
+        RecipeError: a recipe that is not resolved.
         ShapeError: weights that are not finite, or a group size that does not divide the columns.
     """
     target = check_weight(target)
-    scheme = scheme or recipe.scheme_for(target.shape[1])
-    precision = Precision.of(dtype).for_scheme(scheme)
+    scheme = recipe.scheme_for(target.shape[1])
+    precision = precision.for_scheme(scheme)
     return _Layer(target, factor, hessian, recipe, scheme, precision, observer or NoObserver()).solve()
 
 
@@ -162,10 +172,10 @@ class _Layer:
     rescues: list[Rescue] = field(default_factory=list)
 
     def solve(self) -> LinearResult:
-        method = self.scheme.method
+        method, power = self.scheme.method, self.recipe.exponent
         # The baselines: round to the min-max grid; GPTQ, the sweep onto the min-max grid.
         with self.observer.stage("baseline"):
-            minmax = kind_of(self.scheme).fit_minmax(self.target, self.scheme, self.precision)
+            minmax = grid_class(self.scheme).fit_minmax(self.target, self.scheme, self.precision)
         rounding = self.round_to(minmax)
         gptq = self.sweep_onto(minmax, self.target, "solve" if method == "gptq" else "baseline")
         loss_minmax = self.undamped_loss(gptq.loss, gptq.codes, minmax, "baseline")
@@ -174,7 +184,6 @@ class _Layer:
         elif method == "gptq":
             result = self.refine(gptq, minmax)
         else:
-            power = 4.0 if self.recipe.p is None else self.recipe.p
             # Step 1: the grid that minimises the error weighted by U_jj^-p.
             grid = self.fit_grid(self.target, power)
             # Step 2: quantize column by column, each error moved to the columns that follow.
@@ -198,12 +207,12 @@ class _Layer:
                 weights = relative_power(self.factor.inverse().diagonal().sqrt(), power)
             else:
                 weights = self.factor.loss_error_weights(power)
-            return kind_of(self.scheme).fit(weight, weights, self.scheme, self.recipe, self.precision)
+            return grid_class(self.scheme).fit(weight, weights, self.scheme, self.recipe, self.precision)
 
     def sweep_onto(self, grid: Grid, weight: Tensor, stage: Stage) -> Swept:
         """Algorithm 1, or Algorithm 2 where the scheme asks for it (the baselines are always swept)."""
         exact = self.scheme.exact and stage == "solve"
-        self.observer.count(stage, (flops.exact if exact else flops.sweep)(*weight.shape))
+        self.observer.record_sweep(stage, *weight.shape, exact=exact)
         with self.observer.stage(stage):
             return (exact_sweep if exact else sweep)(weight, self.factor, grid)
 
@@ -216,7 +225,7 @@ class _Layer:
         if not len(behind):
             return swept, grid
         weight, changed = self.target[behind], torch.zeros_like(loss_now, dtype=torch.bool)
-        kind = kind_of(self.scheme)
+        kind = grid_class(self.scheme)
         for lower in [*(p for p in GUARD_POWERS if p < power), None]:
             if lower is None:
                 candidate = kind.from_minmax(minmax.select_rows(behind), self.precision)
@@ -238,7 +247,7 @@ class _Layer:
         if not self.recipe.refine:
             return _Quantized(swept.codes, grid, self.undamped_loss(swept.loss, swept.codes, grid, "refine"))
         rows, cols = self.target.shape
-        self.observer.count("refine", flops.refine(rows, cols, self.recipe.refine))
+        self.observer.record_refinement("refine", rows, cols, self.recipe.refine)
         with self.observer.stage("refine"):
             result = refine(self.target, swept.codes, grid, self.factor.damped, self.recipe.refine, self.precision)
         return _Quantized(
@@ -250,7 +259,7 @@ class _Layer:
         self.rescues.append(
             Rescue("worse_than_rounding", f"loss {result.loss:.6g} against {rounding.loss:.6g} for rounding")
         )
-        own = kind_of(self.scheme).from_minmax(minmax, self.precision)
+        own = grid_class(self.scheme).from_minmax(minmax, self.precision)
         if own is minmax:
             return rounding
         for candidate in (own, self.fit_grid(self.target, 0.0)):
@@ -267,7 +276,7 @@ class _Layer:
 
     def measure_loss(self, codes: Tensor, grid: Grid) -> float:
         """The layer loss, by a product with H."""
-        self.observer.count("baseline", flops.layer_loss(*codes.shape))
+        self.observer.record_loss("baseline", *codes.shape)
         with self.observer.stage("baseline"):
             return layer_loss(grid.dequantize(codes), self.target, self.hessian)
 

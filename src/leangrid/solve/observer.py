@@ -16,8 +16,16 @@ class Observer(Protocol):
         """Stage ``name`` lasts as long as the ``with``; a stage may be entered several times."""
         ...
 
-    def count(self, name: Stage, operations: float) -> None:
-        """Stage ``name`` does so many floating-point operations (machine/flops.py)."""
+    def record_sweep(self, stage: Stage, rows: int, cols: int, exact: bool) -> None:
+        """``rows`` of a weight are swept, by LeanQuant-Exact if ``exact``."""
+        ...
+
+    def record_loss(self, stage: Stage, rows: int, cols: int) -> None:
+        """The loss of ``rows`` is computed by a product with H."""
+        ...
+
+    def record_refinement(self, stage: Stage, rows: int, cols: int, rounds: int) -> None:
+        """``rows`` are refined in so many rounds."""
         ...
 
 
@@ -27,5 +35,11 @@ class NoObserver:
     def stage(self, name: Stage) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def count(self, name: Stage, operations: float) -> None:
+    def record_sweep(self, stage: Stage, rows: int, cols: int, exact: bool) -> None:
+        return None
+
+    def record_loss(self, stage: Stage, rows: int, cols: int) -> None:
+        return None
+
+    def record_refinement(self, stage: Stage, rows: int, cols: int, rounds: int) -> None:
         return None

@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leangrid.grids import Grid, Precision
+from leangrid.grids.base import FLOAT32
 
 _BLOCK = 128  # columns that one kernel descends
 
@@ -35,7 +36,7 @@ def refine(
     grid: Grid,
     damped_hessian: Float[Tensor, "cols cols"],
     rounds: int,
-    scale_dtype: torch.dtype | Precision = torch.float32,
+    precision: Precision = FLOAT32,
 ) -> Refined:
     """Refit the grid and move the codes ``rounds`` times, then refit once more. The loss of no row rises.
 
@@ -43,9 +44,18 @@ def refine(
         target: the weights that the codes stand for, float32.
         damped_hessian: H + lambda I, original column order.
         rounds: at least 1.
-        scale_dtype: the dtype in which scales, offsets or levels are stored.
+        precision: how scales, offsets or levels are stored.
+
+    Example:
+        >>> from leangrid.grids import fit_minmax
+        >>> from leangrid.solve.refine import refine
+        >>> weight, codes = torch.tensor([[0.4, 0.45]]), torch.tensor([[0, 1]], dtype=torch.uint8)
+        >>> grid, hessian = fit_minmax(torch.tensor([[0.0, 1.0]]), bits=1), torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> refined = refine(weight, codes, grid, hessian, rounds=1)
+        >>> refined.grid.dequantize(refined.codes)
+        tensor([[0.0000, 0.6500]])
     """
-    state, precision = _State.of(target, codes, grid, damped_hessian), Precision.of(scale_dtype)
+    state = _State.of(target, codes, grid, damped_hessian)
     for _ in range(rounds):
         refitted = _refit(state, damped_hessian, precision)
         state = _descend(_State.of(target, refitted.codes, refitted.grid, damped_hessian), damped_hessian)

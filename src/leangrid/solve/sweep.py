@@ -29,6 +29,8 @@ from torch import Tensor
 from leangrid.grids import Grid
 from leangrid.solve.factor import Factor
 
+BLOCK = 128  # columns that one kernel sweeps; any number gives the same codes up to rounding
+
 
 @dataclass(frozen=True, eq=False)
 class Swept:
@@ -38,14 +40,24 @@ class Swept:
     loss: Float[Tensor, " rows"]
 
 
-def sweep(weight: Float[Tensor, "rows cols"], factor: Factor, grid: Grid, block: int = 128) -> Swept:
+def sweep(weight: Float[Tensor, "rows cols"], factor: Factor, grid: Grid) -> Swept:
     """Quantize ``weight`` onto ``grid`` column by column, each error moved to the columns that follow (Algorithm 1).
 
     Args:
         weight: any float dtype, original column order.
         factor: U and the elimination order.
         grid: its groups are those of the original column order.
-        block: columns that one kernel sweeps; any number gives the same codes up to rounding.
+
+    Example:
+        >>> from leangrid.grids import fit_minmax
+        >>> from leangrid.solve.factor import factorize
+        >>> from leangrid.solve.sweep import sweep
+        >>> factor = factorize(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), damping=0.0)
+        >>> weight, grid = torch.tensor([[0.4, 0.45]]), fit_minmax(torch.tensor([[0.0, 1.0]]), bits=1)
+        >>> grid.nearest(weight)
+        tensor([[0, 0]], dtype=torch.uint8)
+        >>> sweep(weight, factor, grid).codes  # the second weight makes up for the first one's error
+        tensor([[0, 1]], dtype=torch.uint8)
     """
     cols, upper = weight.shape[1], factor.upper
     # Columns, and the group of each, in elimination order.
@@ -53,8 +65,8 @@ def sweep(weight: Float[Tensor, "rows cols"], factor: Factor, grid: Grid, block:
     group = grid.group_of(cols)[factor.order]
     codes = torch.empty_like(current, dtype=torch.uint8)
     loss = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
-    for start in range(0, cols, block):
-        stop = min(start + block, cols)
+    for start in range(0, cols, BLOCK):
+        stop = min(start + BLOCK, cols)
         # Quantize the block, and move each column's error to the columns on its right inside it.
         part, corner = current[:, start:stop].contiguous(), upper[start:stop, start:stop].contiguous()
         codes[:, start:stop], error = grid.sweep_block(part, corner, group[start:stop])
@@ -71,5 +83,15 @@ def exact_sweep(weight: Float[Tensor, "rows cols"], factor: Factor, grid: Grid) 
 
     With A = (H + lambda I)^-1 of the columns that are left, a row quantizes j = argmin (w_j - q_j)^2 / (2 A_jj), moves
     the error to the others by w -= (w_j - q_j) A_j / A_jj, and takes j out of A. Each row has its own order and so its
-    own A: n^3 / 6 multiplications a row, which is practical for layers as wide as BERT's."""
+    own A: n^3 / 6 multiplications a row, which is practical for layers as wide as BERT's.
+
+    Example:
+        >>> from leangrid.grids import fit_minmax
+        >>> from leangrid.solve.factor import factorize
+        >>> from leangrid.solve.sweep import exact_sweep
+        >>> factor = factorize(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), damping=0.0)
+        >>> weight, grid = torch.tensor([[0.4, 0.45]]), fit_minmax(torch.tensor([[0.0, 1.0]]), bits=1)
+        >>> exact_sweep(weight, factor, grid).codes
+        tensor([[0, 1]], dtype=torch.uint8)
+    """
     return Swept(*grid.sweep_exact(weight.float(), factor.inverse()))

@@ -26,7 +26,7 @@ def dtype_of(name: object) -> torch.dtype | None:
     return next((dtype for dtype in NAMES if torch_name(dtype) == name), None)
 
 
-def weight_dtype(name: str) -> torch.dtype | None:
+def plain_dtype(name: str) -> torch.dtype | None:
     """The dtype in which plain weights are read that safetensors or GGUF calls ``name``: float32 for F64, which no
     engine computes in; None where they are no plain floats."""
     if name not in FLOATS:

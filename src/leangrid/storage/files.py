@@ -129,11 +129,13 @@ def map_scratch_file(directory: Path, size: int) -> mmap.mmap:
             os.close(descriptor)
 
 
-def hash_file(path: Path) -> str:
-    """The sha256 of a file's bytes in hex. Raises OSError if it cannot be read."""
+def hash_file(*paths: Path) -> str:
+    """The sha256, in hex, of a file's bytes; of several files, of their bytes one after another. OSError if one of them
+    cannot be read."""
     digest = hashlib.sha256()
-    for piece in read_chunks(path):
-        digest.update(piece)
+    for path in paths:
+        for piece in read_chunks(path):
+            digest.update(piece)
     return digest.hexdigest()
 
 

@@ -6,10 +6,10 @@
       LOCK  identity.json           the process that uses it; source, recipe and settings of the run
       named/windows.safetensors     tensors of the whole run, such as the calibration windows (+ .json)
       blocks/0007.safetensors       the packed tensors of block 7
-      blocks/0007.json              their sha256 and the block's records; written second: this is the commit
+      blocks/0007.json              their sha256 and what the run noted of the block; written second: the commit
       state/0008.safetensors        the hidden states that enter block 8 (+ .json); replaced by those of later blocks
       source/                       the dequantized checkpoint of a .gguf source
-      head/                         tensors outside of the blocks while the result is written
+      head/                         the tensors outside of the blocks, while the result is written
       publish/                      the result while it is written; then renamed to OUT
 
 If OUT cannot be replaced, such as a mount point, this directory is OUT/.partial (storage/mount.py).
@@ -143,20 +143,20 @@ class Journal:
 
     # Blocks
 
-    def commit_block(self, index: int, tensors: Mapping[str, Tensor], records: Mapping[str, Any]) -> None:
+    def commit_block(self, index: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Store block ``index`` durably; later blocks of an earlier attempt are removed.
 
         Blocks are committed in order, the first is 0; ValueError for one whose predecessors are missing.
 
         Args:
             tensors: the packed tensors of the result, by name.
-            records: the block's records, as JSON values.
+            info: what the run notes of the block (records of its layers, times, memory), as JSON values.
         """
         done = self.count_committed()
         if index > done:
             raise ValueError(f"block {index} cannot be committed before block {done}")
         self._drop_blocks(index)
-        self._store(self._block(index), tensors, {"info": dict(records)})
+        self._store(self._block(index), tensors, {"info": dict(info)})
         failpoint("journal.after_block")
         self._committed = index + 1
 
@@ -172,19 +172,8 @@ class Journal:
             self._committed = count
         return self._committed
 
-    def read_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and the records of a committed block. ResumeError if its bytes have changed."""
-        path = self._block(index)
-        try:
-            entry = json.loads(path.with_suffix(".json").read_bytes())
-            return safetensors.load(path, entry["sha256"]), entry["info"]
-        except (OSError, ValueError, KeyError, CheckpointError) as error:
-            raise ResumeError(
-                f"block {index} of the journal is damaged: {error}", path, "Run the same command again: it is redone"
-            ) from error
-
-    def read_block_records(self, index: int) -> dict[str, Any]:
-        """The records of a committed block, without its tensors."""
+    def read_block_info(self, index: int) -> dict[str, Any]:
+        """What ``commit_block`` was given as ``info`` for a committed block."""
         return json.loads(self._block(index).with_suffix(".json").read_bytes())["info"]
 
     def locate_block_tensors(self, index: int) -> dict[str, safetensors.TensorInfo]:

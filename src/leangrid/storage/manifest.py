@@ -26,10 +26,20 @@ def seal(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**body, "seal": hashlib.sha256(files.json_bytes(body)).hexdigest()}
 
 
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The JSON of a directory's manifest; neither its seal nor the files that it lists are compared.
+
+    Raises OSError if there is none or it cannot be read, ValueError if it holds no JSON object."""
+    manifest = json.loads((directory / MANIFEST).read_bytes())
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} holds no JSON object")
+    return manifest
+
+
 def is_result(directory: Path) -> bool:
     """Whether ``directory`` is a finished result: it holds a manifest whose seal is right."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
+        manifest = read_manifest(directory)
         return not directory.is_symlink() and seal(manifest)["seal"] == manifest["seal"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -128,7 +138,7 @@ def amend_result(directory: Path, texts: Mapping[str, bytes], facts: Mapping[str
     """
     if not is_result(directory):
         raise VerifyError("no leangrid manifest, or a changed one", directory, "leangrid verify shows what differs")
-    manifest = json.loads((directory / MANIFEST).read_bytes())
+    manifest = read_manifest(directory)
     for name in texts:
         if not is_plain_name(name) or name == MANIFEST or not (directory / name).parent.is_dir():
             raise OutputError(f"the result cannot hold a file called '{name}'", directory)

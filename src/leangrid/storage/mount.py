@@ -4,13 +4,12 @@ The run directory is then inside, as ``OUT/.partial``, and at the end its files 
 ``manifest.json`` last: without a manifest OUT is no result. After a kill in between, the same command continues
 (``writer.finish_interrupted_rename``)."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from leangrid.storage import disk, files
-from leangrid.storage.manifest import MANIFEST, RUN_INSIDE
+from leangrid.storage.manifest import MANIFEST, RUN_INSIDE, read_manifest
 
 _NO_CONTENT = {RUN_INSIDE, "lost+found"}  # the second is in every fresh ext4 volume
 
@@ -59,8 +58,7 @@ def _names(directory: Path) -> set[str]:
     """The top-level entries of a result according to its manifest; empty if there is no manifest."""
     if not (directory / MANIFEST).exists():
         return set()
-    listed = json.loads((directory / MANIFEST).read_bytes())["files"]
-    return {name.split("/")[0] for name in listed} | {MANIFEST}
+    return {name.split("/")[0] for name in read_manifest(directory)["files"]} | {MANIFEST}
 
 
 def _entries(out: Path) -> Iterator[Path]:

@@ -10,12 +10,19 @@ from leangrid.storage.manifest import list_differences
 
 @dataclass(frozen=True, eq=False)
 class Verified:
-    """What ``verify`` found. It is true where every file is as the manifest says; iterating over it gives the
-    differences, ``len`` how many there are, and ``str`` all of them, one a line.
+    """What ``verify`` returns: the differences between a result's files and its manifest.
+
+    It reads like the list of their sentences (iteration, ``len``, ``==``; ``str`` has one a line), with one exception:
+    it is true where the list is empty, so that ``if leangrid.verify(out):`` means that the result is intact.
 
     Attributes:
         directory: the result that was verified.
         differences: one sentence for each; empty where nothing differs.
+
+    Example:
+        >>> found = leangrid.verify("out")
+        >>> bool(found), found.differences
+        (True, ())
     """
 
     directory: Path

@@ -15,7 +15,7 @@ from leangrid.errors import FormatError, Interrupted, OutputError
 from leangrid.storage import files, safetensors
 from leangrid.storage.failpoints import failpoint
 from leangrid.storage.journal import Journal, partial_of
-from leangrid.storage.manifest import MANIFEST, is_plain_name, is_result, seal
+from leangrid.storage.manifest import MANIFEST, is_plain_name, is_result, read_manifest, seal
 from leangrid.storage.mount import is_vacant, move_result_into
 from leangrid.storage.safetensors import Source, TensorInfo
 from leangrid.storage.side_files import remove_auto_map
@@ -25,10 +25,10 @@ INDEX = "model.safetensors.index.json"
 Views = Callable[[Mapping[str, Any]], Mapping[str, str]]
 
 
-def publish_result(
+def write_result(
     journal: Journal,
     out: Path,
-    head_tensors: Iterable[tuple[str, Tensor | TensorInfo]],
+    outside_tensors: Iterable[tuple[str, Tensor | TensorInfo]],
     config: Mapping[str, Any],
     side_files: Mapping[str, Path],
     texts: Mapping[str, str],
@@ -42,8 +42,8 @@ def publish_result(
     """Write the result ``out`` from all committed blocks and the tensors outside of them; return its manifest.
 
     Args:
-        head_tensors: name and value of each tensor that is in no block (embeddings, final norm, head). A TensorInfo is
-            copied from its file; a Tensor is written to disk before the next is requested, so that memory holds one.
+        outside_tensors: name and value of each tensor that is in no block (embeddings, final norm, head). A TensorInfo
+            is copied from its file; a Tensor is written to disk before the next is requested, so that memory holds one.
         config: the content of config.json; its ``auto_map`` is left out.
         side_files: relative name -> file to copy.
         texts: file name -> text, such as README.md and records.jsonl.
@@ -59,7 +59,7 @@ def publish_result(
     """
     staged = make_staging_directory(journal)
     try:
-        sources = _sources(journal, head_tensors)
+        sources = _sources(journal, outside_tensors)
         listed = _write_shards(staged, sources, shard_bytes)
         for name, path in side_files.items():
             files.make_dir((staged / name).parent)
@@ -84,7 +84,7 @@ def make_staging_directory(journal: Journal) -> Path:
     return journal.partial / "publish"
 
 
-def publish_staged_result(
+def write_staged_result(
     journal: Journal,
     out: Path,
     texts: Mapping[str, str],
@@ -96,7 +96,7 @@ def publish_staged_result(
     """Write the result ``out`` from the files that are already in the staging directory, and ``texts``.
 
     For containers that are written as a whole, such as GGUF. Arguments, return value and errors are those of
-    ``publish_result``."""
+    ``write_result``."""
     staged = journal.partial / "publish"
     listed: dict[str, dict[str, Any]] = {}
     for path in sorted(path for path in staged.rglob("*") if path.is_file()):
@@ -128,8 +128,8 @@ def _seal_and_rename(
     return sealed
 
 
-def _sources(journal: Journal, head_tensors: Iterable[tuple[str, Tensor | TensorInfo]]) -> dict[str, Source]:
-    """Where each tensor of the result is on disk, by name; head tensors in memory are written to files first."""
+def _sources(journal: Journal, outside_tensors: Iterable[tuple[str, Tensor | TensorInfo]]) -> dict[str, Source]:
+    """Where each tensor of the result is on disk, by name; those in memory are written to files first."""
     sources: dict[str, Source] = {}
 
     def add(name: str, info: Source) -> None:
@@ -141,7 +141,7 @@ def _sources(journal: Journal, head_tensors: Iterable[tuple[str, Tensor | Tensor
         for name, info in journal.locate_block_tensors(index).items():
             add(name, info)
     files.make_dir(journal.partial / "head")
-    for position, (name, value) in enumerate(head_tensors):
+    for position, (name, value) in enumerate(outside_tensors):
         if isinstance(value, Tensor):
             spool = journal.partial / "head" / f"{position:04d}.safetensors"
             safetensors.save(spool, {name: value})
@@ -230,7 +230,7 @@ def finish_interrupted_rename(out: Path, state_dir: Path | None = None) -> dict[
         sealed = json.loads((partial / "sealed.json").read_bytes())["manifest"]
         if any((partial / "publish").glob("*")) or files.hash_file(out / MANIFEST) != sealed:
             return None
-        manifest = json.loads((out / MANIFEST).read_bytes())
+        manifest = read_manifest(out)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     Journal(partial, state_dir).discard()

@@ -17,6 +17,8 @@ import leangrid
 from leangrid.cli.app import app
 from leangrid.cli.options import read_share
 from leangrid.errors import Interrupted, RecipeError
+from leangrid.exporters.export import targets
+from leangrid.formats import FORMATS
 from leangrid.progress import Event
 
 Tiny = Callable[..., Path]
@@ -74,6 +76,18 @@ def test_help_is_one_screen_with_examples_before_the_options(command: str) -> No
     done = CliRunner().invoke(app, [command, "--help"], prog_name="leangrid", env={"COLUMNS": "120"})
     assert done.exit_code == 0 and len(done.output.splitlines()) <= 40
     assert done.output.index(f"  leangrid {command} ") < done.output.index("Options:")
+
+
+def test_the_help_names_every_container() -> None:
+    """Help, recipe and docstring list them by hand, so that showing help imports no torch."""
+
+    def words(text: str | None) -> set[str]:
+        return set(re.split(r"[\s,:()]+", text or ""))
+
+    written = {name for name, container in FORMATS.items() if not container.EXPORT_ONLY}
+    assert written <= words(run("quantize", "--help").output)
+    assert {"auto", *written} <= words(leangrid.Recipe.model_fields["format"].description)
+    assert set(targets()) <= words(run("export", "--help").output) and set(targets()) <= words(leangrid.export.__doc__)
 
 
 def test_every_command_is_listed_and_nothing_is_asked_without_arguments() -> None:

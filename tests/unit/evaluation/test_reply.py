@@ -93,7 +93,7 @@ def test_a_token_without_a_row_is_named() -> None:
     model = torch.nn.Module()
     model.get_input_embeddings = lambda: torch.nn.Embedding(4, 2)  # type: ignore[assignment]
     tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda token: f"<{token}>")
-    subject = Opened("m", Path("m"), model, tokenizer, causal=True)
+    subject = Opened("m", Path("m"), model, tokenizer, has_lm_head=True)
     require_rows(subject, [0, 3], "")
     with pytest.raises(
         CalibrationError,

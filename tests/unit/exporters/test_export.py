@@ -18,7 +18,7 @@ import leangrid
 from leangrid.errors import CheckpointError, FormatError, LeangridError, OutputError, RecipeError, VerifyError
 from leangrid.exporters.export import WHOLE
 from leangrid.formats import FORMATS
-from leangrid.inference.result_reader import ResultReader
+from leangrid.models.result_reader import ResultReader
 from leangrid.progress import Progress
 from leangrid.storage import files
 from leangrid.storage.journal import partial_of

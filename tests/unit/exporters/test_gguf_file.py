@@ -14,10 +14,10 @@ import transformers as hf
 
 import leangrid
 from leangrid.errors import ArchitectureError, CheckpointError, FormatError, LeangridError
-from leangrid.inference.result_reader import ResultReader
 from leangrid.models import gguf as gguf_source
 from leangrid.models.gguf_check import check_against_file
 from leangrid.models.gguf_names import ROPE_FREQS, describe
+from leangrid.models.result_reader import ResultReader
 from leangrid.storage.journal import partial_of
 
 Results = Callable[..., Path]

@@ -13,7 +13,7 @@ import leangrid
 from leangrid.block_types import BLOCK_TYPES
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS, format_of
-from leangrid.grids import fit_minmax
+from leangrid.grids import Precision, fit_minmax
 from leangrid.recipe import Recipe, Scheme
 from leangrid.report.records import read_records
 from leangrid.solve.factor import factorize
@@ -24,7 +24,9 @@ gguf = FORMATS["gguf"]
 
 def solved(scheme: str, cols: int) -> LinearResult:
     matrix = hessian(cols)
-    return solve_linear(weight(6, cols), factorize(matrix), matrix, Recipe(scheme=scheme).resolved(), torch.bfloat16)
+    return solve_linear(
+        weight(6, cols), factorize(matrix), matrix, Recipe(scheme=scheme).resolved(), Precision(torch.bfloat16)
+    )
 
 
 @pytest.mark.parametrize("cols", [512, 96])

@@ -60,7 +60,7 @@ def test_the_smallest_exact_type(name: str, cols: int, kind: str, dtype: torch.d
     scheme = Scheme.parse(name)
     codes, grid = layer(scheme, cols, dtype)
     assert gguf_repack.refuse(scheme, "a.b", ROWS, cols) is None
-    chosen = gguf_repack.block_type(scheme, cols)
+    chosen = gguf_repack.choose_block_type(scheme, cols)
     read = gguf.dequantize(gguf_repack.pack_affine(chosen, codes, grid).numpy(), gguf.GGMLQuantizationType[kind])
     assert chosen.name == kind and np.array_equal(read, grid.dequantize(codes).numpy())
 
@@ -80,7 +80,7 @@ def test_refusals_name_the_layer_and_what_fits(name: str, cols: int, kind: str, 
     assert reason is not None and re.search(f"a.b.*{words}", reason)
     if kind == "linear":
         with pytest.raises(FormatError):
-            gguf_repack.block_type(Scheme.parse(name), cols)
+            gguf_repack.choose_block_type(Scheme.parse(name), cols)
 
 
 def test_scales_that_float16_would_round_are_refused() -> None:
@@ -91,4 +91,4 @@ def test_scales_that_float16_would_round_are_refused() -> None:
     scheme = Scheme.parse("W4A16")
     codes, grid = layer(scheme, dtype=torch.float32)
     with pytest.raises(FormatError, match="float16"):
-        gguf_repack.pack_affine(gguf_repack.block_type(scheme, COLS), codes, grid)
+        gguf_repack.pack_affine(gguf_repack.choose_block_type(scheme, COLS), codes, grid)

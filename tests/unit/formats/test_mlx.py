@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from hypothesis import given
 from hypothesis import strategies as st
-from quantized_checkpoints import answer, reference, write
+from quantized_checkpoints import Made, answer, make_once, reference
 from safetensors.torch import load_file, save_file
 
 import leangrid
@@ -204,17 +204,8 @@ def test_a_config_that_we_do_not_read_is_refused(change: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path, dict]]:
-    done: dict[tuple, tuple[Path, Path, dict]] = {}
-
-    def result(model: str, scheme: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Path, dict]:
-        key = (model, scheme, dtype)
-        if key not in done:
-            source, out = tiny(model, dtype), tmp_path_factory.mktemp("results") / "out"
-            done[key] = (source, out, write(source, out, scheme, "mlx"))
-        return done[key]
-
-    return result
+def made(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make_once(tiny, tmp_path_factory, "mlx", torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from leangrid.errors import RecipeError, ShapeError
 from leangrid.grids import (
     AffineGrid,
     Grid,
+    KTypeGrid,
     OffsetGrid,
-    SuperblockGrid,
+    Precision,
     fit_affine,
-    fit_minmax_superblock,
+    fit_k_type,
+    fit_minmax_k_type,
     fit_offset,
-    fit_superblock,
 )
 from leangrid.grids.k_types import Quadratic, _integers, _nearest
 from leangrid.recipe import Recipe, Scheme
@@ -34,9 +35,9 @@ def weighted(found: Grid, w: torch.Tensor, g: torch.Tensor) -> float:
     return float((g * (found.dequantize(found.nearest(w)) - w).double().square()).sum())
 
 
-def literal(found: SuperblockGrid, codes: torch.Tensor) -> torch.Tensor:
+def literal(found: KTypeGrid, codes: torch.Tensor) -> torch.Tensor:
     """The type's formula in float64, number by number of the file."""
-    kind, cols = found.kind, codes.shape[1]
+    kind, cols = found.block_type, codes.shape[1]
     d, dmin = (x.double().repeat_interleave(256, 1) for x in (found.d, found.dmin))
     sc, m = (x.double().repeat_interleave(kind.group, 1) for x in (found.sub_scale, found.sub_min))
     assert d.shape[1] == cols
@@ -46,7 +47,7 @@ def literal(found: SuperblockGrid, codes: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_levels_are_the_types_formula_rounded_once(name: str) -> None:
     kind, w = BLOCK_TYPES[name], weight(6, 512)
-    found = fit_superblock(w, torch.ones(512, dtype=torch.float64), kind)
+    found = fit_k_type(w, torch.ones(512, dtype=torch.float64), kind)
     codes = torch.randint(0, 2**kind.bits, (6, 512), generator=generator(0), dtype=torch.uint8)
     assert torch.equal(found.dequantize(codes), literal(found, codes).float())
     assert torch.equal(
@@ -60,7 +61,7 @@ def test_levels_are_the_types_formula_rounded_once(name: str) -> None:
 def test_the_fit_beats_min_max_and_stays_near_free_real_scales(name: str, magnitude: float) -> None:
     kind, w = BLOCK_TYPES[name], weight(12, 512) * magnitude
     g = torch.rand(512, generator=generator(1)).double() + 0.01
-    found, minmax = fit_superblock(w, g, kind), fit_minmax_superblock(w, kind)
+    found, minmax = fit_k_type(w, g, kind), fit_minmax_k_type(w, kind)
     free = (
         fit_offset(w, g, kind.bits, 256, kind.group)
         if kind.minimum
@@ -117,7 +118,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("name", NAMES)
 def test_degenerate_blocks_give_finite_grids(name: str, case: str) -> None:
     kind, w = BLOCK_TYPES[name], DEGENERATE[case]
-    for found in (fit_minmax_superblock(w, kind), fit_superblock(w, torch.ones(256, dtype=torch.float64), kind)):
+    for found in (fit_minmax_k_type(w, kind), fit_k_type(w, torch.ones(256, dtype=torch.float64), kind)):
         again = found.dequantize(found.nearest(w))
         assert bool(again.isfinite().all())
         assert float((again - w).double().norm()) <= float(w.double().norm()) + 1e-30
@@ -126,22 +127,22 @@ def test_degenerate_blocks_give_finite_grids(name: str, case: str) -> None:
 
 
 def test_what_no_file_could_hold_is_refused() -> None:
-    found = fit_superblock(weight(2, 256), torch.ones(256, dtype=torch.float64), BLOCK_TYPES["Q4_K"])
+    found = fit_k_type(weight(2, 256), torch.ones(256, dtype=torch.float64), BLOCK_TYPES["Q4_K"])
     one = torch.ones_like(found.sub_scale)
     for changed in ({"sub_scale": one * 64}, {"sub_scale": one * 0}, {"sub_min": one * -1}, {"d": found.d * 1.0001}):
-        given_ = {name: getattr(found, name) for name in ("kind", "d", "dmin", "sub_scale", "sub_min")} | changed
+        given_ = {name: getattr(found, name) for name in ("block_type", "d", "dmin", "sub_scale", "sub_min")} | changed
         with pytest.raises(ShapeError):
-            SuperblockGrid(**given_)
+            KTypeGrid(**given_)
     with pytest.raises(ShapeError, match="256 columns do not divide 320"):
-        fit_superblock(weight(2, 320), torch.ones(320, dtype=torch.float64), BLOCK_TYPES["Q4_K"])
+        fit_k_type(weight(2, 320), torch.ones(320, dtype=torch.float64), BLOCK_TYPES["Q4_K"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_refits_keep_the_integers_and_lower_the_loss(name: str) -> None:
     w, _, factor = layer(5, 512)
-    found = fit_superblock(w, factor.loss_error_weights(2.0), BLOCK_TYPES[name])
+    found = fit_k_type(w, factor.loss_error_weights(2.0), BLOCK_TYPES[name])
     codes = sweep(w, factor, found).codes
-    result = refine(w, codes, found, factor.damped, 1, torch.float16)
+    result = refine(w, codes, found, factor.damped, 1, Precision(torch.float16))
     old, new = (losses(g.dequantize(c), w, factor.damped) for c, g in ((codes, found), (result.codes, result.grid)))
     assert bool((new <= old * (1 + 1e-4)).all())
     assert float(new.sum()) < 0.99 * float(old.sum())
@@ -152,7 +153,7 @@ def test_refits_keep_the_integers_and_lower_the_loss(name: str) -> None:
 
 def solve(scheme: str, cols: int) -> LinearResult:
     w, matrix = weight(8, cols), hessian(cols)
-    return solve_linear(w, factorize(matrix), matrix, Recipe(scheme=scheme).resolved(), torch.bfloat16)
+    return solve_linear(w, factorize(matrix), matrix, Recipe(scheme=scheme).resolved(), Precision(torch.bfloat16))
 
 
 @pytest.mark.parametrize("scheme", sorted(BLOCK_TYPES))
@@ -160,11 +161,11 @@ def test_every_block_type_beats_its_own_baselines(scheme: str) -> None:
     result, kind = solve(scheme, 512), BLOCK_TYPES[scheme]
     assert result.loss < result.loss_minmax < result.loss_rounding
     assert result.grid.bits == kind.bits and not result.rescues
-    expected = SuperblockGrid if kind.sc else OffsetGrid if kind.minimum else AffineGrid
+    expected = KTypeGrid if kind.sc else OffsetGrid if kind.minimum else AffineGrid
     assert type(result.grid) is expected
     parameters = (
         [result.grid.parameters]
-        if isinstance(result.grid, SuperblockGrid)
+        if isinstance(result.grid, KTypeGrid)
         else [result.grid.scale, getattr(result.grid, "offset", None)]
     )
     assert all(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from leangrid import kernels
 from leangrid.errors import RecipeError
-from leangrid.grids import KINDS, GroupedGrid, Precision, kind_of
+from leangrid.grids import KINDS, AffineGrid, GroupedGrid, Precision, grid_class
 from leangrid.grids.affine import round_scale, same_sign
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import GRID_SCHEMES, GridScheme, Recipe, Scheme
 from leangrid.solve.factor import factorize
 from leangrid.solve.in_place import concatenate_results
 from leangrid.solve.layer import LinearResult, quantize_linear, solve_linear
@@ -91,14 +91,12 @@ class PowerGrid(GroupedGrid):
         return kernels.descend_levels(gradient, hessian, codes, self.levels[:, 0])
 
 
-def power_scheme(method: str = "leanquant", exact: bool = False) -> Scheme:
-    return Scheme(grid="powers of two", method=method, bits=3, group_size=None, exact=exact)  # pyright: ignore[reportArgumentType]
-
-
 @pytest.fixture
 def _powers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The new grid's row."""
+    """The new grid's rows."""
     monkeypatch.setitem(KINDS, "powers of two", PowerGrid)
+    row = GridScheme("POW{bits}", (3,), p=1.0, format="lut", title="power", has_groups=False)
+    monkeypatch.setitem(GRID_SCHEMES, "powers of two", row)
 
 
 def check(result: LinearResult, w: Tensor, matrix: Tensor) -> None:
@@ -112,15 +110,19 @@ def check(result: LinearResult, w: Tensor, matrix: Tensor) -> None:
 @pytest.mark.usefixtures("_powers")
 def test_a_new_grid_goes_the_whole_way() -> None:
     w, matrix = weight(40, 64), hessian(64)
-    learned, swept = (quantize_linear(w, matrix, power_scheme(), refine=rounds) for rounds in (1, 0))
+    recipe = Recipe(scheme="pow3").resolved()
+    assert (recipe.scheme, recipe.p, recipe.format, recipe.parsed.grid) == ("POW3", 1.0, "lut", "powers of two")
+    assert Scheme.parse(recipe.parsed.name) == recipe.parsed
+    for wrong in ("POW4", "POW3_G16"):
+        with pytest.raises(RecipeError, match=wrong):
+            Scheme.parse(wrong)
+    learned, swept = (quantize_linear(w, matrix, "POW3", refine=rounds) for rounds in (1, 0))
     for result in (learned, swept):
         check(result, w, matrix)
     assert learned.loss < swept.loss < swept.loss_minmax < swept.loss_rounding
-    gptq, rounding = (quantize_linear(w, matrix, power_scheme(method)) for method in ("gptq", "rtn"))
-    assert gptq.loss == gptq.loss_minmax == swept.loss_minmax and rounding.loss == swept.loss_rounding
-    exact = quantize_linear(w[:4], matrix, power_scheme(exact=True))
+    exact = quantize_linear(w[:4], matrix, "POW3_EXACT")
     check(exact, w[:4], matrix)
-    half = quantize_linear(w.bfloat16(), matrix, power_scheme()).grid
+    half = quantize_linear(w.bfloat16(), matrix, "POW3").grid
     assert torch.equal(half.rounded(torch.bfloat16).levels, half.levels)
 
 
@@ -133,7 +135,7 @@ def test_a_new_grid_is_guarded_and_replaced_by_rounding() -> None:
     x[:, 1] = x[:, 0] + 0.03 * torch.randn(400, generator=random)
     w, matrix = weight(16, 64), 2 / 400 * x.T @ x
     w[3, :2] = torch.tensor([1.0, -0.6])
-    guarded = quantize_linear(w, matrix, power_scheme(), damping=1e-4, p=16, refine=0)
+    guarded = quantize_linear(w, matrix, "POW3", damping=1e-4, p=16, refine=0)
     assert "guarded_rows" in {rescue.kind for rescue in guarded.rescues}
     check(guarded, w, matrix)
     # Hessians on which a sweep loses against rounding.
@@ -143,7 +145,7 @@ def test_a_new_grid_is_guarded_and_replaced_by_rounding() -> None:
         basis = torch.linalg.qr(torch.randn(6, 6, generator=random)).Q
         matrix, w = (basis * torch.logspace(0, -3, 6)) @ basis.T, torch.randn(2, 6, generator=random)
         matrix = (matrix + matrix.T) / 2
-        result = quantize_linear(w, matrix, power_scheme(), refine=0, guard=False)
+        result = quantize_linear(w, matrix, "POW3", refine=0, guard=False)
         check(result, w, matrix)
         kinds += [rescue.kind for rescue in result.rescues]
     assert "worse_than_rounding" in kinds
@@ -152,8 +154,8 @@ def test_a_new_grid_is_guarded_and_replaced_by_rounding() -> None:
 @pytest.mark.usefixtures("_powers")
 def test_a_new_grid_is_solved_in_tiles_of_rows() -> None:
     w, matrix, factor = layer(20, 32)
-    recipe = Recipe().with_defaults(power_scheme())
-    whole, *tiles = (solve_linear(rows, factor, matrix, recipe, scheme=power_scheme()) for rows in (w, *w.split(7)))
+    recipe = Recipe(scheme="POW3").resolved()
+    whole, *tiles = (solve_linear(rows, factor, matrix, recipe) for rows in (w, *w.split(7)))
     joined = concatenate_results(tiles)
     assert torch.equal(joined.codes, whole.codes)
     torch.testing.assert_close(joined.grid.levels, whole.grid.levels)
@@ -162,7 +164,7 @@ def test_a_new_grid_is_solved_in_tiles_of_rows() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_every_row_offers_what_is_asked_of_it(name: str) -> None:
     scheme, w = Scheme.parse(SCHEMES[name]), weight(6, 256)
-    kind, precision = kind_of(scheme), Precision(torch.bfloat16).for_scheme(scheme)
+    kind, precision = grid_class(scheme), Precision(torch.bfloat16).for_scheme(scheme)
     factor = factorize(hessian(256))
     recipe = Recipe().with_defaults(scheme)
     learned = kind.fit(w, factor.loss_error_weights(2.0), scheme, recipe, precision)
@@ -170,6 +172,8 @@ def test_every_row_offers_what_is_asked_of_it(name: str) -> None:
     own = kind.from_minmax(minmax, precision)
     assert type(learned) is type(own) is kind and learned.bits == scheme.bits
     assert kind.FIT_SECONDS_PER_WEIGHT > 0 and "grid" in kind.describe(scheme)
+    if isinstance(learned, GroupedGrid) and issubclass(kind, GroupedGrid):
+        assert kind.spans_and_kinds(scheme, 256) == learned.parameters.shape[1:]
     assert 0 < kind.refit_bytes(scheme, 6, 256, False) <= kind.refit_bytes(scheme, 600, 256, True)
     for grid in (learned, own):
         assert torch.equal(grid.rounded(precision.dtype).levels, grid.levels)
@@ -177,6 +181,24 @@ def test_every_row_offers_what_is_asked_of_it(name: str) -> None:
         assert float((grid.dequantize(codes) - w).norm()) < 0.5 * float(w.norm())
 
 
-def test_a_scheme_of_an_unknown_grid_is_refused() -> None:
+def test_recipes_know_the_kinds_that_are_fitted() -> None:
+    assert list(GRID_SCHEMES) == list(KINDS)
     with pytest.raises(RecipeError, match="'powers of two' is no kind of grid"):
-        quantize_linear(weight(2, 8), hessian(8), power_scheme())
+        Scheme(grid="powers of two", method="leanquant", bits=3, group_size=None)
+
+
+def test_a_scheme_is_quantized_as_the_string_that_names_it() -> None:
+    w, matrix = weight(4, 32), hessian(32)
+    offset = Scheme(grid="offset", method="leanquant", bits=4, group_size=16)
+    for scheme in (Scheme.parse("NU3"), Scheme.parse("GPTQ4_G16"), Scheme.parse("Q4_0"), offset):
+        result = quantize_linear(w, matrix, scheme)
+        assert isinstance(result.grid, AffineGrid if scheme.method == "gptq" else KINDS[scheme.grid])
+    with pytest.raises(RecipeError, match="no scheme string names"):
+        quantize_linear(w, matrix, Scheme(grid="nonuniform", method="gptq", bits=4, group_size=None))
+
+
+def test_a_recipe_that_is_not_resolved_is_refused() -> None:
+    w, matrix, factor = layer(4, 32)
+    for recipe in (Recipe(scheme="NU3"), Recipe(scheme="NU3", p=4)):
+        with pytest.raises(RecipeError, match="defaults of the scheme are not written out"):
+            solve_linear(w, factor, matrix, recipe)

@@ -42,7 +42,7 @@ def test_weight_and_product_are_the_dense_ones_bit_for_bit(name: str, dtype: tor
     x = torch.randn(2, packed.MAX_TOKENS, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert torch.equal(
         layer(x), functional.linear(x, dense, layer.bias)
-    )  # few tokens are summed in another order: test_decode.py
+    )  # few tokens are summed in another order: unit/kernels/test_packed.py
 
 
 @pytest.mark.fault("O6")

@@ -20,13 +20,13 @@ def test_devices_are_checked_by_name() -> None:
 
 
 def test_the_cpu_has_no_memory_of_its_own() -> None:
-    devices.reset_peak_bytes("cpu")
+    devices.reset_peak_device_bytes("cpu")
     devices.release_cached_memory("cpu")
     devices.synchronize("cpu")
     tensor = torch.ones(3)
     assert (
-        devices.peak_bytes("cpu") == 0
-        and devices.available_bytes("cpu") > 2**20
+        devices.peak_device_bytes("cpu") == 0
+        and devices.usable_device_bytes("cpu") > 2**20
         and devices.copy_to_host(tensor) is tensor
     )
     clock = devices.DeviceClock("cpu")

@@ -36,7 +36,7 @@ def test_a_run_says_what_it_needed_and_what_it_did(scheme: str, correct: float, 
         source, tmp_path / "again", recipe, windows=WINDOWS, placement=Placement(windows=6, replay=True)
     ).flops
     skeleton = Skeleton(open_source(source))
-    shapes = [skeleton.shape(n) for i in range(len(skeleton.blocks)) for n in skeleton.linear_names(i)]
+    shapes = [skeleton.shape(n) for n in skeleton.all_linear_names()]
     streams, tokens = 2 if correct else 1, WINDOWS.numel()
     assert once["needed"]["calibrate"] == sum(2 * streams * tokens * rows * cols for rows, cols in shapes)
     assert (

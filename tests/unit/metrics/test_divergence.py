@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from leangrid.errors import ShapeError
-from leangrid.metrics.divergence import Reference, divergence
+from leangrid.metrics.divergence import ReferenceLogits, divergence
 
 WINDOWS = torch.randint(0, 40, (2, 300), generator=torch.Generator().manual_seed(0))
 
@@ -33,7 +33,7 @@ def test_a_reference_is_kept_in_float32_or_float16_or_run_again(
     budget: int, kept: bool, again: int, exact: bool
 ) -> None:
     original, calls = logits_of(1)
-    reference = Reference(original, WINDOWS, budget=budget)
+    reference = ReferenceLogits(original, WINDOWS, budget=budget)
     assert reference.in_memory is kept and len(calls) == 2
     for index, window in enumerate(WINDOWS):
         found = divergence(reference.log_probs(index), logits_of(2)[0](window))
@@ -48,7 +48,7 @@ def test_a_reference_is_kept_in_float32_or_float16_or_run_again(
 
 def test_identical_models_have_no_divergence() -> None:
     original, _ = logits_of(1)
-    reference = Reference(original, WINDOWS)
+    reference = ReferenceLogits(original, WINDOWS)
     found = divergence(reference.log_probs(0), original(WINDOWS[0]))
     assert found.kl.abs().max() == 0 and found.agrees.all()
 

@@ -9,7 +9,7 @@ import torch
 
 from leangrid.errors import ArchitectureError, CalibrationError
 from leangrid.models.skeleton import Skeleton
-from leangrid.models.streams import Calls, Streams, embed
+from leangrid.models.streams import Calls, Streams, run_to_first_block
 from leangrid.models.walk import BlockWalk
 from leangrid.storage.source import open_source
 
@@ -34,7 +34,7 @@ def _block_outputs(name: str, ids: torch.Tensor, skeleton: Skeleton) -> list[tor
 def test_original_stream_is_the_model(name: str, replay: bool, tmp_path: Path) -> None:
     skeleton = _skeleton(name, tmp_path)
     ids = tiny_models.tokens(5, 32)  # two batches of 2 and one of 1: the arguments of both sizes are recorded
-    hidden, calls = embed(skeleton, ids.split(2))
+    hidden, calls = run_to_first_block(skeleton, ids.split(2))
     streams = Streams(hidden, list(hidden))
     expected = _block_outputs(name, ids[:2], skeleton)
     for index in range(len(skeleton.blocks)):
@@ -55,7 +55,7 @@ def test_original_stream_is_the_model(name: str, replay: bool, tmp_path: Path) -
 def test_groups_read_what_the_linears_read_and_each_product_is_computed_once(tmp_path: Path) -> None:
     skeleton = _skeleton("llama2", tmp_path)
     ids = tiny_models.tokens(4, 16)
-    hidden, calls = embed(skeleton, ids.split(2))
+    hidden, calls = run_to_first_block(skeleton, ids.split(2))
     with skeleton.load_block(0) as block:
         reads: dict[str, list[torch.Tensor]] = {}
         for linear in (n for group in skeleton.architecture.groups for n in group):
@@ -79,7 +79,7 @@ def _seen(name: str, directory: Path, replay: bool, paired: bool) -> list[torch.
     """Everything a walk gives: each group's inputs in both streams, and what leaves each block, with weights that
     change by group."""
     skeleton = Skeleton(open_source(directory))
-    hidden, calls = embed(skeleton, tiny_models.tokens(5, 32).split(2))
+    hidden, calls = run_to_first_block(skeleton, tiny_models.tokens(5, 32).split(2))
     streams, seen = Streams(hidden, list(hidden) if paired else None), []
     generator = torch.Generator().manual_seed(0)
     for index in range(len(skeleton.blocks)):
@@ -109,7 +109,7 @@ def test_replaying_and_pausing_give_the_same_bits(name: str, paired: bool, tmp_p
 @torch.no_grad()
 def test_a_replayed_group_is_one_batch_at_a_time_and_can_be_read_again(tmp_path: Path) -> None:
     skeleton = _skeleton("llama2", tmp_path)
-    hidden, calls = embed(skeleton, tiny_models.tokens(4, 16).split(1))
+    hidden, calls = run_to_first_block(skeleton, tiny_models.tokens(4, 16).split(1))
     with skeleton.load_block(0) as block:
         gates: list[weakref.ref[torch.Tensor]] = []
         block.get_submodule("mlp.gate_proj").register_forward_hook(lambda _m, _a, out: gates.append(weakref.ref(out)))
@@ -145,7 +145,7 @@ def test_streams_are_cut_and_moved_where_they_are() -> None:
 def test_quantized_stream_sees_the_new_weight_of_its_own_group(tmp_path: Path) -> None:
     """With every linear replaced by zero, only the residual is left; the original stream does not notice."""
     skeleton = _skeleton("llama2", tmp_path)
-    hidden, calls = embed(skeleton, [tiny_models.tokens(2, 8)])
+    hidden, calls = run_to_first_block(skeleton, [tiny_models.tokens(2, 8)])
     with skeleton.load_block(0) as block:
         walk = BlockWalk(block, skeleton.architecture.groups, calls, 0, Streams(hidden, list(hidden)))
         for group in walk:

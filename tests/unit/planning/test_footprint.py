@@ -10,7 +10,7 @@ from live_bytes import LiveBytes
 
 from leangrid.planning.footprint import TOKENS_A_BATCH, Demand, Group, choose_placement, sum_footprint
 from leangrid.planning.placement import Placement
-from leangrid.planning.resolve import open_model
+from leangrid.planning.resolve import open_checkpoint
 from leangrid.recipe import Recipe, Scheme
 from leangrid.run.quantize import quantize
 
@@ -40,7 +40,7 @@ def test_the_sum_with_rounded_products(placement: Placement, tmp_path: Path) -> 
     recipe = Recipe(scheme="W4A16_G64", products="bfloat16")
     with LiveBytes() as alive:
         quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(32, 256), placement=placement)
-    _, skeleton, settled = open_model(source, recipe)
+    _, skeleton, settled = open_checkpoint(source, recipe)
     planned = sum_footprint(Demand.of(skeleton, settled, 32, 256, "cpu"), placement)
     assert planned.peak == pytest.approx(alive.peak, rel=0.15), planned.phases[planned.peak_phase]
 
@@ -67,22 +67,22 @@ def test_the_sum_is_the_peak_of_live_tensors(
     recipe = Recipe(scheme=scheme, search="lloyd")
     with LiveBytes() as alive:
         quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(samples, length), placement=placement)
-    _, skeleton, settled = open_model(source, recipe)
+    _, skeleton, settled = open_checkpoint(source, recipe)
     planned = sum_footprint(Demand.of(skeleton, settled, samples, length, "cpu"), placement)
     assert planned.peak == pytest.approx(alive.peak, rel=0.15), planned.phases[planned.peak_phase]
 
 
-def _thriftiest(work: Demand) -> tuple[Placement, int]:
-    peaks = ((option, sum_footprint(work, option).peak) for option in Placement(8).options())
+def _smallest(work: Demand) -> tuple[Placement, int]:
+    peaks = ((option, sum_footprint(work, option).peak) for option in Placement(8).candidates())
     return min(peaks, key=lambda pair: pair[1])
 
 
 def test_an_8b_block_fits_24_gib_and_a_405b_block_48() -> None:
-    first = next(o for o in Placement(8).options() if sum_footprint(LLAMA_8B, o).peak < 0.94 * 24 * GIB)
+    first = next(o for o in Placement(8).candidates() if sum_footprint(LLAMA_8B, o).peak < 0.94 * 24 * GIB)
     assert first.replay and not first.in_place and not first.host_streams, "replaying is enough"
-    assert _thriftiest(LLAMA_8B)[1] < 8 * GIB
-    assert _thriftiest(LLAMA_70B)[1] < 0.94 * 24 * GIB
-    placement, peak = _thriftiest(LLAMA_405B)
+    assert _smallest(LLAMA_8B)[1] < 8 * GIB
+    assert _smallest(LLAMA_70B)[1] < 0.94 * 24 * GIB
+    placement, peak = _smallest(LLAMA_405B)
     assert placement.in_place and peak < 0.94 * 48 * GIB
     square = 4 * 53248**2
     assert peak < 4.1 * square, "three matrices and what else a block needs"
@@ -90,7 +90,7 @@ def test_an_8b_block_fits_24_gib_and_a_405b_block_48() -> None:
 
 def test_every_step_down_needs_no_more() -> None:
     for work in (LLAMA_8B, LLAMA_70B, LLAMA_405B):
-        peaks = [sum_footprint(work, option).peak for option in Placement(8).options()]
+        peaks = [sum_footprint(work, option).peak for option in Placement(8).candidates()]
         assert peaks == sorted(peaks, reverse=True)
     whole = sum_footprint(LLAMA_8B, Placement(1, replay=True, in_place=True, host_streams=True))
     algebra_away = sum_footprint(
@@ -101,7 +101,7 @@ def test_every_step_down_needs_no_more() -> None:
 
 
 def test_the_first_that_fits_is_chosen(tmp_path: Path) -> None:
-    _, skeleton, settled = open_model(tiny_models.save("llama2", tmp_path), Recipe(scheme="NU4"))
+    _, skeleton, settled = open_checkpoint(tiny_models.save("llama2", tmp_path), Recipe(scheme="NU4"))
     rich, _ = choose_placement(skeleton, settled, 64, 128, "cpu", budget=GIB)
     assert rich == Placement(TOKENS_A_BATCH["cpu"] // 128)
     paused = sum_footprint(Demand.of(skeleton, settled, 64, 128, "cpu"), rich).peak
@@ -112,7 +112,7 @@ def test_the_first_that_fits_is_chosen(tmp_path: Path) -> None:
 
 
 def test_states_go_to_disk_where_neither_device_nor_host_holds_them(tmp_path: Path) -> None:
-    _, skeleton, settled = open_model(tiny_models.save("llama2", tmp_path), Recipe(scheme="NU4"))
+    _, skeleton, settled = open_checkpoint(tiny_models.save("llama2", tmp_path), Recipe(scheme="NU4"))
     states = Demand.of(skeleton, settled, 512, 512, "cuda").states
     device = states + (1 << 28)  # holds the states; not the activations of a paused walk beside them
     roomy, _ = choose_placement(skeleton, settled, 512, 512, "cuda", budget=device, host_budget=4 * states)

@@ -68,9 +68,9 @@ def test_the_gates_figures_are_in_the_card(result: Path) -> None:
 
 
 @pytest.mark.parametrize(("model", "scheme", "columns"), [("qwen2", "W4A16_G32", 32), ("gpt2", "NU3", 256)])
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
 def test_a_stopped_run_counts_the_time_of_both_halves(
-    model: str, scheme: str, columns: int, lean: bool, tiny: Tiny, tmp_path: Path
+    model: str, scheme: str, columns: int, in_place: bool, tiny: Tiny, tmp_path: Path
 ) -> None:
     def stop(event: Event) -> None:
         if event.stage == "block":
@@ -82,7 +82,7 @@ def test_a_stopped_run_counts_the_time_of_both_halves(
         tmp_path / "out",
         Recipe(scheme=scheme),
         windows=WINDOWS,
-        placement=Placement(2, in_place=lean),
+        placement=Placement(2, in_place=in_place),
     )
     with pytest.raises(KeyboardInterrupt):
         go(progress=stop)

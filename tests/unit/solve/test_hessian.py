@@ -30,17 +30,16 @@ def test_any_leading_shape_counts_every_token(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.fault("N12")
 @pytest.mark.parametrize("cols", [1, 33, 700])  # 700: more than one panel of columns
-def test_splitting_permuting_and_merging_batches_changes_nothing(cols: int) -> None:
+def test_splitting_and_permuting_batches_changes_nothing(cols: int) -> None:
     x, y = inputs(90, cols), inputs(90, cols, seed=5)
     whole = HessianSum(cols, cross=True)
     whole.add_pair(x, y)
-    first, second = HessianSum(cols, cross=True), HessianSum(cols, cross=True)
+    parts = HessianSum(cols, cross=True)
     order = torch.randperm(90, generator=generator(3))
     for part in order.split(17):
-        (first if len(part) % 2 else second).add_pair(x[part], y[part])
-    first.add_pair(x[:0], y[:0])  # a batch without tokens, as an expert may get
-    second.merge(first)
-    one, many = whole.finish(), second.finish()
+        parts.add_pair(x[part], y[part])
+    parts.add_pair(x[:0], y[:0])  # a batch without tokens, as an expert may get
+    one, many = whole.finish(), parts.finish()
     assert one.cross is not None
     assert many.cross is not None
     assert one.tokens == many.tokens == 90
@@ -103,5 +102,3 @@ def test_wrong_shapes_are_refused() -> None:
     total = HessianSum(4, cross=True)
     with pytest.raises(ShapeError, match=r"5 columns.*4"):
         total.add(inputs(3, 5))
-    with pytest.raises(ShapeError):
-        total.merge(HessianSum(4))

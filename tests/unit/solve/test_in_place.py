@@ -6,6 +6,7 @@ from live_bytes import LiveBytes
 
 from leangrid.errors import CalibrationError, NumericalError
 from leangrid.recipe import Recipe
+from leangrid.solve import hessian, in_place
 from leangrid.solve.correction import Correction, correct, multiply_by_inverse
 from leangrid.solve.factor import factorize
 from leangrid.solve.hessian import HessianSum
@@ -16,7 +17,6 @@ from leangrid.solve.in_place import (
     concatenate_results,
     factorize_in_place,
     invert_lower_,
-    mirror_,
     reverse_,
 )
 from leangrid.solve.layer import LinearResult, solve_linear
@@ -76,10 +76,11 @@ def test_a_sum_in_place_refuses_what_the_plain_one_refuses() -> None:
 
 
 @pytest.mark.parametrize("panel", [1, 7, 16, 64, 100])
-def test_in_place_steps_are_the_textbook_ones(panel: int) -> None:
+def test_in_place_steps_are_the_textbook_ones(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian, "MIRROR_PANEL", panel)
     matrix = _spd(64).double()
     half = torch.triu(matrix)
-    assert torch.equal(mirror_(half.clone(), panel), matrix)
+    assert torch.equal(hessian.mirror_(half.clone()), matrix)
     lower = matrix.clone()
     lower += torch.triu(torch.full_like(lower, 9.0), 1)  # only the lower triangle is read
     assert cholesky_(lower, panel)
@@ -91,9 +92,10 @@ def test_in_place_steps_are_the_textbook_ones(panel: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 @pytest.mark.parametrize("size", [1, 4, 7])
-def test_reversing_in_place(size: int, chunk: int) -> None:
+def test_reversing_in_place(size: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_place, "REVERSED_AT_ONCE", chunk)
     matrix = torch.arange(size * size, dtype=torch.float32).reshape(size, size)
-    assert torch.equal(reverse_(matrix.clone(), chunk), matrix.flip(0, 1))
+    assert torch.equal(reverse_(matrix.clone()), matrix.flip(0, 1))
 
 
 @pytest.mark.parametrize("act_order", [True, False])

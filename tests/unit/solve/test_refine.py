@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from math_problems import grid, layer, losses
 
-from leangrid.grids import AffineGrid, Grid, NonuniformGrid, OffsetGrid
+from leangrid.grids import AffineGrid, Grid, NonuniformGrid, OffsetGrid, Precision
 from leangrid.solve.refine import refine
 from leangrid.solve.sweep import sweep
 
@@ -27,7 +27,7 @@ def test_no_row_gets_worse(
     w, _, factor = layer(6, 165, seed)
     before: Grid = grid(kind[0], w, bits, kind[1]).rounded(dtype)
     codes = sweep(w, factor, before).codes if swept else before.nearest(w)
-    result = refine(w, codes, before, factor.damped, rounds, dtype)
+    result = refine(w, codes, before, factor.damped, rounds, Precision(dtype))
     new_codes, after = result.codes, result.grid
     old, new = (losses(g.dequantize(c), w, factor.damped) for c, g in ((codes, before), (new_codes, after)))
     assert bool((new <= old * (1 + 1e-4)).all())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from leangrid.errors import OutputError, ResumeError
+from leangrid.storage import safetensors
 from leangrid.storage.journal import Journal, first_difference, partial_of
 
 RUN = {"recipe": {"scheme": "NU4", "p": 4.0}, "source": "abc", "windows": "def", "version": "1"}
@@ -24,8 +25,8 @@ def test_blocks_come_back_as_they_were(tmp_path: Path) -> None:
             journal.commit_block(2, tensors, {})
     with opened(tmp_path) as journal:
         assert journal.count_committed() == 1 and not journal.is_fresh
-        read, info = journal.read_block(0)
-        assert info == journal.read_block_records(0) == {"losses": [0.5, 1e-9], "device": "cpu"}
+        read = safetensors.load(journal.partial / "blocks" / "0000.safetensors")
+        assert journal.read_block_info(0) == {"losses": [0.5, 1e-9], "device": "cpu"}
         assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
         assert set(journal.locate_block_tensors(0)) == set(tensors)
 
@@ -36,7 +37,8 @@ def test_committing_again_drops_what_came_after(tmp_path: Path) -> None:
             journal.commit_block(index, {"x": torch.full((2,), float(index))}, {})
         journal.commit_block(1, {"x": torch.full((2,), 9.0)}, {})
         assert journal.count_committed() == 2
-        assert journal.read_block(1)[0]["x"].tolist() == [9.0, 9.0]
+        changed = safetensors.load(journal.partial / "blocks" / "0001.safetensors")
+        assert changed["x"].tolist() == [9.0, 9.0]
     with opened(tmp_path) as journal:
         assert journal.count_committed() == 2
 
@@ -80,15 +82,6 @@ def test_without_any_state_everything_is_made_again(tmp_path: Path) -> None:
     with opened(tmp_path) as journal:
         assert journal.find_resume_point() == 0
         assert any("going on from block 1" in notice for notice in journal.notices)
-
-
-def test_a_block_that_rots_after_the_check_stops_the_run(tmp_path: Path) -> None:
-    with opened(tmp_path) as journal:
-        journal.commit_block(0, {"x": torch.ones(4)}, {})
-        path = journal.partial / "blocks" / "0000.safetensors"
-        path.write_bytes(path.read_bytes()[:-1] + b"!")
-        with pytest.raises(ResumeError, match="block 0 of the journal is damaged"):
-            journal.read_block(0)
 
 
 def test_named_artefacts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from leangrid.errors import FormatError, OutputError
 from leangrid.storage.journal import Journal, partial_of
 from leangrid.storage.manifest import list_differences
-from leangrid.storage.writer import finish_interrupted_rename, publish_result
+from leangrid.storage.writer import finish_interrupted_rename, write_result
 
 WEIGHTS = {f"blocks.{i}.weight": torch.full((4, 4), float(i)) for i in range(3)}
 
@@ -22,7 +22,7 @@ def published(tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
     for index, (name, weight) in enumerate(WEIGHTS.items()):
         journal.commit_block(index, {name: weight}, {})
     options: dict[str, Any] = {
-        "head_tensors": [("embed", torch.ones(2, 4)), ("norm", torch.zeros(4))],
+        "outside_tensors": [("embed", torch.ones(2, 4)), ("norm", torch.zeros(4))],
         "config": {"model_type": "x"},
         "side_files": {},
         "texts": {"README.md": "# é"},
@@ -30,7 +30,7 @@ def published(tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
         **changes,
     }
     with journal:
-        return out, publish_result(journal, out, **options)
+        return out, write_result(journal, out, **options)
 
 
 def read_all(out: Path) -> dict[str, torch.Tensor]:
@@ -64,7 +64,7 @@ def test_shards_hold_every_tensor_once(tmp_path: Path, shard_bytes: int, shards:
     assert (out / "README.md").read_text(encoding="utf-8") == "# é"
 
 
-def test_head_tensors_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
+def test_tensors_outside_the_blocks_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
     """Each is on disk before the next is made, so memory holds one."""
 
     def head() -> Any:
@@ -72,7 +72,7 @@ def test_head_tensors_are_asked_for_one_at_a_time(tmp_path: Path) -> None:
             assert len(list((tmp_path / "out.partial" / "head").glob("*.safetensors"))) == index
             yield f"head.{index}", torch.ones(2)
 
-    out, _ = published(tmp_path, head_tensors=head())
+    out, _ = published(tmp_path, outside_tensors=head())
     assert {"head.0", "head.3"} < set(read_all(out))
 
 
@@ -92,7 +92,7 @@ def test_texts_with_impossible_names(tmp_path: Path, name: str) -> None:
 
 def test_two_tensors_of_one_name(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"two tensors .* 'blocks\.1\.weight'"):
-        published(tmp_path, head_tensors=[("blocks.1.weight", torch.ones(1))])
+        published(tmp_path, outside_tensors=[("blocks.1.weight", torch.ones(1))])
 
 
 def test_settle_leaves_an_unfinished_run_alone(tmp_path: Path) -> None:

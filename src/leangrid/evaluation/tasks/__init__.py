@@ -50,7 +50,7 @@ def run_tasks(subject: Opened, jobs: list[Job], saved: SavedResults, say: Progre
                 except Unrated as error:
                     unrated.append(f"{part.name}: {error}")
             if unrated:
-                raise TaskError(f"{len(unrated)} of {len(job.parts)} steps failed, first {unrated[0]}", job.name)
+                raise TaskError(f"{len(unrated)} of {len(job.parts)} parts failed, first {unrated[0]}", job.name)
             results[job.name] = job.figures(found)
         except LeangridError as error:
             results[job.name] = {"error": str(error)}

@@ -6,7 +6,6 @@ working directory and keep a copy in its cache. No code comes with them (``!func
 templates outside of a sandbox: use files that you trust."""
 
 import difflib
-import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from leangrid.errors import TaskError, first_line
 from leangrid.evaluation.opened import Opened
 from leangrid.evaluation.tasks.data_files import read_json_lines
 from leangrid.evaluation.tasks.job import Job, Part, Results, Tasks
+from leangrid.storage.files import hash_file
 
 _SEED = 1234  # of the few-shot examples: what the harness's own command line takes
 _OFFLINE = "Without a network give a directory with the harness's yaml and .jsonl files: --tasks-dir DIR"
@@ -79,9 +79,9 @@ def run_task(subject: Opened, task: Any, batch_size: int, limit: int | None) -> 
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    if not subject.causal or subject.tokenizer is None:
+    if not subject.has_lm_head or subject.tokenizer is None:
         no_head = "it has no language-model head; sts and squad are for encoders"
-        lacks = "it has no tokenizer" if subject.causal else no_head
+        lacks = "it has no tokenizer" if subject.has_lm_head else no_head
         raise TaskError(f"the model cannot run this task: {lacks}", task.config.task)
     with _quiet():
         opened: Any = HFLM  # its registry hides the arguments
@@ -206,12 +206,12 @@ def _from_file(name: str, path: Path, config: dict[str, Any]) -> Benchmark:
             path,
             "Write dataset_path: json and dataset_kwargs: {data_files: {test: FILE}}",
         )
-    digest, splits = hashlib.sha256(path.read_bytes()), {}
+    read, splits = [path], {}
     for split, file in files.items():
         data = path.parent / str(file)
         if not data.is_file():
             raise TaskError(f"the data of task {name} are missing", data, f"{path.name} asks for them")
-        digest.update(data.read_bytes())
+        read.append(data)
         splits[split] = read_json_lines(data)
     try:
         config["custom_dataset"] = lambda **_: {split: Dataset.from_list(rows) for split, rows in splits.items()}
@@ -220,7 +220,7 @@ def _from_file(name: str, path: Path, config: dict[str, Any]) -> Benchmark:
         raise TaskError(
             f"the task cannot be made from its file: {first_line(error)}", path, "Compare its fields with its data"
         ) from error
-    return Benchmark(name, {name: task}, None, f"lm_eval {version('lm_eval')}, sha256 {digest.hexdigest()}")
+    return Benchmark(name, {name: task}, None, f"lm_eval {version('lm_eval')}, sha256 {hash_file(*read)}")
 
 
 def _unknown(name: str, known: Sequence[str], where: str) -> TaskError:

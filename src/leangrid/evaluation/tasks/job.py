@@ -26,6 +26,10 @@ class Tasks:
             None: nothing is saved.
         judge_url: the API whose model rates the answers of mt_bench; None where mt_bench is not asked for.
         judge_model: the name of that model.
+
+    Example:
+        >>> leangrid.Tasks.parse("arc_easy, piqa", limit=100).names
+        ('arc_easy', 'piqa')
     """
 
     names: tuple[str, ...]

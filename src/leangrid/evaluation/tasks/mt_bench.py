@@ -6,7 +6,6 @@ fastchat/llm_judge/data), read from --tasks-dir and not copied here. Temperature
 beside a reference, 1,024 new tokens an answer and the judge's 2,048 at temperature 0 are those of its scripts
 (gen_model_answer.py, common.py); answers are put in the model's own chat template."""
 
-import hashlib
 import itertools
 import statistics
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from leangrid.evaluation.reply import Reply, encode_chat, require_rows
 from leangrid.evaluation.tasks.data_files import read_json_lines
 from leangrid.evaluation.tasks.job import Job, Part, Results, Tasks
 from leangrid.evaluation.tasks.judge import Judge, read_rating
+from leangrid.storage.files import hash_file
 
 ANSWER, JUDGEMENT = 1024, 2048  # tokens at most
 _TEMPERATURES = {
@@ -129,7 +129,7 @@ def read(directory: Path | None) -> Bench:
         )
     ]
     questions, prompts, references = (read_json_lines(path) for path in paths)
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    digest = hash_file(*paths)
     try:
         answered = {row["question_id"]: _pair(row["choices"][0]["turns"]) for row in references}
         known = {row["name"]: (str(row["system_prompt"]), str(row["prompt_template"])) for row in prompts}
@@ -168,7 +168,7 @@ def _found(directory: Path, *places: str) -> Path:
 def answer(subject: Opened, question: Question) -> dict[str, Any]:
     """{"turns": both answers of the model}; the second question is asked with the first and its answer before it.
     TaskError for a model without a chat template."""
-    if not subject.causal or not getattr(subject.tokenizer, "chat_template", None):
+    if not subject.has_lm_head or not getattr(subject.tokenizer, "chat_template", None):
         what = "the model has no chat template, so it cannot answer MT-Bench"
         raise TaskError(what, subject.name, "Give a chat model")
     limit = subject.positions

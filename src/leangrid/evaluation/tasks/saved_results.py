@@ -8,6 +8,7 @@ from typing import Any
 
 from leangrid.errors import CheckpointError, OutputError
 from leangrid.storage.files import make_dir, write_json
+from leangrid.storage.manifest import MANIFEST, read_manifest
 
 
 def identify_model(path: Path) -> str:
@@ -16,10 +17,10 @@ def identify_model(path: Path) -> str:
     Of a finished result it is made from the hashes of the files that decide its answers, so that model card, report and
     figures may change; of anything else from the names, sizes and times of its files. Raises CheckpointError for a
     manifest that cannot be read."""
-    manifest = path / "manifest.json"
+    manifest = path / MANIFEST
     if manifest.is_file():
         try:
-            files = json.loads(manifest.read_bytes())["files"]
+            files = read_manifest(path)["files"]
             decisive = [name for name in sorted(files) if name.endswith((".safetensors", ".json", ".jinja"))]
             facts = [(name, files[name]["sha256"]) for name in decisive]
         except (OSError, ValueError, KeyError, TypeError) as error:

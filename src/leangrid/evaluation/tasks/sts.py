@@ -32,10 +32,10 @@ def make_job(tasks: Tasks) -> Job:
         pairs = Pairs.read(find_file("sts", tasks.directory, "sts-test*.csv")).head(tasks.limit)
 
     def run(subject: Opened, _: Results) -> dict[str, Any]:
-        if subject.causal or subject.tokenizer is None:
-            what = "the model is no encoder" if subject.causal else "the model has no tokenizer"
+        if subject.has_lm_head or subject.tokenizer is None:
+            what = "the model is no encoder" if subject.has_lm_head else "the model has no tokenizer"
             raise TaskError(what, f"sts: {type(subject.model).__name__}", "Give a sentence encoder with its tokenizer")
-        found = correlation(embed(subject.model, subject.tokenizer, pairs.sentences, tasks.batch_size), pairs)
+        found = correlation(embed_sentences(subject.model, subject.tokenizer, pairs.sentences, tasks.batch_size), pairs)
         return {"spearman": found, "stderr": None, "n": len(pairs.scores)}
 
     return Job("sts", [Part("sts", f"sha256 {pairs.sha256}, limit {tasks.limit}", run)], lambda results: results["sts"])
@@ -94,7 +94,9 @@ class Pairs:
 
 
 @torch.no_grad()
-def embed(model: Any, tokenizer: Any, sentences: list[str], batch: int = BATCH) -> Float64[Tensor, "sentences width"]:
+def embed_sentences(
+    model: Any, tokenizer: Any, sentences: list[str], batch: int = BATCH
+) -> Float64[Tensor, "sentences width"]:
     """The mean of the last hidden states over the tokens of each sentence, in the order given."""
     order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))
     parts = []

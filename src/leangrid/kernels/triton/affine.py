@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leangrid.kernels.checks import FLOATS
 from leangrid.kernels.plain.affine import SCALE_LIMITS, shrink_steps
 from leangrid.kernels.triton.device import launch
 
 CHUNK_ELEMENTS = 1 << 23  # weights handled at once: sorted copies and sums take about 40 bytes each
 SCAN = 512  # weights that a program reads at once where it runs along a row
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @triton.jit(do_not_specialize=["first", "period", "items"])
@@ -268,7 +268,7 @@ def affine_search(weight: Tensor, importance: Tensor, bits: int, steps: int, shr
             BLOCK=scales_at_once(levels),
             SCAN=scan,
             SYMMETRIC=symmetric,
-            DTYPE=DTYPES[dtype],
+            DTYPE=FLOATS[dtype],
             num_warps=4 if levels <= 16 else 8,
         )
     return scale.view(rows, groups), zero_point.view(rows, groups), objective.view(rows, groups)

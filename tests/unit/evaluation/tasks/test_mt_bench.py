@@ -178,10 +178,10 @@ def test_two_turns_are_answered_and_rated_by_the_published_protocol(server: Stan
 def test_the_second_answer_follows_the_first_and_both_are_greedy_where_the_protocol_says(
     chatty: Path, files: Path
 ) -> None:
-    from leangrid.evaluation.opened import open_model
+    from leangrid.evaluation.opened import load_model
     from leangrid.evaluation.reply import Reply
 
-    subject = open_model(chatty)
+    subject = load_model(chatty)
     question = mt_bench.read(files).questions[1]
     assert question.temperature == 0 and question.reference == ("two", "three")
     turns = mt_bench.answer(subject, question)["turns"]
@@ -241,7 +241,7 @@ def test_a_judgement_without_a_rating_fails_by_name_and_the_others_are_still_mad
     chosen = tasks(server, files, out=tmp_path / "r.json")
     found = evaluate(chatty, tasks=chosen).tasks["mt_bench"]["error"]
     assert (
-        "2 of 6 steps failed, first mt_bench/81/turn 1" in found
+        "2 of 6 parts failed, first mt_bench/81/turn 1" in found
         and "holds no [[rating]]: 'I would rather not say.'" in found
     )
     assert len(server.requests) == 4

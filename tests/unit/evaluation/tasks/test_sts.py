@@ -10,7 +10,7 @@ import torch
 
 from leangrid.errors import TaskError
 from leangrid.evaluation import Tasks, evaluate
-from leangrid.evaluation.tasks.sts import Pairs, embed, spearman
+from leangrid.evaluation.tasks.sts import Pairs, embed_sentences, spearman
 
 Tiny = Callable[..., Path]
 
@@ -35,7 +35,7 @@ def test_rank_correlation_with_ties_is_scipy_s() -> None:
 def test_embeddings_are_means_over_each_sentence_s_own_tokens() -> None:
     model, tokenizer = tiny_models.build("bert"), tiny_models.tokenizer()
     sentences = ["a class", "an exception is raised where the name is not found", "yield", "a list of names"]
-    found = embed(model, tokenizer, sentences, batch=3)
+    found = embed_sentences(model, tokenizer, sentences, batch=3)
     with torch.no_grad():
         for row, sentence in zip(found, sentences, strict=True):
             alone = model(torch.tensor([tokenizer(sentence)["input_ids"]])).last_hidden_state[0].double().mean(0)
@@ -47,7 +47,7 @@ def test_the_task_reads_the_benchmark_s_file(tiny: Tiny, tmp_path: Path) -> None
     assert pairs.first[3] == 'a "quoted name 3' and pairs.second[1] == "method" and len(pairs.sentences) == 18
     stats = pytest.importorskip("scipy.stats")
     found = evaluate(tiny("bert"), tasks=Tasks(("sts",), tmp_path)).tasks["sts"]
-    left, right = embed(tiny_models.build("bert"), tiny_models.tokenizer(), pairs.sentences).split(9)
+    left, right = embed_sentences(tiny_models.build("bert"), tiny_models.tokenizer(), pairs.sentences).split(9)
     similarity = torch.cosine_similarity(left, right).numpy()
     assert (
         found["spearman"] == pytest.approx(100 * stats.spearmanr(similarity, pairs.scores).statistic, abs=0.01)

@@ -2,7 +2,6 @@
 
 Opening it reads headers only; a layer's tensors are read when it is asked for."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from leangrid.models.linears import linear_shapes
 from leangrid.models.skeleton import described_model
 from leangrid.recipe import Scheme
 from leangrid.storage.dtypes import NAMES, dtype_of
-from leangrid.storage.manifest import MANIFEST, require_unchanged
+from leangrid.storage.manifest import read_manifest, require_unchanged
 from leangrid.storage.safetensors import TensorInfo
 from leangrid.storage.source import open_source
 
@@ -39,7 +38,7 @@ class ResultReader:
         schemes: name -> the scheme that the files say for it.
         not_in_model: names of tensors that are no part of the model, copied from the source as they were.
         ignore: names of the nn.Linear that are not quantized, and of the modules of ``not_in_model``.
-        predicts: whether the model has a language-model head.
+        has_lm_head: whether the model has a language-model head.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -70,7 +69,7 @@ class ResultReader:
         self.not_in_model = frozenset(n for n in self.checkpoint.tensors if n.rpartition(".")[0] not in modules)
         plain = {name for name, (_, kind) in linears.items() if kind == "linear" and name not in self.layers}
         self.ignore = sorted(plain | {name.rpartition(".")[0] for name in self.not_in_model})
-        self.predicts = self.architecture.kind == "decoder" and bool(model.can_generate())
+        self.has_lm_head = self.architecture.kind == "decoder" and bool(model.can_generate())
         self.dtype = self._dtype()
 
     @classmethod
@@ -87,7 +86,7 @@ class ResultReader:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """The manifest of a finished result."""
-        return json.loads((self.directory / MANIFEST).read_bytes())
+        return read_manifest(self.directory)
 
     @property
     def scheme(self) -> Scheme:
@@ -109,7 +108,7 @@ class ResultReader:
     def weight_in_model_dtype(self, name: str) -> Float[Tensor, "rows cols"]:
         """The weight of a quantized linear in ``dtype``, computed in float32 and rounded once."""
         codes, grid = self.layer(name)
-        return grid.dequantize(codes).to(self.format.precision(self.dtype).dtype).to(self.dtype)
+        return self.format.dequantize(codes, grid, self.dtype).to(self.dtype)
 
     def plain_tensors(self) -> dict[str, TensorInfo]:
         """Every tensor that is no part of a quantized weight (embeddings, norms, biases, the head), by name."""

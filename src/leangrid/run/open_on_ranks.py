@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from leangrid.models.gguf import all_files, is_gguf
-from leangrid.planning.resolve import open_model
+from leangrid.planning.resolve import open_checkpoint
 from leangrid.run.inputs import RunInputs, open_inputs, windows_identity
 from leangrid.run.ranks import Ranks
 from leangrid.run.request import Request
@@ -34,7 +34,7 @@ class ReadOnlyJournal(Journal):
         """Do nothing: no file is open."""
 
 
-def open_inputs_of_ranks(request: Request, ranks: Ranks) -> RunInputs:
+def open_inputs_on_ranks(request: Request, ranks: Ranks) -> RunInputs:
     """``open_inputs`` on rank 0, once all ranks agree on what to do; the others open the same model as it resolved it.
 
     Raises:
@@ -61,7 +61,7 @@ def open_inputs_of_ranks(request: Request, ranks: Ranks) -> RunInputs:
             return inputs
         directory, recipe, placement, partial, done = told
         follower = ReadOnlyJournal(partial, request.state_dir, done)
-        checkpoint, skeleton, recipe = open_model(directory, recipe, request.device)
+        checkpoint, skeleton, recipe = open_checkpoint(directory, recipe, request.device)
         return RunInputs(request, checkpoint, skeleton, recipe, follower, placement)
     except BaseException:
         if inputs is not None:

@@ -1,0 +1,124 @@
+"""Takes what was solved into its block (packed, recorded, back into the model), and makes finished blocks durable."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from leangrid import kernels
+from leangrid.formats import FORMATS
+from leangrid.machine import memory
+from leangrid.machine.devices import peak_device_bytes
+from leangrid.machine.stopwatch import Clock
+from leangrid.models.streams import Streams
+from leangrid.planning.sizes import stored_schemes
+from leangrid.report.records import LayerRecord
+from leangrid.report.sample import choose_sampled_layer, sample_row
+from leangrid.run.accounting import Accounting, SolvedLinear
+from leangrid.run.block import Block
+from leangrid.run.inputs import RunInputs
+from leangrid.run.ranks import Ranks
+from leangrid.run.run_progress import RunProgress
+from leangrid.run.states import StatePlaces
+from leangrid.solve.factor import Factor
+from leangrid.solve.hessian import Hessian
+from leangrid.solve.layer import LinearResult
+from leangrid.solve.rescue import Rescue
+
+
+class BlockWriter:
+    """The way from solved linears to a committed block.
+
+    Attributes:
+        reductions: how less memory was used for the block at work, as rescues of kind "memory"; recorded with it.
+    """
+
+    def __init__(
+        self,
+        inputs: RunInputs,
+        states: StatePlaces,
+        clock: Clock,
+        accounting: Accounting,
+        progress: RunProgress,
+        ranks: Ranks,
+    ) -> None:
+        self.reductions: list[Rescue] = []
+        self._skeleton, self._recipe, self._journal = inputs.skeleton, inputs.recipe, inputs.journal
+        self._device = inputs.request.device
+        self._states, self._clock, self._accounting = states, clock, accounting
+        self._progress, self._ranks = progress, ranks
+        self._format = FORMATS[inputs.recipe.format]
+        self._schemes = stored_schemes(inputs.skeleton, inputs.recipe)
+        self._sampled = choose_sampled_layer(inputs.skeleton)
+
+    def store(self, block: Block, solved: SolvedLinear, hessian: Hessian, factor: Factor) -> None:
+        """Take a solved linear: pack it, record it, and queue its new weight for the quantized stream."""
+        name, result, path = solved.name, solved.result, f"{block.name}.{solved.name}"
+        self._accounting.count_layer(result.codes.shape, solved.costs)
+        with self._clock.stage("pack"):
+            weight = self._stored_weight(block, name, result)
+            block.tensors |= self._packed(path, result)
+        self._record(block, solved, hessian, factor)
+        block.resident_bytes = max(block.resident_bytes, memory.resident_bytes())
+        block.queue_weight(name, self._skeleton.architecture.transposed(weight).contiguous())
+        self._progress.report("layer", block.index, layer=path, loss=block.records[-1].loss)
+
+    def commit(self, block: Block) -> Streams:
+        """Make the block durable, then the streams that leave it; returns these (of several ranks, this one's part)."""
+        self._accounting.count_forward(block.index, block.walk.flops)
+        streams = block.walk.finished()
+        whole = self._ranks.gather_streams(streams)
+        if not self._ranks.first:
+            return streams
+        with self._clock.stage("save"):
+            quantized = {f"{record.name}.weight" for record in block.records}
+            within = (name for name in self._skeleton.parameter_names() if name.startswith(f"{block.name}."))
+            rest = {name: self._skeleton.read(name) for name in within if name not in quantized}
+            self._journal.commit_block(block.index, block.tensors | rest, self._info(block))
+            self.reductions = []
+            if block.index + 1 < self._progress.blocks:
+                self._journal.save_state(block.index + 1, whole.tensors())
+        self._progress.report("block", block.index, loss=sum(record.loss for record in block.records))
+        return streams
+
+    def _record(self, block: Block, solved: SolvedLinear, hessian: Hessian, factor: Factor) -> None:
+        """The line of records.jsonl; of one layer of the model also a row, for the report."""
+        path, result = f"{block.name}.{solved.name}", solved.result
+        recipe = self._recipe.for_layer(path)
+        noted = replace(result, rescues=(*result.rescues, *self.reductions))
+        block.records.append(LayerRecord.of(path, recipe, noted, hessian, factor, solved.costs.seconds))
+        if path == self._sampled:
+            original = self._skeleton.architecture.transposed(block.parameter(solved.name).data)
+            block.sample = sample_row(path, original, result, factor, recipe)
+
+    def _stored_weight(self, block: Block, name: str, result: LinearResult) -> Tensor:
+        """What a reader of the file multiplies by, [rows, cols]: rounded to the stored dtype, then computed in ours."""
+        parameter = block.parameter(name)
+        weight = self._format.dequantize(result.codes, result.grid, self._skeleton.dtype)
+        return weight.to(parameter.device, parameter.dtype)
+
+    def _packed(self, path: str, result: LinearResult) -> dict[str, Tensor]:
+        """The tensors of the container, by their names in the result, on the CPU."""
+        codes, grid = result.codes, result.grid
+        if self._states.placement.in_place:  # packing needs some bytes a weight for a moment
+            codes, grid = codes.cpu(), grid.to("cpu")
+        packed = self._format.pack(codes, grid, self._skeleton.dtype, self._schemes[path])
+        return {f"{path}.{suffix}": tensor.cpu() for suffix, tensor in packed.items()}
+
+    def _info(self, block: Block) -> dict[str, object]:
+        """What the journal says of a committed block, beside its tensors."""
+        return {
+            "records": [record.to_json() for record in block.records],
+            "device": self._device,
+            "kernels": kernels.backend(self._device),
+            "products": self._recipe.products,
+            "threads": torch.get_num_threads(),
+            "ranks": self._ranks.count,
+            "placement": self._states.placement.to_json(),
+            "memory": [f"{block.name}: {reduction.detail}" for reduction in self.reductions],
+            "seconds": self._clock.lap(),
+            "resident_bytes": block.resident_bytes,
+            "peak_ram_bytes": memory.peak_bytes(),
+            "peak_gpu_bytes": peak_device_bytes(self._device),
+            "sample": block.sample,
+        }
