@@ -118,11 +118,9 @@ def _check_parts(block_type: BlockType, parts: Parts, blocks: tuple[int, int], g
             and value.numel()
             and not limits[0] <= int(value.min()) <= int(value.max()) <= limits[1]
         ):
-            raise FormatError(
-                f"{block_type.name} holds {name} of {limits[0]}..{limits[1]}, not {int(value.min())}..{int(value.max())}",
-                None,
-                _WAY_OUT,
-            )
+            found = f"{int(value.min())}..{int(value.max())}"
+            what = f"{block_type.name} holds {name} of {limits[0]}..{limits[1]}, not {found}"
+            raise FormatError(what, None, _WAY_OUT)
 
 
 def _half(values: Float[Tensor, "rows blocks"], name: str) -> UInt8[Tensor, "rows blocks 2"]:
