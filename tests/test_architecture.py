@@ -28,7 +28,7 @@ ONLY_IN = {
     "triton": ("kernels/triton/",),
     "transformers": ("models/", "data/", "inference/load.py", "inference/transformers_quantizer.py"),
     "tokenizers": ("models/", "data/"),
-    "matplotlib": ("report/",),
+    "matplotlib": (),
     "jinja2": ("report/",),
     "typer": ("cli/",),
     "vllm": ("inference/vllm_linear.py",),

@@ -76,4 +76,4 @@ def _triton(interpreted: bool = False) -> tuple[ModuleType | None, str]:
 
 @cache
 def _warn_once(why: str) -> None:
-    warnings.warn(f"leangrid runs without its Triton kernels (slower, same results): {why}", stacklevel=2)
+    warnings.warn(f"leangrid runs without its Triton kernels (slower, the same up to rounding): {why}", stacklevel=2)

@@ -26,7 +26,7 @@ def _extension() -> ModuleType | None:
     try:
         from leangrid.kernels import _cpu  # type: ignore[attr-defined]
     except ImportError as error:
-        warnings.warn(f"leangrid runs without its C++ kernels (slower, same results): {error}", stacklevel=2)
+        warnings.warn(f"leangrid runs without its C++ kernels (slower, the same up to rounding): {error}", stacklevel=2)
         return None
     return _cpu
 

@@ -89,7 +89,8 @@ class Placement:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Placement":
-        """The inverse of ``to_json``; unknown keys are left out."""
+        """The inverse of ``to_json``; unknown keys are left out, and ``lean`` is an older name of ``in_place``."""
+        value = {"in_place": value["lean"]} | value if "lean" in value else value
         known = {field.name for field in fields(cls)}
         given: dict[str, Any] = {key: item for key, item in value.items() if key in known}
         given["host_groups"] = tuple(given.get("host_groups", ()))

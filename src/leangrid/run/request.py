@@ -16,7 +16,7 @@ class Request:
     """The arguments of ``leangrid.quantize``, under the same names and with the same meaning.
 
     Raises:
-        RecipeError: ``recipe`` is no Recipe.
+        RecipeError: ``recipe`` is no Recipe, or ``placement`` no Placement.
         CalibrationError: ``windows`` is no tensor.
     """
 
@@ -41,3 +41,6 @@ class Request:
         if self.windows is not None and not isinstance(self.windows, Tensor):
             what = f"windows must be a tensor of int64 [samples, length], not {type(self.windows).__name__}"
             raise CalibrationError(what, "windows")
+        if self.placement is not None and not isinstance(self.placement, Placement):
+            what = f"a placement is a leangrid.Placement, not {type(self.placement).__name__}"
+            raise RecipeError(what, "placement", "Leave it out: the plan chooses one")

@@ -58,6 +58,14 @@ class LinearResult:
         """``codes``, ``grid`` and ``loss``, in this order."""
         return iter((self.codes, self.grid, self.loss))
 
+    def __getitem__(self, index: int) -> Any:
+        """``result[0]`` is the codes, ``[1]`` the grid, ``[2]`` the loss."""
+        return (self.codes, self.grid, self.loss)[index]
+
+    def __len__(self) -> int:
+        """3: what it unpacks into."""
+        return 3
+
     def to(self, device: torch.device | str) -> "LinearResult":
         """The same with codes and grid on ``device``."""
         return replace(self, codes=self.codes.to(device), grid=self.grid.to(device))

@@ -44,3 +44,9 @@ def test_json_and_back() -> None:
     placement = Placement(2, replay=True, host_groups=(1, 3))
     assert Placement.from_json(placement.to_json() | {"of a later version": 1}) == placement
     assert Placement.from_json({"windows": 4}) == Placement(4)
+
+
+def test_a_run_of_an_older_version_goes_on_with_its_placement() -> None:
+    older = Placement(2, replay=True, in_place=True).to_json()
+    older["lean"] = older.pop("in_place")
+    assert Placement.from_json(older) == Placement(2, replay=True, in_place=True)
