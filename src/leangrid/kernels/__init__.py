@@ -6,8 +6,8 @@ op means). Rows do not depend on each other, so threads share out rows, and thei
 ``LEANGRID_KERNELS=torch|portable|avx2|avx512|triton`` overrides the choice (kernels/choice.py).
 
 C++ gives the same bits as plain torch, but for ``level_gram``, which sums in another order. Triton does the same
-float64 operations and sums in another order: the same (S, Z) except where two objectives agree within 1e-12 of sum g w^2,
-levels equal up to float32 rounding, objectives within 1e-10 relative.
+float64 operations and sums in another order: the same (S, Z) except where two objectives agree within 1e-12 of
+sum g w^2, levels equal up to float32 rounding, objectives within 1e-10 relative.
 
 Letters: w a weight, g its importance (the loss-error weight U_jj^-p of its column), K = 2^bits the number of levels,
 S, Z and B the scale, zero point and offset of a group, q a code, U the upper Cholesky factor of the inverse Hessian."""
