@@ -127,7 +127,7 @@ class _OnDevice(GroupAlgebra):
         if self.names.index(name) % ranks.count != ranks.rank:
             return
         with self._run.stage("factor", self._number):
-            weight = self._run.weight(self._block, name).to(self._device, torch.float32).contiguous()
+            weight = self._block.weight(name).to(self._device, torch.float32).contiguous()
             target = correct(weight, self._correction, self._run.strength)
             del weight
         yield target
@@ -173,7 +173,7 @@ class InPlaceAlgebra(GroupAlgebra):
         run = self._run
         total = InPlaceHessianSum(self._cols(), self._device, cross=self._group.paired)
         total = _sum_tokens(run, self._number, self._group, total)
-        weights = {name: run.weight(self._block, name) for name in self.names}
+        weights = {name: self._block.weight(name) for name in self.names}
         with run.stage("factor", self._number):  # the factor takes the place of a copy of H, so both are made at once
             self._in_place = InPlaceGroup(total, weights, run.recipe, run.strength)
         return self._in_place.hessian

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from leangrid.models.architectures import Architecture
 from leangrid.models.walk import BlockWalk, ExpertInputs, GroupInputs
 from leangrid.report.records import LayerRecord
 
@@ -20,6 +21,7 @@ class Block:
     Attributes:
         name: its path in the model, such as ``model.layers.3``.
         walk: both streams on their way through it.
+        architecture: of the model; it says how the module stores weights.
         tensors: packed codes and grids, by their names in the result.
         records: what will stand in records.jsonl.
         sample: one row of one layer for the report, where this block has that layer.
@@ -30,6 +32,7 @@ class Block:
     name: str
     module: nn.Module
     walk: BlockWalk
+    architecture: Architecture
     tensors: dict[str, Tensor] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
     sample: dict[str, Any] | None = None
@@ -53,8 +56,12 @@ class Block:
             self._queued.clear()
 
     def queue_weight(self, name: str, weight: Tensor) -> None:
-        """Give the linear ``name`` a new weight, as the module stores it, once the streams go on."""
-        self._queued[name] = weight
+        """Give the linear ``name`` a new weight [rows, cols] once the streams go on."""
+        self._queued[name] = self.architecture.transposed(weight).contiguous()
+
+    def weight(self, name: str) -> Tensor:
+        """The original weight of a linear, [rows, cols] in the compute dtype."""
+        return self.architecture.transposed(self.parameter(name).data)
 
     def parameter(self, name: str) -> Tensor:
         """The original weight of a linear, as the module stores it."""

@@ -60,7 +60,7 @@ class BlockWriter:
             block.tensors |= self._packed(path, result)
         self._record(block, solved, hessian, factor)
         block.resident_bytes = max(block.resident_bytes, memory.resident_bytes())
-        block.queue_weight(name, self._skeleton.architecture.transposed(weight).contiguous())
+        block.queue_weight(name, weight)
         self._progress.report("layer", block.index, layer=path, loss=block.records[-1].loss)
 
     def commit(self, block: Block) -> Streams:
@@ -88,8 +88,7 @@ class BlockWriter:
         noted = replace(result, rescues=(*result.rescues, *self.reductions))
         block.records.append(LayerRecord.of(path, recipe, noted, hessian, factor, solved.costs.seconds))
         if path == self._sampled:
-            original = self._skeleton.architecture.transposed(block.parameter(solved.name).data)
-            block.sample = sample_row(path, original, result, factor, recipe)
+            block.sample = sample_row(path, block.weight(solved.name), result, factor, recipe)
 
     def _stored_weight(self, block: Block, name: str, result: LinearResult) -> Tensor:
         """What a reader of the file multiplies by, [rows, cols]: rounded to the stored dtype, then computed in ours."""

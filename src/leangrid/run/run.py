@@ -121,7 +121,7 @@ class Run:
     def open_block(self, index: int, streams: Streams) -> Iterator[Block]:
         """Block ``index`` with its weights in memory and the streams before it."""
         placement = self.states.placement
-        name, context = self.skeleton.block_name(index), None
+        name = self.skeleton.block_name(index)
         with self.stage("load"):
             weights = None if self._prefetch is None else self._prefetch.weights_of(index)
             context = self.skeleton.load_block(index, "cpu" if placement.host_block else self.device, weights)
@@ -143,13 +143,9 @@ class Run:
                 states.get,
                 states.put,
             )
-            yield Block(index, name, module, walk)
+            yield Block(index, name, module, walk, self.skeleton.architecture)
         finally:
             context.__exit__(None, None, None)
-
-    def weight(self, block: Block, name: str) -> Tensor:
-        """The original weight of a linear, [rows, cols] in the compute dtype."""
-        return self.skeleton.architecture.transposed(block.parameter(name).data)
 
     def finish(self) -> QuantizeResult:
         """Publish the result, on rank 0, and say on all ranks what the run did."""
@@ -169,9 +165,8 @@ class Run:
         streams.move(self.states.put)
         for size in {len(batch) for batch in streams.quantized} - self._calls.by_batch.keys():
             with self.stage("calibrate"):
-                self._calls.by_batch |= run_to_first_block(self.skeleton, [self.windows[:size]], self.device)[
-                    1
-                ].by_batch
+                _, calls = run_to_first_block(self.skeleton, [self.windows[:size]], self.device)
+                self._calls.by_batch |= calls.by_batch
 
     def _reduce(self, index: int) -> None:
         """Use less memory from block ``index`` on, said and recorded."""

@@ -57,6 +57,6 @@ def test_of_two_ranks_each_solves_every_second_linear() -> None:
     for rank, expected in ((0, ["q", "v"]), (1, ["k"])):
         algebra = algebra_of(names, rank, 2, [])
         algebra._run.stage = lambda *_: torch.no_grad()
-        algebra._run.weight, algebra._run.strength = lambda _block, _name: torch.ones(2, 16), 0.0
-        algebra._block, algebra._correction = None, None  # pyright: ignore[reportAttributeAccessIssue]
+        algebra._run.strength, algebra._correction = 0.0, None  # pyright: ignore[reportAttributeAccessIssue]
+        algebra._block = SimpleNamespace(weight=lambda _name: torch.ones(2, 16))  # pyright: ignore
         assert [name for name in names if list(algebra.targets(name))] == expected

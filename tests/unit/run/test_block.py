@@ -19,7 +19,7 @@ def test_queued_weights_reach_the_groups_that_follow(tmp_path: Path) -> None:
     hidden, calls = run_to_first_block(skeleton, [tiny_models.tokens(2, 16)])
     with skeleton.load_block(0) as module:
         walk = BlockWalk(module, skeleton.groups(0), calls, 0, Streams(hidden, list(hidden)))
-        block = Block(0, skeleton.block_name(0), module, walk)
+        block = Block(0, skeleton.block_name(0), module, walk, skeleton.architecture)
         differ, before = [], block.parameter("self_attn.v_proj").data.clone()
         for number, group in block.groups(lambda _name: nullcontext()):
             pairs = list(group)
