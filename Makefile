@@ -26,11 +26,13 @@ STORIES ?= .models/stories260k
 STS ?=
 SQUAD ?= .models/minilm_squad
 TASKS_DIR ?=
+# Which types `make zoo` tries; all where empty
+TYPES ?=
 RESULTS := benchmarks/results
 KEEP := $(BIN)/python benchmarks/common/lines.py $(RESULTS)
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-.PHONY: help setup models demo check format test test-slow test-gpu interop bench race experiments docs clean
+.PHONY: help setup models demo check format test test-slow test-gpu zoo interop bench race experiments docs clean
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## */  make \1|/' | column -t -s '|'
 
@@ -62,7 +64,7 @@ format: $(SETUP)  ## let ruff write the format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 test: $(SETUP) $(MODELS)  ## the fast suite, and the GPU kernels in Triton's interpreter
-	$(PARALLEL) -m "not slow and not gpu"
+	$(PARALLEL) -m "not slow and not gpu and not zoo"
 	TRITON_INTERPRET=1 $(PARALLEL) -m "gpu and not slow" tests/gpu
 test-slow: $(SETUP) $(MODELS)  ## the slow tests: real models, every power cut, protections taken away, kernels under sanitizers
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
@@ -70,6 +72,10 @@ test-slow: $(SETUP) $(MODELS)  ## the slow tests: real models, every power cut, 
 	$(BIN)/python scripts/sanitize.py
 test-gpu: $(SETUP)  ## the GPU kernels: on the GPU, or anywhere with TRITON_INTERPRET=1
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
+zoo: $(SETUP)  ## every model type of transformers, tiny, from its checkpoint to plain transformers; some: make zoo TYPES="gpt_oss phi"
+	rm -rf build/zoo
+	status=0; TYPES="$(TYPES)" ZOO_RESULTS=build/zoo $(PARALLEL) tests/zoo || status=$$?; \
+		$(BIN)/python scripts/models_page.py build/zoo; exit $$status
 interop: $(SETUP) $(MODELS)  ## every format in its engine, beside our own model; installs the engines in .peers (12 GB, needs a network)
 	$(BIN)/python benchmarks/interop.py --out $(RESULTS)/interop.jsonl
 	test ! -x .peers/llama/bin/python || LLAMA_PYTHON=$(abspath .peers/llama/bin/python) $(BIN)/python -m pytest -q tests/interop/test_llama.py

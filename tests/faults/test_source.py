@@ -419,14 +419,15 @@ def test_no_config(source: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "name", "dtype"),
     [
-        ("fp8", "a.weight", torch.float8_e4m3fn),
         ("gptq", "a.qweight", torch.int32),
-        ("compressed-tensors", "a.weight_packed", torch.int32),
+        ("awq", "a.qweight", torch.int32),
         ("bitsandbytes", "a.weight", torch.uint8),
-        ("mxfp4", "a.gate_up_proj_blocks", torch.uint8),
+        ("quark", "a.weight", torch.float8_e4m3fn),
     ],
 )
-def test_quantized_sources_are_refused(source: Path, method: str, name: str, dtype: torch.dtype) -> None:
+def test_sources_in_layouts_that_are_not_read_are_refused(
+    source: Path, method: str, name: str, dtype: torch.dtype
+) -> None:
     write_source(
         source,
         {**CONFIG, "quantization_config": {"quant_method": method}},

@@ -189,7 +189,7 @@ class _Export:
             if source.stores_offsets and not target.stores_offsets:
                 what = f"{self.to} has no place for the offsets of {self.result.manifest['result']['format']}"
                 raise FormatError(what, name, f"Use format dense, or quantize again with --format {self.to}")
-            reason = target.refuse(scheme, name, rows, cols, self.result.architecture.layer)
+            reason = target.refuse(scheme, name, rows, cols, self.result.kinds[name])
             if reason:
                 raise FormatError(reason)
         target.config(self.schemes, self.result.ignore)
@@ -242,7 +242,7 @@ class _Export:
     def _layer(self, name: str) -> dict[str, Tensor]:
         if self.target is None:
             weight = self.result.weight_in_model_dtype(name)
-            return {"weight": self.result.architecture.transposed(weight).contiguous()}
+            return {"weight": (weight if self.result.kinds[name] == "linear" else weight.t()).contiguous()}
         codes, grid = self.result.layer(name)
         try:
             return self.target.pack(codes, grid, self.result.dtype, self.schemes[name])

@@ -94,7 +94,7 @@ def _block_types(result: ResultReader) -> dict[str, BlockType]:
         return {name: BLOCK_TYPES[result.scheme.block or ""].fitting(cols) for name, (_, cols) in result.layers.items()}
     block_types = {}
     for name, (rows, cols) in result.layers.items():
-        reason = gguf_repack.refuse(result.schemes[name], name, rows, cols, result.architecture.layer)
+        reason = gguf_repack.refuse(result.schemes[name], name, rows, cols, result.kinds[name])
         if reason:
             raise FormatError(reason)
         block_types[name] = gguf_repack.choose_block_type(result.schemes[name], cols)

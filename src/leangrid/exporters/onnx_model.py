@@ -82,7 +82,7 @@ def refuse(result: ResultReader) -> None:
             "Export to dense, or serve it as compressed-tensors",
         )
     for name, (rows, cols) in result.layers.items():
-        if reason := nbits.refuse(result.scheme, name, rows, cols, result.architecture.layer):
+        if reason := nbits.refuse(result.scheme, name, rows, cols, result.kinds[name]):
             raise FormatError(reason)
     missing = [name for name in ("onnx", "onnx_ir", "onnxruntime_genai") if find_spec(name) is None]
     if missing:

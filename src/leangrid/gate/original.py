@@ -5,7 +5,6 @@ transformers opens the same files by itself: every parameter and buffer must be 
 windows must be those of our walk, block by block. A model that does not fit in memory is compared with the files tensor
 by tensor."""
 
-import re
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from leangrid.errors import CheckpointError
 from leangrid.machine import memory
 from leangrid.machine.devices import has_own_memory, usable_device_bytes
 from leangrid.metrics.embedding import states
+from leangrid.models.dequantized import is_dequantized
+from leangrid.models.expert_forms import FUSED_NAMES
 from leangrid.models.original import open_original, original_on_disk, tensors_of
 from leangrid.models.skeleton import Skeleton
-from leangrid.storage.fused import FUSED, MIXTRAL, PLAIN
 
 _SMALL = 1 << 27  # bytes that the gate may use however little memory the run needed
 _CHUNK = 1 << 24  # values that are compared at once
@@ -31,7 +31,6 @@ _SHOWN = 3
 # for mixtures of experts. Measured: 0 for every dense model of the table in any dtype, at most 0.007 for a mixture in
 # bfloat16, whose experts' outputs transformers adds in another order.
 _TOLERANCES = {"float32": 1e-3, "half": 1e-2, "half_experts": 5e-2}
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 
 
 @dataclass
@@ -80,6 +79,7 @@ def open_reference(ours: Skeleton, device: str) -> Iterator[OriginalModel]:
     run. The experts of a mixture are merged as it loads, which needs the whole model in memory; where the run did not
     use as much before, the tensors of two blocks are compared with the files instead."""
     shards = {info.file for info in ours.checkpoint.tensors.values()}
+    dequantized = is_dequantized(ours.checkpoint)
     remote = getattr(ours.checkpoint, "remote", None) is not None
     stored = 0 if remote else sum(shard.stat().st_size for shard in shards)
     with ExitStack() as stack:
@@ -87,16 +87,19 @@ def open_reference(ours: Skeleton, device: str) -> Iterator[OriginalModel]:
             reference = OriginalModel(
                 None, "nothing: " + ("its files are not here" if remote else "the process may not map its files"), []
             )
-        elif ours.architecture.sparse and not _fits(ours, device):
+        elif dequantized and not _fits(ours, device):
+            reference = OriginalModel(None, "nothing: dequantized as a whole it does not fit in memory", [])
+        elif ours.has_experts and not _fits(ours, device):
             problems, which = _file_differences(ours)
             reference = OriginalModel(None, which, problems)
         else:
             try:
-                runs = ours.architecture.sparse or ours.compute_dtype == ours.dtype or stored <= _spare()
+                runs = dequantized or ours.has_experts or ours.compute_dtype == ours.dtype or stored <= _spare()
                 model = stack.enter_context(
                     _transformers_model(ours, ours.compute_dtype if runs else ours.dtype, device)
                 )
                 kind, problems = "transformers" if runs else "transformers' tensors", _differences(ours, model)
+                kind = "transformers, with weights dequantized by leangrid" if dequantized else kind
                 reference = OriginalModel(model if runs else None, kind, problems, _tolerance(ours))
             except CheckpointError as error:
                 reference = OriginalModel(None, "transformers", [error.what])
@@ -107,7 +110,7 @@ def open_reference(ours: Skeleton, device: str) -> Iterator[OriginalModel]:
 @contextmanager
 def _transformers_model(ours: Skeleton, dtype: torch.dtype, device: str) -> Iterator[nn.Module]:
     model_class: Any = type(ours.model)
-    if ours.architecture.sparse:
+    if ours.has_experts or is_dequantized(ours.checkpoint):
         model, _ = open_original(ours.checkpoint, model_class, None, dtype, ours.naming.absent)
         yield model.to(device)  # pyright: ignore[reportArgumentType]
     else:
@@ -127,7 +130,7 @@ def _token_error(ours: Tensor, theirs: Tensor) -> float:
 def _tolerance(ours: Skeleton) -> float:
     if ours.compute_dtype.itemsize >= 4:
         return _TOLERANCES["float32"]
-    return _TOLERANCES["half_experts" if ours.architecture.sparse else "half"]
+    return _TOLERANCES["half_experts" if ours.has_experts else "half"]
 
 
 def _spare() -> int:
@@ -165,7 +168,7 @@ def _file_differences(ours: Skeleton) -> tuple[list[str], str]:
     compared = tuple(f"{ours.block_name(index)}." for index in blocks)
     found = []
     for name in ours.parameter_names():
-        if name.startswith(ours.blocks_prefix) and not name.startswith(compared):
+        if name.startswith(ours.block_prefixes) and not name.startswith(compared):
             continue
         theirs = _read_from_files(ours, name, places)
         if theirs is None or not _equal(ours.read(name), theirs):
@@ -197,19 +200,15 @@ def _equal(ours: Tensor, theirs: Tensor) -> bool:
 
 def _split_experts(ours: Skeleton, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """A tensor of transformers' model under the names of ours: merged experts as one matrix for each expert."""
-    mixtral = ours.config.model_type == "mixtral"
-    name = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
     owner, _, leaf = name.rpartition(".")
-    if not owner.endswith(".experts") or leaf not in FUSED:
+    form = ours.expert_forms.get(owner)
+    if form is None or leaf not in FUSED_NAMES:
         yield name, tensor
         return
-    gate, up, down = MIXTRAL if mixtral else PLAIN
-    leaves = (gate, up) if leaf == FUSED[0] else (down,)
-    for number, expert in enumerate(tensor):
-        yield from (
-            (f"{owner}.{number}.{one}.weight", part)
-            for one, part in zip(leaves, expert.chunk(len(leaves)), strict=True)
-        )
+    for kind in ("weight", "bias"):
+        for one in (one for leaves in form.stages for one in leaves if form.fused_name(one, kind) == leaf):
+            take = form.taken(one, kind)
+            yield from ((f"{owner}.{number}.{one}.{kind}", take(tensor[number])) for number in range(form.count))
 
 
 def _keys(shard: Path) -> list[str]:
@@ -218,26 +217,12 @@ def _keys(shard: Path) -> list[str]:
 
 
 def _read_from_files(ours: Skeleton, name: str, places: dict[str, Path]) -> Tensor | None:
-    """The tensor that transformers reads for ``name``: stored under this name, with or without the base model's prefix,
-    or part of merged experts; None where there is none."""
-    base = ours.model.base_model_prefix
-    spelled = [name, f"{base}.{name}", name.removeprefix(f"{base}.")]
-    spelled += [
-        one.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        for one in spelled
-    ]
-    for one in spelled:
-        if one in places:
-            with safe_open(places[one], framework="pt") as opened:
-                return opened.get_tensor(one)
-    matched = _EXPERT.fullmatch(name)
-    if matched is None:
+    """The tensor that transformers reads for ``name``, of the stored one that it renames to it or cuts it from; None
+    where the tensor is made of several, or of none."""
+    place = ours.stored.places[name]
+    if len(place.stored) != 1 or place.converted is not None or place.stored[0] not in places:
         return None
-    owner, number, leaf = matched[1].replace(".block_sparse_moe.", ".mlp."), int(matched[2]), matched[3]
-    part = (MIXTRAL if leaf in MIXTRAL else PLAIN).index(leaf)
-    fused = f"{owner}.{FUSED[part == 2]}"
-    if fused not in places:
-        return None
-    with safe_open(places[fused], framework="pt") as opened:
-        expert = opened.get_slice(fused)[number]
-    return expert if part == 2 else expert.chunk(2)[part]
+    with safe_open(places[place.stored[0]], framework="pt") as opened:
+        found = opened.get_slice(place.stored[0])
+        found = found[:] if place.expert is None else found[place.expert]
+    return found if place.take is None else place.take(found)

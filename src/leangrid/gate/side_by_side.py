@@ -1,9 +1,10 @@
 """The gate's two models walked block by block, side by side, and what comes out of them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from leangrid.formats import FORMATS
 from leangrid.grids import grid_class
 from leangrid.machine import memory
+from leangrid.models.calls import fill
+from leangrid.models.flow import Flow, open_flow
+from leangrid.models.linears import rows_first
 from leangrid.models.skeleton import Skeleton
-from leangrid.models.streams import hidden_of, run_to_first_block
 from leangrid.recipe import Recipe
 
 _PROBED = 64  # tokens of a window on which linears are compared one by one
@@ -22,13 +25,15 @@ _PROBED = 64  # tokens of a window on which linears are compared one by one
 
 @dataclass(frozen=True)
 class Walked:
-    """Hidden states that leave the last block, a tensor [windows, length, hidden] for each text: the original's, the
-    result's and plain rounding's (empty where it is not walked). ``errors``: of each linear, |y^ - y| / |y| on the
-    original's inputs."""
+    """What comes out of the walk, one entry a window, for each text: the original's, the result's and plain rounding's
+    (empty where it is not walked). An entry is the hidden states that leave the last block [1, length, hidden], or what
+    the model's own forward returned where it was held at its blocks (flow.py).
 
-    original: list[Tensor]
-    result: list[Tensor]
-    rounded: list[Tensor]
+    ``errors``: of each linear, |y^ - y| / |y| on the original's inputs."""
+
+    original: list[list[Any]]
+    result: list[list[Any]]
+    rounded: list[list[Any]]
     errors: dict[str, float]
 
 
@@ -40,80 +45,136 @@ def walk(original: Skeleton, result: Skeleton, texts: Sequence[Tensor], rounding
     third walk."""
     # One at a time: a run that was short of memory had room for no more.
     windows = [window for ids in texts for window in ids.split(1)]
-    theirs, their_calls = run_to_first_block(original, windows, device)
-    ours, our_calls = run_to_first_block(result, windows, device)
-    rounded = theirs if rounding is not None else []
+    theirs, ours = _Walker(original, windows, device), _Walker(result, windows, device)
+    rounded = _Walker(original, windows, device, theirs) if rounding is not None else None
     errors: dict[str, float] = {}
-    for index in range(len(original.blocks)):
-        with original.load_block(index, device) as block, result.load_block(index, device) as quantized:
-            names = [name for group in original.groups(index) for name in group]
-            with _probed(block, quantized, names, f"{original.block_name(index)}.", errors):
-                theirs = [_through(block, x, *their_calls.of(index, len(x), x.device)) for x in theirs]
-            ours = [_through(quantized, x, *our_calls.of(index, len(x), x.device)) for x in ours]
-            if rounding is not None:
-                _round(original, block, index, names, rounding)
-            rounded = [_through(block, x, *their_calls.of(index, len(x), x.device)) for x in rounded]
-        memory.return_freed_memory()  # two models' blocks in turn leave holes: 3 to 10 MB more a block
-    return Walked(_by_text(theirs, texts), _by_text(ours, texts), _by_text(rounded, texts), errors)
+    try:
+        for index in original.structure.order:
+            with original.load_block(index, device) as block, result.load_block(index, device) as quantized:
+                names = [name for group in original.groups(index) for name in group]
+                with _probed(block, quantized, names, partial(original.linear_name, index), errors):
+                    theirs.through(index, block)
+                ours.through(index, quantized)
+                if rounding is not None and rounded is not None:
+                    _round(original, block, index, names, rounding)
+                    rounded.through(index, block)
+            memory.return_freed_memory()  # two models' blocks in turn leave holes: 3 to 10 MB more a block
+        found = [[] if one is None else _by_text(one.ends(), texts) for one in (theirs, ours, rounded)]
+        return Walked(found[0], found[1], found[2], errors)
+    finally:
+        for one in (rounded, theirs, ours):
+            if one is not None:
+                one.close()
 
 
-def outputs(skeleton: Skeleton, ids: Tensor, hidden: Tensor, device: str) -> Iterator[Float[Tensor, "length out"]]:
+class _Walker:
+    """One model on its way through its blocks, a window at a time.
+
+    Args:
+        beside: another walker of the same model, whose flow this one shares.
+    """
+
+    def __init__(self, skeleton: Skeleton, windows: list[Tensor], device: str, beside: "_Walker | None" = None) -> None:
+        self._flow: Flow = open_flow(skeleton, device) if beside is None else beside._flow
+        self._stream = "original" if beside is None else "rounded"
+        self._own = beside is None
+        if beside is None:
+            self._states = self._flow.enter(windows, lambda hidden: hidden, "original", "rounded")
+        else:
+            self._states = list(beside._states)
+
+    def through(self, index: int, block: nn.Module) -> None:
+        """Through ``block`` and on to the next."""
+        flow, stream = self._flow, self._stream
+        left = [flow.call(stream, batch, index, block, hidden) for batch, hidden in enumerate(self._states)]
+        _, self._states = flow.advance(stream, left)
+
+    def ends(self) -> list[Any]:
+        """What each window came to."""
+        return self._states if self._flow.waits else self._flow.finals(self._stream)
+
+    def close(self) -> None:
+        if self._own:
+            self._flow.close()
+
+
+def outputs(skeleton: Skeleton, ids: Tensor, ends: Sequence[Any], device: str) -> Iterator[Float[Tensor, "length out"]]:
     """What the model computes after its blocks, window by window: logits, or the last hidden states of a model without
     a language-model head.
 
-    The whole model runs with empty blocks, each of which returns ``hidden`` whatever its input is."""
-    with skeleton.load_outside_blocks(device, lm_head=skeleton.has_lm_head) as model:
-        for window, handed in zip(ids.split(1), hidden.split(1), strict=True):
-            for block in skeleton.blocks:
-                block.forward = lambda *_args, handed=handed, **_kwargs: handed
-            try:
-                output: Any = model(input_ids=window.to(device), use_cache=False)
-            finally:
-                for block in skeleton.blocks:
-                    del block.forward
-            yield (output.logits if skeleton.has_lm_head else output.last_hidden_state)[0].cpu()
+    The whole model runs with empty blocks, each of which returns the states that left the last one whatever its input
+    is; or with a base model that returns what it returned before."""
+    with skeleton.load_outside_blocks(device, lm_head=skeleton.has_lm_head):
+        for window, end in zip(ids.split(1), ends, strict=True):
+            if skeleton.entry is skeleton.model and not isinstance(end, Tensor):
+                output: Any = end  # the whole model was walked
+            elif not isinstance(end, Tensor) and not skeleton.has_lm_head:
+                output = end
+            else:
+                with _handing(skeleton, end):
+                    output = skeleton.run(window.to(device), whole=skeleton.has_lm_head)
+            yield _result_of(output, skeleton.has_lm_head)[0].cpu()
 
 
-def _by_text(states: list[Tensor], texts: Sequence[Tensor]) -> list[Tensor]:
-    """The windows' states, those of each text together; empty where nothing was walked."""
-    counts = [len(ids) for ids in texts] if states else []
-    return [torch.cat(states[sum(counts[:number]) : sum(counts[: number + 1])]) for number in range(len(counts))]
+@contextmanager
+def _handing(skeleton: Skeleton, end: Any) -> Iterator[None]:
+    """Context: the blocks, or the base model, return ``end``."""
+    held = skeleton.blocks if isinstance(end, Tensor) else [skeleton.base]
+    for number, module in enumerate(held):
+        shape = skeleton.structure.blocks[number].returns
+        given = fill(shape, end) if isinstance(end, Tensor) else end
+        module.forward = lambda *_args, given=given, **_kwargs: given
+    try:
+        yield
+    finally:
+        for module in held:
+            del module.forward
 
 
-def _through(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return hidden_of(block(hidden, *args, **kwargs))
+def _result_of(output: Any, has_lm_head: bool) -> Tensor:
+    """The logits of a model's output, or its last hidden states."""
+    wanted = ("logits", "last_hidden_state") if has_lm_head else ("last_hidden_state", "logits")
+    found = next((getattr(output, name) for name in wanted if isinstance(getattr(output, name, None), Tensor)), None)
+    return output[0] if found is None else found
+
+
+def _by_text(states: list[Any], texts: Sequence[Tensor]) -> list[list[Any]]:
+    """What belongs to the windows of each text."""
+    counts = [len(ids) for ids in texts]
+    return [states[sum(counts[:number]) : sum(counts[: number + 1])] for number in range(len(counts))]
 
 
 def _round(original: Skeleton, block: nn.Module, index: int, names: Sequence[str], recipe: Recipe) -> None:
     """Put each linear's weights on the nearest levels of the min-max grid of its scheme."""
-    transposed = original.architecture.transposed
     stored = FORMATS[recipe.format].precision(original.dtype)
     for name in names:
-        weight: Any = block.get_submodule(name).weight
-        values = transposed(weight).float().contiguous()
-        scheme = recipe.for_layer(f"{original.block_name(index)}.{name}").scheme_for(values.shape[1])
+        module = block.get_submodule(name)
+        weight: Any = module.weight
+        values = rows_first(module, weight).float().contiguous()
+        scheme = recipe.for_layer(original.linear_name(index, name)).scheme_for(values.shape[1])
         grid = grid_class(scheme).fit_minmax(values, scheme, stored.for_scheme(scheme))
         rounded = grid.dequantize(grid.nearest(values))
-        weight.data = transposed(rounded).to(weight.dtype).contiguous()
+        weight.data = rows_first(module, rounded).to(weight.dtype).contiguous()
 
 
 @contextmanager
 def _probed(
-    block: nn.Module, quantized: nn.Module, names: list[str], prefix: str, errors: dict[str, float]
+    block: nn.Module, quantized: nn.Module, names: list[str], name_of: Callable[[str], str], errors: dict[str, float]
 ) -> Iterator[None]:
     """Inside the ``with``, each linear of ``block`` that runs is compared with its twin on the same inputs: |y^ - y| /
     |y|."""
 
     def compare(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            read, path = args[0] if args else next(iter(kwargs.values())), name_of(name)
             expected = output[..., :_PROBED, :].float()
-            got = quantized.get_submodule(name)(args[0][..., :_PROBED, :].contiguous()).float()
+            got = quantized.get_submodule(name)(read[..., :_PROBED, :].contiguous()).float()
             error = float((got - expected).norm() / expected.norm().clamp_min(torch.finfo(torch.float32).tiny))
-            errors[prefix + name] = max(errors.get(prefix + name, 0.0), error if math.isfinite(error) else 1e30)
+            errors[path] = max(errors.get(path, 0.0), error if math.isfinite(error) else 1e30)
 
         return hook
 
-    hooks = [block.get_submodule(name).register_forward_hook(compare(name)) for name in names]
+    hooks = [block.get_submodule(name).register_forward_hook(compare(name), with_kwargs=True) for name in names]
     try:
         yield
     finally:

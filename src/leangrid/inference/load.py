@@ -4,7 +4,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ from leangrid.inference import transformers_quantizer
 from leangrid.inference.layers import PackedLinear
 from leangrid.machine.devices import parse_device
 from leangrid.models.gguf import dequantize, is_gguf
+from leangrid.models.model_class import config_of
 from leangrid.models.original import open_original
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.storage.config import read_config
 from leangrid.storage.hub import locate_source
+from leangrid.storage.quantized_source import is_only_dequantized
 from leangrid.storage.side_files import refuse_pointers
 from leangrid.storage.source import open_source
 
@@ -67,7 +68,9 @@ def load(
         where = f"{path / 'config.json'}: quantization_config"
         raise CheckpointError("quantization_config is not an object", where, "Copy the directory again")
     refuse_pointers(path)
-    model = _dense_checkpoint(path, dtype) if not stored.get("quantization_config") else _packed(path, stored, dtype)
+    entry = stored.get("quantization_config")
+    plain = not entry or is_only_dequantized(entry)
+    model = _dense_checkpoint(path, dtype) if plain else _packed(path, stored, dtype)
     if dense:
         _to_dense(model)
     return model.to(device).eval(), load_tokenizer(path)  # pyright: ignore[reportArgumentType]
@@ -84,9 +87,7 @@ def _packed(directory: Path, stored: dict[str, Any], dtype: torch.dtype | None) 
     """A quantized directory, on packed layers."""
     model_class, quantization = _model_class(stored), stored["quantization_config"]
     with _transformers_errors(directory):
-        config = transformers.CONFIG_MAPPING[stored["model_type"]].from_dict(
-            deepcopy({k: v for k, v in stored.items() if k != "quantization_config"})
-        )
+        config = config_of({k: v for k, v in stored.items() if k != "quantization_config"})
     schemes_of(quantization, ())  # refuses what leangrid does not read, before transformers does
     config.quantization_config = transformers_quantizer.route_to_leangrid(
         quantization, stored.get("dtype") or stored.get("torch_dtype")

@@ -24,8 +24,9 @@ from leangrid.formats.base import Layout
 from leangrid.formats.checks import holds_codes
 from leangrid.grids import AffineGrid
 from leangrid.inference.layers import AffineLinear, LutLinear, OffsetLinear, PackedLinear
-from leangrid.models import experts
-from leangrid.models.linears import LINEARS, linear_shape
+from leangrid.models.expert_forms import FUSED_NAMES
+from leangrid.models.experts import unfuse_experts
+from leangrid.models.linears import is_linear, linear_shape
 from leangrid.recipe import Scheme
 from leangrid.storage.dtypes import COMPUTED, DTYPES, dtype_of
 from leangrid.storage.safetensors import TensorInfo, read_tensor_infos
@@ -100,19 +101,20 @@ class LeangridQuantizer(HfQuantizer):
         self.format: Format = format_of(self.stored)
         schemes_of(self.stored, ())  # refuses what leangrid does not read, by its name
         self._separate = False  # whether this is a mixture of experts, with each expert's linears apart
+        self._paths: dict[str, str] = {}  # name in the files -> path of the linear
+        self._names: dict[str, list[str]] = {}  # the other way round
         self.schemes: dict[str, Scheme] = {}  # module -> scheme, of the layers made
         self.model_dtype = dtype_of(quantization_config.model_dtype)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        if experts.unfuse_experts(model, model.config.model_type == "mixtral"):
-            self._separate = True
         headers = _headers(kwargs.get("checkpoint_files") or [])
+        self._prepare_names(model, headers)
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         for name, layer in list(model.named_modules()):
-            if not isinstance(layer, LINEARS):
+            if not is_linear(layer):
                 continue
             shape = linear_shape(layer)
-            schemes = schemes_of(self.stored, _spellings(name, model.base_model_prefix))
+            schemes = schemes_of(self.stored, self._spelled(name, model.base_model_prefix))
             stored = next((n for n, scheme in schemes.items() if self._is_quantized(n, headers, scheme, shape)), None)
             if stored is None:
                 continue
@@ -167,7 +169,7 @@ class LeangridQuantizer(HfQuantizer):
             s
             for n, m in model.named_modules()
             if isinstance(m, PackedLinear | StoredLinear)
-            for s in _spellings(n, model.base_model_prefix)
+            for s in self._spelled(n, model.base_model_prefix)
         }
         lost = [name for name in self.stored.get("layers", []) if name not in made]
         if lost or not made:
@@ -183,9 +185,39 @@ class LeangridQuantizer(HfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        """No conversion for a mixture whose experts are already as the checkpoint stores them: transformers would stack
-        and rename them. (transformers 5.17 gives no model.)"""
-        return [] if self._separate else super().update_weight_conversions(weight_conversions, *model)
+        """transformers' own, but that tensors of linears go to where ``match_result`` found them, and experts, which
+        are apart here, are not merged. (transformers 5.17 gives no model.)"""
+        # Imported here: transformers itself may be half imported when it imports this module.
+        from transformers.core_model_loading import WeightRenaming
+
+        from leangrid.inference.result_renaming import ResultRenaming
+
+        given = list(super().update_weight_conversions(weight_conversions, *model))
+        renamings = [one for one in given if isinstance(one, WeightRenaming)]
+        others = [one for one in given if not isinstance(one, WeightRenaming)]
+        if self._separate:
+            others = [one for one in others if not _merges_experts(one)]
+        if not self._paths:
+            return [*renamings, *others]
+        return [ResultRenaming(self._paths, renamings), *others]
+
+    def _prepare_names(self, model: Any, headers: dict[str, TensorInfo]) -> None:
+        """Take the experts of ``model`` apart, and find which of its linears is which in the files."""
+        if not headers:
+            self._separate = unfuse_experts(model)
+            return
+        from leangrid.models.result_names import match_result  # as above
+
+        fused = deepcopy(model)  # on the meta device
+        self._separate = unfuse_experts(model)
+        with torch.device("cpu"):  # transformers loads under that of "meta"
+            self._paths = match_result(fused, model, headers)
+        for name, path in self._paths.items():
+            self._names.setdefault(path, []).append(name)
+
+    def _spelled(self, name: str, prefix: str) -> tuple[str, ...]:
+        """The names under which the checkpoint may store the module ``name``."""
+        return tuple(dict.fromkeys((*self._names.get(name, ()), *_spellings(name, prefix))))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Check the values of every layer, then bring its codes into the layout that the kernels read."""
@@ -229,6 +261,10 @@ class LeangridQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _merges_experts(conversion: Any) -> bool:
+    return any(target.rpartition(".")[2] in FUSED_NAMES for target in conversion.target_patterns)
 
 
 def _headers(files: list[str]) -> dict[str, TensorInfo]:

@@ -1,9 +1,9 @@
-"""Mixtures of experts with one nn.Linear for each matrix of each expert, under the names that checkpoints store.
+"""Mixtures of experts with one nn.Linear for each matrix of each expert.
 
-transformers 5 holds all experts of a block in two fused tensors (storage/fused.py). ``unfuse_experts`` replaces each
+transformers 5 holds all experts of a block in a few fused tensors (expert_forms.py). ``unfuse_experts`` replaces each
 such module by ``Experts``: the same sums in the same order, but every matrix is a linear that can be read, quantized
-and packed on its own. The forward pass has two stages, every expert's gate and up, then every expert's down, and calls
-``before_stage`` before each, where the walk (walk.py) pauses it to read the inputs."""
+and packed on its own. The forward pass has stages, in most every expert's gate and up, then every expert's down, and
+calls ``before_stage`` before each, where the walk (walk.py) pauses it to read the inputs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,110 +12,136 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from leangrid.storage.fused import FUSED, MIXTRAL, PLAIN
+from leangrid.models.expert_forms import DOWN, GATE, UP, FusedForm, form_of, own_gate
 
 
 class Experts(nn.ModuleList):
-    """The experts of one block; child ``3`` is expert 3 with its three linears.
+    """The experts of one block; child ``3`` is expert 3 with its linears.
+
+    Args:
+        form: shapes, and how the fused module computes.
+        fused: that module, whose activation, gate and norm are used; its parameters are not.
 
     Attributes:
-        names: the checkpoint's names of gate, up and down.
-        before_stage: called before a stage multiplies, with its number (0 or 1) and the inputs of each expert,
-            [tokens routed to it, cols]; None: nothing is called.
+        form: of the fused module.
+        before_stage: called before a stage multiplies, with its number and the inputs of each expert, [tokens routed to
+            it, cols]; None: nothing is called.
     """
 
-    def __init__(
-        self,
-        count: int,
-        hidden: int,
-        intermediate: int,
-        act: nn.Module,
-        names: tuple[str, str, str],
-        dtype: torch.dtype,
-    ) -> None:
-        gate, up, down = names
-        shapes = {gate: (hidden, intermediate), up: (hidden, intermediate), down: (intermediate, hidden)}
-        super().__init__(
-            nn.ModuleDict(
-                {
-                    name: nn.Linear(cols, rows, bias=False, dtype=dtype, device="meta")
-                    for name, (cols, rows) in shapes.items()
-                }
-            )
-            for _ in range(count)
+    def __init__(self, form: FusedForm, fused: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.form = form
+        self.act_fn: Any
+        self.post_expert_norm: Any
+        first = nn.ModuleDict(
+            {
+                leaf: nn.Linear(cols, rows, bias=form.biased, dtype=dtype, device="meta")
+                for leaves in form.stages
+                for leaf in leaves
+                for rows, cols in (form.shape(leaf),)
+            }
         )
-        self.names = names
-        self.act_fn = act
+        # A model has tens of thousands of these: copying is ten times as fast as making them.
+        self._modules.update({str(expert): _copied(first) for expert in range(form.count)})
+        for part in ("act_fn", "post_expert_norm", "identity_expert"):
+            if hasattr(fused, part):
+                setattr(self, part, getattr(fused, part))
+        object.__setattr__(self, "_own_gate", own_gate(fused))
         self.before_stage: Callable[[int, list[Tensor]], None] | None = None
 
     def __len__(self) -> int:
         return sum(name.isdigit() for name in self._modules)
 
+    @property
+    def stages(self) -> int:
+        """Stages of the forward pass."""
+        return len(self.form.stages)
+
     def stage(self, number: int) -> tuple[tuple[str, ...], ...]:
         """The names, relative to this module, of the linears that read the inputs of stage ``number``: a tuple for each
         expert."""
-        parts = self.names[:2] if number == 0 else self.names[2:]
-        return tuple(tuple(f"{expert}.{part}" for part in parts) for expert in range(len(self)))
+        return tuple(tuple(f"{expert}.{leaf}" for leaf in self.form.stages[number]) for expert in range(len(self)))
 
     def forward(
         self,
         hidden_states: Float[Tensor, "tokens hidden"],
-        top_k_index: Int[Tensor, "tokens k"],
-        top_k_weights: Float[Tensor, "tokens k"],
+        top_k_index: Int[Tensor, "tokens k"] | None = None,
+        top_k_weights: Float[Tensor, "tokens k"] | None = None,
     ) -> Float[Tensor, "tokens hidden"]:
         """The weighted sum of each token's experts, added in ascending order of experts as transformers does.
 
         Args:
-            hidden_states: the tokens.
-            top_k_index: which k experts each token is routed to.
+            hidden_states: the tokens; of a batched form as many rows for each expert, one expert after another.
+            top_k_index: which k experts each token is routed to; a number past the last expert leaves the token as it
+                is where the module has experts that do nothing, and is skipped elsewhere.
             top_k_weights: their weights.
         """
-        gate, up, down = self.names
+        if top_k_index is None or top_k_weights is None:  # batched
+            shape, hidden_states = hidden_states.shape, hidden_states.reshape(-1, hidden_states.shape[-1])
+            each = torch.arange(len(self), device=hidden_states.device)
+            top_k_index = each.repeat_interleave(len(hidden_states) // len(self))[:, None]
+            return self.forward(hidden_states, top_k_index, torch.ones_like(hidden_states[:, :1])).reshape(shape)
         # Of each expert: which of its tokens' k choices it is, and which tokens.
         routed = [torch.where((top_k_index == expert).T) for expert in range(len(self))]
         active = [expert for expert, (_, tokens) in enumerate(routed) if len(tokens)]
         if self.before_stage is not None:
             self.before_stage(0, [hidden_states[tokens] for _, tokens in routed])
         # Stage 0: act(gate(x)) * up(x) of each expert.
-        inner: dict[int, Tensor] = {}
-        for expert in active:
-            x, linears = hidden_states[routed[expert][1]], self._linears(expert)
-            inner[expert] = self.act_fn(linears[gate](x)) * linears[up](x)
+        inner = {expert: self._first(expert, hidden_states[routed[expert][1]]) for expert in active}
         if self.before_stage is not None:
-            empty = hidden_states.new_empty(0, self._linears(0)[down].in_features)
+            empty = hidden_states.new_empty(0, self.form.inner)
             self.before_stage(1, [inner.get(expert, empty) for expert in range(len(self))])
         # Stage 1: down, weighted and added to the tokens.
         out = torch.zeros_like(hidden_states)
         for expert in active:
             choice, tokens = routed[expert]
-            weighted = self._linears(expert)[down](inner.pop(expert)) * top_k_weights[tokens, choice, None]
+            found = self._linears(expert)[DOWN](inner.pop(expert))
+            if hasattr(self, "post_expert_norm"):
+                found = self.post_expert_norm(found)  # pyright: ignore[reportCallIssue]
+            weighted = found * top_k_weights[tokens, choice, None]
             out.index_add_(0, tokens, weighted.to(out.dtype))
+        if hasattr(self, "identity_expert"):
+            tokens, choice = torch.where(top_k_index >= len(self))
+            same = hidden_states[tokens] * top_k_weights[tokens, choice, None]
+            out.index_add_(0, tokens, same.to(out.dtype))
         return out
+
+    def _first(self, expert: int, x: Tensor) -> Tensor:
+        linears = self._linears(expert)
+        up = linears[UP](x)
+        if not self.form.gated:
+            return self.act_fn(up)
+        gate = linears[GATE](x)
+        own_gate: Any = self._own_gate
+        if own_gate is None:
+            return self.act_fn(gate) * up
+        both = torch.stack((gate, up), -1).flatten(-2) if self.form.interleaved else torch.cat((gate, up), -1)
+        return own_gate(both)
 
     def _linears(self, expert: int) -> Any:
         return self._modules[str(expert)]
 
 
-def unfuse_experts(model: nn.Module, mixtral: bool = False) -> bool:
-    """Replace every module of ``model`` with fused experts by ``Experts`` without weights; True if there were any.
+def _copied(module: nn.Module) -> nn.Module:
+    """A module like ``module``, whose parameters are on the meta device, with parameters and hooks of its own."""
+    new = object.__new__(type(module))
+    new.__dict__.update(
+        {key: value.copy() if isinstance(value, dict) else value for key, value in vars(module).items()}
+    )
+    new._modules = {name: None if child is None else _copied(child) for name, child in module._modules.items()}
+    new._parameters = {
+        name: None if p is None else nn.Parameter(torch.empty_like(p), requires_grad=p.requires_grad)
+        for name, p in module._parameters.items()
+    }
+    return new
 
-    ``mixtral``: also rename ``mlp`` to ``block_sparse_moe``, as Mixtral's checkpoints call it."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if all(getattr(module.__dict__["_parameters"].get(part), "ndim", 0) == 3 for part in FUSED)
-    ]
-    for name, module in found:
-        fused: Any = module
-        count, hidden, intermediate = fused.down_proj.shape
-        own = Experts(count, hidden, intermediate, fused.act_fn, MIXTRAL if mixtral else PLAIN, fused.down_proj.dtype)
+
+def unfuse_experts(model: nn.Module) -> bool:
+    """Replace every module of ``model`` with fused experts by ``Experts`` without weights; True if there were any."""
+    found = [(name, module, form) for name, module in model.named_modules() if (form := form_of(module)) is not None]
+    for name, fused, form in found:
+        own = Experts(form, fused, fused.get_parameter(DOWN).dtype)
         model.set_submodule(name, own.train(fused.training))
-        if mixtral:
-            layer: Any = model.get_submodule(name.removesuffix(".mlp.experts"))
-            mixture = layer._modules.pop("mlp")
-            layer.block_sparse_moe = mixture
-            # The layer's forward reads the old name. A plain attribute is no submodule: there is one set of weights.
-            object.__setattr__(layer, "mlp", mixture)
     return bool(found)
 
 
@@ -124,4 +150,7 @@ def experts_of_group(block: nn.Module, names: tuple[str, ...]) -> tuple[str, "Ex
     and the stage (0 or 1) in which they are computed. None for a group of other linears."""
     path = names[0].rpartition(".")[0].rpartition(".")[0]
     module = block.get_submodule(path) if path else block
-    return (path, module, int(names[0].rpartition(".")[2] == module.names[2])) if isinstance(module, Experts) else None
+    if not isinstance(module, Experts):
+        return None
+    leaf = names[0].rpartition(".")[2]
+    return path, module, next(n for n, leaves in enumerate(module.form.stages) if leaf in leaves)

@@ -23,8 +23,8 @@ from leangrid.errors import ArchitectureError, CheckpointError
 from leangrid.models import gguf_tokenizer
 from leangrid.models.gguf_families import Family, family_of
 from leangrid.models.gguf_fields import Fields, can_dequantize, read_rows, rows_at_once
+from leangrid.models.model_class import empty_model
 from leangrid.models.shapes import DescribedCheckpoint, TensorShape
-from leangrid.models.skeleton import empty_model
 from leangrid.storage import files, safetensors
 from leangrid.storage.dtypes import NAMES, plain_dtype, torch_name
 from leangrid.storage.gguf import Field

@@ -1,24 +1,24 @@
-"""Which tensor of a checkpoint is which of the model: found by name, compared in shape and dtype, tied as transformers
-ties them.
+"""Which tensor of a checkpoint is which of the model: found by name through transformers' conversion mapping
+(conversion.py), compared in shape and dtype, tied as transformers ties them.
 
 What a checkpoint holds beside the model (a layer that predicts further tokens, the head of another task) is copied to
 the result under its own name. A tensor inside of the model's own modules that the model does not have is refused."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from leangrid.errors import CheckpointError
+from leangrid.models.conversion import Conversion, Source
 from leangrid.storage.dtypes import FLOATS
 from leangrid.storage.foreign import OLD_BUFFERS, explain_foreign_names, refuse_disguised
 
-# Names that old checkpoints use for today's parameters.
-_LEGACY_SUFFIXES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 # Fields of config.json that count blocks behind the last one, which predict further tokens.
 _FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 # Parts of a base model that a class may leave out while the checkpoint has them; transformers ignores them too.
@@ -48,8 +48,10 @@ class Naming:
     """Which names of a checkpoint are which of a model.
 
     Attributes:
-        sources: name in the model -> name in the checkpoint, of every tensor of the model that is stored; tied ones
-            once.
+        sources: name in the model -> name in the checkpoint, of every tensor of the model that is stored as it is;
+            tied ones once.
+        converted: name in the model -> the stored tensors that it is made of, where it is not one of them as it is.
+        conversion: reads the converted ones, and knows which of their rows are which (conversion.py).
         extra: names of stored tensors that are no part of the model; they are copied as stored.
         notices: sentences for the user.
         untied: the config ties tensors that the checkpoint stores with different values, so they are not tied.
@@ -61,36 +63,37 @@ class Naming:
     notices: tuple[str, ...] = ()
     untied: bool = False
     absent: tuple[str, ...] = ()
+    converted: dict[str, Source] = field(default_factory=dict)
+    conversion: Conversion | None = field(default=None, repr=False, compare=False)
 
 
-def match_names(model: PreTrainedModel, checkpoint: Weights, blocks: str, count: int) -> Naming:
-    """Find every tensor of ``model`` in ``checkpoint``.
-
-    Args:
-        model: on the meta device.
-        blocks: the path of its list of blocks with a final dot, such as ``model.layers.``.
-        count: the number of blocks.
+def match_names(model: PreTrainedModel, checkpoint: Weights) -> Naming:
+    """Find every tensor of ``model``, which is on the meta device, in ``checkpoint``.
 
     Raises:
         CheckpointError: tensors are missing, have another shape or dtype, or do not belong to the model. The first of
             each are named, and what kind of checkpoint it is where the names tell.
     """
-    prefix = model.base_model_prefix
+    conversion = Conversion(model, checkpoint.tensors)
     expected = dict(model.state_dict(keep_vars=True))
-    found = {name: spelled for name in expected if (spelled := _stored_as(name, prefix, checkpoint)) is not None}
-    sources, missing, untied = _resolve_ties(model, expected, found, checkpoint)
-    wrong = list(_wrong_shapes(expected, found, checkpoint))
-    known = {spelled for name in expected for spelled in _spellings(name, prefix)}
-    known |= {spelled for name, _ in model.named_buffers() for spelled in _spellings(name, prefix)}
-    left = [name for name in checkpoint.tensors if name not in known and not _is_table(model, name)]
-    extra = [name for name in left if _is_extra(name, model, checkpoint.config, blocks, count)]
-    unexpected = sorted(set(left) - set(extra))
+    found, missing, untied = _resolve_ties(model, expected, conversion, checkpoint)
+    wrong = list(_wrong_shapes(expected, conversion))
+    left = {
+        name: renamed
+        for name, renamed in conversion.unread.items()
+        if not _is_buffer(model, renamed) and not _is_table(model, name)
+    }
+    extra = [
+        name for name in checkpoint.tensors if name in left and _is_extra(name, left[name], model, checkpoint.config)
+    ]
+    unexpected = sorted(left.keys() - set(extra))
     pooler = {name for name in expected if ".pooler." in f".{name}"}
     absent = ("pooler",) if missing and set(missing) == pooler else ()
     if (missing and not absent) or wrong or unexpected:
         refuse_disguised(checkpoint.tensors, checkpoint.directory)
-        raise _disagreement(missing, wrong, unexpected, extra, checkpoint, _head(model))
-    _check_dtypes(expected, sources, checkpoint)
+        unknown = {name: _beyond(model, left[name]) for name in ([*unexpected, *extra] if missing else unexpected)}
+        raise _disagreement(missing, wrong, unknown, checkpoint, _head(model))
+    _check_dtypes(expected, found, checkpoint)
     notices = []
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -102,24 +105,27 @@ def match_names(model: PreTrainedModel, checkpoint: Weights, blocks: str, count:
         )
     if absent:
         notices.append(f"the checkpoint has no {absent[0]}: the model is read without it")
-    return Naming(sources, tuple(extra), tuple(notices), untied, absent)
+    sources = {name: source.stored[0] for name, source in found.items() if not source.converted}
+    converted = {name: source for name, source in found.items() if source.converted}
+    return Naming(sources, tuple(extra), tuple(notices), untied, absent, converted, conversion)
 
 
 def _resolve_ties(
-    model: PreTrainedModel, expected: Mapping[str, Any], found: Mapping[str, str], checkpoint: Weights
-) -> tuple[dict[str, str], list[str], bool]:
+    model: PreTrainedModel, expected: Mapping[str, Any], conversion: Conversion, checkpoint: Weights
+) -> tuple[dict[str, Source], list[str], bool]:
     """Sources, missing names, and whether tensors are untied, as transformers decides (PreTrainedModel.tie_weights): a
     tied tensor that is stored with other values than its owner is untied; where only the tied one is stored it is read
     for both."""
+    found = conversion.sources
     tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    sources = {name: spelled for name, spelled in found.items() if name not in tied}
+    sources = {name: source for name, source in found.items() if name not in tied}
     stored_twice = [name for name, owner in tied.items() if name in found and owner in found]
     untied = any(
-        not checkpoint.tensors_equal(found[name], found[tied[name]])
+        not _equal(conversion, name, tied[name], checkpoint)
         for name in stored_twice
         if _same_shape(expected, name, tied[name])
     )
-    missing = [name for name in expected if name not in found and name not in tied]
+    missing = [name for name in expected if name not in found and name not in tied and name not in conversion.failed]
     for target, owner in tied.items():
         if owner not in found and target in found:
             sources[owner] = found[target]
@@ -129,23 +135,34 @@ def _resolve_ties(
     return sources, missing, untied
 
 
+def _equal(conversion: Conversion, one: str, other: str, checkpoint: Weights) -> bool:
+    """Whether two tensors of the model are stored with the same values."""
+    first, second = conversion.sources[one], conversion.sources[other]
+    if first == second:
+        return True
+    if not (first.converted or second.converted):
+        return checkpoint.tensors_equal(first.stored[0], second.stored[0])
+    return torch.equal(conversion.read(one, checkpoint.read), conversion.read(other, checkpoint.read))
+
+
 def _same_shape(expected: Mapping[str, Any], one: str, other: str) -> bool:
     return one in expected and other in expected and expected[one].shape == expected[other].shape
 
 
-def _wrong_shapes(expected: Mapping[str, Any], found: Mapping[str, str], checkpoint: Weights) -> Iterator[str]:
-    for name, spelled in found.items():
-        stored, wanted = tuple(checkpoint.tensors[spelled].shape), tuple(expected[name].shape)
-        if stored != wanted:
+def _wrong_shapes(expected: Mapping[str, Any], conversion: Conversion) -> Iterator[str]:
+    yield from conversion.failed.values()
+    for name, stored in conversion.shapes.items():
+        if stored != (wanted := tuple(expected[name].shape)):
             yield f"{name} has shape {list(stored)}, the config asks for {list(wanted)}"
 
 
-def _check_dtypes(expected: Mapping[str, Any], sources: Mapping[str, str], checkpoint: Weights) -> None:
+def _check_dtypes(expected: Mapping[str, Any], sources: Mapping[str, Source], checkpoint: Weights) -> None:
     """Raise CheckpointError, before a weight is read, for weights that are not floats of 16 bits or more."""
     wrong = [
-        (name, checkpoint.tensors[spelled].dtype)
-        for name, spelled in sources.items()
-        if expected[name].is_floating_point() and checkpoint.tensors[spelled].dtype not in FLOATS
+        (name, checkpoint.tensors[stored].dtype)
+        for name, source in sources.items()
+        for stored in source.stored
+        if expected[name].is_floating_point() and checkpoint.tensors[stored].dtype not in FLOATS
     ]
     if wrong:
         name, dtype = wrong[0]
@@ -158,40 +175,55 @@ def _check_dtypes(expected: Mapping[str, Any], sources: Mapping[str, str], check
         )
 
 
-def _is_extra(name: str, model: PreTrainedModel, config: Mapping[str, Any], blocks: str, count: int) -> bool:
+def _is_extra(name: str, renamed: str, model: PreTrainedModel, config: Mapping[str, Any]) -> bool:
     """Whether a tensor that the model does not have belongs to something beside the model that transformers does not
-    read either; False: it lies inside of the model's own modules."""
-    if explain_foreign_names([name]) is not None:
+    read either; False: it lies inside of the model's own modules. ``renamed``: what it would be called in the model."""
+    if explain_foreign_names([_beyond(model, renamed)]) is not None:
         return False
-    if any(re.search(pattern, name) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()):
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if any(re.search(pattern, one) for pattern in ignored for one in (name, renamed)):
         return True
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    inner = name.removeprefix(prefix)  # as the base model would call it
-    number = re.match(rf"{re.escape(blocks.removeprefix(prefix))}(\d+)\.", inner)
-    if number:
-        further = max((value for key in _FURTHER_LAYERS if type(value := config.get(key)) is int), default=0)
-        return count <= int(number[1]) < count + further
-    body: Any = model.base_model
-    top = inner.partition(".")[0]
-    if top in {child for child, _ in (*body.named_children(), *body.named_parameters(recurse=False))}:
-        return False
-    if inner != name:
-        return _LEFT_OUT.fullmatch(top) is not None
-    # One more tensor of a module that the model has, such as a bias of its head, would change what it computes.
-    return name.rpartition(".")[0] not in {path for path, _ in model.named_modules()}
+    *path, _ = renamed.removeprefix(prefix).split(".")  # as the base model would call its module
+    module: Any = model.base_model
+    for depth, part in enumerate(path):
+        if part in module._modules:
+            module = module._modules[part]
+        elif isinstance(module, nn.ModuleList) and part.isdigit():
+            # Blocks behind the last one, which predict further tokens.
+            return len(module) <= int(part) < len(module) + _further_layers(config)
+        elif depth == 0 and not name.startswith(prefix):
+            # One more tensor of a module that the model has, such as a bias of its head, would change what it computes.
+            return renamed.rpartition(".")[0] not in {one for one, _ in model.named_modules()}
+        else:
+            return isinstance(module, PreTrainedModel) and _LEFT_OUT.fullmatch(part) is not None
+    return False
+
+
+def _further_layers(config: Mapping[str, Any]) -> int:
+    """How many blocks behind the last one config.json, or a section of it, announces."""
+    sections = [config, *(section for section in config.values() if isinstance(section, dict))]
+    counts = (section.get(key) for section in sections for key in _FURTHER_LAYERS)
+    return max((count for count in counts if type(count) is int), default=0)
+
+
+def _beyond(model: PreTrainedModel, renamed: str) -> str:
+    """The part of a name that is not the path of a module of the model."""
+    module: Any = model
+    rest = renamed
+    while (part := rest.partition("."))[0] in module._modules and part[2]:
+        module, rest = module._modules[part[0]], part[2]
+    return rest
 
 
 def _disagreement(
-    missing: list[str],
-    wrong: list[str],
-    unexpected: list[str],
-    extra: list[str],
-    checkpoint: Weights,
-    head: str | None,
+    missing: list[str], wrong: list[str], beyond: Mapping[str, str], checkpoint: Weights, head: str | None
 ) -> CheckpointError:
-    """The error that names what does not fit, a few of each kind, and says what the names tell of the checkpoint."""
-    unknown = [*unexpected, *extra] if missing else unexpected
-    way_out = _prefixed(missing, unknown) or explain_foreign_names(unknown)
+    """The error that names what does not fit, a few of each kind, and says what the names tell of the checkpoint.
+    ``beyond``: the unknown names, and what of each is not the path of a module."""
+    unknown = list(beyond)
+    foreign = [name if explain_foreign_names([rest]) else rest for name, rest in beyond.items()]
+    way_out = _prefixed(missing, unknown) or explain_foreign_names(foreign)
     parts = [*_few(missing, " is missing"), *_few(wrong, ""), *_few(unknown, " is not part of the model")]
     if way_out is None and not (wrong or unknown) and all(name.rpartition(".")[0] == head for name in missing):
         way_out = (
@@ -225,18 +257,12 @@ def _prefixed(missing: Sequence[str], unknown: Sequence[str]) -> str | None:
     return None
 
 
-def _stored_as(name: str, prefix: str, checkpoint: Weights) -> str | None:
-    return next((spelled for spelled in _spellings(name, prefix) if spelled in checkpoint.tensors), None)
-
-
-def _spellings(name: str, prefix: str) -> Iterator[str]:
-    """The names under which a checkpoint may store the tensor that the model calls ``name``: with or without the base
-    model's prefix, today's or those of old checkpoints."""
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        yield candidate
-        for new, old in _LEGACY_SUFFIXES:
-            if candidate.endswith(new):
-                yield candidate.removesuffix(new) + old
+def _is_buffer(model: PreTrainedModel, renamed: str) -> bool:
+    """Whether a stored tensor is a buffer of the model that it does not store today, with or without the base model's
+    prefix."""
+    prefix = f"{model.base_model_prefix}."
+    names = {name for name, _ in model.named_buffers()}
+    return not names.isdisjoint((renamed, prefix + renamed, renamed.removeprefix(prefix)))
 
 
 def _is_table(model: PreTrainedModel, name: str) -> bool:

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from transformers.utils import logging as transformers_logging
 
 from leangrid.errors import CheckpointError, LeangridError, first_line
 from leangrid.machine.devices import is_out_of_memory
+from leangrid.models.dequantized import is_dequantized, lazy_state_dict
 from leangrid.models.naming import Weights
 from leangrid.storage import files
 from leangrid.storage.safetensors import parse_strict_json
+from leangrid.storage.source import Checkpoint
 
 _SINGLE, _INDEX, _GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 _MISREAD = ("adapter_config.json",)  # files that make transformers load something other than these weights
@@ -38,6 +41,8 @@ def open_original(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Open a dense checkpoint by transformers' own ``from_pretrained``.
 
+    A source in fewer bits than 16 is dequantized by us, tensor by tensor as transformers asks for it.
+
     Args:
         checkpoint: an opened source that lies in a directory.
         model_class: a class of transformers itself.
@@ -51,6 +56,8 @@ def open_original(
     Raises:
         CheckpointError: transformers cannot open it, or finds a tensor of the model in no file.
     """
+    if is_dequantized(checkpoint):
+        return _open(checkpoint.directory, checkpoint, model_class, config, dtype, absent)
     with _readable(checkpoint) as where:
         return _open(checkpoint.directory, where, model_class, config, dtype, absent)
 
@@ -66,7 +73,8 @@ def original_on_disk(
     """Context: the model of ``open_original`` computing on ``device``, its weights left in their files. Each is read
     whenever its module computes, so that memory holds one module at a time, and tied weights.
 
-    Not for experts that transformers fuses into one tensor, since it would write them all to disk.
+    Not for experts that transformers fuses into one tensor, since it would write them all to disk, and not for a source
+    in fewer bits than 16.
     """
     with _readable(checkpoint) as where:
         config = _config(checkpoint.directory, model_class)
@@ -77,18 +85,20 @@ def original_on_disk(
 
 def _open(
     directory: Path,
-    where: Path,
+    where: Path | Checkpoint,
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig | None,
     dtype: torch.dtype | None,
     absent: Sequence[str],
     placed: dict[str, str] | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
+    lazily = isinstance(where, Checkpoint)
     try:
         with quiet():
             loaded: Any = model_class.from_pretrained(
-                where,
-                config=config or _config(directory, model_class),
+                None if lazily else where,
+                state_dict=lazy_state_dict(where) if lazily else None,
+                config=config or (_plain_config(where, model_class) if lazily else _config(directory, model_class)),
                 dtype=dtype or "auto",
                 device_map=placed,
                 local_files_only=True,
@@ -147,6 +157,12 @@ def _config(directory: Path, model_class: type[PreTrainedModel]) -> PreTrainedCo
     return kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
+def _plain_config(checkpoint: Checkpoint, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
+    """As ``_config``, without the entry that says that the weights are quantized."""
+    kind: Any = model_class.config_class
+    return kind.from_dict(deepcopy(checkpoint.config))
+
+
 def _map(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, absent: Sequence[str], device: torch.device | str
 ) -> dict[str, str]:
@@ -160,9 +176,8 @@ def _map(
     # accelerate places whole modules: the sizes of the outermost ones with parameters of their own.
     sizes: dict[str, int] = {}
     for path, module in empty.named_modules():
-        if any(True for _ in module.parameters(recurse=False)) and not any(
-            path.startswith(f"{outer}.") for outer in sizes
-        ):
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        if own and not any(path.startswith(f"{outer}.") for outer in sizes):
             sizes[path] = sum(parameter.numel() for parameter in module.parameters())
     here = {path for path in sizes if any(name.startswith(f"{path}.") for name in names)} | {
         min(sizes, key=lambda path: sizes[path])

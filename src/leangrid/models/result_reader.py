@@ -2,7 +2,7 @@
 
 Opening it reads headers only; a layer's tensors are read when it is asked for."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import CONFIG_KEYS, format_of, schemes_of
 from leangrid.formats.checks import holds_codes
 from leangrid.grids import Grid
-from leangrid.models.architectures import architecture_of
+from leangrid.models.conversion import Conversion
 from leangrid.models.linears import linear_shapes
-from leangrid.models.skeleton import described_model
+from leangrid.models.model_class import described_model, has_lm_head, with_experts_apart
+from leangrid.models.result_names import match_result
 from leangrid.recipe import Scheme
 from leangrid.storage.dtypes import NAMES, dtype_of
 from leangrid.storage.manifest import read_manifest, require_unchanged
@@ -31,7 +33,6 @@ class ResultReader:
     Attributes:
         directory: where it lies.
         checkpoint: its tensors, config.json and side files.
-        architecture: where its blocks are, and whether they are made of nn.Linear or Conv1D.
         dtype: of every tensor that is not quantized.
         format: the container of the quantized layers.
         layers: name -> (rows, cols) = (out_features, in_features) of every quantized linear, in the model's order.
@@ -39,6 +40,7 @@ class ResultReader:
         not_in_model: names of tensors that are no part of the model, copied from the source as they were.
         ignore: names of the nn.Linear that are not quantized, and of the modules of ``not_in_model``.
         has_lm_head: whether the model has a language-model head.
+        kinds: name -> "linear" or "conv1d", of every linear of which something is stored.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -53,10 +55,13 @@ class ResultReader:
         entry = next((config[key] for key in CONFIG_KEYS if key in config), None)
         if not isinstance(entry, dict):
             raise FormatError("the model is not quantized", directory, "Give a result of leangrid quantize")
-        self.format, self.architecture = format_of(entry), architecture_of(config)
-        model = described_model(config)
-        linears = linear_shapes(model)
+        self.format = format_of(entry)
+        empty, model = described_model(config), with_experts_apart(described_model(config))
+        self._paths = match_result(empty, model, self.checkpoint.tensors)
+        shapes = linear_shapes(model)
+        linears = {name: shapes[path] for name, path in self._paths.items()}
         self.layers: dict[str, tuple[int, int]] = {}
+        self.kinds = {name: kind for name, (_, kind) in linears.items()}
         self.schemes: dict[str, Scheme] = {}
         for name, scheme in schemes_of(entry, linears).items():
             shape = linears[name][0]
@@ -65,11 +70,12 @@ class ResultReader:
         if not self.layers:
             what = "none of the model's linears is stored quantized"
             raise CheckpointError(what, directory, "The config does not belong to these weights")
-        modules = {path for path, _ in model.named_modules()}
-        self.not_in_model = frozenset(n for n in self.checkpoint.tensors if n.rpartition(".")[0] not in modules)
-        plain = {name for name, (_, kind) in linears.items() if kind == "linear" and name not in self.layers}
+        self.not_in_model = frozenset(_beside(empty, model, self.checkpoint.tensors, self._paths))
+        plain = {name for name, (_, kind) in shapes.items() if kind == "linear"}
+        plain |= {name for name, kind in self.kinds.items() if kind == "linear"}
+        plain -= self.layers.keys() | {self._paths[name] for name in self.layers}
         self.ignore = sorted(plain | {name.rpartition(".")[0] for name in self.not_in_model})
-        self.has_lm_head = self.architecture.kind == "decoder" and bool(model.can_generate())
+        self.has_lm_head = has_lm_head(model)
         self.dtype = self._dtype()
 
     @classmethod
@@ -129,6 +135,20 @@ class ResultReader:
         return dtype
 
 
+def _beside(
+    empty: PreTrainedModel, model: PreTrainedModel, stored: Iterable[str], paths: Mapping[str, str]
+) -> Iterator[str]:
+    """The names of stored tensors of modules that the model does not have."""
+    modules = {path for path, _ in model.named_modules()}
+    conversion = Conversion(empty, {})
+    for name in stored:
+        owner = name.rpartition(".")[0]
+        if owner not in modules and owner not in paths:
+            renamed = conversion.rename_to_module(owner)
+            if renamed not in modules and renamed.rpartition(".")[0] not in modules:
+                yield name
+
+
 class DequantizedResult:
     """A result as the checkpoint of a plain model (``models.naming.Weights``): each packed linear is checked and
     dequantized when it is read."""
@@ -143,19 +163,19 @@ class DequantizedResult:
         self.notices: Sequence[str] = result.checkpoint.notices
         self.config = {key: value for key, value in result.checkpoint.config.items() if key not in CONFIG_KEYS}
         self.tensors: Mapping[str, TensorInfo] = result.plain_tensors() | {
-            f"{name}.weight": TensorInfo(result.directory, NAMES[result.dtype], self._module_shape(shape), 0, 0)
+            f"{name}.weight": TensorInfo(
+                result.directory, NAMES[result.dtype], shape if result.kinds[name] == "linear" else shape[::-1], 0, 0
+            )
             for name, shape in result.layers.items()
         }
-
-    def _module_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
-        return tuple(self._result.architecture.transposed(torch.empty(shape, device="meta")).shape)
 
     def read(self, name: str) -> Tensor:
         """One tensor of the plain model; CheckpointError where what is stored for it is damaged."""
         layer = name.removesuffix(".weight")
         if name == layer or layer not in self._result.layers:
             return self._files.read(name)
-        return self._result.architecture.transposed(self._result.weight(layer)).contiguous()
+        weight = self._result.weight(layer)
+        return (weight if self._result.kinds[layer] == "linear" else weight.t()).contiguous()
 
     def tensors_equal(self, one: str, other: str) -> bool:
         """Whether two tensors that are stored as they are hold the same values."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leangrid.errors import CheckpointError
-from leangrid.models.skeleton import empty_model
+from leangrid.models.model_class import empty_model
 from leangrid.storage.config import read_config
 from leangrid.storage.dtypes import COMPUTED, DTYPES, NAMES, torch_name
 

@@ -3,27 +3,31 @@
 A block is materialised, quantized, written and released before the next one, so memory grows with the largest block,
 not with the model."""
 
+import inspect
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from threading import Lock
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from leangrid.errors import ArchitectureError, CheckpointError, first_line
-from leangrid.models.architectures import Architecture, Groups, architecture_of
-from leangrid.models.experts import unfuse_experts
+from leangrid.errors import ArchitectureError, LeangridError
+from leangrid.models.discovery import Groups, Structure, discover
+from leangrid.models.expert_forms import FusedForm
+from leangrid.models.experts import Experts
+from leangrid.models.linears import is_transposed, linear_shape, rows_first
+from leangrid.models.model_class import build_empty, has_lm_head, known_type, read_model_config, with_experts_apart
 from leangrid.models.naming import Naming, Weights, match_names
+from leangrid.models.stored import StoredTensors, stores_experts_apart
 from leangrid.storage.dtypes import plain_dtype
 from leangrid.storage.safetensors import TensorInfo
+
+_TEXTS = (4, 16)  # tokens of the text on which a model is looked at; more where its forward pass does not take so few
 
 
 class Skeleton:
@@ -34,15 +38,18 @@ class Skeleton:
         compute_dtype: the dtype of materialised parameters.
 
     Attributes:
-        architecture: the row of the table (architectures.py).
         config: transformers' config.
         naming: which stored tensor is which of the model (naming.py).
+        notices: sentences for the user.
+        stored: where each tensor of the model is (stored.py).
         model: the whole model. base: the model without its head, at the path ``prefix`` in it.
-        blocks: the list of blocks.
+        entry: the module that is run for the walk, ``base`` for most.
+        structure: blocks, groups of linears, and what flows (discovery.py).
+        blocks: the blocks, in the order of their first call.
         dtype: the dtype in which most of the weights to be quantized are stored; float32 for float64.
 
     Raises:
-        ArchitectureError: the model type is unknown or brings its own code.
+        ArchitectureError: transformers does not know the model type, or its forward pass cannot be followed.
         CheckpointError: config and tensors disagree; the first differences of each kind are named.
     """
 
@@ -50,40 +57,57 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.compute_dtype = compute_dtype
         self._reading = Lock()
-        self.architecture: Architecture = architecture_of(checkpoint.config)
-        self.config = _read_config(checkpoint)
+        known_type(checkpoint.config)
+        self.config = read_model_config(checkpoint)
         # First all on the meta device: buffers grow with what the config claims, which is not checked yet.
         with torch.device("meta"):
-            empty = _empty_model(self.config, self.architecture)
-        self.naming = _named(empty, self.architecture, checkpoint)
+            empty = build_empty(self.config)
+        if stores_experts_apart(empty, checkpoint.tensors):
+            empty = with_experts_apart(empty)
+        self.naming: Naming = match_names(empty, checkpoint)
         del empty
         if self.naming.untied:
             _untie(self.config)
-        self.model = _empty_model(self.config, self.architecture, without=self.naming.absent)
+        self.model = with_experts_apart(build_empty(self.config, without=self.naming.absent))
         self.prefix = _base_prefix(self.model)
-        base = self.model.get_submodule(self.prefix) if self.prefix else self.model
-        self.base: nn.Module = base
-        self.blocks: nn.ModuleList = base.get_submodule(self.architecture.blocks)  # pyright: ignore[reportAttributeAccessIssue]
-        self._sources = self.naming.sources
+        self.base: nn.Module = self.model.get_submodule(self.prefix) if self.prefix else self.model
+        self.stored = StoredTensors(self.model, self.naming, checkpoint, self.model.base_model_prefix)
+        self.notices = list(self.naming.notices)
+        if any(place.expert is not None for place in self.stored.places.values()):
+            fused = "the experts of a block are stored in one tensor: they are read one by one, and written so"
+            self.notices.append(fused)
+        self.entry, self.structure = _look(self.model, self.base)
+        self.blocks = [self.model.get_submodule(block.path) for block in self.structure.blocks]
+        self._aliases = self._find_aliases()
+        inside = next(f"{path}." if path else "" for path, module in self.model.named_modules() if module is self.entry)
+        self._unused = {
+            name for name in self.structure.unused if name.startswith(inside)
+        }  # not the head, outside of it
         self.dtype = self._stored_dtype()
 
     def block_name(self, index: int) -> str:
         """The path of block ``index`` in the model, such as ``model.layers.3``."""
-        return f"{self._base_dot}{self.architecture.blocks}.{index}"
+        return self.structure.blocks[index].path
+
+    @cached_property
+    def block_prefixes(self) -> tuple[str, ...]:
+        """The paths of the blocks with a final dot, such as ``model.layers.3.``."""
+        return tuple(f"{block.path}." for block in self.structure.blocks)
 
     @property
-    def _base_dot(self) -> str:
-        return f"{self.prefix}." if self.prefix else ""
+    def has_experts(self) -> bool:
+        """Whether there are mixtures of experts whose matrices are quantized one by one."""
+        return bool(self.expert_forms)
 
-    @property
-    def blocks_prefix(self) -> str:
-        """The path of the list of blocks with a final dot, such as ``model.layers.``."""
-        return f"{self._base_dot}{self.architecture.blocks}."
+    @cached_property
+    def expert_forms(self) -> dict[str, FusedForm]:
+        """The path of each mixture of experts -> how transformers' model holds its matrices."""
+        return {path: module.form for path, module in self.model.named_modules() if isinstance(module, Experts)}
 
     @property
     def has_lm_head(self) -> bool:
         """Whether the model predicts the next token, so that it has a perplexity: a decoder with its head."""
-        return self.architecture.kind == "decoder" and self.model.can_generate()
+        return self.entry in (self.base, self.model) and has_lm_head(self.model)
 
     @property
     def vocabulary(self) -> int:
@@ -93,93 +117,157 @@ class Skeleton:
     @property
     def hidden_size(self) -> int:
         """Numbers in a token's hidden state between two blocks."""
-        return self._embedding.shape[1]
+        first = self.structure.blocks[0].returns
+        while isinstance(first, list | tuple):
+            first = first[0]
+        return self._embedding.shape[1] if not isinstance(first, Tensor) else first.shape[-1]
 
     @property
     def _embedding(self) -> Tensor:
-        table: Any = self.base.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        return table.weight
+        for module in (self.base, self.model):
+            try:
+                weight: Any = module.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+                if isinstance(weight, Tensor) and weight.ndim == 2:
+                    return weight
+            except (AttributeError, NotImplementedError):
+                continue
+        return next(module.weight for module in self.entry.modules() if isinstance(module, nn.Embedding))
+
+    def run(self, ids: Tensor, whole: bool = False) -> Any:
+        """Run the ``entry`` (with ``whole`` the whole model) on token ids, int64 [windows, length], without a
+        cache; what it returns."""
+        module = self.model if whole else self.entry
+        return module(**text_inputs(module, ids))
 
     def groups(self, index: int) -> Groups:
         """The linears of block ``index`` grouped by shared input, as paths from the block, in the order of the forward
         pass."""
-        return self.architecture.groups_of(self.blocks[index])
+        return self.structure.blocks[index].groups
 
     def group_shapes(self) -> list[list[tuple[int, int]]]:
         """(rows, cols) of the linears into attention, out of it, into the MLP and out of it, four lists, for the block
-        with the most weights.
+        with the most weights in linears.
 
-        Linears of further groups (compressed queries, experts, shared experts) are in the list of the part they belong
-        to."""
-        if not self.architecture.sparse:
-            return [
-                [self.shape(f"{self.block_name(0)}.{name}") for name in names] for names in self.architecture.groups
-            ]
-        largest = max(
-            range(len(self.blocks)), key=lambda index: sum(p.numel() for p in self.blocks[index].parameters())
-        )
+        Blocks have other groups too (compressed queries, experts, recurrences): up to the first that gives hidden
+        states all are counted as into attention, behind it each as into or out of the MLP."""
+        blocks = range(len(self.blocks))
+        sizes = [sum(math.prod(self.shape(name)) for name in self.linear_names(index)) for index in blocks]
+        largest = max(blocks, key=lambda index: sizes[index])
         parts: list[list[tuple[int, int]]] = [[], [], [], []]
-        for name in (name for names in self.groups(largest) for name in names):
-            leaf = name.rpartition(".")[2]
-            place = (
-                (1 if leaf == "o_proj" else 0)
-                if name.startswith("self_attn.")
-                else 3
-                if leaf in ("down_proj", "w2")
-                else 2
+        for names in self.groups(largest):
+            shapes = [self.shape(self.linear_name(largest, name)) for name in names]
+            gives = all(rows == self.hidden_size for rows, _ in shapes) and (
+                len(shapes) == 1 or shapes[0][1] != self.hidden_size
             )
-            parts[place].append(self.shape(f"{self.block_name(largest)}.{name}"))
-        return parts
+            parts[(3 if gives else 2) if parts[1] else (1 if gives else 0)] += shapes
+        return [part or [(1, 1)] for part in parts]
+
+    def linear_name(self, index: int, name: str) -> str:
+        """The name under which the result holds the linear at the path ``name`` in block ``index``."""
+        return self.stored.module_name(f"{self.block_name(index)}.{name}")
 
     def linear_names(self, index: int) -> list[str]:
-        """The paths in the model of the linears of block ``index`` that are quantized, in the order of the groups."""
-        return [f"{self.block_name(index)}.{name}" for group in self.groups(index) for name in group]
+        """The names in the result of the linears of block ``index`` that are quantized, in the order of the groups."""
+        return [self.linear_name(index, name) for group in self.groups(index) for name in group]
 
     def all_linear_names(self) -> list[str]:
-        """The paths of all linears that are quantized, block after block."""
-        return [name for index in range(len(self.blocks)) for name in self.linear_names(index)]
+        """The names in the result of all linears that are quantized, block after block."""
+        return list(self._paths)
+
+    def path(self, linear: str) -> str:
+        """The path in the model of the linear that the result calls ``linear``."""
+        return self._paths[linear]
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        return {
+            self.linear_name(index, name): f"{block.path}.{name}"
+            for index, block in enumerate(self.structure.blocks)
+            for group in block.groups
+            for name in group
+        }
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """The linears of the blocks that stay as they are, by their names in the result -> why."""
+        return {
+            self.linear_name(index, name): why
+            for index, block in enumerate(self.structure.blocks)
+            for name, why in block.kept.items()
+        }
 
     def shape(self, linear: str) -> tuple[int, int]:
-        """(rows, cols) = (out_features, in_features) of a linear."""
-        rows, cols = self.architecture.transposed(self.model.get_parameter(f"{linear}.weight")).shape
-        return rows, cols
+        """(rows, cols) = (out_features, in_features) of a linear by its name in the result."""
+        return linear_shape(self.model.get_submodule(self._paths[linear]))
+
+    def layer_kind(self, linear: str) -> str:
+        """ "linear", or "conv1d" where the module stores the transposed weight; by its name in the result."""
+        return "conv1d" if is_transposed(self.model.get_submodule(self._paths[linear])) else "linear"
 
     def read(self, name: str) -> Tensor:
         """The tensor that the model calls ``name``, as the checkpoint stores it. Any thread may call this."""
         with self._reading:  # a checkpoint has one open file with one position
-            return self.checkpoint.read(self._sources[name])
+            return self.stored.read(name)
+
+    def read_weight(self, linear: str) -> Tensor:
+        """The weight [rows, cols] of a linear by its name in the result, in the stored dtype."""
+        path = self._paths[linear]
+        return rows_first(self.model.get_submodule(path), self.read(f"{path}.weight"))
 
     def tensor_info(self, name: str) -> TensorInfo:
-        """The header entry of the tensor that the model calls ``name``: file, dtype, shape, bytes."""
-        return self.checkpoint.tensors[self._sources[name]]
+        """The header entry of the (first) stored tensor of what the model calls ``name``: file, dtype, shape, bytes."""
+        return self.checkpoint.tensors[self.stored.places[name].stored[0]]
 
     def parameter_names(self) -> list[str]:
         """The names of all tensors of the model that the checkpoint holds, tied ones once."""
-        return list(self._sources)
+        return list(self.stored.places)
 
-    def materialise(self, module: nn.Module, prefix: str, skip: str | None = None) -> None:
+    def plain_tensors(self, index: int | None) -> Iterator[tuple[str, TensorInfo, Callable[[], Tensor]]]:
+        """What the result holds of block ``index`` (None: of what is outside of the blocks) as it is stored: its name
+        there, the header entry of the stored tensor, and what reads it, after a look for NaN."""
+        prefixes = self.block_prefixes if index is None else (f"{self.block_name(index)}.",)
+        names = [name for name in self.stored.places if name.startswith(prefixes) == (index is not None)]
+        quantized = (
+            {f"{self.block_name(index)}.{name}.weight" for group in self.groups(index) for name in group}
+            if index is not None
+            else set[str]()
+        )
+        for name, own in self.stored.copied(names, quantized):
+            if own is None:
+                yield name, self.checkpoint.tensors[name], lambda name=name: self.checkpoint.read(name)
+            else:
+                yield name, self.tensor_info(own), lambda own=own: self.read(own)
+
+    def materialise(self, module: nn.Module, prefix: str, skip: tuple[str, ...] = ()) -> None:
         """Fill ``module``, which lies at the path ``prefix`` in the model, from the checkpoint, except what lies below
-        ``skip``, a path with a final dot."""
-        dot = f"{prefix}." if prefix else ""
-        for name, parameter in list(module.named_parameters()):
+        one of ``skip``, paths with a final dot, and what text does not reach."""
+        dot, places = f"{prefix}." if prefix else "", self.stored.places
+        made: dict[int, nn.Parameter] = {}  # of parameters with several names one
+        for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             full = dot + name
-            if not parameter.is_meta or (skip and full.startswith(skip)) or full not in self._sources:
+            full = full if full in places else self._aliases.get(full, full)
+            if not parameter.is_meta or full not in places or full in self._unused:
                 continue
-            _set_parameter(module, name, self.read(full).to(self.compute_dtype))
+            if skip and (dot + name).startswith(skip):
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(self.read(full).to(self.compute_dtype), requires_grad=False)
+            _set_parameter(module, name, made[id(parameter)])
         for name, buffer in list(module.named_buffers()):
             full = dot + name
-            if full in self._sources and not (skip and full.startswith(skip)):
+            if full in places and not (skip and full.startswith(skip)):
                 buffer.copy_(self.read(full).to(buffer.dtype))
 
     def block_sources(self, index: int) -> list[str]:
         """The names that the tensors of block ``index`` have in the checkpoint."""
         prefix = f"{self.block_name(index)}."
-        return [source for name, source in self._sources.items() if name.startswith(prefix)]
+        within = (place.stored for name, place in self.stored.places.items() if name.startswith(prefix))
+        return list(dict.fromkeys(stored for names in within for stored in names))
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """The parameters of block ``index`` by their names in the block, in the compute dtype, in host memory."""
         prefix = f"{self.block_name(index)}."
-        names = (name for name, _ in self.blocks[index].named_parameters() if prefix + name in self._sources)
+        names = (name for name, _ in self.blocks[index].named_parameters() if prefix + name in self.stored.places)
         return {name: self.read(prefix + name).to(self.compute_dtype) for name in names}
 
     @contextmanager
@@ -203,148 +291,91 @@ class Skeleton:
         """Context: the base model on ``device`` with the weights outside of its blocks (embeddings, norms), its blocks
         still empty; released at the end. ``lm_head``: the whole model, with its language-model
         head, instead."""
-        model = self.model if lm_head else self.base
-        self.materialise(model, "" if lm_head else self.prefix, skip=self.blocks_prefix)
+        model = self.model if lm_head or self.entry is self.model else self.base
+        self.materialise(model, "" if model is self.model else self.prefix, skip=self.block_prefixes)
         if lm_head:
             self.model.tie_weights()
-        children = [child for child in model.modules() if not any(p.is_meta for p in child.parameters())]
-        for child in children:
-            child.to(device)
+        for child in model.modules():
+            if not any(parameter.is_meta for parameter in child.parameters()):
+                child.to(device)
         try:
             yield model
         finally:
-            for name, parameter in list(model.named_parameters()):
+            for name, parameter in list(model.named_parameters(remove_duplicate=False)):
                 if not parameter.is_meta:
                     _set_parameter(model, name, torch.empty_like(parameter, device="meta"))
-            if lm_head:
-                self.model.tie_weights()
+            self.model.tie_weights()
 
     def release(self, module: nn.Module) -> None:
         """Free the memory of the module's parameters: they are on the meta device again."""
-        for name, parameter in list(module.named_parameters()):
+        for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
+
+    def _find_aliases(self) -> dict[str, str]:
+        """Names of parameters under which nothing is stored -> another name of the same parameter, which is."""
+        known: dict[int, str] = {}
+        others: list[tuple[str, int]] = []
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if name in self.stored.places:
+                known.setdefault(id(parameter), name)
+            else:
+                others.append((name, id(parameter)))
+        return {name: known[key] for name, key in others if key in known}
 
     def _stored_dtype(self) -> torch.dtype:
         """The dtype of most of the weights to be quantized; float32 for float64, in which no engine computes."""
         counts: Counter[str] = Counter()
-        for name in self.all_linear_names():
-            info = self.checkpoint.tensors[self._sources[f"{name}.weight"]]
-            counts[info.dtype] += int(torch.Size(info.shape).numel())
+        for path in self._paths.values():
+            rows, cols = linear_shape(self.model.get_submodule(path))
+            counts[self.stored.dtype(f"{path}.weight")] += rows * cols
+        if not counts:
+            raise ArchitectureError(
+                "none of its linears can be quantized", type(self.model).__name__, "See leangrid plan for what stays"
+            )
         return plain_dtype(counts.most_common(1)[0][0]) or torch.float32
 
 
-def described_model(config: dict[str, Any]) -> PreTrainedModel:
-    """The dense model that the config.json of a finished result describes, on the meta device. Raises as ``Skeleton``
-    does."""
-    kind = transformers.CONFIG_MAPPING[config["model_type"]]
-    plain = kind.from_dict(deepcopy({key: value for key, value in config.items() if key != "quantization_config"}))
-    return _empty_model(plain, architecture_of(config))
+def text_inputs(module: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """The arguments with which ``module`` reads the token ids [windows, length] of text, without a cache."""
+    taken = inspect.signature(module.forward).parameters
+    anything = any(parameter.kind == parameter.VAR_KEYWORD for parameter in taken.values())
+    found: dict[str, Any] = {"input_ids": ids}
+    if "use_cache" in taken or anything:
+        found["use_cache"] = False
+    if "decoder_input_ids" in taken:
+        found["decoder_input_ids"] = ids
+    if "bbox" in taken:  # where each token stands on a page: text alone stands nowhere
+        found["bbox"] = torch.zeros(*ids.shape, 4, device=ids.device)
+    return found
+
+
+def _look(model: PreTrainedModel, base: nn.Module) -> tuple[nn.Module, Structure]:
+    """The first of base model, whole model and decoder that runs on text alone, and what is found in it."""
+    candidates = [base, model]
+    with suppress(AttributeError, NotImplementedError):
+        candidates.append(model.get_decoder())
+    first: LeangridError | None = None
+    for entry in dict.fromkeys(candidates):
+        for tokens in _TEXTS:
+            try:
+                return entry, discover(model, entry, partial(_run_on_text, tokens))
+            except LeangridError as error:
+                first = first or error
+    raise first or ArchitectureError("it has no module that runs on text", type(model).__name__)
+
+
+def _run_on_text(tokens: int, entry: nn.Module, number: int) -> Any:
+    """Run ``entry`` on a few tokens, others for another ``number``, none of which stands for a picture or a pause."""
+    tables = [module.num_embeddings for module in entry.modules() if isinstance(module, nn.Embedding)]
+    known = max(tables, default=16)
+    ids = (torch.arange(tokens)[None] * 7 + 3 * number) % max(1, min(known, 190) - 10) + min(10, known - 1)
+    return entry(**text_inputs(entry, ids))
 
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path) if path else module
-    owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-
-
-def empty_model(checkpoint: Weights) -> PreTrainedModel:
-    """The model that a checkpoint's config describes, parameters and buffers on the meta device. Raises as ``Skeleton``
-    does."""
-    architecture = architecture_of(checkpoint.config)
-    with torch.device("meta"):
-        return _empty_model(_read_config(checkpoint), architecture)
-
-
-def _read_config(checkpoint: Weights) -> PreTrainedConfig:
-    stated = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
-    if isinstance(stated, str) and not isinstance(getattr(torch, stated, None), torch.dtype):
-        where = checkpoint.directory / "config.json"
-        raise CheckpointError(
-            f"config.json calls {stated[:40]!r} the weights' dtype, which torch does not know",
-            where,
-            "Write bfloat16, float16 or float32",
-        )
-    kind = transformers.CONFIG_MAPPING[checkpoint.config["model_type"]]
-    try:
-        config = kind.from_dict(deepcopy(checkpoint.config))  # transformers completes nested dicts in place
-    except MemoryError:
-        raise
-    except Exception as error:  # any value of the config may raise anything inside of transformers' classes
-        where = checkpoint.directory / "config.json"
-        raise _unknown_rope(checkpoint.config, where) or CheckpointError(
-            f"the config cannot be used: {first_line(error)}", where
-        ) from error
-    config.use_cache = False
-    return config
-
-
-def _unknown_rope(config: Mapping[str, Any], where: object) -> CheckpointError | None:
-    """The error for a rotary embedding whose type transformers does not compute; None where the config names none."""
-    known = {"default", *ROPE_INIT_FUNCTIONS}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key)
-        for part in (rope, *rope.values()) if isinstance(rope, dict) else ():
-            kind = part.get("rope_type", part.get("type")) if isinstance(part, dict) else None
-            if kind is not None and kind not in known:
-                way_out = (
-                    "'su' is longrope's first name: write longrope"
-                    if kind == "su"
-                    else f"Known: {', '.join(sorted(known))}"
-                )
-                return CheckpointError(
-                    f"rope_scaling is of type {str(kind)[:40]!r}, which transformers does not compute", where, way_out
-                )
-    return None
-
-
-def _empty_model(
-    config: PreTrainedConfig, architecture: Architecture, without: tuple[str, ...] = ()
-) -> PreTrainedModel:
-    names = getattr(config, "architectures", None) or []
-    family = transformers.CONFIG_MAPPING[config.model_type].__name__.removesuffix("Config").removesuffix("Text")
-    name = (
-        names[0]
-        if isinstance(names, list) and names
-        else f"{family}{'ForCausalLM' if architecture.kind == 'decoder' else 'Model'}"
-    )
-    model_class = getattr(transformers, name, None) if isinstance(name, str) and name.startswith(family) else None
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ArchitectureError(
-            f"'{name}' is no {config.model_type} model of transformers {transformers.__version__}",
-            "config.json: architectures",
-            f"Expected a class such as {family}ForCausalLM or {family}Model",
-        )
-    try:
-        # Parameters stay empty; buffers (rotary tables, position ids) are small and computed for real.
-        with init_empty_weights(include_buffers=False), _NothingAllocated():
-            model = model_class(config, **({"add_pooling_layer": False} if "pooler" in without else {}))
-            if architecture.sparse:
-                unfuse_experts(model, config.model_type == "mixtral")
-    except MemoryError:
-        raise
-    except Exception as error:
-        built = CheckpointError(f"no model can be built from the config: {first_line(error)}", "config.json")
-        raise _unknown_rope(config.to_dict(), "config.json") or built from error
-    model.tie_weights()
-    return model.eval()
-
-
-class _NothingAllocated(TorchFunctionMode):
-    """Makes ``torch.empty``, which allocates parameters, return meta tensors. Parameters that are allocated first and
-    then put on the meta device leave holes in the heap: 9 GB of addresses for 249 small blocks, which count against a
-    limit on memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = dict(kwargs or {})
-        if func is torch.empty and given.get("device") is None:
-            given["device"] = "meta"
-        return func(*args, **given)
-
-
-def _named(model: PreTrainedModel, architecture: Architecture, checkpoint: Weights) -> Naming:
-    prefix = _base_prefix(model)
-    path = f"{prefix}.{architecture.blocks}" if prefix else architecture.blocks
-    return match_names(model, checkpoint, f"{path}.", len(list(model.get_submodule(path).children())))
+    owner._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
 
 
 def _untie(config: PreTrainedConfig) -> None:

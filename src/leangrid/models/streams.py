@@ -1,16 +1,12 @@
-"""The hidden states of all calibration windows on their way through the model, and how they enter its first block.
+"""The hidden states of all calibration windows on their way through the model.
 
 Two streams (ALGORITHM, the inputs' own error): ``quantized`` went through the already quantized model, ``original``
 through the source. They may wait in host memory, or in mapped files, while the block is on another device."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-from leangrid.models.skeleton import Skeleton
 
 
 @dataclass
@@ -53,82 +49,3 @@ class Streams:
 
 def _number(name: str) -> int:
     return int(name.rpartition(".")[2])
-
-
-@dataclass
-class Calls:
-    """The other arguments with which the model calls each block (masks, rotary tables), by batch size."""
-
-    by_batch: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=dict)
-
-    def of(self, index: int, windows: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of block ``index`` for a batch of ``windows`` windows, on ``device``."""
-        return _moved(self.by_batch[windows][index], device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """The same nest of tuples, lists and dicts with its tensors on ``device``."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return type(value)(_moved(item, device) for item in value) if type(value) in (tuple, list) else value
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states that a block returned, which some architectures put first in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-class _Captured(Exception):
-    """The forward pass went as far as it was needed."""
-
-
-def run_to_first_block(
-    skeleton: Skeleton,
-    batches: Sequence[Tensor],
-    device: torch.device | str = "cpu",
-    put: Callable[[Tensor], Tensor] = lambda hidden: hidden,
-) -> tuple[list[Tensor], Calls]:
-    """Run everything before the first block.
-
-    Args:
-        batches: token ids, int64 [windows, length] each.
-        put: is given each batch's hidden states and returns what to hold of them, such as a copy in host memory.
-
-    Returns:
-        the hidden states entering block 0, one tensor a batch, and the arguments of every block.
-    """
-    hidden: list[Tensor] = []
-    calls = Calls()
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    last = len(skeleton.blocks) - 1
-
-    def record(index: int, want_all: bool, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if index == 0:
-            hidden.append(put(states))
-        arguments.append((args, kwargs))
-        if index == last or not want_all:
-            raise _Captured
-        return states
-
-    with skeleton.load_outside_blocks(device) as base:
-        for ids in batches:
-            new_size = ids.shape[0] not in calls.by_batch
-            arguments = []
-            for index, block in enumerate(skeleton.blocks):
-                block.forward = _bind(record, index, new_size)
-            try:
-                base(input_ids=ids.to(device), use_cache=False)
-            except _Captured:
-                pass  # the only way out of a recorded pass
-            finally:
-                for block in skeleton.blocks:
-                    del block.forward
-            if new_size:
-                calls.by_batch[ids.shape[0]] = arguments
-    return hidden, calls
-
-
-def _bind(record: Any, index: int, want_all: bool) -> Any:
-    return lambda *args, **kwargs: record(index, want_all, *args, **kwargs)

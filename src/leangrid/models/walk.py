@@ -16,6 +16,9 @@ There are two ways, which give the same bits:
   memory together.
 * Replaying: for each group every batch runs from the block's input to that group and is dropped. About 2.6 forward
   passes instead of one; the activations of one batch are in memory, and the replaced weights beside the original ones.
+
+A group whose linears are called more than once in a pass, on other inputs, is summed over all its calls: for that every
+batch runs through the block once more.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +33,9 @@ from leangrid.errors import ArchitectureError, CalibrationError
 from leangrid.machine.devices import copy_to_host
 from leangrid.machine.flops import product
 from leangrid.models import experts
-from leangrid.models.architectures import Groups
-from leangrid.models.streams import Calls, Streams, hidden_of
+from leangrid.models.discovery import FoundBlock
+from leangrid.models.flow import Flow
+from leangrid.models.streams import Streams
 
 
 class _Pass(greenlet):
@@ -39,11 +43,13 @@ class _Pass(greenlet):
 
     group: int = -1
     input: Any = None  # a tensor, or a list of one an expert
+    gathers: int = -1  # the group whose inputs of all calls it gathers instead of stopping anywhere
+    gathered: list[Tensor]
 
 
 @dataclass
 class GroupInputs:
-    """What the linears of one group read: iterating gives (original, quantized) a batch, [windows, length, cols] each.
+    """What the linears of one group read: iterating gives (original, quantized) a batch and call, [..., cols] each.
 
     ``original`` is None with one stream (``paired`` False). A replayed group is computed as it is read, every time it
     is."""
@@ -84,8 +90,8 @@ class BlockWalk:
     streams that enter the next block.
 
     Args:
-        groups: the block's linears by shared input, as paths from the block.
-        calls: with which other arguments the model calls the block.
+        found: its groups of linears by shared input.
+        flow: calls the block as the model does.
         index: its number.
         replay: run each batch to each group again, instead of pausing it there.
         park: new weights wait in host memory between groups (with ``replay`` only).
@@ -94,14 +100,15 @@ class BlockWalk:
 
     Raises:
         CalibrationError: a group saw no tokens (its linears were never called).
-        ArchitectureError: the linears of a group read different inputs, or out of order: the table's row is wrong.
+        ArchitectureError: the linears of a group read different inputs, or out of order: the model does not do on these
+            texts what it did when it was looked at (discovery.py).
     """
 
     def __init__(
         self,
         block: nn.Module,
-        groups: Groups,
-        calls: Calls,
+        found: FoundBlock,
+        flow: Flow,
         index: int,
         streams: Streams,
         replay: bool = False,
@@ -109,11 +116,16 @@ class BlockWalk:
         get: Callable[[Tensor, torch.device], Tensor] = Tensor.to,
         put: Callable[[Tensor], Tensor] = lambda hidden: hidden,
     ) -> None:
-        self._block, self._groups, self._calls, self._index, self._streams = block, groups, calls, index, streams
+        self._block, self._groups, self._index, self._streams = block, found.groups, index, streams
+        self._repeated, self._flow = found.repeated, flow
         self._device = next(block.parameters()).device
         self._replay, self._park = replay, replay and park
+        if not flow.waits:  # a pass that is stopped in its block holds its states itself
+            get, put = Tensor.to, _same_states
         self._get, self._put = get, put
         self._replacements: dict[str, Tensor] = {}
+        self._originals: dict[str, Tensor] = {}  # what was replaced, where a later call of the original stream needs it
+        self._new: dict[str, Tensor] = {}  # by what
         self._outputs: Streams | None = None
         self.flops = 0.0  # of the groups' linears, as they were called
 
@@ -131,7 +143,7 @@ class BlockWalk:
     def __iter__(self) -> Iterator[GroupInputs | ExpertInputs]:
         mixtures = [experts.experts_of_group(self._block, names) for names in self._groups]
         hooks = [
-            self._block.get_submodule(name).register_forward_pre_hook(self._pause_at(group, name))
+            self._block.get_submodule(name).register_forward_pre_hook(self._pause_at(group, name), with_kwargs=True)
             for group, names in enumerate(self._groups)
             if mixtures[group] is None
             for name in names
@@ -159,12 +171,18 @@ class BlockWalk:
         return ExpertInputs(self._groups[group], each, read)
 
     def _paused(self) -> Iterator[GroupInputs | ExpertInputs]:
-        quantized = [self._start(x) for x in self._streams.quantized]
-        original = None if self._streams.original is None else [self._start(x) for x in self._streams.original]
+        quantized = [self._start("quantized", i, x) for i, x in enumerate(self._streams.quantized)]
+        original = None
+        if self._streams.original is not None:
+            original = [self._start("original", i, x) for i, x in enumerate(self._streams.original)]
         try:
             reached = self._together(original, quantized, 0)
             for group in range(len(self._groups)):
-                yield self._inputs(group, original is not None, lambda held=reached: iter(held))
+                if group in self._repeated:
+                    reached.clear()
+                    yield self._inputs(group, original is not None, lambda group=group: self._all_calls(group))
+                else:
+                    yield self._inputs(group, original is not None, lambda held=reached: iter(held))
                 reached.clear()  # whoever still holds the group must not keep its inputs alive while the next one grows
                 reached = self._together(original, quantized, group + 1)
         finally:
@@ -177,15 +195,47 @@ class BlockWalk:
     def _together(self, original: list[_Pass] | None, quantized: list[_Pass], group: int) -> list[tuple[Any, Any]]:
         """Let the original stream run to ``group`` with the weights that are there, then the other one with the new
         ones."""
+        self._set(self._originals)
         originals = [None] * len(quantized) if original is None else [self._resume(p, group) for p in original]
-        self._set(self._replacements)
+        if self._repeated:  # an earlier group is called again: each stream needs its own weights then
+            for name, weight in self._replacements.items():
+                self._originals[name] = self._block.get_parameter(f"{name}.weight").data
+                self._new[name] = weight
+            self._set(self._new)
+        else:
+            self._set(self._replacements)
         self._replacements.clear()
         return list(zip(originals, [self._resume(p, group) for p in quantized], strict=True))
+
+    def _all_calls(self, group: int) -> Iterator[tuple[Tensor | None, Tensor]]:
+        """What ``group`` reads in each of its calls: every batch runs through the whole block for it."""
+        new, before = dict(self._new), dict(self._originals)
+        if self._replay:
+            before = {name: self._block.get_parameter(f"{name}.weight").data for name in self._replacements}
+            new = {name: weight.to(self._device) for name, weight in self._replacements.items()}
+        for batch, hidden in enumerate(self._streams.quantized):
+            theirs: list[Any] = []
+            if self._streams.original is not None:
+                theirs = self._gather("original", batch, self._streams.original[batch], group, before)
+            ours = self._gather("quantized", batch, hidden, group, new)
+            yield from zip(theirs or [None] * len(ours), ours, strict=True)
+        self._set(before if self._replay else new)
+
+    def _gather(self, stream: str, batch: int, hidden: Tensor, group: int, weights: Mapping[str, Any]) -> list[Tensor]:
+        self._set(weights)
+        one = self._start(stream, batch, hidden)
+        one.gathers, one.gathered = group, []
+        try:
+            one.switch()
+            return one.gathered
+        finally:
+            _end(one)
 
     def _replayed(self) -> Iterator[GroupInputs | ExpertInputs]:
         paired = self._streams.original is not None
         for group in range(len(self._groups)):
-            yield self._inputs(group, paired, lambda group=group: self._pairs(group))
+            read = self._all_calls if group in self._repeated else self._pairs
+            yield self._inputs(group, paired, lambda group=group, read=read: read(group))
             if not paired:  # no stream needs the original weights any more
                 self._set({name: weight.to(self._device) for name, weight in self._replacements.items()})
                 self._replacements.clear()
@@ -202,18 +252,18 @@ class BlockWalk:
         new = {name: weight.to(self._device, non_blocking=True) for name, weight in self._replacements.items()}
         try:
             for index, hidden in enumerate(self._streams.quantized):
-                theirs = (
-                    None if self._streams.original is None else self._once(self._streams.original[index], group, before)
-                )
-                yield theirs, self._once(hidden, group, new)
+                theirs = None
+                if self._streams.original is not None:
+                    theirs = self._once("original", index, self._streams.original[index], group, before)
+                yield theirs, self._once("quantized", index, hidden, group, new)
                 del theirs
         finally:
             self._set(before)
 
-    def _once(self, hidden: Tensor, group: int, weights: Mapping[str, Any]) -> Any:
+    def _once(self, stream: str, batch: int, hidden: Tensor, group: int, weights: Mapping[str, Any]) -> Any:
         """What a fresh pass with ``weights`` holds at ``group``; its other activations are gone when this returns."""
         self._set(weights)
-        once = self._start(hidden)
+        once = self._start(stream, batch, hidden)
         try:
             for earlier in range(group):
                 self._resume(once, earlier)
@@ -225,13 +275,12 @@ class BlockWalk:
         for name, weight in weights.items():
             self._block.get_submodule(name).weight.data = weight
 
-    def _start(self, hidden: Tensor) -> _Pass:
+    def _start(self, stream: str, batch: int, hidden: Tensor) -> _Pass:
         """A pass that has not begun; ``hidden`` goes to the block's device only when it does."""
 
         def forward() -> Tensor:
-            args, kwargs = self._calls.of(self._index, hidden.shape[0], self._device)
-            result = self._block(self._get(hidden, self._device), *args, **kwargs)
-            return self._put(hidden_of(result))
+            entered = self._get(hidden, self._device)
+            return self._put(self._flow.call(stream, batch, self._index, self._block, entered))
 
         return _Pass(forward)
 
@@ -245,13 +294,13 @@ class BlockWalk:
             raise ArchitectureError(
                 f"a linear of group {one.group} was called out of order",
                 f"block {self._index}",
-                "Fix the architecture's row",
+                "Its order of calls depends on the text, which leangrid cannot follow: name it with --ignore",
             )
         if not at_end and (one.dead or one.group != group):
             raise CalibrationError(
                 f"{', '.join(self._groups[group])} saw no tokens",
                 f"block {self._index}",
-                "The architecture's row does not fit this model",
+                "Use more or other calibration text, or name it with --ignore",
             )
         return reached
 
@@ -260,7 +309,7 @@ class BlockWalk:
 
         def stop(stage: int, inputs: list[Tensor]) -> None:
             current = getcurrent()
-            if not isinstance(current, _Pass):
+            if not isinstance(current, _Pass) or current.gathers >= 0:
                 return
             current.group, current.input = first + stage, inputs
             current.parent.switch(inputs)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
@@ -277,21 +326,38 @@ class BlockWalk:
         """A forward pre-hook: the first linear of ``group`` that is called stops its pass; the others must read the
         same input."""
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            current, x = getcurrent(), args[0]
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+            current, x = getcurrent(), args[0] if args else next(iter(kwargs.values()))
             if not isinstance(current, _Pass):
                 return
-            if current.group != group:
+            if current.gathers >= 0:
+                if current.gathers == group and name == self._groups[group][0]:
+                    current.gathered.append(x)
+                return
+            if group in self._repeated and current.group >= group:
+                pass  # called again: its inputs were gathered
+            elif current.group != group:
                 current.group, current.input = group, x
                 current.parent.switch(x)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
-            elif current.input is None or x.data_ptr() != current.input.data_ptr() or x.shape != current.input.shape:
+            elif current.input is None or not _same(x, current.input):
                 raise ArchitectureError(
-                    f"{name} does not read the same input as its group", f"group {group}", "Fix the architecture's row"
+                    f"{name} does not read the same input as its group",
+                    f"group {group} of block {self._index}",
+                    "What it reads depends on the text, which leangrid cannot follow: name it with --ignore",
                 )
             weight: Any = module.weight
             self.flops += product(weight.shape[0], weight.shape[1], x.numel() // x.shape[-1])
 
         return hook
+
+
+def _same_states(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two views show the same numbers, in rows of the same width."""
+    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel() and one.shape[-1] == other.shape[-1]
 
 
 def _end(one: _Pass) -> None:

@@ -157,7 +157,7 @@ def estimate_seconds(
     baseline = sum(flops.sweep(la.rows, la.cols) + flops.layer_loss(la.rows, la.cols) for la in layers)
     passes = _REPLAYED if placement.replay else 1
     again = (
-        (len(skeleton.architecture.groups) + 1) * blocks * states if placement.disk_streams else 0
+        (len(skeleton.group_shapes()) + 1) * blocks * states if placement.disk_streams else 0
     )  # for each group and the way out
     shared = {
         "calibrate": passes * streams * tokens * (2 * weights + attention) / forward,
@@ -186,5 +186,5 @@ def estimate_seconds(
 
 def _shape(skeleton: Skeleton, index: int, group: tuple[str, ...]) -> tuple[int, int]:
     """Rows of all linears of a group, and its columns."""
-    shapes = [skeleton.shape(f"{skeleton.block_name(index)}.{name}") for name in group]
+    shapes = [skeleton.shape(skeleton.linear_name(index, name)) for name in group]
     return sum(rows for rows, _ in shapes), shapes[0][1]

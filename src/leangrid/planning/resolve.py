@@ -62,7 +62,7 @@ def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:
             fits = [g for g in (128, 64, 32) if cols % g == 0]
             instead = f"W{scheme.bits}A16_G{fits[0]} or W{scheme.bits}A16" if fits else f"W{scheme.bits}A16"
             raise ShapeError(f"groups of {scheme.group_size} do not divide {cols} columns", name, f"Use {instead}")
-        reason = container.refuse(scheme, name, rows, cols, skeleton.architecture.layer)
+        reason = container.refuse(scheme, name, rows, cols, skeleton.layer_kind(name))
         if reason:
             raise FormatError(reason)
     if recipe.layers:
@@ -80,7 +80,7 @@ def _refuse_mixture(recipe: Recipe, skeleton: Skeleton) -> None:
         )
     for index in range(len(skeleton.blocks)):
         for group in skeleton.groups(index):
-            fused = [f"{skeleton.block_name(index)}.{name}" for name in group]
+            fused = [skeleton.linear_name(index, name) for name in group]
             schemes = {recipe.for_layer(name).scheme for name in fused}
             if len(schemes) > 1:
                 shared = ", ".join(name.rpartition(".")[2] for name in fused)

@@ -35,7 +35,7 @@ _Sum = TypeVar("_Sum", bound=HessianSum)
 def algebras(run: Run, block: Block, number: int, group: GroupInputs | ExpertInputs) -> "Iterator[GroupAlgebra]":
     """One for each Hessian that the group needs: a single one, or one an expert."""
     if isinstance(group, ExpertInputs):
-        cols = run.skeleton.shape(f"{block.name}.{group.names[0]}")[1]
+        cols = run.skeleton.shape(block.paths(group.names)[0])[1]
         for names, hessian in expert_hessians(run, group, number, cols):
             yield ExpertAlgebra(run, block, number, names, hessian)
     elif run.states.placement.in_place:
@@ -98,7 +98,7 @@ class GroupAlgebra(ABC):
 
     def _cols(self) -> int:
         """Input features, which all the linears share."""
-        return self._run.skeleton.shape(f"{self._block.name}.{self.names[0]}")[1]
+        return self._run.skeleton.shape(self._block.paths(self.names)[0])[1]
 
     def _rows(self) -> int:
         """Output features of all the linears together."""

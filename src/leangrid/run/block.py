@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leangrid.models.architectures import Architecture
+from leangrid.models.linears import rows_first
+from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import BlockWalk, ExpertInputs, GroupInputs
 from leangrid.report.records import LayerRecord
 
@@ -21,7 +22,7 @@ class Block:
     Attributes:
         name: its path in the model, such as ``model.layers.3``.
         walk: both streams on their way through it.
-        architecture: of the model; it says how the module stores weights.
+        skeleton: of the model; it says what the result calls its linears.
         tensors: packed codes and grids, by their names in the result.
         records: what will stand in records.jsonl.
         sample: one row of one layer for the report, where this block has that layer.
@@ -32,7 +33,7 @@ class Block:
     name: str
     module: nn.Module
     walk: BlockWalk
-    architecture: Architecture
+    skeleton: Skeleton
     tensors: dict[str, Tensor] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)
     sample: dict[str, Any] | None = None
@@ -57,16 +58,20 @@ class Block:
 
     def queue_weight(self, name: str, weight: Tensor) -> None:
         """Give the linear ``name`` a new weight [rows, cols] once the streams go on."""
-        self._queued[name] = self.architecture.transposed(weight).contiguous()
+        self._queued[name] = rows_first(self.module.get_submodule(name), weight).contiguous()
 
     def weight(self, name: str) -> Tensor:
         """The original weight of a linear, [rows, cols] in the compute dtype."""
-        return self.architecture.transposed(self.parameter(name).data)
+        return rows_first(self.module.get_submodule(name), self.parameter(name).data)
 
     def parameter(self, name: str) -> Tensor:
         """The original weight of a linear, as the module stores it."""
         return self.module.get_parameter(f"{name}.weight")
 
     def paths(self, names: Sequence[str]) -> list[str]:
-        """The paths of some of its linears in the model."""
-        return [f"{self.name}.{name}" for name in names]
+        """The names in the result of some of its linears."""
+        return [self.path(name) for name in names]
+
+    def path(self, name: str) -> str:
+        """The name in the result of the linear at the path ``name`` in the block."""
+        return self.skeleton.linear_name(self.index, name)

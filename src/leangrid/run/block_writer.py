@@ -53,7 +53,7 @@ class BlockWriter:
 
     def store(self, block: Block, solved: SolvedLinear, hessian: Hessian, factor: Factor) -> None:
         """Take a solved linear: pack it, record it, and queue its new weight for the quantized stream."""
-        name, result, path = solved.name, solved.result, f"{block.name}.{solved.name}"
+        name, result, path = solved.name, solved.result, block.path(solved.name)
         self._accounting.count_layer(result.codes.shape, solved.costs)
         with self._clock.stage("pack"):
             weight = self._stored_weight(block, name, result)
@@ -67,23 +67,21 @@ class BlockWriter:
         """Make the block durable, then the streams that leave it; returns these (of several ranks, this one's part)."""
         self._accounting.count_forward(block.index, block.walk.flops)
         streams = block.walk.finished()
-        whole = self._ranks.gather_streams(streams)
+        whole = self._ranks.gather_streams(streams) if self._journal.keeps_states else streams
         if not self._ranks.first:
             return streams
         with self._clock.stage("save"):
-            quantized = {f"{record.name}.weight" for record in block.records}
-            within = (name for name in self._skeleton.parameter_names() if name.startswith(f"{block.name}."))
-            rest = {name: self._skeleton.read(name) for name in within if name not in quantized}
+            rest = {name: read() for name, _, read in self._skeleton.plain_tensors(block.index)}
             self._journal.commit_block(block.index, block.tensors | rest, self._info(block))
             self.reductions = []
-            if block.index + 1 < self._progress.blocks:
+            if self._journal.keeps_states and block.index + 1 < self._progress.blocks:
                 self._journal.save_state(block.index + 1, whole.tensors())
         self._progress.report("block", block.index, loss=sum(record.loss for record in block.records))
         return streams
 
     def _record(self, block: Block, solved: SolvedLinear, hessian: Hessian, factor: Factor) -> None:
         """The line of records.jsonl; of one layer of the model also a row, for the report."""
-        path, result = f"{block.name}.{solved.name}", solved.result
+        path, result = block.path(solved.name), solved.result
         recipe = self._recipe.for_layer(path)
         noted = replace(result, rescues=(*result.rescues, *self.reductions))
         block.records.append(LayerRecord.of(path, recipe, noted, hessian, factor, solved.costs.seconds))

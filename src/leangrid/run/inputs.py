@@ -92,11 +92,12 @@ def open_inputs(request: Request) -> RunInputs:
         checkpoint, skeleton, resolved = open_checkpoint(path, recipe, request.device, remote)
         side = {name: files.hash_file(file) for name, file in checkpoint.side_files().items()}
         journal = _locked_journal(request, checkpoint.identity | {"side_files": side})  # another tokenizer: another run
+    journal.keeps_states = not skeleton.structure.flows
     with _discarded_on_error(journal):
         placement = _placement(request, skeleton, resolved, journal)
         _require_disk(request, skeleton, resolved, journal, placement)
     notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
-    notices += [*checkpoint.notices, *skeleton.naming.notices, *journal.notices]
+    notices += [*checkpoint.notices, *skeleton.notices, *journal.notices]
     notices += describe_narrow_types(resolved, skeleton)
     notices += [f"scheme: {resolved.scheme}"] if recipe.scheme == "auto" else []
     for notice in notices:

@@ -21,7 +21,6 @@ from leangrid.machine.flops import FlopCounts
 from leangrid.machine.memory import peak_bytes
 from leangrid.machine.stopwatch import Clock
 from leangrid.models.gguf import is_gguf
-from leangrid.models.skeleton import Skeleton
 from leangrid.planning.sizes import compute_sizes
 from leangrid.report.experts import expert_figures
 from leangrid.report.facts import RECORDS, RUN
@@ -71,7 +70,7 @@ def publish(inputs: RunInputs, windows: Tensor, clock: Clock, judged_on: str) ->
         manifest = writer.write_result(
             journal,
             request.out,
-            _outside_blocks(skeleton),
+            _outside_blocks(inputs),
             make_config(inputs.skeleton, inputs.recipe),
             inputs.checkpoint.side_files(),
             {RECORDS: to_lines(records)},
@@ -184,13 +183,18 @@ def _result(
     )
 
 
-def _outside_blocks(skeleton: Skeleton) -> Iterator[tuple[str, TensorInfo | Tensor]]:
+def _outside_blocks(inputs: RunInputs) -> Iterator[tuple[str, TensorInfo | Tensor]]:
     """Embeddings, final norm, head: copied from where the checkpoint stores them, after a look for NaN; what is not on
     disk as it is. Then what is no part of the model."""
-    for name in skeleton.parameter_names():
-        if not name.startswith(skeleton.blocks_prefix):
-            tensor, info = skeleton.read(name), skeleton.tensor_info(name)
-            yield name, info if info.file.is_file() else tensor
+    skeleton = inputs.skeleton
+    for name, info, read in skeleton.plain_tensors(None):
+        tensor = read()
+        yield name, info if _can_be_copied(info, tensor) else tensor
     for name in skeleton.naming.extra:
-        info = skeleton.checkpoint.tensors[name]
-        yield name, info if info.file.is_file() else skeleton.checkpoint.read(name)
+        for part, info in inputs.checkpoint.stored_parts(name).items():
+            yield part, info if info.file.is_file() else inputs.checkpoint.read_info(info, part, check=False)
+
+
+def _can_be_copied(info: TensorInfo, tensor: Tensor) -> bool:
+    """Whether the bytes that ``info`` says are those of ``tensor``, on this machine."""
+    return info.file.is_file() and info.is_plain and tuple(info.shape) == tuple(tensor.shape)

@@ -25,6 +25,7 @@ from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run.algebra import GroupAlgebra, algebras
 from leangrid.run.block import Block
+from leangrid.run.catch_up import advance
 from leangrid.run.open_run import open_run
 from leangrid.run.request import Request
 from leangrid.run.result import QuantizeResult
@@ -92,7 +93,7 @@ def run_request(request: Request) -> QuantizeResult:
             return run
         streams = run.streams()
         for index in run.remaining_blocks():
-            streams = run.attempt_block(quantize_block, index, streams)
+            streams = advance(run, index, run.attempt_block(quantize_block, index, streams))
         return run.finish()
 
 
@@ -110,7 +111,7 @@ def quantize_linears(run: Run, block: Block, algebra: GroupAlgebra) -> None:
     hessian = algebra.collect()
     factor = algebra.factorize()
     for name in algebra.names:
-        recipe = run.recipe.for_layer(f"{block.name}.{name}")
+        recipe = run.recipe.for_layer(block.path(name))
         for target in algebra.targets(name):  # all rows of the linear, or some after others
             observer = algebra.observer()
             algebra.add(name, solve_linear(target, factor, hessian.matrix, recipe, run.precision, observer))

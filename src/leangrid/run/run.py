@@ -13,12 +13,14 @@ from leangrid.formats import FORMATS
 from leangrid.machine import memory
 from leangrid.machine.arithmetic import use_products
 from leangrid.machine.devices import DeviceClock, has_own_memory, is_out_of_memory
+from leangrid.models.flow import ChainedFlow, open_flow
 from leangrid.models.prefetch import Prefetch
-from leangrid.models.streams import Calls, Streams, run_to_first_block
+from leangrid.models.streams import Streams
 from leangrid.models.walk import BlockWalk
 from leangrid.run.accounting import Accounting
 from leangrid.run.block import Block
 from leangrid.run.block_writer import BlockWriter
+from leangrid.run.catch_up import catch_up
 from leangrid.run.inputs import RunInputs
 from leangrid.run.less_memory import reduce_placement
 from leangrid.run.publish import publish
@@ -29,6 +31,7 @@ from leangrid.run.states import StatePlaces
 from leangrid.solve.rescue import Rescue
 from leangrid.storage.mapped import MappedTensors
 
+_AGAIN = "the states before it are computed once more, since more than they flows between the blocks"
 _FAST_PRODUCTS = ("calibrate", "hessian")  # stages in the recipe's arithmetic; everything that is solved is in float32
 
 
@@ -58,7 +61,7 @@ class Run:
         watcher, blocks = inputs.request.progress if ranks.first else None, len(self.skeleton.blocks)
         self.progress = RunProgress(watcher, clock, blocks, done, windows.numel())
         self.writer = BlockWriter(inputs, self.states, clock, self.accounting, self.progress, ranks)
-        self._calls = Calls()
+        self.flow = open_flow(self.skeleton, self.device)
         self._stage = ("calibrate", 0)  # the last that began, and its group
         self._prefetch: Prefetch | None = None
         if has_own_memory(self.device):
@@ -66,6 +69,7 @@ class Run:
 
     def close(self) -> None:
         """End the thread that reads weights ahead."""
+        self.flow.close()
         if self._prefetch is not None:
             self._prefetch.close()
 
@@ -83,11 +87,12 @@ class Run:
     def streams(self) -> Streams:
         """The hidden states that enter the first block that is not committed yet."""
         done = self.journal.count_committed()
-        if not done:
-            batches = self.ranks.share(self.windows).split(self.states.placement.windows)
-            with self.stage("calibrate"):
-                hidden, self._calls = run_to_first_block(self.skeleton, batches, self.device, self.states.put)
-            return Streams(hidden, list(hidden) if self.strength > 0 else None)
+        if not done or not self.flow.waits:
+            streams = self._enter()
+            if done:
+                self.progress.report("notice", done, message=f"resuming after block {done}: {_AGAIN}")
+                streams = catch_up(self, streams)
+            return streams
         self.progress.report("notice", done, message=f"resuming after block {done} of {len(self.skeleton.blocks)}")
         dtype, found = self.skeleton.compute_dtype, None
         if self.ranks.first:
@@ -131,25 +136,25 @@ class Run:
                 self.ranks.require_agreement(**{f"the weights of {name}": checksum(module)})
         self._prefetch_block(index + 1)
         try:
-            groups, states = self.skeleton.groups(index), self.states
             walk = BlockWalk(
                 module,
-                groups,
-                self._calls,
+                self.skeleton.structure.blocks[index],
+                self.flow,
                 index,
                 streams,
                 placement.replay,
                 placement.in_place,
-                states.get,
-                states.put,
+                self.states.get,
+                self.states.put,
             )
-            yield Block(index, name, module, walk, self.skeleton.architecture)
+            yield Block(index, name, module, walk, self.skeleton)
         finally:
             context.__exit__(None, None, None)
 
     def finish(self) -> QuantizeResult:
         """Publish the result, on rank 0, and say on all ranks what the run did."""
         result = None
+        self.flow.close()
         if self.ranks.first:
             self.progress.report("save", len(self.skeleton.blocks) - 1)
             memory.return_freed_memory()  # what the blocks left: writing the result needs pieces of other sizes
@@ -161,12 +166,22 @@ class Run:
 
     def _rebatch(self, streams: Streams) -> None:
         """Cut and move the streams, where they are, to what the placement asks for."""
-        streams.rebatch(self.states.placement.windows)
-        streams.move(self.states.put)
-        for size in {len(batch) for batch in streams.quantized} - self._calls.by_batch.keys():
+        if isinstance(self.flow, ChainedFlow):
+            streams.rebatch(self.states.placement.windows)
+            streams.move(self.states.put)
             with self.stage("calibrate"):
-                _, calls = run_to_first_block(self.skeleton, [self.windows[:size]], self.device)
-                self._calls.by_batch |= calls.by_batch
+                self.flow.prepare(self.windows, {len(batch) for batch in streams.quantized})
+        elif len(streams.quantized[0]) > self.states.placement.windows:
+            again = catch_up(self, self._enter())  # passes of fewer windows, from the beginning
+            streams.quantized[:], streams.original = again.quantized, again.original
+
+    def _enter(self) -> Streams:
+        """Run everything before the first block."""
+        batches = self.ranks.share(self.windows).split(self.states.placement.windows)
+        streams = ("quantized", "original") if self.strength > 0 else ("quantized",)
+        with self.stage("calibrate"):
+            hidden = self.flow.enter(batches, self.states.put, *streams)
+        return Streams(hidden, list(hidden) if self.strength > 0 else None)
 
     def _reduce(self, index: int) -> None:
         """Use less memory from block ``index`` on, said and recorded."""

@@ -1,7 +1,6 @@
 """Recognises what is not an unquantized checkpoint, so that the error message can say what it is.
 
-Git LFS pointers, LoRA adapters, and weights of other quantizers, by first bytes, file names and tensor names; also a
-config.json that claims that plain weights are quantized."""
+Git LFS pointers, LoRA adapters, and weights of other quantizers, by first bytes, file names and tensor names."""
 
 import json
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from leangrid.errors import CheckpointError
-from leangrid.storage.dtypes import CODES, FLOATS
+from leangrid.storage.dtypes import CODES
 
 LFS_MARK = b"version https://git-lfs"  # the first line of a pointer (git-lfs, docs/spec.md)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # the ends of the names of files that torch.save writes
@@ -144,39 +143,6 @@ def find_quantized_form(tensors: Mapping[str, Any]) -> tuple[str, str] | None:
     return None
 
 
-def refuse_quantized(config: Mapping[str, Any], tensors: Mapping[str, Any], directory: Path) -> None:
-    """Raise CheckpointError if config.json says that the weights are quantized; the message tells whether they are."""
-    said = next(
-        (
-            (key, section[key])
-            for section in _sections(config)
-            for key in QUANTIZATION_KEYS
-            if section.get(key) is not None
-        ),
-        None,
-    )
-    if said is None:
-        return
-    key, value = said
-    if not value:
-        raise CheckpointError(
-            f"config.json has an empty {key}, which no reader understands", directory / "config.json", f"Remove {key}"
-        )
-    method = (
-        str(value.get("quant_method", "mlx" if key == "quantization" else "unnamed"))[:40]
-        if isinstance(value, dict)
-        else "unnamed"
-    )
-    matrices = {info.dtype for name, info in tensors.items() if len(info.shape) > 1}
-    if find_quantized_form(tensors) or matrices - set(FLOATS) or not matrices:
-        raise CheckpointError(f"the checkpoint is already quantized ({key}: {method})", directory, _WAY_OUT)
-    plain = " and ".join(sorted(matrices))
-    what = f"config.json says that the weights are quantized ({key}: {method}), but they are plain {plain}"
-    raise CheckpointError(
-        what, directory / "config.json", f"If these are the original weights, remove {key} from config.json"
-    )
-
-
 def refuse_disguised(tensors: Mapping[str, Any], directory: Path) -> None:
     """Raise CheckpointError if the weights are quantized although config.json does not say so.
 
@@ -221,7 +187,3 @@ def explain_foreign_names(names: Iterable[str]) -> str | None:
             "Convert the checkpoint to Hugging Face's format first"
         )
     return None
-
-
-def _sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [config, *(value for value in config.values() if isinstance(value, dict))]

@@ -5,9 +5,9 @@ each matrix is one range of bytes, which follows from the header alone. The matr
 one tensor for each matrix use."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from leangrid.errors import CheckpointError
+from leangrid.storage.dequantize import DequantizedInfo
 from leangrid.storage.safetensors import TensorInfo
 
 # Names of an expert's linears in the order gate, up, down; and of the two tensors that hold them all.
@@ -18,13 +18,15 @@ _MAX_EXPERTS = 4096  # so that a header of a few bytes cannot become a list of m
 
 
 def split_fused_experts(tensors: Mapping[str, TensorInfo], mixtral: bool = False) -> dict[str, TensorInfo]:
-    """``tensors`` with each fused tensor replaced by its experts' matrices [rows, cols]; other tensors stay.
+    """``tensors`` with each fused tensor replaced by its experts' matrices [rows, cols]; other tensors stay, and so do
+    experts with biases, which are gpt-oss's: they hold the transposed matrices.
 
     With ``mixtral`` the experts and their router get the names of Mixtral's checkpoints, ``block_sparse_moe``. Raises
     CheckpointError if an expert's matrix is also stored as a tensor of its own."""
     gate, up, down = MIXTRAL if mixtral else PLAIN
     found: dict[str, TensorInfo] = {}
-    mixtures = {name.rpartition(".experts.")[0] for name, info in tensors.items() if _parts(name, info)}
+    fused = {name for name, info in tensors.items() if _parts(name, info) and f"{name}_bias" not in tensors}
+    mixtures = {name.rpartition(".experts.")[0] for name in fused}
     for name, info in tensors.items():
         mixture = next(
             (path for path in (name.rpartition(".experts.")[0], name.removesuffix(".gate.weight")) if path in mixtures),
@@ -35,11 +37,12 @@ def split_fused_experts(tensors: Mapping[str, TensorInfo], mixtral: bool = False
             if mixture is None or not mixtral
             else mixture.removesuffix("mlp") + "block_sparse_moe" + name.removeprefix(mixture)
         )
-        leaves = ((gate, up), (down,))[FUSED.index(name.rpartition(".")[2])] if _parts(name, info) else ()
+        leaves = ((gate, up), (down,))[FUSED.index(name.rpartition(".")[2])] if name in fused else ()
         pieces = _pieces(new.rpartition(".")[0], info, leaves) if leaves else {new: info}
-        if twice := pieces.keys() & (found.keys() | (tensors.keys() - {name})):
+        twice = next((one for one in pieces if one in found or (one in tensors and one != name)), None)
+        if twice is not None:
             raise CheckpointError(
-                f"'{min(twice)}' is stored twice, alone and in '{name}'",
+                f"'{twice}' is stored twice, alone and in '{name}'",
                 info.file,
                 "Get another copy of the checkpoint",
             )
@@ -56,6 +59,7 @@ def _parts(name: str, info: TensorInfo) -> int:
         or len(info.shape) != 3
         or not 0 < info.shape[0] <= _MAX_EXPERTS
         or not info.nbytes
+        or (isinstance(info, DequantizedInfo) and info.layout.transposed)
     ):
         return 0
     parts = 2 - FUSED.index(leaf)
@@ -63,11 +67,12 @@ def _parts(name: str, info: TensorInfo) -> int:
 
 
 def _pieces(owner: str, info: TensorInfo, leaves: tuple[str, ...]) -> dict[str, TensorInfo]:
-    """The matrices of one fused tensor by name, each as its range of bytes."""
-    count, rows, cols = info.shape
-    size = info.nbytes // (count * len(leaves))
-    names = [f"{owner}.{expert}.{leaf}.weight" for expert in range(count) for leaf in leaves]
-    one = replace(info, shape=(rows // len(leaves), cols))
+    """The matrices of one fused tensor by name, each as its range of bytes, or as what is dequantized for it."""
+    count, rows, _ = info.shape
+    size = rows // len(leaves)
     return {
-        name: replace(one, start=info.start + i * size, end=info.start + (i + 1) * size) for i, name in enumerate(names)
+        f"{owner}.{expert}.{leaf}.weight": matrix.rows(i * size, (i + 1) * size)
+        for expert in range(count)
+        for matrix in (info.entry(expert),)
+        for i, leaf in enumerate(leaves)
     }

@@ -51,6 +51,7 @@ class Journal:
         states: the directory of the hidden states.
         identity: what the run is, as ``start_or_resume`` got it.
         is_fresh: whether this process started the run, so that nothing of an earlier process can be lost.
+        keeps_states: whether hidden states are saved between blocks; False where a resumed run makes them again.
         notices: sentences for the user.
     """
 
@@ -59,6 +60,7 @@ class Journal:
         self.notices: list[str] = []
         self.identity: dict[str, Any] = {}
         self.is_fresh = False
+        self.keeps_states = True
         self.states = partial / "state" if state_dir is None else state_dir / f"{output_of(partial).name}.partial.state"
         self._lock = files.FileLock(partial / "LOCK")
         self._committed: int | None = None
@@ -203,9 +205,10 @@ class Journal:
         """Find the block with which a resumed run continues, and remove the blocks from it on.
 
         It is the last block whose hidden states are intact and whose predecessors are all committed; 0 if there is
-        none. Afterwards ``count_committed()`` is the same number."""
+        none. Afterwards ``count_committed()`` is the same number. Where no states are kept it is the first block that
+        is not committed."""
         done = self.count_committed()
-        if done and not self._is_intact(self._state(done)):
+        if self.keeps_states and done and not self._is_intact(self._state(done)):
             point = done - 1
             while point and not self._is_intact(self._state(point)):
                 point -= 1

@@ -14,7 +14,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,6 +62,21 @@ class TensorInfo:
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch's."""
         return DTYPES[self.dtype]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the bytes in the file are the tensor's own, so that they can be copied."""
+        return True
+
+    def entry(self, index: int) -> "TensorInfo":
+        """Entry ``index`` of the first dimension."""
+        return replace(self.rows(index, index + 1), shape=self.shape[1:])
+
+    def rows(self, start: int, stop: int) -> "TensorInfo":
+        """The entries ``start`` to ``stop`` (exclusive) of the first dimension."""
+        size = self.nbytes // self.shape[0]
+        at = (self.start + start * size, self.start + stop * size)
+        return replace(self, shape=(stop - start, *self.shape[1:]), start=at[0], end=at[1])
 
 
 @dataclass(frozen=True)
@@ -279,6 +294,8 @@ def save(path: Path, tensors: Mapping[str, Source], metadata: Mapping[str, str] 
 
 
 def _dtype_of(name: str, source: Source) -> torch.dtype:
+    if isinstance(source, TensorInfo) and not source.is_plain:
+        raise FormatError("a tensor that is stored in codes has no bytes to copy: read it first", f"tensor '{name}'")
     dtype = source.torch_dtype if isinstance(source, TensorInfo) else source.dtype
     if dtype not in NAMES:
         raise FormatError(f"safetensors cannot hold {dtype}", f"tensor '{name}'")
@@ -314,3 +331,18 @@ def _stream(header: bytes, sources: Iterable[Source]) -> Iterator[bytes | memory
             yield from read_chunks(source.file, source.start, source.nbytes)
         elif source.numel():
             yield memoryview_of(source.detach().cpu().contiguous())
+
+
+def read_named(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, Tensor]:
+    """Some tensors of files on this machine, in CPU memory. CheckpointError where one is missing or cannot be read."""
+    found: dict[str, Tensor] = {}
+    for name in names:
+        info = infos.get(name)
+        if info is None:
+            raise CheckpointError("is missing", name, "Start over with --restart")
+        try:
+            with info.file.open("rb", buffering=0) as file:
+                found[name] = read_tensor(file, info)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(f"cannot read tensor '{name}': {error}", info.file, "Check the disk") from error
+    return found

@@ -1,0 +1,115 @@
+"""The tensors in a call of a block: its hidden states, its other arguments, what it returns."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leangrid.models.shape_pass import storage_of
+
+_HIDDEN = ("hidden_states", "x", "inputs", "hidden_state", "hidden")
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str | int, Tensor | None]:
+    """The argument as which a block is given its hidden states (a position or a name), and these."""
+    if args and isinstance(args[0], Tensor):
+        return 0, args[0]
+    for key in _HIDDEN:
+        if isinstance(kwargs.get(key), Tensor):
+            return key, kwargs[key]
+    for number, value in enumerate(args):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return number, value
+    for key, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 3:
+            return key, value
+    return 0, None
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The hidden states that a block returned: the tensor, or the first of a tuple. TypeError where there is none."""
+    found = find_tensor(value)
+    if found is None:
+        raise TypeError(f"a block returned {type(value).__name__}, which holds no hidden states")
+    return found
+
+
+def find_tensor(value: Any) -> Tensor | None:
+    """As ``first_tensor``; None where there is none."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return find_tensor(value[0]) if isinstance(value, list | tuple) and value else None
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same nest of tuples, lists and dicts with its tensors on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    return type(value)(moved(item, device) for item in value) if type(value) in (tuple, list) else value
+
+
+def place_of(x: Tensor) -> tuple[int, ...]:
+    """Which numbers a tensor shows while it lives: its storage, where in it, how many, how wide, how often changed.
+
+    A view with other leading dimensions is the same input."""
+    dense = () if x.is_contiguous() else x.stride()
+    width = x.shape[-1] if x.ndim else 1
+    return storage_of(x), int(x.storage_offset()), x.numel() // max(1, width), width, x._version, *dense
+
+
+def other_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: str | int) -> dict[str, tuple[float, ...]]:
+    """Every tensor of a call but its hidden states, by its place in the arguments, told by shape and sums."""
+    rest = {str(number): value for number, value in enumerate(args) if number != hidden}
+    rest |= {key: value for key, value in kwargs.items() if key != hidden}
+    return {path: _digest(x) for path, x in _nested(rest)}
+
+
+def _digest(x: Tensor) -> tuple[float, ...]:
+    if x.is_meta:
+        return tuple(map(float, x.shape))
+    flat = torch.nan_to_num(x.detach().flatten().double(), 0.0, 1e9, -1e9)
+    weights = torch.cos(torch.arange(flat.numel(), dtype=torch.float64))
+    return (*map(float, x.shape), float(flat.sum()), float(flat @ weights))
+
+
+def _nested(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a nest of containers and plain objects, such as caches, with its path."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _nested(item, f"{path}.{key}" if path else str(key), depth + 1)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _nested(item, f"{path}[{number}]", depth + 1)
+    elif depth < 4 and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value):
+        for key, item in vars(value).items():
+            if not key.startswith("_"):
+                yield from _nested(item, f"{path}.{key}", depth + 1)
+
+
+def without_numbers(value: Any) -> Any:
+    """The nest with its tensors on the meta device: what a block returns, without the numbers."""
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    if type(value) in (list, tuple):
+        return type(value)(without_numbers(item) for item in value)
+    return value
+
+
+def fill(shape: Any, hidden: Tensor) -> Any:
+    """What a block would return, with ``hidden`` as its states and zeros as its other tensors."""
+    if type(shape) in (list, tuple) and shape:
+        return type(shape)([fill(shape[0], hidden), *(_zeros(item) for item in shape[1:])])
+    return hidden
+
+
+def _zeros(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.zeros(value.shape, dtype=value.dtype)
+    return type(value)(_zeros(item) for item in value) if type(value) in (list, tuple) else value

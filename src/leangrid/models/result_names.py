@@ -1,0 +1,64 @@
+"""Which linear of the model a result's tensors belong to: results have the names of their source (stored.py)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from leangrid.models.conversion import Conversion
+from leangrid.models.expert_forms import DOWN, FusedForm, form_of
+from leangrid.models.linears import linear_shapes
+from leangrid.models.naming import Naming
+from leangrid.models.stored import StoredTensors
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A tensor as it would be stored if it were not quantized."""
+
+    shape: tuple[int, ...]
+    dtype: str = "F32"
+
+
+def match_result(model: PreTrainedModel, apart: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """Find the linears of a result's files.
+
+    Args:
+        model: as transformers builds it, on the meta device.
+        apart: the same with one linear for each matrix of each expert.
+        stored: the names of all tensors in the files.
+
+    Returns:
+        name in the result -> path in ``apart``, of every linear of which something is stored.
+    """
+    linears = linear_shapes(apart)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in stored)
+    found = {owner: owner for owner in owners if owner in linears}
+    others = [owner for owner in owners if owner and owner not in linears]
+    if not others:
+        return found
+    conversion, parts = Conversion(model, {}), dict[str, _Matrix]()
+    forms = {path: form for path, module in model.named_modules() if (form := form_of(module)) is not None}
+    for owner in others:
+        target = conversion.rename_to_module(owner)
+        if target in linears:
+            found[owner] = target
+            continue
+        path, _, leaf = target.rpartition(".")
+        if path in forms:
+            parts[owner + _WEIGHT] = _Matrix(_shape(forms[path], leaf))
+    if parts:
+        merged = Conversion(model, parts)
+        sources = {name: one.stored[0] for name, one in merged.sources.items() if not one.converted}
+        converted = {name: one for name, one in merged.sources.items() if one.converted}
+        places = StoredTensors(apart, Naming(sources, converted=converted, conversion=merged), None, "").places
+        for path, place in places.items():
+            if path.removesuffix(_WEIGHT) in linears and len(place.stored) == 1:
+                found[place.stored[0].removesuffix(_WEIGHT)] = path.removesuffix(_WEIGHT)
+    return found
+
+
+def _shape(form: FusedForm, leaf: str) -> tuple[int, int]:
+    return form.shape(DOWN) if leaf == DOWN else (form.inner, form.hidden)

@@ -1,0 +1,106 @@
+"""A forward pass of a model whose weights are not there: real activations of a few tokens, weights on the meta device.
+
+What a product with an absent weight would give is replaced by numbers of the same shape that depend on its input (and
+on nothing random), so that whatever the model decides by values (routing, masks, special tokens) is decided, and two
+passes with the same input agree. Nothing larger than a few tokens' activations is allocated, whatever the model's size.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Taking a part of an absent weight gives an absent weight.
+_PARTS = ("index", "index_select", "gather", "select", "slice", "narrow")
+_TO = ("_to_copy", "to", "clone", "contiguous", "detach", "alias")
+
+
+class ShapePass(TorchDispatchMode):
+    """While it is entered, operations take meta tensors beside real ones.
+
+    Attributes:
+        touched: the storages of absent tensors that were operands, as ``storage_of`` gives them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.touched: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = _tensors(args, kwargs)
+        absent = [x for x in given if x.is_meta]
+        self.touched.update(storage_of(x) for x in given)
+        if not absent:
+            return func(*args, **kwargs)
+        real = [x for x in given if not x.is_meta]
+        name = func.overloadpacket.__name__
+        if name in _TO and "device" in kwargs:
+            kwargs["device"] = None
+        if not real:
+            if name in ("equal", "is_nonzero", "_local_scalar_dense"):
+                return False if name != "_local_scalar_dense" else 0
+            return func(*args, **kwargs)
+        empty = _map(_to_meta, args), {key: _map(_to_meta, value) for key, value in kwargs.items()}
+        if name in _PARTS and args[0].is_meta:
+            return func(*empty[0], **empty[1])
+        if func._schema.is_mutable:
+            target = args[0]
+            if not target.is_meta:
+                target.copy_(_numbers(target, real))
+            return target
+        found = func(*empty[0], **empty[1])
+        return _map(lambda x: _numbers(x, real), found)
+
+
+def storage_of(x: Tensor) -> int:
+    """A number that tells storages apart while they live, also those of meta tensors."""
+    return x.untyped_storage()._cdata
+
+
+def _map(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """The nest of tuples and lists with ``change`` of each of its tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)([_map(change, item) for item in value]) if type(value) in (tuple, list) else value
+
+
+def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()):
+        _map(found.append, value)
+    return found
+
+
+def _to_meta(x: Tensor) -> Tensor:
+    return x if x.is_meta else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+@lru_cache(maxsize=64)
+def _tables(width: int) -> tuple[Tensor, Tensor, Tensor]:
+    place = torch.arange(width, dtype=torch.float32)
+    return torch.cos(place * 0.7), 1.0 + 0.37 * torch.cos(place), 1.7 * place
+
+
+def _numbers(like: Tensor, real: list[Tensor]) -> Tensor:
+    """Numbers in the shape and dtype of ``like``, those of each token from that token's numbers in ``real``."""
+    if not like.is_floating_point():
+        return torch.zeros(like.shape, dtype=like.dtype)
+    width = like.shape[-1] if like.ndim else 1
+    source = next((x for x in real if x.is_floating_point() and x.numel()), None)
+    tokens = next((x for x in real if x.shape == like.shape[:-1] and not x.is_floating_point()), None)  # an embedding
+    if tokens is not None:
+        share = tokens.float()
+    elif source is None:
+        share = torch.zeros(())
+    elif source.ndim >= 2 and source.shape[:-1] == like.shape[:-1]:
+        share = source.float() @ _tables(source.shape[-1])[0]
+    else:
+        share = source.float().flatten() @ _tables(source.numel())[0]
+    share = torch.nan_to_num(share, 0.0, 0.0, 0.0).float()
+    _, slopes, phases = _tables(max(width, 1))
+    made = torch.sin(share[..., None] * slopes + phases)
+    return made.expand(like.shape).to(like.dtype).contiguous() if like.ndim else made[0].to(like.dtype)

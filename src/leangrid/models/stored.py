@@ -1,0 +1,181 @@
+"""Where each tensor of a skeleton's model is stored, and under which name the result holds it.
+
+A skeleton's model has one linear for each matrix of each expert (experts.py); the checkpoint has them so, or all
+experts of a block in one tensor, and some tensors under other names or in other pieces (naming.py, conversion.py)."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from leangrid.models.conversion import Conversion, ExpertPart
+from leangrid.models.expert_forms import DOWN, GATE, UP, form_of
+from leangrid.models.experts import Experts
+from leangrid.models.naming import Naming, Weights
+from leangrid.storage.fused import MIXTRAL
+
+_WEIGHT = ".weight"
+_KINDS = ("weight", "bias")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one tensor of the model is.
+
+    Attributes:
+        stored: the names of the stored tensors that it is made of.
+        name: under which the result holds it.
+        expert: the entry of the stored tensor, which holds those of all experts; None where it does not.
+        take: makes the model's tensor of what is stored (of the ``expert``); None: it is that.
+        converted: the name in transformers' model of the tensor that has to be converted first; None: nothing has to.
+    """
+
+    stored: tuple[str, ...]
+    name: str
+    expert: int | None = None
+    take: Callable[[Tensor], Tensor] | None = None
+    converted: str | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is one stored tensor as it is."""
+        return self.expert is None and self.take is None and self.converted is None
+
+
+class StoredTensors:
+    """The tensors of a model by their names in it.
+
+    Args:
+        model: the skeleton's.
+        naming: of the model as transformers builds it.
+        checkpoint: the files; None where only names are asked for.
+        base_prefix: the path of the base model in the model, with which names may be stored or not.
+    """
+
+    def __init__(self, model: nn.Module, naming: Naming, checkpoint: Weights | None, base_prefix: str) -> None:
+        self._naming, self._checkpoint, self._prefix = naming, checkpoint, base_prefix
+        self._mixtral = getattr(getattr(model, "config", None), "model_type", None) == "mixtral"
+        self._converted: tuple[str, Tensor] | None = None  # the last, of which several parts may be asked for
+        self.places: dict[str, Place] = {}
+        for name, stored in naming.sources.items():
+            self.places[name] = Place((stored,), self._spelled(name, stored))
+        for name, source in naming.converted.items():
+            self.places[name] = Place(source.stored, name, converted=name)
+        direct = {} if naming.conversion is None else naming.conversion.unread
+        if direct:
+            names = {name for name, _ in model.named_parameters()} - self.places.keys()
+            self.places |= {
+                name: Place((own,), self._spelled(name, own)) for own, name in direct.items() if name in names
+            }
+        for path, module in model.named_modules():
+            if isinstance(module, Experts):
+                self._place_experts(path, module)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor that the model calls ``name``, in the stored dtype."""
+        place, conversion = self.places[name], self._naming.conversion
+        if self._checkpoint is None:
+            raise RuntimeError("nothing can be read without a checkpoint")
+        if place.converted is not None and conversion is not None:
+            if self._converted is None or self._converted[0] != place.converted:
+                self._converted = (place.converted, conversion.read(place.converted, self._checkpoint.read))
+            found = self._converted[1] if place.expert is None else self._converted[1][place.expert]
+        elif place.expert is not None:
+            entry: Any = getattr(self._checkpoint, "read_entry", None)
+            stored = place.stored[0]
+            found = self._checkpoint.read(stored)[place.expert] if entry is None else entry(stored, place.expert)
+        else:
+            found = self._checkpoint.read(place.stored[0])
+        return found if place.take is None else place.take(found).contiguous()
+
+    def dtype(self, name: str) -> str:
+        """The dtype in which it is stored, as safetensors calls it."""
+        return "" if self._checkpoint is None else self._checkpoint.tensors[self.places[name].stored[0]].dtype
+
+    def copied(self, names: Iterable[str], quantized: Collection[str]) -> Iterator[tuple[str, str | None]]:
+        """What the result holds of the tensors ``names`` of the model that are not ``quantized``: the name there, and
+        the model's name of it, or None for a stored tensor that is copied under its own name because the model has it
+        in other pieces."""
+        gone = {stored for name in quantized for stored in self.places[name].stored}
+        seen: set[str] = set()
+        for name in names:
+            place = self.places[name]
+            if name in quantized or place.name in seen:
+                continue
+            if place.expert is not None or (place.is_whole and place.stored[0] not in gone):
+                seen.add(place.name)
+                yield place.name, name
+            elif gone.intersection(place.stored):  # its other pieces are quantized
+                seen.add(place.name)
+                yield name, name
+            else:
+                for stored in place.stored:
+                    if stored not in seen:
+                        seen.add(stored)
+                        yield stored, None
+
+    def module_name(self, path: str) -> str:
+        """The name that the result gives to the linear at ``path`` in the model."""
+        place = self.places.get(path + _WEIGHT)
+        return path if place is None else place.name.removesuffix(_WEIGHT)
+
+    def _place_experts(self, path: str, module: Experts) -> None:
+        """The linears of the experts at ``path``, whose tensors transformers' model holds fused."""
+        form, conversion, dot = module.form, self._naming.conversion, f"{path}." if path else ""
+        for kind in ("weight", "bias") if form.biased else ("weight",):
+            for leaf in dict.fromkeys(leaf for leaves in form.stages for leaf in leaves):
+                fused = f"{dot}{form.fused_name(leaf, kind)}"
+                whole = self.places.get(fused)
+                if whole is None or f"{dot}0.{leaf}.{kind}" in self.places:  # stored under the linears' own names
+                    continue
+                parts = None if whole.converted is None or conversion is None else conversion.expert_parts(fused)
+                if parts is not None:
+                    self._place_parts(dot, leaf, kind, parts, form.transposed)
+                    continue
+                owner, _, last = whole.name.rpartition(".")
+                if last != form.fused_name(leaf, kind):  # stored under another name: the linears have the model's
+                    owner = path
+                for expert in range(form.count):
+                    name = self._saved(f"{owner}.{expert}.{leaf}.{kind}" if owner else f"{expert}.{leaf}.{kind}")
+                    place = Place(whole.stored, name, expert, form.taken(leaf, kind), whole.converted)
+                    self.places[f"{dot}{expert}.{leaf}.{kind}"] = place
+        for leaf in {form.fused_name(leaf, kind) for leaves in form.stages for leaf in leaves for kind in _KINDS}:
+            self.places.pop(f"{dot}{leaf}", None)
+
+    def _place_parts(self, dot: str, leaf: str, kind: str, parts: tuple[ExpertPart, ...], transposed: bool) -> None:
+        wanted = 1 if leaf == UP and any(part.part for part in parts) else 0
+        for part in parts:
+            if part.part == wanted or leaf not in (GATE, UP):
+                turned = part.transposed != transposed and kind == "weight"
+                place = Place((part.stored,), part.stored, take=Tensor.t if turned else None)
+                self.places[f"{dot}{part.expert}.{leaf}.{kind}"] = place
+
+    def _spelled(self, name: str, stored: str) -> str:
+        """The result's name of a tensor: the model's, unless the checkpoint has another than old spellings of it or
+        the base model's prefix make of it."""
+        base = f"{self._prefix}." if self._prefix else ""
+        old = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        return self._saved(name) if name in (old, base + old, old.removeprefix(base)) else stored
+
+    def _saved(self, name: str) -> str:
+        """As Mixtral's checkpoints call a tensor of its experts where this one was saved otherwise."""
+        if not self._mixtral or ".mlp." not in name:
+            return name
+        for ours, theirs in zip(("gate_proj", "up_proj", "down_proj"), MIXTRAL, strict=True):
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        return name.replace(".mlp.", ".block_sparse_moe.")
+
+
+def stores_experts_apart(model: PreTrainedModel, stored: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint holds the experts' matrices under the names that our linears have, where transformers does
+    not merge such matrices itself. ``model`` is as transformers builds it."""
+    paths = [path for path, module in model.named_modules() if form_of(module) is not None]
+    last = f"0.{DOWN}."
+    likely = [name for name in stored if last in name and ".experts." in f".{name}"] if paths else []
+    if not likely:
+        return False
+    unread = Conversion(model, {name: stored[name] for name in likely}).unread
+    ours = tuple(f"{path}.{last}" for path in paths)
+    return any(name.startswith(ours) for name in unread.values())

@@ -1,0 +1,108 @@
+"""A look into a run of leangrid: where its streams end, and what its linears read when their weights are left alone.
+
+Neither is in any file of a result. The run is the real one; what passes through it is noted on the way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from leangrid.models.flow import ChainedFlow, LiveFlow
+from leangrid.models.walk import BlockWalk, GroupInputs
+from leangrid.run.run import Run
+
+
+@dataclass
+class Watched:
+    """What was seen of a run.
+
+    Attributes:
+        ends: ``walked`` and, with two streams, ``original``: the hidden states of all windows that leave the last block
+            that is called.
+        block: the path of that block.
+        hessians: path of a linear -> the sum of x x^T over everything it read, float64 [cols, cols].
+    """
+
+    ends: dict[str, Tensor] = field(default_factory=dict)
+    block: str = ""
+    hessians: dict[str, Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def ends_watched() -> Iterator[Watched]:
+    """Context: note where the streams of a run end: what the last call of a block returned, batch by batch."""
+    seen, batches, own_finish = Watched(), dict[str, dict[int, Tensor]](), Run.finish
+
+    def watched(own: Any) -> Any:
+        def call(self: Any, stream: str, batch: int, index: int, block: Any, hidden: Tensor) -> Tensor:
+            left = own(self, stream, batch, index, block, hidden)
+            if not seen.ends:
+                seen.block = self._skeleton.block_name(index)
+                batches.setdefault(stream, {})[batch] = left.cpu()
+            return left
+
+        return call
+
+    def finish(self: Any) -> Any:  # the gate goes through the blocks again, with other texts
+        for stream in batches.keys() & named.keys():
+            found = batches[stream]
+            seen.ends[named[stream]] = torch.cat([found[batch] for batch in sorted(found)])
+        return own_finish(self)
+
+    named = {"quantized": "walked", "original": "original"}
+    with (
+        patch.object(ChainedFlow, "call", watched(ChainedFlow.call)),
+        patch.object(LiveFlow, "call", watched(LiveFlow.call)),
+        patch.object(Run, "finish", finish),
+    ):
+        yield seen
+
+
+@contextmanager
+def hessians_watched() -> Iterator[Watched]:
+    """Context: leave the weights alone while a run walks, and sum what each linear reads. The run ends, by ``Walked``,
+    where it would publish its result."""
+    seen, own = Watched(), BlockWalk.__iter__
+
+    def walk(self: Any) -> Iterator[Any]:
+        block = self._flow._skeleton.block_name(self._index)
+        for group in own(self):
+            _add(seen.hessians, block, group)
+            yield group
+
+    def replace(self: Any, name: str, weight: Tensor) -> None:
+        kept = self._block.get_submodule(name).weight.data
+        original(self, name, kept)
+
+    def finish(self: Any) -> None:
+        raise Walked
+
+    original = BlockWalk.replace
+    with (
+        patch.object(BlockWalk, "__iter__", walk),
+        patch.object(BlockWalk, "replace", replace),
+        patch.object(Run, "finish", finish),
+    ):
+        yield seen
+
+
+class Walked(Exception):
+    """The run has walked through all blocks."""
+
+
+def _add(hessians: dict[str, Tensor], block: str, group: Any) -> None:
+    """Add what the linears of ``group`` read, the quantized stream's, to their sums."""
+    if isinstance(group, GroupInputs):
+        read = [(group.names, [ours for _, ours in group])]
+    else:
+        batches = list(group)
+        read = [(names, [batch[e] for batch in batches]) for e, names in enumerate(group.experts)]
+    for names, inputs in read:
+        total = sum(x.reshape(-1, x.shape[-1]).double().T @ x.reshape(-1, x.shape[-1]).double() for x in inputs)
+        for name in names:
+            path = f"{block}.{name}"
+            hessians[path] = hessians[path] + total if path in hessians else torch.as_tensor(total)
