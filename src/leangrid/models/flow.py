@@ -129,18 +129,21 @@ class LiveFlow(Flow):
 
     waits = False
 
-    def __init__(self, skeleton: Skeleton, device: torch.device | str = "cpu") -> None:
+    def __init__(self, skeleton: Skeleton, device: torch.device | str = "cpu", beside: bool = False) -> None:
+        """``beside``: another flow of the same skeleton, whose weights outside of the blocks are loaded, is open."""
         super().__init__(skeleton, device)
+        self._beside = beside
         self._passes: dict[str, list[_ModelPass]] = {}
         self._outside: AbstractContextManager[Any] | None = None
 
     def enter(self, batches: Sequence[Tensor], put: Put, *streams: str) -> list[Tensor]:
         self.close()
         skeleton = self._skeleton
-        self._outside = skeleton.load_outside_blocks(self._device)
-        self._outside.__enter__()
-        for index, block in enumerate(skeleton.blocks):
-            _stop_in(block, index)
+        if not self._beside:
+            self._outside = skeleton.load_outside_blocks(self._device)
+            self._outside.__enter__()
+            for index, block in enumerate(skeleton.blocks):
+                _stop_in(block, index)
         states: list[Tensor] = []
         for stream in streams:
             passes = [_ModelPass(_run_of(skeleton, ids.to(self._device))) for ids in batches]

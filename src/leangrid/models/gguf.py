@@ -23,8 +23,9 @@ from leangrid.errors import ArchitectureError, CheckpointError
 from leangrid.models import gguf_tokenizer
 from leangrid.models.gguf_families import Family, family_of
 from leangrid.models.gguf_fields import Fields, can_dequantize, read_rows, rows_at_once
-from leangrid.models.model_class import empty_model
+from leangrid.models.model_class import empty_model, with_experts_apart
 from leangrid.models.shapes import DescribedCheckpoint, TensorShape
+from leangrid.models.stored import mixtral_name
 from leangrid.storage import files, safetensors
 from leangrid.storage.dtypes import NAMES, plain_dtype, torch_name
 from leangrid.storage.gguf import Field
@@ -165,7 +166,7 @@ def _completed(path: Path, config: dict[str, Any], dtype: torch.dtype) -> dict[s
 def _placed(fields: Fields, family: Family, config: dict[str, Any]) -> dict[str, Part]:
     """Where each tensor of transformers' class lies; CheckpointError where file and class disagree."""
     header = fields.header
-    model = empty_model(DescribedCheckpoint(header.file, config, {}))
+    model = with_experts_apart(empty_model(DescribedCheckpoint(header.file, config, {})))
     number = next(number for number, text in gguf.MODEL_ARCH_NAMES.items() if text == fields.arch)
     table = gguf.get_tensor_name_map(number, config.get("num_hidden_layers", config.get("n_layer", 0)))
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -174,6 +175,8 @@ def _placed(fields: Fields, family: Family, config: dict[str, Any]) -> dict[str,
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in tied:
             continue
+        if config["model_type"] == "mixtral":  # under the names of Mixtral's own checkpoints
+            name = mixtral_name(name)
         theirs = table.get_name(_EXPERT.sub(".experts.", name), try_suffixes=(".weight", ".bias"))
         place = None if theirs is None else _place(header, theirs, name, tuple(tensor.shape), config)
         if place is None:

@@ -161,11 +161,16 @@ class StoredTensors:
 
     def _saved(self, name: str) -> str:
         """As Mixtral's checkpoints call a tensor of its experts where this one was saved otherwise."""
-        if not self._mixtral or ".mlp." not in name:
-            return name
-        for ours, theirs in zip(("gate_proj", "up_proj", "down_proj"), MIXTRAL, strict=True):
-            name = name.replace(f".{ours}.", f".{theirs}.")
-        return name.replace(".mlp.", ".block_sparse_moe.")
+        return mixtral_name(name) if self._mixtral else name
+
+
+def mixtral_name(name: str) -> str:
+    """As Mixtral's checkpoints call what transformers' model calls ``name``."""
+    if ".mlp." not in name:
+        return name
+    for ours, theirs in zip(("gate_proj", "up_proj", "down_proj"), MIXTRAL, strict=True):
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    return name.replace(".mlp.", ".block_sparse_moe.")
 
 
 def stores_experts_apart(model: PreTrainedModel, stored: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ batch runs through the block once more.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ class _Pass(greenlet):
     group: int = -1
     input: Any = None  # a tensor, or a list of one an expert
     gathers: int = -1  # the group whose inputs of all calls it gathers instead of stopping anywhere
-    gathered: list[Tensor]
+    gathered: list[Any]
 
 
 @dataclass
@@ -141,6 +142,22 @@ class BlockWalk:
         return self._outputs
 
     def __iter__(self) -> Iterator[GroupInputs | ExpertInputs]:
+        with self._stopping():
+            yield from self._replayed() if self._replay else self._paused()
+
+    def gather(
+        self, group: int, originals: Mapping[str, Tensor], new: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Any, Any]]:
+        """What ``group`` reads while every batch runs through the whole block, the original stream with the weights
+        ``originals``, the other with ``new``; afterwards the block has the originals."""
+        self._originals, self._new = dict(originals), dict(new)
+        with self._stopping():
+            yield from self._all_calls(group)
+        self._set(self._originals)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Context: passes through the block stop at its groups."""
         mixtures = [experts.experts_of_group(self._block, names) for names in self._groups]
         hooks = [
             self._block.get_submodule(name).register_forward_pre_hook(self._pause_at(group, name), with_kwargs=True)
@@ -152,7 +169,7 @@ class BlockWalk:
             if mixture is not None and mixture[2] == 0:
                 mixture[1].before_stage = self._pause_experts(first)
         try:
-            yield from self._replayed() if self._replay else self._paused()
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
@@ -160,9 +177,10 @@ class BlockWalk:
                 if mixture is not None:
                     mixture[1].before_stage = None
 
-    def _inputs(
+    def inputs(
         self, group: int, paired: bool, read: Callable[[], Iterator[tuple[Any, Any]]]
     ) -> GroupInputs | ExpertInputs:
+        """The inputs of ``group``, which ``read`` gives batch by batch."""
         mixture = experts.experts_of_group(self._block, self._groups[group])
         if mixture is None:
             return GroupInputs(self._groups[group], paired, read)
@@ -180,9 +198,9 @@ class BlockWalk:
             for group in range(len(self._groups)):
                 if group in self._repeated:
                     reached.clear()
-                    yield self._inputs(group, original is not None, lambda group=group: self._all_calls(group))
+                    yield self.inputs(group, original is not None, lambda group=group: self._all_calls(group))
                 else:
-                    yield self._inputs(group, original is not None, lambda held=reached: iter(held))
+                    yield self.inputs(group, original is not None, lambda held=reached: iter(held))
                 reached.clear()  # whoever still holds the group must not keep its inputs alive while the next one grows
                 reached = self._together(original, quantized, group + 1)
         finally:
@@ -207,7 +225,7 @@ class BlockWalk:
         self._replacements.clear()
         return list(zip(originals, [self._resume(p, group) for p in quantized], strict=True))
 
-    def _all_calls(self, group: int) -> Iterator[tuple[Tensor | None, Tensor]]:
+    def _all_calls(self, group: int) -> Iterator[tuple[Any, Any]]:
         """What ``group`` reads in each of its calls: every batch runs through the whole block for it."""
         new, before = dict(self._new), dict(self._originals)
         if self._replay:
@@ -235,7 +253,7 @@ class BlockWalk:
         paired = self._streams.original is not None
         for group in range(len(self._groups)):
             read = self._all_calls if group in self._repeated else self._pairs
-            yield self._inputs(group, paired, lambda group=group, read=read: read(group))
+            yield self.inputs(group, paired, lambda group=group, read=read: read(group))
             if not paired:  # no stream needs the original weights any more
                 self._set({name: weight.to(self._device) for name, weight in self._replacements.items()})
                 self._replacements.clear()
@@ -309,7 +327,11 @@ class BlockWalk:
 
         def stop(stage: int, inputs: list[Tensor]) -> None:
             current = getcurrent()
-            if not isinstance(current, _Pass) or current.gathers >= 0:
+            if not isinstance(current, _Pass):
+                return
+            if current.gathers >= 0:
+                if current.gathers == first + stage:
+                    current.gathered.append(inputs)
                 return
             current.group, current.input = first + stage, inputs
             current.parent.switch(inputs)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent

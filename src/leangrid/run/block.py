@@ -11,6 +11,7 @@ from leangrid.models.linears import rows_first
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import BlockWalk, ExpertInputs, GroupInputs
 from leangrid.report.records import LayerRecord
+from leangrid.run.repeated import RepeatedWalk
 
 StageTimer = Callable[..., AbstractContextManager[None]]  # Run.stage: counts the time of its body
 
@@ -32,7 +33,7 @@ class Block:
     index: int
     name: str
     module: nn.Module
-    walk: BlockWalk
+    walk: BlockWalk | RepeatedWalk
     skeleton: Skeleton
     tensors: dict[str, Tensor] = field(default_factory=dict)
     records: list[LayerRecord] = field(default_factory=list)

@@ -2,78 +2,73 @@
 
 Where hidden states are all that flows, they are what the block gave, and they are saved. In other models (flow.py) each
 pass goes on from block to block: to the next one; through one that is called again, which has its new weights by then;
-and, in a run that is resumed, through all that are committed, with the weights that were read from the files. These are
+and, in a run that is resumed, through all that are committed, with the weights that are read from the files. These are
 the same weights and the same products as before the run was stopped, so its bytes are the same."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+import torch
 
-from torch import Tensor, nn
-
-from leangrid.formats import FORMATS
-from leangrid.models.linears import rows_first
+from leangrid.models.flow import Flow
+from leangrid.models.skeleton import Skeleton
 from leangrid.models.streams import Streams
-from leangrid.planning.sizes import stored_schemes
-from leangrid.storage.safetensors import read_named
-
-if TYPE_CHECKING:
-    from leangrid.run.run import Run
+from leangrid.run.block import StageTimer
+from leangrid.run.committed import CommittedWeights
 
 
-def advance(run: "Run", index: int, streams: Streams) -> Streams:
-    """The streams that enter the next block that is not committed, after block ``index``; ``streams`` left it."""
-    if run.flow.waits:
+class Onward:
+    """Takes both streams from one block to another.
+
+    Args:
+        skeleton, flow: the model, and the way through it.
+        weights: of committed blocks.
+        device: where blocks are computed.
+        timer: counts the time as a stage of the run.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        flow: Flow,
+        weights: CommittedWeights,
+        device: torch.device | str,
+        timer: StageTimer,
+    ) -> None:
+        self._skeleton, self._flow, self._weights = skeleton, flow, weights
+        self._device, self._timer = device, timer
+
+    def advance(self, index: int, streams: Streams) -> Streams:
+        """The streams that enter the next block that is not committed; ``streams`` left block ``index``, which is."""
+        if self._flow.waits:
+            return streams
+        return self._to_next(index, *self._step(streams))
+
+    def catch_up(self, committed: int, streams: Streams) -> Streams:
+        """The streams that enter block number ``committed``; ``streams`` enter the first."""
+        for index in range(committed):
+            streams = self._to_next(index, *self._through(index, streams))
         return streams
-    entered, following = _step(run, streams)
-    while following is not None and following <= index:  # called again: its weights are known
-        entered, following = _through(run, following, entered)
-    return entered
 
-
-def catch_up(run: "Run", streams: Streams) -> Streams:
-    """The streams that enter the first block that is not committed; ``streams`` enter the first."""
-    for index in range(run.journal.count_committed()):
-        streams, following = _through(run, index, streams)
+    def _to_next(self, index: int, streams: Streams, following: int | None) -> Streams:
+        """Through blocks up to ``index`` that are called again, whose weights are known, to the next one."""
         while following is not None and following <= index:
-            streams, following = _through(run, following, streams)
-    return streams
+            streams, following = self._through(following, streams)
+        return streams
 
+    def _through(self, index: int, streams: Streams) -> tuple[Streams, int | None]:
+        """Both streams through the committed block ``index``, each with its own weights, and on to the next."""
+        with self._timer("calibrate"), self._skeleton.load_block(index, self._device) as block:
+            for batch, hidden in enumerate(streams.original or []):
+                self._flow.call("original", batch, index, block, hidden)
+            for name, weight in self._weights.of(index, block).items():
+                block.get_parameter(f"{name}.weight").data = weight
+            for batch, hidden in enumerate(streams.quantized):
+                self._flow.call("quantized", batch, index, block, hidden)
+        return self._step(streams)
 
-def _through(run: "Run", index: int, streams: Streams) -> tuple[Streams, int | None]:
-    """Run both streams through the committed block ``index``, each with its own weights, and on to the next."""
-    with run.stage("calibrate"), run.skeleton.load_block(index, run.device) as block:
-        for batch, hidden in enumerate(streams.original or []):
-            run.flow.call("original", batch, index, block, hidden)
-        for name, weight in _committed_weights(run, index, block).items():
-            block.get_submodule(name).weight.data = weight
-        for batch, hidden in enumerate(streams.quantized):
-            run.flow.call("quantized", batch, index, block, hidden)
-    return _step(run, streams)
-
-
-def _step(run: "Run", streams: Streams) -> tuple[Streams, int | None]:
-    """Hand every pass what its block returned; the states that enter the next one, and its number."""
-    with run.stage("calibrate"):
-        following, quantized = run.flow.advance("quantized", streams.quantized)
-        original = None
-        if streams.original is not None:
-            _, original = run.flow.advance("original", streams.original)
-    return Streams(quantized, original), following
-
-
-def _committed_weights(run: "Run", index: int, block: nn.Module) -> Mapping[str, Tensor]:
-    """The new weight of each quantized linear of a committed block, as its module stores it."""
-    container, schemes = FORMATS[run.recipe.format], stored_schemes(run.skeleton, run.recipe)
-    infos, found = run.journal.locate_block_tensors(index), {}
-    for name in (name for group in run.skeleton.groups(index) for name in group):
-        path = run.skeleton.linear_name(index, name)
-        shape = run.skeleton.shape(path)
-        suffixes = container.layout(schemes[path], shape, run.skeleton.dtype)
-        stored = read_named(infos, [f"{path}.{suffix}" for suffix in suffixes])
-        tensors = {suffix: stored[f"{path}.{suffix}"] for suffix in suffixes}
-        codes, grid = container.unpack(tensors, schemes[path], shape, path)
-        weight = container.dequantize(codes, grid, run.skeleton.dtype)
-        module = block.get_submodule(name)
-        parameter = module.get_parameter("weight")
-        found[name] = rows_first(module, weight.to(parameter.device, parameter.dtype)).contiguous()
-    return found
+    def _step(self, streams: Streams) -> tuple[Streams, int | None]:
+        """Hand every pass what its block returned; the states that enter the next one, and its number."""
+        with self._timer("calibrate"):
+            following, quantized = self._flow.advance("quantized", streams.quantized)
+            original = None
+            if streams.original is not None:
+                _, original = self._flow.advance("original", streams.original)
+        return Streams(quantized, original), following

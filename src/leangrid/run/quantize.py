@@ -25,7 +25,6 @@ from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run.algebra import GroupAlgebra, algebras
 from leangrid.run.block import Block
-from leangrid.run.catch_up import advance
 from leangrid.run.open_run import open_run
 from leangrid.run.request import Request
 from leangrid.run.result import QuantizeResult
@@ -93,7 +92,7 @@ def run_request(request: Request) -> QuantizeResult:
             return run
         streams = run.streams()
         for index in run.remaining_blocks():
-            streams = advance(run, index, run.attempt_block(quantize_block, index, streams))
+            streams = run.onward.advance(index, run.attempt_block(quantize_block, index, streams))
         return run.finish()
 
 

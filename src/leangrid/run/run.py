@@ -6,7 +6,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from leangrid.errors import Interrupted
 from leangrid.formats import FORMATS
@@ -20,11 +20,13 @@ from leangrid.models.walk import BlockWalk
 from leangrid.run.accounting import Accounting
 from leangrid.run.block import Block
 from leangrid.run.block_writer import BlockWriter
-from leangrid.run.catch_up import catch_up
+from leangrid.run.catch_up import Onward
+from leangrid.run.committed import CommittedWeights
 from leangrid.run.inputs import RunInputs
 from leangrid.run.less_memory import reduce_placement
 from leangrid.run.publish import publish
 from leangrid.run.ranks import Ranks, checksum
+from leangrid.run.repeated import RepeatedWalk, is_repeated
 from leangrid.run.result import QuantizeResult
 from leangrid.run.run_progress import RunProgress
 from leangrid.run.states import StatePlaces
@@ -47,6 +49,7 @@ class Run:
         precision: what the container keeps scales and levels in.
         states: where hidden states wait, by the present placement.
         writer: takes what was solved.
+        flow, onward: how the streams get to the next block.
         clock, accounting, progress: seconds, operations, and what watchers are told.
     """
 
@@ -62,6 +65,8 @@ class Run:
         self.progress = RunProgress(watcher, clock, blocks, done, windows.numel())
         self.writer = BlockWriter(inputs, self.states, clock, self.accounting, self.progress, ranks)
         self.flow = open_flow(self.skeleton, self.device)
+        self._weights = CommittedWeights(self.skeleton, self.recipe, self.journal)
+        self.onward = Onward(self.skeleton, self.flow, self._weights, self.device, self.stage)
         self._stage = ("calibrate", 0)  # the last that began, and its group
         self._prefetch: Prefetch | None = None
         if has_own_memory(self.device):
@@ -91,7 +96,7 @@ class Run:
             streams = self._enter()
             if done:
                 self.progress.report("notice", done, message=f"resuming after block {done}: {_AGAIN}")
-                streams = catch_up(self, streams)
+                streams = self.onward.catch_up(done, streams)
             return streams
         self.progress.report("notice", done, message=f"resuming after block {done} of {len(self.skeleton.blocks)}")
         dtype, found = self.skeleton.compute_dtype, None
@@ -136,20 +141,19 @@ class Run:
                 self.ranks.require_agreement(**{f"the weights of {name}": checksum(module)})
         self._prefetch_block(index + 1)
         try:
-            walk = BlockWalk(
-                module,
-                self.skeleton.structure.blocks[index],
-                self.flow,
-                index,
-                streams,
-                placement.replay,
-                placement.in_place,
-                self.states.get,
-                self.states.put,
-            )
-            yield Block(index, name, module, walk, self.skeleton)
+            yield Block(index, name, module, self._walk(index, module, streams), self.skeleton)
         finally:
             context.__exit__(None, None, None)
+
+    def _walk(self, index: int, module: nn.Module, streams: Streams) -> BlockWalk | RepeatedWalk:
+        """The walk through block ``index``."""
+        if is_repeated(self.skeleton, index):
+            batches = self.ranks.share(self.windows).split(len(streams.quantized[0]))
+            return RepeatedWalk(self.skeleton, index, module, self.flow, streams, batches, self._weights.of)
+        placement, states = self.states.placement, self.states
+        found = self.skeleton.structure.blocks[index]
+        ways = (placement.replay, placement.in_place)
+        return BlockWalk(module, found, self.flow, index, streams, *ways, states.get, states.put)
 
     def finish(self) -> QuantizeResult:
         """Publish the result, on rank 0, and say on all ranks what the run did."""
@@ -172,7 +176,8 @@ class Run:
             with self.stage("calibrate"):
                 self.flow.prepare(self.windows, {len(batch) for batch in streams.quantized})
         elif len(streams.quantized[0]) > self.states.placement.windows:
-            again = catch_up(self, self._enter())  # passes of fewer windows, from the beginning
+            done = self.journal.count_committed()
+            again = self.onward.catch_up(done, self._enter())  # passes of fewer windows, from the beginning
             streams.quantized[:], streams.original = again.quantized, again.original
 
     def _enter(self) -> Streams:
