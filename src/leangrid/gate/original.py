@@ -5,7 +5,7 @@ transformers opens the same files by itself: every parameter and buffer must be 
 windows must be those of our walk, block by block. A model that does not fit in memory is compared with the files tensor
 by tensor."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from leangrid.errors import CheckpointError
+from leangrid.gate.side_by_side import result_of
 from leangrid.machine import memory
-from leangrid.machine.devices import has_own_memory, usable_device_bytes
-from leangrid.metrics.embedding import states
+from leangrid.machine.devices import has_own_memory, is_out_of_memory, usable_device_bytes
 from leangrid.models.dequantized import is_dequantized
+from leangrid.models.discovery import ELSEWHERE
 from leangrid.models.expert_forms import FUSED_NAMES
+from leangrid.models.model_inputs import Inputs, arguments_of, moved_inputs
 from leangrid.models.original import open_original, original_on_disk, tensors_of
 from leangrid.models.skeleton import Skeleton
 
@@ -42,24 +44,22 @@ class OriginalModel:
         kind: what our reading was compared with, in words.
         problems: one phrase for each difference of our reading.
         tolerance: the largest relative error of our outputs that is no difference.
+        entry: the path in the model of the module that our walk runs.
     """
 
     model: nn.Module | None
     kind: str
     problems: list[str]
     tolerance: float = 0.0
+    entry: str = ""
 
-    def outputs(self, ids: Tensor, has_lm_head: bool, device: str) -> list[Tensor]:
+    def outputs(self, windows: Sequence[Inputs], has_lm_head: bool, device: str, dtype: torch.dtype) -> list[Tensor]:
         """Logits [length, vocab] of each window, or the last hidden states; one window at a time, as our walk goes."""
-        model: Any = self.model
-        found = []
-        for window in ids.to(device).split(1):
-            if has_lm_head:
-                output = model(input_ids=window, use_cache=False).logits
-            else:
-                output = states(model, input_ids=window)
-            found.append(output[0].cpu())
-        return found
+        if self.model is None:
+            raise RuntimeError("there is no model that could be run")
+        module = self.model if has_lm_head else self.model.get_submodule(self.entry)
+        moved = (moved_inputs(window, device, dtype) for window in windows)
+        return [result_of(module(**arguments_of(module, inputs)), has_lm_head)[0].cpu() for inputs in moved]
 
     def compare(self, expected: list[Tensor], own: Iterator[Tensor]) -> None:
         """Compare the outputs of our walk (``own``) with those of transformers' model (``expected``); a median relative
@@ -89,18 +89,18 @@ def open_reference(ours: Skeleton, device: str) -> Iterator[OriginalModel]:
             )
         elif dequantized and not _fits(ours, device):
             reference = OriginalModel(None, "nothing: dequantized as a whole it does not fit in memory", [])
-        elif ours.has_experts and not _fits(ours, device):
+        elif _is_converted(ours) and not _fits(ours, device):
             problems, which = _file_differences(ours)
             reference = OriginalModel(None, which, problems)
         else:
             try:
-                runs = dequantized or ours.has_experts or ours.compute_dtype == ours.dtype or stored <= _spare()
+                runs = _is_converted(ours) or ours.compute_dtype == ours.dtype or stored <= _spare()
                 model = stack.enter_context(
                     _transformers_model(ours, ours.compute_dtype if runs else ours.dtype, device)
                 )
                 kind, problems = "transformers" if runs else "transformers' tensors", _differences(ours, model)
                 kind = "transformers, with weights dequantized by leangrid" if dequantized else kind
-                reference = OriginalModel(model if runs else None, kind, problems, _tolerance(ours))
+                reference = OriginalModel(model if runs else None, kind, problems, _tolerance(ours), ours.entry_path)
             except CheckpointError as error:
                 reference = OriginalModel(None, "transformers", [error.what])
         yield reference
@@ -110,12 +110,38 @@ def open_reference(ours: Skeleton, device: str) -> Iterator[OriginalModel]:
 @contextmanager
 def _transformers_model(ours: Skeleton, dtype: torch.dtype, device: str) -> Iterator[nn.Module]:
     model_class: Any = type(ours.model)
-    if ours.has_experts or is_dequantized(ours.checkpoint):
+    if _is_converted(ours):
         model, _ = open_original(ours.checkpoint, model_class, None, dtype, ours.naming.absent)
         yield model.to(device)  # pyright: ignore[reportArgumentType]
-    else:
-        with original_on_disk(ours.checkpoint, model_class, dtype, ours.naming.absent, device) as model:
+        return
+    with original_on_disk(ours.checkpoint, model_class, dtype, ours.naming.absent, device) as model:
+        if _runs(model, ours, device) or not _fits(ours, device):
             yield model
+            return
+    model, _ = open_original(ours.checkpoint, model_class, None, dtype, ours.naming.absent)
+    yield model.to(device)  # pyright: ignore[reportArgumentType]
+
+
+def _runs(model: nn.Module, ours: Skeleton, device: str) -> bool:
+    """Whether a model runs whose weights are left in their files: not where its code reads the weight of a module
+    without calling it."""
+    module = model.get_submodule(ours.entry_path)
+    try:
+        module(**arguments_of(module, torch.zeros(1, 2, dtype=torch.int64, device=device)))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _is_converted(ours: Skeleton) -> bool:
+    """Whether transformers makes other tensors of the stored ones as it loads, for which memory has to hold them all:
+    merges experts, cuts or joins tensors, dequantizes. Also where a weight is read outside of its own module's forward
+    pass, as weights that are left in files cannot be."""
+    fixed = (why for block in ours.structure.blocks for why in block.fixed.values())
+    elsewhere = any(why.startswith(ELSEWHERE) for why in fixed)
+    return ours.has_experts or bool(ours.naming.converted) or is_dequantized(ours.checkpoint) or elsewhere
 
 
 def _token_error(ours: Tensor, theirs: Tensor) -> float:

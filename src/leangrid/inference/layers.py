@@ -55,16 +55,24 @@ class PackedLinear(nn.Module, ABC):
         )
         self.register_parameter("bias", value)
 
+    def __getattr__(self, name: str) -> Any:
+        # Code of a model may ask a linear for its weight's dtype or shape: it is told them. There is no such tensor, so
+        # what would multiply by it fails. (While it is loaded, the codes of some containers have this name.)
+        if name == "weight" and (self.__dict__.get("_is_loaded") or self.CODES != "weight"):
+            return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        return super().__getattr__(name)
+
     def prepare(self) -> None:
         """Bring the codes into the layout that this device's kernels read. Loading does it; a layer that was filled by
         hand works without."""
-        codes = self._buffers.get(self.CODES)
+        codes, self._is_loaded = self._buffers.get(self.CODES), True
         if codes is not None and packed.can_tile(codes):
             self.register_buffer("tiles", packed.tile(codes, self.bits, self.in_features), persistent=False)
             del self._buffers[self.CODES]
 
     def restore(self) -> None:
         """Bring the codes back into the stored layout."""
+        self._is_loaded = False
         if "tiles" in self._buffers:
             self.register_buffer(self.CODES, self.words)
             del self._buffers["tiles"]
@@ -80,7 +88,7 @@ class PackedLinear(nn.Module, ABC):
     @property
     def codes(self) -> Tensor:
         """The codes in the layout that they are in now."""
-        return getattr(self, "tiles" if "tiles" in self._buffers else self.CODES)
+        return self._buffers["tiles" if "tiles" in self._buffers else self.CODES]  # pyright: ignore[reportReturnType]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Kernels of another device read another layout, so the stored one is what moves.
@@ -301,8 +309,11 @@ class OffsetLinear(PackedLinear):
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "tile cols"]:
         grid = (self.scales, self.biases, self.bits, self.group_size)
-        return packed.offset_rows(self.weight.view(torch.int32), *grid)(start, stop)
+        return packed.offset_rows(self._stored_codes(), *grid)(start, stop)
 
     def product(self, x: Tensor) -> Tensor:
         grid = (self.scales, self.biases, self.bias, self.bits, self.group_size)
-        return packed.offset_linear(x, self.weight.view(torch.int32), *grid)
+        return packed.offset_linear(x, self._stored_codes(), *grid)
+
+    def _stored_codes(self) -> Int32[Tensor, "rows words"]:
+        return self.codes.view(torch.int32)

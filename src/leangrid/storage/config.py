@@ -21,6 +21,7 @@ _LIMITS: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "type_vocab_size"), 1 << 26),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 1 << 31),
 }
+_MAY_BE_ZERO = ("type_vocab_size", "head_dim")  # GLM 5 says its heads' size in another field
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "initializer_range", "initializer_factor")
 _ROPES = ("rope_scaling.", "rope_parameters.")
@@ -97,6 +98,8 @@ def add_older_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
         return config
     # Gemma 3 has one entry for each kind of attention.
     by_layer = bool(ropes) and all(isinstance(rope, dict) for rope in ropes.values())
+    if by_layer and any(_is_more_than_a_base(rope) for rope in ropes.values()):
+        return config  # the older keys hold a base for each of two kinds, and would replace the rest
     rope = ropes.get("full_attention", {}) if by_layer else ropes
     older: dict[str, Any] = {"rope_theta": rope.get("rope_theta")}
     if by_layer:
@@ -105,6 +108,10 @@ def add_older_rope_keys(config: dict[str, Any]) -> dict[str, Any]:
         older["rope_scaling"] = rope
     present = {key: value for key, value in config.items() if value is not None or key not in older}
     return {key: value for key, value in older.items() if value is not None} | present
+
+
+def _is_more_than_a_base(rope: dict[str, Any]) -> bool:
+    return bool(rope.keys() - {"rope_theta", "rope_type", "factor"})
 
 
 def _list_absurd_values(section: dict[str, Any], prefix: str) -> Iterator[str]:
@@ -116,7 +123,7 @@ def _list_absurd_values(section: dict[str, Any], prefix: str) -> Iterator[str]:
         elif key in _LIMITS and value is not None:
             # Some families, such as OpenELM, give a list with one size for each layer.
             for item in value if isinstance(value, list) else [value]:
-                if type(item) is not int or not 0 <= item <= _LIMITS[key] or (item == 0 and key != "type_vocab_size"):
+                if type(item) is not int or not 0 <= item <= _LIMITS[key] or (item == 0 and key not in _MAY_BE_ZERO):
                     yield f"{name} = {str(item)[:40]} (a whole number from 1 to {_LIMITS[key]})"
         elif key in _POSITIVE and value is not None and not _is_finite_and_not_negative(value):
             yield f"{name} = {str(value)[:40]} (a finite number, not negative)"
