@@ -119,9 +119,17 @@ def _row(record: dict[str, Any]) -> tuple[str, str, str]:
         return f"{found}: {why}", "", ""
     stays = "; ".join(f"{_grouped(names)}: {why}" for why, names in record["kept"].items())
     share = "" if record["cover"] >= 0.9 else f"{1 - record['cover']:.0%} of the matrices. "
-    plain = any(name.endswith(".plain") and not name.startswith("NU4") for name in record["figures"])
-    opened = "transformers, leangrid" if plain else "none: only NU4 fits its transposed linears"
-    return _grouped(record["quantized"]), share + stays, opened
+    return _grouped(record["quantized"]), share + stays, _opened(record)
+
+
+def _opened(record: dict[str, Any]) -> str:
+    """What opens the affine result."""
+    if record["schemes"] == ["NU4"]:
+        return "none: only NU4 fits its transposed linears"
+    figures = {name.partition(".")[2]: value for name, value in record["figures"].items() if name[:3] != "NU4"}
+    if "plain" in figures:
+        return "transformers, leangrid" + ("; some names are the modules'" if figures.get("renamed") else "")
+    return "leangrid; transformers once exported as dense"
 
 
 def _grouped(names: Iterable[str]) -> str:

@@ -26,7 +26,10 @@ LONG_FUNCTIONS: dict[str, str] = {}
 
 ONLY_IN = {
     "triton": ("kernels/triton/",),
-    "transformers": ("models/", "data/", "inference/load.py", "inference/transformers_quantizer.py"),
+    "transformers": (
+        *("models/", "data/"),
+        *("inference/load.py", "inference/transformers_quantizer.py", "inference/result_renaming.py"),
+    ),
     "tokenizers": ("models/", "data/"),
     "matplotlib": (),
     "jinja2": ("report/",),

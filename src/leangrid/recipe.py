@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, field_validator, model_serializer, model
 
 from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import RecipeError
+from leangrid.patterns import REGEX, Pattern, compile_regex
 from leangrid.validation import ValidatedModel
 
 Method = Literal["leanquant", "gptq", "rtn"]
@@ -64,6 +65,7 @@ GRID_SCHEMES: dict[str, GridScheme] = {
     "superblock": GridScheme(None, AFFINE_BITS, 2.0, "gguf", "K-type"),
 }
 
+_UNSET: dict[str, tuple[Any, ...]] = {"text_field": (None,), "ignore": ((), []), "only": ((), [])}
 _SUFFIXES = r"(?:_G(?P<group>\d+))?(?P<sym>_SYM)?(?P<exact>_EXACT)?"
 _BLOCK = re.compile(r"(?:(?P<method>GPTQ|RTN)_)?(?P<block>Q\d_[01K])")
 _BASELINES: dict[str, Method] = {"GPTQ{bits}": "gptq", "RTN{bits}": "rtn"}  # on affine grids
@@ -251,6 +253,8 @@ class Recipe(ValidatedModel):
     layers: dict[str, str] = Field(
         default={}, description="other schemes for some layers: the end of a name, or re:pattern -> scheme"
     )
+    ignore: tuple[str, ...] = Field(default=(), description="linears that stay in 16 bits: globs, or re:pattern")
+    only: tuple[str, ...] = Field(default=(), description="linears beside which all stay, in the same words")
     products: Literal["auto", "float32", "bfloat16", "tfloat32"] = Field(
         default="auto",
         description="operands of forward and Hessian products; auto: bfloat16 where model and processor have it",
@@ -276,18 +280,21 @@ class Recipe(ValidatedModel):
     def _check_layers(cls, value: dict[str, str]) -> dict[str, str]:
         for key, scheme in value.items():
             Scheme.parse(scheme)
-            try:
-                re.compile(key.removeprefix("re:") if key.startswith("re:") else "")
-            except re.error as error:
-                way_out = 'Write such as "mlp.down_proj" or "re:.*down_proj"'
-                raise RecipeError(f"'{key}' is no pattern: {error}", "layers", way_out) from None
+            if key.startswith(REGEX):
+                compile_regex(key, "layers", 'Write such as "mlp.down_proj" or "re:.*down_proj"')
         return {key: scheme.upper() for key, scheme in value.items()}
+
+    @field_validator("ignore", "only")
+    @classmethod
+    def _check_patterns(cls, value: tuple[str, ...], info: Any) -> tuple[str, ...]:
+        for text in value:
+            Pattern(text, info.field_name).check()
+        return tuple(dict.fromkeys(value))
 
     @model_serializer(mode="wrap")
     def _without_unused(self, inner: Any) -> dict[str, Any]:
-        """The fields as JSON values. ``text_field`` is left out where it is None: recipes that were written before the
-        field existed have the same fingerprint."""
-        return {name: value for name, value in inner(self).items() if name != "text_field" or value is not None}
+        """JSON values, without younger fields that are not set: older recipes keep their fingerprints."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in inner(self).items() if v not in _UNSET.get(k, ())}
 
     @property
     def parsed(self) -> Scheme:
@@ -303,14 +310,9 @@ class Recipe(ValidatedModel):
         return [self.parsed, *(Scheme.parse(scheme) for scheme in self.layers.values())]
 
     def find_key(self, layer: str) -> str | None:
-        """The first key of ``layers`` that names the layer: the end of its name, cut at a dot, or a pattern that
-        matches all of it. None where no key does."""
+        """The first key of ``layers`` that names the layer: the end of its name, cut at a dot, or all of it by re:."""
         for key in self.layers:
-            if key.startswith("re:"):
-                named = re.fullmatch(key[3:], layer) is not None
-            else:
-                named = f".{layer}".endswith(f".{key}")
-            if named:
+            if re.fullmatch(key[3:], layer) if key.startswith(REGEX) else f".{layer}".endswith(f".{key}"):
                 return key
         return None
 

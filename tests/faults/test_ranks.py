@@ -18,40 +18,16 @@ import pytest
 import tiny_models
 import torch
 from forked_ranks import Ended, as_command, command
+from ranks_run import KILLED, TOLERANCE, contents, losses, sentences, together, words
 from safetensors.torch import load_file, save_file
-from tiny_run import digest
 
 from leangrid.errors import LeangridError
 from leangrid.planning.placement import Placement
 from leangrid.recipe import Recipe
-from leangrid.report.views import TIMED
 from leangrid.run import ranks as ranks_module
 from leangrid.run.quantize import quantize
 from leangrid.solve import in_place
 from leangrid.storage.manifest import list_differences
-
-TOLERANCE = 0.1  # of a layer's loss, one rank beside several: docs/distributed.md
-KILLED = -9
-
-
-def contents(out: Path) -> dict[str, str]:
-    return {name: sha256 for name, sha256 in digest(out).items() if name not in TIMED}
-
-
-def words(source: Path | str, out: Path, *more: str) -> tuple[Any, ...]:
-    """The command that all tests give."""
-    text = out.parent / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog " * 400)
-    return ("quantize", source, out, "--calibration", text, "--samples", "4", "--length", "32", "--threads", "1", *more)
-
-
-def together(source: Path, out: Path, count: int, *more: str, failing: dict[int, str] | None = None) -> list[Ended]:
-    return forked_ranks.run(count, command(*words(source, out, *more)), failing)
-
-
-def sentences(said: str) -> list[str]:
-    """What a rank said of its end, without progress."""
-    return [line for line in said.splitlines() if line.startswith(("error", "stopped"))]
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +140,6 @@ def test_two_ranks_give_the_same_bytes_twice(source: Path, expected: Path, tmp_p
     assert contents(tmp_path / "out") == contents(expected)
 
 
-def losses(out: Path) -> dict[str, float]:
-    lines = (json.loads(line) for line in (out / "records.jsonl").read_text().splitlines())
-    return {line["name"]: line["loss"] for line in lines}
-
-
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_gives_the_same_losses_within_the_tolerance(
     source: Path, expected: Path, tmp_path: Path, count: int
@@ -275,13 +246,6 @@ def refused(ended: list[Ended], sentence: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_fewer_windows_than_ranks_are_refused(source: Path, tmp_path: Path) -> None:
     refused(together(source, tmp_path / "out", 2, "--samples", "1"), "1 calibration windows for 2 ranks", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["mixtral", pytest.param("deepseek_v3", marks=pytest.mark.slow)])
-def test_mixtures_of_experts_are_refused(tmp_path: Path, name: str) -> None:
-    source = tiny_models.save(name, tmp_path / "mixture")
-    sentence = "a mixture of experts: 2 ranks do not handle this (torchrun). Use one process"
-    refused(together(source, tmp_path / "out", 2), sentence, tmp_path)
 
 
 def test_the_in_place_algebra_shares_the_rows_of_each_linear(

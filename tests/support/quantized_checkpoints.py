@@ -15,9 +15,10 @@ from torch import Tensor
 
 from leangrid.formats import FORMATS
 from leangrid.grids import AffineGrid, NonuniformGrid, OffsetGrid, fit_minmax
-from leangrid.models.architectures import architecture_of
+from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe, Scheme
 from leangrid.storage.config import add_older_rope_keys
+from leangrid.storage.source import open_source
 
 Made = Callable[..., tuple[Path, Path, dict[str, Tensor]]]
 
@@ -75,18 +76,15 @@ def write(source: Path, out: Path, scheme_name: str, format_name: str = "auto") 
     scheme, config = Scheme.parse(scheme_name), json.loads((source / "config.json").read_text())
     format_name = Recipe(scheme=scheme_name, format=format_name).resolved().format
     fmt = FORMATS[format_name]
-    architecture, tensors = architecture_of(config), load_file(source / "model.safetensors")
-    blocks, dense = f"{architecture.blocks}.", {}
-    ends = tuple(f".{name}" for group in architecture.groups for name in group)
-    names = [key.removesuffix(".weight") for key in tensors if key.endswith(".weight") and blocks in key]
-    names = [name for name in names if name.endswith(ends)]
-    stored = fmt.stored_scheme(
-        scheme, {tensors[f"{name}.weight"].shape[0 if architecture.layer == "conv1d" else 1] for name in names}
-    )
+    skeleton, tensors, dense = Skeleton(open_source(source)), load_file(source / "model.safetensors"), {}
+    quantized = set(skeleton.all_linear_names())
+    names = [name for key in tensors if (name := key.removesuffix(".weight")) in quantized]
+    stored = fmt.stored_scheme(scheme, {skeleton.shape(name)[1] for name in names})
     for name in names:
         weight = tensors.pop(f"{name}.weight")
-        weight = (weight.T if architecture.layer == "conv1d" else weight).contiguous()
-        refusal = fmt.refuse(scheme, name, *weight.shape, architecture.layer)
+        kind = skeleton.layer_kind(name)
+        weight = (weight.T if kind == "conv1d" else weight).contiguous()
+        refusal = fmt.refuse(scheme, name, *weight.shape, kind)
         assert refusal is None, refusal
         grid = (offset_grid_for if format_name == "mlx" and not scheme.symmetric else grid_for)(
             weight, scheme, weight.dtype

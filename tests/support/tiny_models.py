@@ -96,7 +96,31 @@ MIXTURES: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "deepseek_v3": lambda: hf.DeepseekV3Config(**_MOE | _MLA, q_lora_rank=32, n_group=2, topk_group=1, head_dim=8),
 }
 CONFIGS |= MIXTURES
-ENCODERS = ("bert",)
+
+
+def _gemma3n() -> hf.PreTrainedConfig:
+    """Four blocks, the last two with keys and values of the first two; embeddings a layer, two residual streams."""
+    return hf.Gemma3nTextConfig(
+        **_GQA | {"num_hidden_layers": 4, "intermediate_size": [INTERMEDIATE] * 4},
+        head_dim=16,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        laurel_rank=16,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCAB,
+        altup_num_inputs=2,
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+
+
+# Models in which more flows between the blocks than hidden states, or whose blocks are called again.
+FLOWING: dict[str, Callable[[], hf.PreTrainedConfig]] = {
+    "gemma3n": _gemma3n,
+    "albert": lambda: hf.AlbertConfig(**_COMMON | {"num_hidden_layers": 3, "embedding_size": 32}),
+}
+CONFIGS |= FLOWING
+ENCODERS = ("bert", "albert")
 
 
 @cache

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from leangrid.models.flow import ChainedFlow, LiveFlow
-from leangrid.models.walk import BlockWalk, GroupInputs
+from leangrid.models.walk import GroupInputs
+from leangrid.run.block import Block
+from leangrid.run.committed import CommittedWeights
 from leangrid.run.run import Run
 
 
@@ -66,25 +68,23 @@ def ends_watched() -> Iterator[Watched]:
 def hessians_watched() -> Iterator[Watched]:
     """Context: leave the weights alone while a run walks, and sum what each linear reads. The run ends, by ``Walked``,
     where it would publish its result."""
-    seen, own = Watched(), BlockWalk.__iter__
+    seen, groups, queue = Watched(), Block.groups, Block.queue_weight
 
-    def walk(self: Any) -> Iterator[Any]:
-        block = self._flow._skeleton.block_name(self._index)
-        for group in own(self):
-            _add(seen.hessians, block, group)
-            yield group
+    def watched(self: Any, timer: Any) -> Iterator[Any]:
+        for number, group in groups(self, timer):
+            _add(seen.hessians, self.name, group)
+            yield number, group
 
-    def replace(self: Any, name: str, weight: Tensor) -> None:
-        kept = self._block.get_submodule(name).weight.data
-        original(self, name, kept)
+    def queue_original(self: Any, name: str, weight: Tensor) -> None:
+        queue(self, name, self.weight(name))
 
     def finish(self: Any) -> None:
         raise Walked
 
-    original = BlockWalk.replace
     with (
-        patch.object(BlockWalk, "__iter__", walk),
-        patch.object(BlockWalk, "replace", replace),
+        patch.object(Block, "groups", watched),
+        patch.object(Block, "queue_weight", queue_original),
+        patch.object(CommittedWeights, "of", lambda self, index, block: {}),
         patch.object(Run, "finish", finish),
     ):
         yield seen

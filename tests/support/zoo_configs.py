@@ -102,7 +102,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": NARROW},
     "distilbert": {"dim": HIDDEN},
     "dots1": _MOE,
-    "dots3_note_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": NARROW,
+    "dots3_note_text": {"num_attention_heads": 8, "num_key_value_heads": 8,  # a gate a head, of 128 in real size
+                        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": NARROW,
                         "swa_kv_lora_rank": NARROW, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16,
                         "swa_v_head_dim": 16},
     "emu3": {"vocabulary_map": {"<image>": TEXT_IDS + 44}},

@@ -140,8 +140,9 @@ def _put_experts_together(
             parts[int(found[2])] = tensor
     used: set[str] = set()
     for path, parts in mixtures.items():
-        near = re.sub(r"(\.\d+\.).*", r"\1", f"{path}.")  # in the same block, whatever its module is called there
-        for name in [n for n in theirs if n.startswith(near) and n not in made.tensors and n not in rest]:
+        block = re.search(r"\w+\.\d+\.", f"{path}.")
+        near = block[0] if block else ""  # such as layers.3., wherever that list lies in the source
+        for name in [n for n in theirs if near in n and n not in made.tensors and n not in rest]:
             fused = theirs[name]
             stacks = {
                 part: torch.stack([found[e] for e in range(len(found))])

@@ -38,12 +38,14 @@ class Way:
         command: the first scheme goes by the command line.
         vary: a seed of choices in the config.
         schemes: what is tried instead of the two that fit the model.
+        first: only the first scheme is tried.
         source_only: leangrid is not asked.
     """
 
     command: bool = False
     vary: int | None = None
     schemes: tuple[str, ...] = ()
+    first: bool = False
     source_only: bool = False
 
 
@@ -76,12 +78,14 @@ def _trial(sides: tuple[Server, Server], model_type: str, family: str, way: Way,
     record: dict[str, Any] = {"stage": "source", **made, "faults": [], "figures": {}}
     if "error" in made or way.source_only:
         return record
-    for scheme in made["schemes"]:
+    for scheme in made["schemes"][: 1 if way.first else None]:
         part = {"work": str(place), "scheme": scheme}
         by_command = way.command and scheme == made["schemes"][0]
         done = ours.run("zoo_leangrid.quantize", place / f"{scheme}.log", LIMIT, command=by_command, **part)
         if "error" in done:
-            return record | {"stage": "quantize", **{k: done.get(k) for k in ("error", "where", "refused")}}
+            begun = any((place / name).exists() for name in (scheme, f"{scheme}.partial"))
+            refused = bool(done.get("refused")) and not begun  # a sentence, before work
+            return record | {"stage": "quantize", **{k: done.get(k) for k in ("error", "where")}, "refused": refused}
         record |= {key: done[key] for key in ("layers",) if key in done}
         judged = plain.run("zoo_plain.judge", place / f"{scheme}.judge.log", LIMIT, **named, **part)
         if "error" in judged:
@@ -126,9 +130,10 @@ def main() -> None:
     parser.add_argument("--command", action="store_true")
     parser.add_argument("--vary", type=int)
     parser.add_argument("--schemes", nargs="+", default=[])
+    parser.add_argument("--first", action="store_true", help="only the first scheme, in half the time")
     parser.add_argument("--source-only", action="store_true", help="make and look at the sources, without leangrid")
     given = parser.parse_args()
-    way = Way(given.command, given.vary, tuple(given.schemes), given.source_only)
+    way = Way(given.command, given.vary, tuple(given.schemes), given.first, given.source_only)
     wanted = [(f, t) for f in zoo.FAMILIES if given.family in (None, f) for t in zoo.model_types(f)
               if not given.types or t in given.types]  # fmt: skip
     with servers() as sides:

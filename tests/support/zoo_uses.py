@@ -1,6 +1,7 @@
 """What a forward pass of transformers' own model multiplies by which weight, and which weights quantization should
 take: found without leangrid, from every product with a parameter and from the real widths of the type."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 Weight = tuple[str, int]  # a parameter's name, and which of its experts; -1 where it is one matrix
 
-FEW = 48  # linears with fewer rows or columns than this, in the type's real size, stay in 16 bits
+FEW = 65  # linears with fewer rows or columns than this, in the type's real size, stay in 16 bits
 # Kept by custom: what decides or scales more than it weighs.
 _ROUTER = r"(^|\.)((\w*_)?router|gate|wg|(\w*_)?(expert|experts|shared)_gate|e_score\w*|classifier)"
 CUSTOM: tuple[tuple[str, str], ...] = (
@@ -177,7 +178,8 @@ class Wanted:
     Attributes:
         weights: every matrix that should be, as (parameter, expert).
         kept: name of every other linear's or experts' parameter in the blocks -> why it stays.
-        numbers, matrices: how many numbers ``weights`` hold, and all matrices of the blocks but those kept by custom.
+        numbers, matrices: how many numbers ``weights`` hold in the type's real size, and all matrices of the blocks but
+            those kept by custom.
         twice: weights that are multiplied more than once in a pass.
     """
 
@@ -206,20 +208,20 @@ def wanted(
         bias = "bias" in name.rpartition(".")[2]  # of all experts: one row each
         if parameter.ndim < 2 or bias or not any(name.startswith(f"{path}.") for path in lists):
             continue
-        module = owners[name]
+        module, size = owners[name], math.prod((real or {}).get(name, parameter.shape))
         reason = _reason(name, parameter, module, uses, (real or {}).get(name))
         reason = reason or (_SHARED if names[id(parameter)] > 1 else "")
         if reason == "":
             fused = [p for p in module.parameters(recurse=False) if p.ndim == 3]
             count = min((len(p) for p in fused), default=0)  # one may have more: of experts that do nothing
             found.weights |= {(name, e) for e in range(count)} if parameter.ndim == 3 else {(name, -1)}
-            found.numbers += parameter.numel()
+            found.numbers += size
             if uses[_key(name, parameter, uses)].calls > 1 and parameter.ndim == 2:
                 found.twice.append(name)
         else:
             found.kept[name] = reason
         if reason not in CUSTOMS and not isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
-            found.matrices += parameter.numel()
+            found.matrices += size
     return found
 
 

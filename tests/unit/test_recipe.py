@@ -24,6 +24,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"unknown": 1}, "'unknown' is no field of a recipe"),
     ({"layers": {"a": 3}}, r"layers\.a must be a valid string"),
     ({"layers": {"re:(": "W4A16"}}, "no pattern"),
+    ({"ignore": ("re:(",)}, "no pattern.*ignore"),
+    ({"only": ("",)}, "an empty pattern.*only"),
+    ({"ignore": 3}, "ignore must be a valid tuple"),
 ]
 
 
@@ -71,3 +74,14 @@ def test_a_sound_recipe_is_copied_and_pickled_as_before() -> None:
     assert pickle.loads(pickle.dumps(recipe)) == recipe == copy.deepcopy(recipe) == Recipe.model_validate(recipe)  # noqa: S301
     assert Recipe.model_validate(recipe.model_dump()) == recipe == Recipe.model_validate_json(recipe.model_dump_json())
     assert recipe.model_copy(update={"samples": 3}).samples == 3 and leangrid.Recipe is Recipe
+
+
+def test_patterns_are_part_of_the_fingerprint_where_there_are_any(tmp_path: Path) -> None:
+    plain = Recipe(scheme="NU4")
+    assert not {"ignore", "only"} & plain.model_dump().keys()
+    named = Recipe(scheme="NU4", ignore=("lm_head", "*.down_proj", "lm_head"))
+    assert named.ignore == ("lm_head", "*.down_proj") and named.model_dump()["ignore"] == ["lm_head", "*.down_proj"]
+    assert len({recipe.fingerprint() for recipe in (plain, named, Recipe(scheme="NU4", only=("lm_head",)))}) == 3
+    assert Recipe.model_validate(named.model_dump()) == named == Recipe.model_validate_json(named.model_dump_json())
+    (tmp_path / "r.toml").write_text('scheme = "NU4"\nignore = ["lm_head", "*.down_proj"]\n')
+    assert Recipe.from_file(tmp_path / "r.toml") == named

@@ -32,6 +32,12 @@ Correct = Annotated[
     float | None, typer.Option(metavar="X", help="share of the inputs' error to correct; 0 is the paper [0.5]")
 ]
 Refine = Annotated[int | None, typer.Option(metavar="N", help="rounds of refit after the sweep; 0 is the paper [1]")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="linears that stay: '*.down_proj', re:REGEX; repeat")
+]
+Only = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="quantize these alone, even '*.x_proj'; repeat")
+]
 Damping = Annotated[float | None, typer.Option(metavar="X", help="added to diag H, in units of its mean [0.01]")]
 
 # Of quantize alone.
@@ -94,7 +100,7 @@ def read_recipe(file: Path | None, options: Mapping[str, Any]) -> "Recipe":
     of a recipe and were given."""
     from leangrid.recipe import Recipe
 
-    given = {name: options[name] for name in Recipe.model_fields if options.get(name) is not None}
+    given = {name: options[name] for name in Recipe.model_fields if options.get(name) not in (None, [], ())}
     return Recipe(**given) if file is None else Recipe.from_file(file, **given)
 
 

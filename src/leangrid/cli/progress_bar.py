@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from leangrid.progress import Event
-from leangrid.report.text import format_duration, format_size
+from leangrid.report.units import format_duration, format_size
 
 _BROKEN = (OSError, ValueError)  # a closed pipe, a closed file, an encoding without the character
 _REDRAW_SECONDS = 0.2

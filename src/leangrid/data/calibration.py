@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from leangrid.data.corpora import read_documents
 from leangrid.data.documents import Document, Reading, join_documents
 from leangrid.data.hub import PREFIX
+from leangrid.data.windows import PictureRows, Windows
 from leangrid.errors import CalibrationError
 from leangrid.recipe import Recipe
 
@@ -95,18 +96,23 @@ def make_windows(
     return result
 
 
-def hash_windows(tokens: Int64[Tensor, "samples length"]) -> str:
-    """The sha256, in hex, of the windows as int64 (row-major, little-endian)."""
+def hash_windows(tokens: Windows) -> str:
+    """The sha256, in hex, of the windows as int64 (row-major, little-endian); of rows with pictures, of all tensors."""
+    if isinstance(tokens, PictureRows):
+        return tokens.sha256()
     return hashlib.sha256(tokens.contiguous().cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def decode_start(
-    tokenizer: PreTrainedTokenizerBase, tokens: Int64[Tensor, "samples length"], characters: int = 160
-) -> str:
-    """The start of the first window as text of at most ``characters`` characters.
+def decode_start(tokenizer: PreTrainedTokenizerBase, tokens: Windows, characters: int = 160) -> str:
+    """The start of the first window as text of at most ``characters`` characters; of the tokens that stand for a
+    picture one is shown.
 
     It lets a person see that tokenizer and corpus belong to the model."""
-    text = tokenizer.decode(tokens[0, :characters].tolist())
+    if isinstance(tokens, PictureRows):
+        ids = torch.unique_consecutive(tokens[0]["input_ids"][0])
+    else:
+        ids = tokens[0]
+    text = tokenizer.decode(ids[:characters].tolist())
     return " ".join(str(text).split())[:characters]
 
 

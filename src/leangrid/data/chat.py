@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from leangrid.data.conversations import Conversation, has_text
+from leangrid.data.conversations import Conversation, has_text, texts_in
 from leangrid.errors import first_line
 
 OWN, PLAIN = "the chat template of the model", "plain lines such as 'User: ...', for the tokenizer has no chat template"
@@ -26,15 +26,17 @@ class Chat:
     rejects a system message, that is put before the first user message, and counted in ``merged``.
 
     Args:
-        tokenizer: a tokenizer of transformers. With None, or one without a template, the text is plain lines such as
-            "User: ..." and "Assistant: ...".
+        tokenizer: a tokenizer or processor of transformers. With None, or one without a template, the text is plain
+            lines such as "User: ..." and "Assistant: ...".
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._template: Any = getattr(tokenizer, "chat_template", None) or None
         self._parts: bool | None = None
-        self._closing = () if self._template is None else tuple(tokenizer.get_added_vocab())
+        self._closing = (
+            () if self._template is None else tuple(getattr(tokenizer, "tokenizer", tokenizer).get_added_vocab())
+        )
         self.merged = 0
 
     @property
@@ -86,7 +88,7 @@ class Chat:
                 {**message, "role": "system"} if message["role"] == "developer" else message for message in messages
             ]
         if parts:
-            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+            messages = [{**message, "content": _as_parts(message["content"])} for message in messages]
         fixed = _NOW.sub(lambda found: json.dumps(_TODAY.strftime(found[2])), template)
         return self._tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=fixed, tokenize=False, add_generation_prompt=False
@@ -125,14 +127,20 @@ def _merge_system_message(messages: list[dict[str, Any]]) -> list[list[dict[str,
         ("developer", "user"),
     ):
         return []
-    return [[{**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]]
+    system, content = "\n".join(texts_in(messages[0])), messages[1]["content"]
+    if isinstance(content, str):
+        content = f"{system}\n\n{content}"
+    else:
+        content = [{"type": "text", "text": f"{system}\n\n"}, *content]
+    return [[{**messages[1], "content": content}, *messages[2:]]]
+
+
+def _as_parts(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _contains_a_message(text: str, messages: list[dict[str, Any]]) -> bool:
     """Whether the text contains the start of at least one message other than the system's."""
-    starts = [
-        message["content"].strip()[:40]
-        for message in messages
-        if message["role"] != "system" and has_text(message["content"])
-    ]
+    said = (text for message in messages if message["role"] != "system" for text in texts_in(message))
+    starts = [text.strip()[:40] for text in said if has_text(text)]
     return not starts or any(start in text for start in starts)

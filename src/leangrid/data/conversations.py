@@ -31,7 +31,8 @@ _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")  # Anthropic's hh-rl
 class Conversation:
     """A conversation in the form that chat templates take.
 
-    ``messages``: dicts with ``role`` and ``content``, a string. ``tools``: the tools that they may call; None for none.
+    ``messages``: dicts with ``role`` and ``content``, a string or parts (picture_rows.py). ``tools``: the tools that
+    they may call; None for none.
     """
 
     messages: list[dict[str, Any]]
@@ -39,7 +40,7 @@ class Conversation:
 
     @property
     def is_blank(self) -> bool:
-        return not any(has_text(message["content"]) for message in self.messages)
+        return not any(has_text(text) for message in self.messages for text in texts_in(message))
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ class _Row:
 def has_text(text: str | None) -> bool:
     """Whether ``text`` has a visible character; False for None."""
     return text is not None and any(character.isprintable() and not character.isspace() for character in text)
+
+
+def texts_in(message: Mapping[str, Any]) -> list[str]:
+    """The texts of a message, whose content is one or has several as parts."""
+    content = message["content"]
+    return [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
 
 
 def find_text(row: Any, column: str | None = None) -> Found:
@@ -248,7 +255,7 @@ def _whole(row: _Row, messages: list[dict[str, Any]]) -> Conversation:
         row.mark_used(key)
         messages = [{"role": "system", "content": system}, *messages]
     _, tools = row.first(("tools",))
-    tools = _loaded(tools)
+    tools = load_cell(tools)
     listed = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     return Conversation(messages, _without_none(tools) if listed and tools else None)
 
@@ -270,7 +277,7 @@ def parse_messages(value: Any, by_turns: bool = False) -> tuple[list[dict[str, A
 
     ``value`` may be a list of messages or of pairs, a dict of lists, or JSON of these; with ``by_turns`` also a list of
     strings by user and assistant in turn. The list of messages is empty if it is none of these."""
-    value = _loaded(value)
+    value = load_cell(value)
     if isinstance(value, Mapping) and all(isinstance(column, list) for column in value.values()):
         longest = min((len(column) for column in value.values()), default=0)
         value = [{name: column[index] for name, column in value.items()} for index in range(longest)]
@@ -327,7 +334,7 @@ def _role(name: str) -> str:
     return _ROLES.get(name.strip().casefold(), name)
 
 
-def _loaded(value: Any) -> Any:
+def load_cell(value: Any) -> Any:
     """The list or object that a cell holds as JSON text; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:

@@ -7,14 +7,16 @@ import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from leangrid.data.chat import Chat
 from leangrid.data.documents import Document, Reading, documents_of_rows, join_documents
-from leangrid.data.files import KNOWN, check_file, read_rows
+from leangrid.data.files import KNOWN, Row, check_file, read_rows
 from leangrid.data.hub import PREFIX, HubData, read_hub_rows
+from leangrid.data.picture_rows import first_rows_have, has_picture_column, shows_pictures
 from leangrid.errors import CalibrationError
 
 log = logging.getLogger("leangrid")
@@ -78,6 +80,33 @@ def read_documents(
         raise CalibrationError(what, "text", f"Known: {', '.join(NAMED)}, or a {KNOWN}{hub}")
     check_file(path)
     return documents_of_rows(read_rows(path), column, chat, account)
+
+
+def find_pictures_in(
+    name: str, *, takes_pictures: bool, split: str = "train", seed: int | None = None, column: str | None = None
+) -> Iterator[Row] | None:
+    """The rows of a corpus of which the first ones have pictures; None where they have none.
+
+    Args:
+        takes_pictures: whether the model does.
+        split, seed, column: as for ``read_documents``.
+
+    Raises:
+        CalibrationError: the model takes no pictures, and a file has a column of them; unless ``column`` names that of
+            the text.
+    """
+    if name in NAMED or (not name.startswith(PREFIX) and find_corpus_file(name) is None):
+        return None
+    if name.startswith(PREFIX):
+        data = HubData.parse(name)
+        one = islice(read_hub_rows(data, split, seed), 1) if takes_pictures else ()  # its rows all have one layout
+        return read_hub_rows(data, split, seed) if first_rows_have(shows_pictures, one) else None
+    if takes_pictures:
+        return read_rows(Path(name)) if first_rows_have(shows_pictures, read_rows(Path(name))) else None
+    if column is None and first_rows_have(has_picture_column, read_rows(Path(name))):
+        what = "its rows have pictures, and this model takes text alone"
+        raise CalibrationError(what, name, "Leave out the column, or name that of the text: --text-field NAME")
+    return None
 
 
 def check_corpus(name: str, column: str | None = None) -> None:

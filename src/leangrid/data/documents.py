@@ -36,6 +36,8 @@ class Reading:
         strange: rows left out because they have no known layout; ``why_strange`` says it of the first.
         refused: rows left out because the chat template rejects them; ``complaint`` is what it says of the first.
         media: parts of messages that are no text, such as pictures, which were left out.
+        pictures: how many pictures the rows in use have.
+        long: rows left out because they have more than ``length`` tokens, pictures counted with them.
         merged: system messages that were put into the user's, because the template rejects them.
         notes: further sentences for the user.
     """
@@ -50,6 +52,9 @@ class Reading:
     strange: int = 0
     refused: int = 0
     media: int = 0
+    pictures: int = 0
+    long: int = 0
+    length: int = 0
     merged: int = 0
     why_strange: str = ""
     complaint: str = ""
@@ -67,6 +72,7 @@ class Reading:
             (self.blank, "hold no text"),
             (self.strange, self.why_strange),
             (self.refused, f"the chat template refuses: {self.complaint}"),
+            (self.long, f"more than {self.length:,} tokens: --length"),
         ]
         return [f"{count:,} of {self.rows:,} rows left out ({why})" for count, why in left if count]
 
@@ -81,7 +87,7 @@ class Reading:
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest says about the corpus."""
-        left_out = {name: count for name in ("blank", "strange", "refused") if (count := getattr(self, name))}
+        left_out = {name: count for name in ("blank", "strange", "refused", "long") if (count := getattr(self, name))}
         return {
             "source": self.source,
             "fields": self.columns,
@@ -89,6 +95,7 @@ class Reading:
             "template_sha256": self.template_sha256,
             "rows": self.rows,
             "rows_left_out": left_out,
+            **({"pictures": self.pictures} if self.pictures else {}),
         }
 
 
@@ -122,7 +129,7 @@ def documents_of_rows(rows: Iterable[Row], column: str | None, chat: Chat, readi
         elif not reading.used and reading.strange + reading.refused >= _GIVE_UP:
             break
     if not reading.used:
-        raise _no_text(reading, columns, column)
+        raise no_text_error(reading, columns, column)
 
 
 def _document(found: Found, chat: Chat, reading: Reading) -> Document | None:
@@ -150,7 +157,7 @@ def _document(found: Found, chat: Chat, reading: Reading) -> Document | None:
     return Document(_clean(text), gap)
 
 
-def _no_text(reading: Reading, columns: list[str], column: str | None) -> CalibrationError:
+def no_text_error(reading: Reading, columns: list[str], column: str | None) -> CalibrationError:
     """The error for a corpus without a usable row, with the reason."""
     there = ", ".join(" ".join(name.split())[:40] for name in columns[:30]) or "none"
     if reading.refused:

@@ -17,6 +17,7 @@ from torch import Tensor
 from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from leangrid.exporters import gguf_file, onnx_model
+from leangrid.exporters.merged_experts import find_merged_experts
 from leangrid.formats import CONFIG_KEYS, FORMATS, Format, schemes_stored_by
 from leangrid.models.result_reader import ResultReader
 from leangrid.progress import Event, Progress
@@ -145,6 +146,9 @@ def _check_target(to: str, like: str | Path | None) -> None:
         raise CheckpointError("there is no such file", like, "Give an existing .gguf file of the same model")
 
 
+_KINDS = ("weight", "bias")
+
+
 @dataclass(frozen=True, eq=False)
 class _Export:
     """One export: the result that is read, and what it becomes."""
@@ -231,9 +235,17 @@ class _Export:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor | TensorInfo]]:
         """What is copied, then each layer packed anew as the writer asks for it."""
-        yield from self.result.plain_tensors().items()
+        mixtures = find_merged_experts(self.result) if self.target is None else []
+        merged = {
+            f"{name}.{kind}" for one in mixtures for kind in _KINDS for n in one.parts(kind).values() for name in n
+        }
+        yield from ((name, info) for name, info in self.result.plain_tensors().items() if name not in merged)
+        for mixture in mixtures:
+            yield from mixture.tensors(self.result)
         blocks = len(self.result.layers)
         for done, name in enumerate(self.result.layers):
+            if f"{name}.weight" in merged:
+                continue
             for suffix, tensor in self._layer(name).items():
                 yield f"{name}.{suffix}", tensor
             if self.progress is not None:
@@ -253,7 +265,8 @@ class _Export:
         config = {key: value for key, value in self.result.checkpoint.config.items() if key not in CONFIG_KEYS}
         if self.target is None:
             return config
-        return add_older_rope_keys(config) | self.target.config_entries(self.schemes, self.result.ignore)
+        ignore, reading = self.result.ignore, self.result.reading(self.schemes)
+        return add_older_rope_keys(config) | self.target.config_entries(self.schemes, ignore, reading)
 
     def _layer_bytes(self) -> int:
         if self.target is None:

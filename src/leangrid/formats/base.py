@@ -1,7 +1,8 @@
 """What a container says of itself and does: a subclass of ``Format`` in a file of its own, and a row of ``FORMATS``."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,24 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 CONFIG = "config.json: quantization_config"
 _WEIGHTS_AT_ONCE = 1 << 24  # dequantized in float32 in one step
 DAMAGED_CONFIG = "The config is damaged: quantize or copy it again"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How plain transformers reads the layers of a result.
+
+    Attributes:
+        paths: layer -> the path of its module in transformers' model.
+        merged: the layers that it merges into tensors of all experts.
+        dequantize: whether it makes plain weights of packed ones while it loads, which it does by one scheme for the
+            ``merged`` layers and one for the others.
+        obstacle: why it does not open the result, as a clause that begins with "it"; None where it does.
+    """
+
+    paths: Mapping[str, str]
+    merged: Collection[str]
+    dequantize: bool
+    obstacle: str | None = None
 
 
 class Format(ABC):
@@ -122,8 +141,11 @@ class Format(ABC):
             FormatError: the layers have several schemes, and the container stores one.
         """
 
-    def config_entries(self, schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:
-        """What config.json gets: ``config`` under each of ``CONFIG_KEYS``."""
+    def config_entries(
+        self, schemes: Mapping[str, Scheme], ignore: list[str], reading: Reading | None = None
+    ) -> dict[str, Any]:
+        """What config.json gets: ``config`` under each of ``CONFIG_KEYS``, in the form that opens in plain transformers
+        where its ``reading`` is known."""
         return dict.fromkeys(self.CONFIG_KEYS, self.config(schemes, ignore))
 
     def is_config(self, config: dict[str, Any]) -> bool:

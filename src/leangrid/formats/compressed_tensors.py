@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats.base import CONFIG, DAMAGED_CONFIG, Format, Layout
+from leangrid.formats.base import CONFIG, DAMAGED_CONFIG, Format, Layout, Reading
 from leangrid.formats.bit_stream import pack as pack_bits
 from leangrid.formats.bit_stream import packed_width
 from leangrid.formats.bit_stream import unpack as unpack_bits
@@ -29,6 +29,8 @@ from leangrid.formats.checks import (
 )
 from leangrid.grids import AffineGrid, Grid
 from leangrid.recipe import AFFINE_BITS, Scheme
+
+_EXPERTS = r"re:.*\.experts(\..*)?$"
 
 
 class CompressedTensors(Format):
@@ -119,6 +121,28 @@ class CompressedTensors(Format):
         if len(targets) == 1:
             return {**_library_config([(scheme, ["Linear"]) for scheme in targets], ignore), "dequantize": True}
         return _library_config(targets.items(), ignore)
+
+    def config_entries(
+        self, schemes: Mapping[str, Scheme], ignore: list[str], reading: Reading | None = None
+    ) -> dict[str, Any]:
+        """``config``, but where plain transformers opens the result as its ``reading`` says: experts of one scheme and
+        other linears of another are two groups with ``dequantize``, the experts' by a pattern, since it looks for the
+        word; without ``dequantize`` layers are listed under their modules' names too."""
+        entry = self.config(schemes, ignore)
+        if reading is None or reading.obstacle is not None:
+            return {"quantization_config": entry}
+        if reading.dequantize:
+            experts = list(dict.fromkeys(schemes[name] for name in schemes if name in reading.merged))
+            others = list(dict.fromkeys(schemes[name] for name in schemes if name not in reading.merged))
+            if experts and others and experts != others:
+                groups = [(one, [_EXPERTS]) for one in experts] + [(one, ["Linear"]) for one in others]
+                entry = _library_config(groups, ignore)
+            return {"quantization_config": entry | {"dequantize": True}}
+        entry.pop("dequantize", None)
+        for group in entry["config_groups"].values():
+            if group["targets"] != ["Linear"]:
+                group["targets"] += [path for name in group["targets"] if (path := reading.paths[name]) != name]
+        return {"quantization_config": entry}
 
     def scheme_of(self, config: dict[str, Any]) -> Scheme:
         """Of an entry, ours or another tool's, with one group of packed integer weights."""

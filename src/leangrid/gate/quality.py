@@ -59,8 +59,11 @@ class Quality:
     """What the gate found.
 
     Attributes:
-        seen: measured on the first calibration windows; None where the result could not be opened or run.
+        seen: measured on the first calibration windows, of a calibration by pictures on its first rows; None where the
+            result could not be opened or run.
         unseen: measured on ``unseen_text``, which calibration did not see; None where there is no such text.
+        pictures: measured on rows with pictures that calibration did not see, or the same as ``seen`` where there were
+            no more; None where calibration was by text.
         original: what leangrid's reading of the original was compared with, in words.
         worst_layers: the linears whose outputs differ most, as {"name": path, "error": |y^ - y| / |y|}.
         limit: the largest distance that passes.
@@ -76,11 +79,13 @@ class Quality:
     limit: float | None = None
     error: str | None = None
     warnings: tuple[str, ...] = ()
+    pictures: Distance | None = None
 
     @property
     def distance(self) -> float:
-        """The larger of the distances on seen and unseen text, which the limit is for; NaN where one is not finite."""
-        values = [text.value for text in (self.seen, self.unseen) if text is not None]
+        """The largest of the distances on what calibration saw and did not see, which the limit is for; NaN where one
+        is not finite."""
+        values = [text.value for text in (self.seen, self.unseen, self.pictures) if text is not None]
         return max(values) if values and all(map(math.isfinite, values)) else math.nan
 
     @property
@@ -110,6 +115,8 @@ class Quality:
         found["limit"] = self.limit
         if self.unseen is not None:
             found["unseen"] = {"text": self.unseen_text} | self.unseen.to_dict()
+        if self.pictures is not None:
+            found["pictures"] = self.pictures.to_dict()
         if self.error is not None:
             found["error"] = self.error
         return found | ({"warnings": list(self.warnings)} if self.warnings else {})
@@ -117,7 +124,7 @@ class Quality:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Quality":
         """The inverse of ``to_dict``; what is null is NaN."""
-        unseen = stored.get("unseen")
+        unseen, pictures = stored.get("unseen"), stored.get("pictures")
         return cls(
             Distance.from_dict(stored) if "measure" in stored else None,
             None if unseen is None else Distance.from_dict(unseen),
@@ -127,6 +134,7 @@ class Quality:
             stored.get("limit"),
             stored.get("error"),
             tuple(stored.get("warnings", ())),
+            None if pictures is None else Distance.from_dict(pictures),
         )
 
 
@@ -137,27 +145,34 @@ def default_limit(bits: int, measure: str) -> float:
 
 
 def list_warnings(found: Quality) -> list[str]:
-    """One sentence for each sign of a calibration that was too small, seen on text that it did not hold."""
-    seen, unseen, limit = found.seen, found.unseen, found.limit
-    if seen is None or unseen is None or limit is None or seen.rounding is None or unseen.rounding is None:
-        return []
-    value, rounding = unseen.value, unseen.rounding
+    """A sentence where there is a sign of a calibration that was too small, seen on what it did not hold: text, or
+    pictures."""
+    others = [(found.unseen, f"text that calibration did not see ({found.unseen_text})")]
+    if found.pictures is not found.seen:
+        others.append((found.pictures, "pictures that calibration did not see"))
+    sentences = (_warning(found, other, what) for other, what in others if other is not None)
+    return [sentence for sentence in sentences if sentence][:1]
+
+
+def _warning(found: Quality, other: Distance, what: str) -> str:
+    """The sentence for ``other``, measured on ``what``; "" where nothing is wrong."""
+    seen, limit = found.seen, found.limit
+    if seen is None or limit is None or seen.rounding is None or other.rounding is None:
+        return ""
+    value, rounding = other.value, other.rounding
     if not all(map(math.isfinite, (seen.value, seen.rounding, value, rounding))) or value <= TINY * limit:
-        return []
-    what = "KL from the original" if seen.measure == "kl" else "distance from the original"
+        return ""
+    distance = "KL from the original" if seen.measure == "kl" else "distance from the original"
     more = "calibrate with more text (--samples, --length)"
     if value > rounding:
-        return [
-            f"on text that calibration did not see ({found.unseen_text}) plain rounding is nearer to the original: "
-            f"its {what} is {rounding:.3g}, the result's {value:.3g}; {more}"
-        ]
-    # How much the result's distance grew on unseen text, over how much rounding's did.
+        return (
+            f"on {what} plain rounding is nearer to the original: "
+            f"its {distance} is {rounding:.3g}, the result's {value:.3g}; {more}"
+        )
+    # How much the result's distance grew on what it did not see, over how much rounding's did.
     if value * seen.rounding > MUCH_WORSE * seen.value * rounding:
-        return [
-            f"the {what} is {value:.3g} on text that calibration did not see ({found.unseen_text}), "
-            f"{seen.value:.3g} on the text it saw; {more}"
-        ]
-    return []
+        return f"the {distance} is {value:.3g} on {what}, {seen.value:.3g} on the text it saw; {more}"
+    return ""
 
 
 def _to_json(value: float) -> float | None:

@@ -17,6 +17,7 @@ from leangrid.machine import memory
 from leangrid.models.calls import fill
 from leangrid.models.flow import Flow, open_flow
 from leangrid.models.linears import rows_first
+from leangrid.models.model_inputs import Inputs, moved_inputs
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
 
@@ -38,13 +39,16 @@ class Walked:
 
 
 @torch.no_grad()
-def walk(original: Skeleton, result: Skeleton, texts: Sequence[Tensor], rounding: Recipe | None, device: str) -> Walked:
-    """Walk both models through ``texts`` (token ids, int64 [windows, length]), with one block of each in memory.
+def walk(
+    original: Skeleton, result: Skeleton, texts: Sequence[Sequence[Inputs]], rounding: Recipe | None, device: str
+) -> Walked:
+    """Walk both models through ``texts``, each of some windows (token ids, int64 [1, length], or a row with pictures),
+    with one block of each in memory.
 
     ``rounding``: None, or the recipe by whose schemes the original's weights are rounded to the nearest level for a
     third walk."""
     # One at a time: a run that was short of memory had room for no more.
-    windows = [window for ids in texts for window in ids.split(1)]
+    windows = [window for text in texts for window in text]
     theirs, ours = _Walker(original, windows, device), _Walker(result, windows, device)
     rounded = _Walker(original, windows, device, theirs) if rounding is not None else None
     errors: dict[str, float] = {}
@@ -74,7 +78,7 @@ class _Walker:
         beside: another walker of the same model, whose flow this one shares.
     """
 
-    def __init__(self, skeleton: Skeleton, windows: list[Tensor], device: str, beside: "_Walker | None" = None) -> None:
+    def __init__(self, skeleton: Skeleton, windows: list[Inputs], device: str, beside: "_Walker | None" = None) -> None:
         self._flow: Flow = open_flow(skeleton, device) if beside is None else beside._flow
         self._stream = "original" if beside is None else "rounded"
         self._own = beside is None
@@ -98,22 +102,25 @@ class _Walker:
             self._flow.close()
 
 
-def outputs(skeleton: Skeleton, ids: Tensor, ends: Sequence[Any], device: str) -> Iterator[Float[Tensor, "length out"]]:
+def outputs(
+    skeleton: Skeleton, windows: Sequence[Inputs], ends: Sequence[Any], device: str
+) -> Iterator[Float[Tensor, "length out"]]:
     """What the model computes after its blocks, window by window: logits, or the last hidden states of a model without
     a language-model head.
 
     The whole model runs with empty blocks, each of which returns the states that left the last one whatever its input
     is; or with a base model that returns what it returned before."""
     with skeleton.load_outside_blocks(device, lm_head=skeleton.has_lm_head):
-        for window, end in zip(ids.split(1), ends, strict=True):
+        for window, end in zip(windows, ends, strict=True):
             if skeleton.entry is skeleton.model and not isinstance(end, Tensor):
                 output: Any = end  # the whole model was walked
             elif not isinstance(end, Tensor) and not skeleton.has_lm_head:
                 output = end
             else:
                 with _handing(skeleton, end):
-                    output = skeleton.run(window.to(device), whole=skeleton.has_lm_head)
-            yield _result_of(output, skeleton.has_lm_head)[0].cpu()
+                    moved = moved_inputs(window, device, skeleton.compute_dtype)
+                    output = skeleton.run(moved, whole=skeleton.has_lm_head)
+            yield result_of(output, skeleton.has_lm_head)[0].cpu()
 
 
 @contextmanager
@@ -131,16 +138,16 @@ def _handing(skeleton: Skeleton, end: Any) -> Iterator[None]:
             del module.forward
 
 
-def _result_of(output: Any, has_lm_head: bool) -> Tensor:
+def result_of(output: Any, has_lm_head: bool) -> Tensor:
     """The logits of a model's output, or its last hidden states."""
     wanted = ("logits", "last_hidden_state") if has_lm_head else ("last_hidden_state", "logits")
     found = next((getattr(output, name) for name in wanted if isinstance(getattr(output, name, None), Tensor)), None)
     return output[0] if found is None else found
 
 
-def _by_text(states: list[Any], texts: Sequence[Tensor]) -> list[list[Any]]:
+def _by_text(states: list[Any], texts: Sequence[Sequence[Inputs]]) -> list[list[Any]]:
     """What belongs to the windows of each text."""
-    counts = [len(ids) for ids in texts]
+    counts = [len(text) for text in texts]
     return [states[sum(counts[:number]) : sum(counts[: number + 1])] for number in range(len(counts))]
 
 

@@ -135,6 +135,7 @@ class Conversion:
         unread: stored name -> the name that it would have in the model, of stored tensors that the model does not have.
         converters: transformers' converters for this model.
         failed: name in the model -> one sentence, of tensors whose stored parts cannot be converted.
+        parts: name in the model -> the stored tensors that transformers would convert to it (and others).
     """
 
     def __init__(self, model: PreTrainedModel, stored: Mapping[str, Described]) -> None:
@@ -151,7 +152,9 @@ class Conversion:
         self.shapes: dict[str, Shape] = {}
         self.unread: dict[str, str] = {}
         self.failed: dict[str, str] = {}
+        self.parts: dict[str, tuple[str, ...]] = {}
         for group in self._assign(stored):
+            self.parts[group.target] = tuple(group.names)
             self._convert_shapes(group, stored)
 
     def _assign(self, stored: Mapping[str, Described]) -> Iterable[_Converted]:
@@ -292,6 +295,10 @@ class Conversion:
             part = count[expert] = count.get(expert, -1) + 1
             parts.append(ExpertPart(one.stored, expert, part, one.at[1], one.at[2], transposed))
         return tuple(parts)
+
+    def module(self, path: str) -> torch.nn.Module | None:
+        """The module at ``path`` in the model; None where it has none."""
+        return dict(self._model.named_modules()).get(path)
 
     def rename_to_module(self, stored_module: str) -> str:
         """The path in the model of the module that the checkpoint calls ``stored_module``, both without ``.weight``.

@@ -51,6 +51,7 @@ class ResultNames:
         # What the quantizer appends: whatever is called weight, in any of its stored forms, becomes a weight.
         general = WeightConverter(["weight", "weight_packed"], "weight", [Concatenate()])
         self._with_packed = [*conversion.converters, general]
+        self._by_pattern = {pattern: one for one in conversion.converters for pattern in one.source_patterns}
         self._cuts = [one for one in conversion.converters if _takes_packed(one) and _cuts(one)]
 
     def dequantize(self, linears: Iterable[Scheme], experts: Iterable[Scheme] = ()) -> bool:
@@ -77,17 +78,12 @@ class ResultNames:
                 return f"it cannot cut '{one.source_patterns[0]}' apart beside packed tensors, none of them cut from it"
         return None
 
-    def packed(self, module: str) -> str | None:
+    def packed(self, module: str, wished: str | None = None) -> str | None:
         """The name under which the packed tensors of the linear at the path ``module`` in the model are stored, as in
-        ``<name>.weight_packed``: the source's, or the module's own; None where transformers finds neither."""
-        return next(
-            (
-                name
-                for name in (self._conversion.stored_module_name(module), module)
-                if name is not None and self._found(name + _PACKED) == module + _WEIGHT
-            ),
-            None,
-        )
+        ``<name>.weight_packed``: ``wished`` (None: the source's), or the module's own; None where transformers finds
+        neither."""
+        names = (self._conversion.stored_module_name(module) if wished is None else wished, module)
+        return next((one for one in names if one is not None and self._found(one + _PACKED) == module + _WEIGHT), None)
 
     def packed_expert(self, name: str, part: ExpertPart) -> str | None:
         """The name under which the packed tensors of one matrix of an expert are stored, where ``name`` is the model's
@@ -95,6 +91,21 @@ class ResultNames:
         converter = self._conversion.converter(name)
         merges = converter is not None and _takes_packed(converter) and len(converter.target_patterns) == 1
         return part.stored.removesuffix(_WEIGHT) if merges and part.stored.endswith(_WEIGHT) else None
+
+    def takes_expert(self, stored: str, experts: str) -> bool:
+        """Whether transformers finds the packed tensors ``<stored>.weight_packed`` of one matrix of an expert, and
+        makes them a part of the experts at the path ``experts`` in the model."""
+        target, pattern = self._conversion.renamed(stored + _WEIGHT)
+        if pattern is None:
+            return target.startswith(f"{experts}.") and self.replaces_experts(experts)
+        converter = self._by_pattern[pattern]
+        single = len(converter.target_patterns) == 1 and _takes_packed(converter)
+        return single and target.rpartition(".")[0] == experts
+
+    def replaces_experts(self, path: str) -> bool:
+        """Whether transformers opens the experts at ``path`` in the model with one linear for each matrix."""
+        module = self._conversion.module(path)
+        return module is not None and experts_apart(module) is not None
 
     def kept(self, name: str, packed: Collection[str] = ()) -> Kept | None:
         """How the model's tensor ``name`` is stored that is not quantized, beside the packed linears of the modules

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from leangrid.errors import ArchitectureError, first_line
 from leangrid.models.calls import fill, find_tensor, hidden_argument, other_tensors, place_of, without_numbers
-from leangrid.models.experts import Experts
+from leangrid.models.experts import Experts, modules_outside_experts
+from leangrid.models.groups import Groups, Places, group_by_input
 from leangrid.models.kept import why_kept
 from leangrid.models.linears import is_linear, linear_shape
-from leangrid.models.shape_pass import ShapePass, storage_of
+from leangrid.models.shape_pass import ShapePass, small_parameters, storage_of
 
-Groups = tuple[tuple[str, ...], ...]
-
-_LARGE = 1 << 16  # parameters of more numbers stay absent while the model is looked at
+ELSEWHERE = "its weight is multiplied in"  # how a reason begins why a linear is kept
 _LEAST_SHARE = 20  # a list of blocks holds at least this part (1/20) of the numbers that the largest one holds
 _PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_grouped_mm", "linear"))
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -48,6 +47,8 @@ class FoundBlock:
         repeated: groups (by number) whose linears are called more than once in a pass, on other inputs.
         left: matrices that are multiplied outside of any linear -> shape.
         returns: the container of what it returns, its tensors on the meta device.
+        reads: its linears in the order of their first calls -> where their inputs lay; of mixtures of experts nothing.
+        fixed: those of ``kept`` that cannot be quantized, whatever is asked for (selection.py) -> why.
     """
 
     path: str
@@ -56,6 +57,8 @@ class FoundBlock:
     repeated: frozenset[int] = frozenset()
     left: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     returns: Any = None
+    reads: Mapping[str, Places] = field(default_factory=dict)
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def discover(model: nn.Module, entry: nn.Module, run: Callable[[nn.Module, int],
     Raises:
         ArchitectureError: the forward pass fails, or no list of modules runs hidden states from one to the next.
     """
-    with _small_parameters(model):
+    with small_parameters(model):
         log, shapes = _first_pass(model, entry, run)
         lists = _block_lists(model, log.calls)
         if not lists:
@@ -276,37 +279,6 @@ def _attempt(
         raise ArchitectureError(what, type(model).__name__, "leangrid cannot quantize this kind of model") from error
 
 
-@contextmanager
-def _small_parameters(model: nn.Module) -> Iterator[None]:
-    """Context: parameters that are small have numbers, so that norms and biases do what they do."""
-    absent: list[tuple[nn.Module, str, nn.Parameter]] = []
-    made: dict[int, nn.Parameter] = {}
-    for _, module in modules_outside_experts(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta and parameter.numel() <= _LARGE:
-                absent.append((module, name, parameter))
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(_values(parameter), requires_grad=False)
-                module._parameters[name] = made[id(parameter)]
-    try:
-        yield
-    finally:
-        for module, name, parameter in absent:
-            module._parameters[name] = parameter
-
-
-def _values(parameter: Tensor) -> Tensor:
-    place = torch.arange(parameter.numel(), dtype=torch.float32)
-    if not parameter.is_floating_point():
-        return torch.zeros(parameter.shape, dtype=parameter.dtype)
-    scale = 1.0 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
-    return (
-        (scale * (0.1 * torch.sin(2.3 * place) + (0.9 if parameter.ndim < 2 else 0.0)))
-        .reshape(parameter.shape)
-        .to(parameter.dtype)
-    )
-
-
 # ---------------------------------------------------------------- what they say
 
 
@@ -387,20 +359,26 @@ def _found_block(
     for name, where in called:
         if where is not None and where not in places.setdefault(name, []):
             places[name].append(where)
-    kept: dict[str, str] = {}
+    kept, fixed = dict[str, str](), dict[str, str]()
     for name, module in linears.items():
         weight = module.get_parameter("weight")
         why = why_kept(name, *linear_shape(module))
         others = looking.products.get(storage_of(weight), set()) - {dot + name}
+        cannot = None
         if name not in places:
-            why = "is not called on text"
+            why = cannot = "is not called on text"
         elif others:
-            why = why or f"its weight is multiplied in {min(others)} too"
+            cannot = f"{ELSEWHERE} {min(others)} too"
         elif shared[id(weight)] > 1:
-            why = why or "shares its weight with another module"
+            cannot = "shares its weight with another module"
+        if cannot is not None:
+            fixed[name] = cannot
+        why = why or cannot
         if why is not None:
             kept[name] = why
-    groups, repeated = _groups(list(dict.fromkeys(name for name, _ in called)), places, kept, mixtures)
+    order = dict.fromkeys(name for name, _ in called if name in mixtures or name in places)
+    reads = {name: tuple(places.get(name, ())) for name in order}
+    groups, repeated = group_by_input(reads, kept, mixtures)
     left = {
         f"{name}.{leaf}" if name else leaf: tuple(parameter.shape)
         for name, module in inside.items()
@@ -408,44 +386,7 @@ def _found_block(
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.ndim >= 2 and storage_of(parameter) in looking.products
     }
-    return FoundBlock(path, groups, kept, repeated, left, returned)
-
-
-def modules_outside_experts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module of ``module`` with its path, itself first, but those of single experts."""
-    yield path, module
-    if not isinstance(module, Experts):
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from modules_outside_experts(child, f"{path}.{name}" if path else name)
-
-
-def _groups(
-    order: list[str],
-    places: Mapping[str, list[tuple[int, ...]]],
-    kept: Mapping[str, str],
-    mixtures: Mapping[str, Experts],
-) -> tuple[Groups, frozenset[int]]:
-    """The groups, and which of them are called more than once. A group ends where another linear is called."""
-    groups: list[tuple[str, ...]] = []
-    repeated: set[int] = set()
-    last: list[tuple[int, ...]] | None = None
-    for name in order:
-        if name in mixtures:
-            dot = f"{name}." if name else ""
-            for number in range(mixtures[name].stages):
-                groups.append(tuple(f"{dot}{n}" for names in mixtures[name].stage(number) for n in names))
-            last = None
-        elif name in kept or name not in places:
-            continue
-        elif last == places[name]:
-            groups[-1] += (name,)
-        else:
-            groups.append((name,))
-            last = places[name]
-            if len(last) > 1:
-                repeated.add(len(groups) - 1)
-    return tuple(groups), frozenset(repeated)
+    return FoundBlock(path, groups, kept, repeated, left, returned, reads, fixed)
 
 
 def _shared_weights(model: nn.Module) -> Counter[int]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
@@ -67,6 +68,15 @@ class FusedForm:
 
         return take
 
+    def joined(self, leaves: list[Tensor], kind: str = "weight") -> Tensor:
+        """The inverse of ``taken``: one expert's part of a fused tensor, of its linears' weights [rows, cols] or biases
+        [rows]: down's alone, or gate's and up's (up's alone where there is no gate)."""
+        if len(leaves) == 1:
+            whole = leaves[0]
+        else:
+            whole = torch.stack(leaves, 1).flatten(0, 1) if self.interleaved else torch.cat(leaves)
+        return (whole.t() if self.transposed and kind == "weight" else whole).contiguous()
+
 
 def form_of(module: nn.Module) -> FusedForm | None:
     """The form of a module of fused experts; None for another module."""
@@ -78,6 +88,8 @@ def form_of(module: nn.Module) -> FusedForm | None:
     if getattr(down, "ndim", 0) != 3 or getattr(first, "ndim", 0) != 3:
         return None
     declared = hasattr(module, "has_gate")
+    if not (declared or gated):  # shapes alone do not tell [in, out] from [out, in], nor what else it multiplies
+        return None
     transposed = bool(getattr(module, "is_transposed", False))
     parts = 2 if gated else 1
     if not declared:  # [E, in, 2 x inner] or [E, 2 x inner, in]: only one of them fits the second tensor

@@ -5,7 +5,7 @@ such module by ``Experts``: the same sums in the same order, but every matrix is
 and packed on its own. The forward pass has stages, in most every expert's gate and up, then every expert's down, and
 calls ``before_stage`` before each, where the walk (walk.py) pauses it to read the inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ def _copied(module: nn.Module) -> nn.Module:
     )
     new._modules = {name: None if child is None else _copied(child) for name, child in module._modules.items()}
     new._parameters = {
-        name: None if p is None else nn.Parameter(torch.empty_like(p), requires_grad=p.requires_grad)
+        name: None if p is None else nn.Parameter(p.data, requires_grad=p.requires_grad)
         for name, p in module._parameters.items()
     }
     return new
@@ -154,3 +154,12 @@ def experts_of_group(block: nn.Module, names: tuple[str, ...]) -> tuple[str, "Ex
         return None
     leaf = names[0].rpartition(".")[2]
     return path, module, next(n for n, leaves in enumerate(module.form.stages) if leaf in leaves)
+
+
+def modules_outside_experts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module of ``module`` with its path, itself first, but those of single experts."""
+    yield path, module
+    if not isinstance(module, Experts):
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from modules_outside_experts(child, f"{path}.{name}" if path else name)

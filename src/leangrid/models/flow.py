@@ -2,9 +2,9 @@
 
 * ChainedFlow, where hidden states are all that flows (discovery.py): the other arguments of the blocks are taken once,
   from a pass of blocks that do nothing, and each block is called alone. States may wait anywhere between two blocks.
-* LiveFlow, where more flows: keys and values that later blocks share, embeddings a layer, indices of sparse attention,
-  encoder states. One pass for each batch runs through the whole model as a greenlet and stops whenever it calls a
-  block. What the model keeps between its blocks stays in the pass.
+* LiveFlow, where more flows (keys and values that later blocks share, embeddings a layer, indices of sparse attention,
+  encoder states), and for rows with pictures. One pass for each batch runs through the whole model as a greenlet and
+  stops whenever it calls a block. What the model keeps between its blocks stays in the pass.
 
 A stream is one model's batches on their way, told apart by name: "quantized" and "original".
 """
@@ -19,6 +19,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from leangrid.models.calls import fill, first_tensor, hidden_argument, moved
+from leangrid.models.model_inputs import Inputs, moved_inputs, token_ids
 from leangrid.models.skeleton import Skeleton
 
 Put = Callable[[Tensor], Tensor]
@@ -37,11 +38,11 @@ class Flow(ABC):
         self._skeleton, self._device = skeleton, device
 
     @abstractmethod
-    def enter(self, batches: Sequence[Tensor], put: Put, *streams: str) -> list[Tensor]:
+    def enter(self, batches: Sequence[Inputs], put: Put, *streams: str) -> list[Tensor]:
         """Run everything before the first block.
 
         Args:
-            batches: token ids, int64 [windows, length] each.
+            batches: token ids, int64 [windows, length] each, or the processor's inputs for a row (model_inputs.py).
             put: is given each batch's hidden states and returns what to hold of them.
             streams: those that begin here.
 
@@ -75,7 +76,7 @@ class ChainedFlow(Flow):
         # windows of a batch -> the other arguments (masks, rotary tables) of each block
         self._calls: dict[int, list[tuple[str | int, tuple[Any, ...], dict[str, Any]]]] = {}
 
-    def enter(self, batches: Sequence[Tensor], put: Put, *streams: str) -> list[Tensor]:
+    def enter(self, batches: Sequence[Inputs], put: Put, *streams: str) -> list[Tensor]:
         return self._run_to_first_block(batches, put)
 
     def prepare(self, windows: Tensor, sizes: set[int]) -> None:
@@ -89,7 +90,7 @@ class ChainedFlow(Flow):
         args, kwargs = _with_hidden(key, moved(args, device), moved(kwargs, device), hidden)
         return first_tensor(block(*args, **kwargs))
 
-    def _run_to_first_block(self, batches: Sequence[Tensor], put: Put) -> list[Tensor]:
+    def _run_to_first_block(self, batches: Sequence[Inputs], put: Put) -> list[Tensor]:
         skeleton, entered = self._skeleton, list[Tensor]()
         arguments: list[tuple[str | int, tuple[Any, ...], dict[str, Any]]] = []
         last = len(skeleton.blocks) - 1
@@ -107,20 +108,21 @@ class ChainedFlow(Flow):
             return fill(skeleton.structure.blocks[index].returns, states)
 
         with skeleton.load_outside_blocks(self._device):
-            for ids in batches:
-                new_size = len(ids) not in self._calls
+            for inputs in batches:
+                size = len(token_ids(inputs))
+                new_size = size not in self._calls
                 arguments = []
                 for index, block in enumerate(skeleton.blocks):
                     block.forward = _bind(record, index, new_size)
                 try:
-                    skeleton.run(ids.to(self._device))
+                    skeleton.run(moved_inputs(inputs, self._device, skeleton.compute_dtype))
                 except _Captured:
                     pass  # the only way out of a recorded pass
                 finally:
                     for block in skeleton.blocks:
                         del block.forward
                 if new_size:
-                    self._calls[len(ids)] = arguments
+                    self._calls[size] = arguments
         return entered
 
 
@@ -136,7 +138,7 @@ class LiveFlow(Flow):
         self._passes: dict[str, list[_ModelPass]] = {}
         self._outside: AbstractContextManager[Any] | None = None
 
-    def enter(self, batches: Sequence[Tensor], put: Put, *streams: str) -> list[Tensor]:
+    def enter(self, batches: Sequence[Inputs], put: Put, *streams: str) -> list[Tensor]:
         self.close()
         skeleton = self._skeleton
         if not self._beside:
@@ -146,7 +148,7 @@ class LiveFlow(Flow):
                 _stop_in(block, index)
         states: list[Tensor] = []
         for stream in streams:
-            passes = [_ModelPass(_run_of(skeleton, ids.to(self._device))) for ids in batches]
+            passes = [_ModelPass(_run_of(skeleton, inputs, self._device)) for inputs in batches]
             states = [one.reach_block(None) for one in passes]
             self._passes[stream] = passes
         return states
@@ -182,7 +184,8 @@ class LiveFlow(Flow):
 
 def open_flow(skeleton: Skeleton, device: torch.device | str = "cpu") -> Flow:
     """The flow for what was discovered of the model."""
-    return LiveFlow(skeleton, device) if skeleton.structure.flows else ChainedFlow(skeleton, device)
+    live = skeleton.structure.flows or skeleton.sees_pictures  # rows with pictures differ in length and arguments
+    return LiveFlow(skeleton, device) if live else ChainedFlow(skeleton, device)
 
 
 class _ModelPass(greenlet):
@@ -220,8 +223,8 @@ class _ModelPass(greenlet):
 _END = 1 << 30  # the index at which a pass stands that ran to its end
 
 
-def _run_of(skeleton: Skeleton, ids: Tensor) -> Callable[[], Any]:
-    return lambda: skeleton.run(ids)
+def _run_of(skeleton: Skeleton, inputs: Inputs, device: torch.device | str) -> Callable[[], Any]:
+    return lambda: skeleton.run(moved_inputs(inputs, device, skeleton.compute_dtype))
 
 
 def _stop_in(block: nn.Module, index: int) -> None:

@@ -25,6 +25,7 @@ _KEPT: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(weights?_proj|block_inject_weight)$", "weighs heads or streams"),
     (r"norm\.mlp\.", "scales a norm"),
 )
+_ATTENTION = re.compile(r"(^|\.)(q|k|v|kv|qkv|query|key|value)(_proj|_lin|_head)?$")
 _COMPILED = tuple((re.compile(pattern), why) for pattern, why in _KEPT)
 
 
@@ -34,6 +35,7 @@ def why_kept(path: str, rows: int, cols: int) -> str | None:
         if pattern.search(path):
             return why
     few, many = min(rows, cols), max(rows, cols)
-    if few < _LEAST or (few < _FEW and many >= _RATIO * few):
+    fused = _ATTENTION.search(path) is not None  # engines fuse keys and values with the queries, however few they are
+    if few < _LEAST or (few < _FEW and many >= _RATIO * few and not fused):
         return f"is of {rows} x {cols} numbers only"
     return None

@@ -5,7 +5,7 @@ What a checkpoint holds beside the model (a layer that predicts further tokens, 
 the result under its own name. A tensor inside of the model's own modules that the model does not have is refused."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,6 +23,7 @@ from leangrid.storage.foreign import OLD_BUFFERS, explain_foreign_names, refuse_
 _FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 # Parts of a base model that a class may leave out while the checkpoint has them; transformers ignores them too.
 _LEFT_OUT = re.compile(r"pooler|mtp\w*|\w*(vision|visual|audio|image|multi_modal|multimodal)\w*")
+_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
 _SHOWN = 4  # names of each kind of difference in an error
 
 
@@ -77,7 +78,10 @@ def match_names(model: PreTrainedModel, checkpoint: Weights) -> Naming:
     conversion = Conversion(model, checkpoint.tensors)
     expected = dict(model.state_dict(keep_vars=True))
     found, missing, untied = _resolve_ties(model, expected, conversion, checkpoint)
-    wrong = list(_wrong_shapes(expected, conversion))
+    _refuse_experts_twice(conversion, checkpoint)
+    experts = _missing_experts(expected, conversion)
+    missing += [part for parts in experts.values() for part in parts]
+    wrong = list(_wrong_shapes(expected, conversion, experts))
     left = {
         name: renamed
         for name, renamed in conversion.unread.items()
@@ -149,10 +153,37 @@ def _same_shape(expected: Mapping[str, Any], one: str, other: str) -> bool:
     return one in expected and other in expected and expected[one].shape == expected[other].shape
 
 
-def _wrong_shapes(expected: Mapping[str, Any], conversion: Conversion) -> Iterator[str]:
-    yield from conversion.failed.values()
+def _refuse_experts_twice(conversion: Conversion, checkpoint: Weights) -> None:
+    """CheckpointError where an expert is stored alone and in a tensor of all."""
+    for name, parts in conversion.parts.items():
+        whole = conversion.sources.get(name)
+        if whole is not None and not whole.converted and _EXPERT.fullmatch(parts[0]):
+            what = f"'{parts[0]}' is stored twice, alone and in '{whole.stored[0]}'"
+            raise CheckpointError(what, checkpoint.directory, "Get another copy of the checkpoint")
+
+
+def _missing_experts(expected: Mapping[str, Any], conversion: Conversion) -> dict[str, list[str]]:
+    """Names in the model of tensors that are merged of every expert's -> those that are not stored."""
+    found: dict[str, list[str]] = {}
+    for name, parts in conversion.parts.items():
+        if name not in conversion.failed and conversion.shapes.get(name) == tuple(expected[name].shape):
+            continue
+        there: dict[tuple[str, str], set[int]] = {}
+        for part in parts:
+            if (match := _EXPERT.fullmatch(part)) is not None:
+                there.setdefault((match[1], match[3]), set()).add(int(match[2]))
+        every = range(len(expected[name]))
+        lost = [f"{head}{n}{tail}" for (head, tail), held in there.items() for n in every if n not in held]
+        if lost:
+            found[name] = lost
+    return found
+
+
+def _wrong_shapes(expected: Mapping[str, Any], conversion: Conversion, known: Container[str]) -> Iterator[str]:
+    """A phrase for each tensor, but those ``known`` to lack parts, that is not of the model's shape."""
+    yield from (what for name, what in conversion.failed.items() if name not in known)
     for name, stored in conversion.shapes.items():
-        if stored != (wanted := tuple(expected[name].shape)):
+        if name not in known and stored != (wanted := tuple(expected[name].shape)):
             yield f"{name} has shape {list(stored)}, the config asks for {list(wanted)}"
 
 

@@ -31,14 +31,14 @@ def match_result(model: PreTrainedModel, apart: PreTrainedModel, stored: Iterabl
         stored: the names of all tensors in the files.
 
     Returns:
-        name in the result -> path in ``apart``, of every linear of which something is stored.
+        name in the result -> path in ``apart``, of every linear of which something is stored, in the model's order.
     """
     linears = linear_shapes(apart)
     owners = dict.fromkeys(name.rpartition(".")[0] for name in stored)
     found = {owner: owner for owner in owners if owner in linears}
     others = [owner for owner in owners if owner and owner not in linears]
     if not others:
-        return found
+        return _ordered(found, linears)
     conversion, parts = Conversion(model, {}), dict[str, _Matrix]()
     forms = {path: form for path, module in model.named_modules() if (form := form_of(module)) is not None}
     for owner in others:
@@ -57,7 +57,12 @@ def match_result(model: PreTrainedModel, apart: PreTrainedModel, stored: Iterabl
         for path, place in places.items():
             if path.removesuffix(_WEIGHT) in linears and len(place.stored) == 1:
                 found[place.stored[0].removesuffix(_WEIGHT)] = path.removesuffix(_WEIGHT)
-    return found
+    return _ordered(found, linears)
+
+
+def _ordered(found: dict[str, str], linears: Iterable[str]) -> dict[str, str]:
+    position = {path: number for number, path in enumerate(linears)}
+    return dict(sorted(found.items(), key=lambda item: position[item[1]]))
 
 
 def _shape(form: FusedForm, leaf: str) -> tuple[int, int]:

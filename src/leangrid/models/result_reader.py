@@ -14,11 +14,16 @@ from transformers import PreTrainedModel
 
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import CONFIG_KEYS, format_of, schemes_of
+from leangrid.formats.base import Reading
 from leangrid.formats.checks import holds_codes
 from leangrid.grids import Grid
 from leangrid.models.conversion import Conversion
+from leangrid.models.conversion_names import ResultNames
+from leangrid.models.expert_forms import FusedForm
+from leangrid.models.experts import Experts
 from leangrid.models.linears import linear_shapes
 from leangrid.models.model_class import described_model, has_lm_head, with_experts_apart
+from leangrid.models.plain_readers import mixtures_of, plain_reading
 from leangrid.models.result_names import match_result
 from leangrid.recipe import Scheme
 from leangrid.storage.dtypes import NAMES, dtype_of
@@ -70,7 +75,9 @@ class ResultReader:
         if not self.layers:
             what = "none of the model's linears is stored quantized"
             raise CheckpointError(what, directory, "The config does not belong to these weights")
-        self.not_in_model = frozenset(_beside(empty, model, self.checkpoint.tensors, self._paths))
+        self._conversion, self._model = Conversion(empty, {}), model
+        self._mixtures = mixtures_of(model)
+        self.not_in_model = frozenset(_beside(self._conversion, model, self.checkpoint.tensors, self._paths))
         plain = {name for name, (_, kind) in shapes.items() if kind == "linear"}
         plain |= {name for name, kind in self.kinds.items() if kind == "linear"}
         plain -= self.layers.keys() | {self._paths[name] for name in self.layers}
@@ -116,6 +123,24 @@ class ResultReader:
         codes, grid = self.layer(name)
         return self.format.dequantize(codes, grid, self.dtype).to(self.dtype)
 
+    @cached_property
+    def expert_forms(self) -> dict[str, FusedForm]:
+        """The path of each mixture of experts in the model -> how transformers' model holds its matrices."""
+        return {path: module.form for path, module in self._model.named_modules() if isinstance(module, Experts)}
+
+    def name_of(self, path: str) -> str | None:
+        """The name in the files of the linear at ``path`` in the model; None where nothing of it is stored."""
+        return next((name for name, own in self._paths.items() if own == path), None)
+
+    def renamed(self, name: str) -> str:
+        """The path that transformers itself gives to what the files call ``name``."""
+        return self._conversion.rename_to_module(name)
+
+    def reading(self, schemes: Mapping[str, Scheme]) -> Reading:
+        """How plain transformers reads these layers packed by these schemes under their names."""
+        paths = {name: self._paths[name] for name in self.layers}
+        return plain_reading(ResultNames(self._conversion), paths, self._mixtures, schemes)
+
     def plain_tensors(self) -> dict[str, TensorInfo]:
         """Every tensor that is no part of a quantized weight (embeddings, norms, biases, the head), by name."""
         packed = {f"{name}.{suffix}" for name in self.layers for suffix in self._suffixes(name)}
@@ -136,11 +161,10 @@ class ResultReader:
 
 
 def _beside(
-    empty: PreTrainedModel, model: PreTrainedModel, stored: Iterable[str], paths: Mapping[str, str]
+    conversion: Conversion, model: PreTrainedModel, stored: Iterable[str], paths: Mapping[str, str]
 ) -> Iterator[str]:
     """The names of stored tensors of modules that the model does not have."""
     modules = {path for path, _ in model.named_modules()}
-    conversion = Conversion(empty, {})
     for name in stored:
         owner = name.rpartition(".")[0]
         if owner not in modules and owner not in paths:

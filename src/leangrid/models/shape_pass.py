@@ -5,14 +5,18 @@ on nothing random), so that whatever the model decides by values (routing, masks
 passes with the same input agree. Nothing larger than a few tokens' activations is allocated, whatever the model's size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from leangrid.models.experts import modules_outside_experts
+
+_LARGE = 1 << 16  # parameters of more numbers stay absent while the model is looked at
 # Taking a part of an absent weight gives an absent weight.
 _PARTS = ("index", "index_select", "gather", "select", "slice", "narrow")
 _TO = ("_to_copy", "to", "clone", "contiguous", "detach", "alias")
@@ -102,5 +106,37 @@ def _numbers(like: Tensor, real: list[Tensor]) -> Tensor:
         share = source.float().flatten() @ _tables(source.numel())[0]
     share = torch.nan_to_num(share, 0.0, 0.0, 0.0).float()
     _, slopes, phases = _tables(max(width, 1))
-    made = torch.sin(share[..., None] * slopes + phases)
+    wave = share[..., None] * slopes + phases
+    made = 2.0 * (wave - wave.round())  # between -1 and 1
     return made.expand(like.shape).to(like.dtype).contiguous() if like.ndim else made[0].to(like.dtype)
+
+
+@contextmanager
+def small_parameters(model: nn.Module) -> Iterator[None]:
+    """Context: parameters that are small have numbers, so that norms and biases do what they do."""
+    absent: list[tuple[nn.Module, str, nn.Parameter]] = []
+    made: dict[int, nn.Parameter] = {}
+    for _, module in modules_outside_experts(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta and parameter.numel() <= _LARGE:
+                absent.append((module, name, parameter))
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(_values(parameter), requires_grad=False)
+                module._parameters[name] = made[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in absent:
+            module._parameters[name] = parameter
+
+
+def _values(parameter: Tensor) -> Tensor:
+    place = torch.arange(parameter.numel(), dtype=torch.float32)
+    if not parameter.is_floating_point():
+        return torch.zeros(parameter.shape, dtype=parameter.dtype)
+    scale = 1.0 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
+    return (
+        (scale * (0.1 * torch.sin(2.3 * place) + (0.9 if parameter.ndim < 2 else 0.0)))
+        .reshape(parameter.shape)
+        .to(parameter.dtype)
+    )

@@ -3,12 +3,11 @@
 A block is materialised, quantized, written and released before the next one, so memory grows with the largest block,
 not with the model."""
 
-import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -16,18 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from leangrid.errors import ArchitectureError, LeangridError
-from leangrid.models.discovery import Groups, Structure, discover
+from leangrid.errors import ArchitectureError
+from leangrid.models.discovery import Groups
+from leangrid.models.entry import find_entry
 from leangrid.models.expert_forms import FusedForm
 from leangrid.models.experts import Experts
 from leangrid.models.linears import is_transposed, linear_shape, rows_first
 from leangrid.models.model_class import build_empty, has_lm_head, known_type, read_model_config, with_experts_apart
+from leangrid.models.model_inputs import Inputs, arguments_of, takes_argument, takes_pictures
 from leangrid.models.naming import Naming, Weights, match_names
+from leangrid.models.selection import select
 from leangrid.models.stored import StoredTensors, stores_experts_apart
 from leangrid.storage.dtypes import plain_dtype
 from leangrid.storage.safetensors import TensorInfo
-
-_TEXTS = (4, 16)  # tokens of the text on which a model is looked at; more where its forward pass does not take so few
 
 
 class Skeleton:
@@ -43,10 +43,11 @@ class Skeleton:
         notices: sentences for the user.
         stored: where each tensor of the model is (stored.py).
         model: the whole model. base: the model without its head, at the path ``prefix`` in it.
-        entry: the module that is run for the walk, ``base`` for most.
+        entry: the module that is run for the walk, ``base`` for most, at ``entry_path``.
         structure: blocks, groups of linears, and what flows (discovery.py).
         blocks: the blocks, in the order of their first call.
         dtype: the dtype in which most of the weights to be quantized are stored; float32 for float64.
+        sees_pictures: whether it is run on pictures (``see_pictures``).
 
     Raises:
         ArchitectureError: transformers does not know the model type, or its forward pass cannot be followed.
@@ -76,14 +77,22 @@ class Skeleton:
         if any(place.expert is not None for place in self.stored.places.values()):
             fused = "the experts of a block are stored in one tensor: they are read one by one, and written so"
             self.notices.append(fused)
-        self.entry, self.structure = _look(self.model, self.base)
+        self.entry, self.structure = find_entry(self.model, self.base)
         self.blocks = [self.model.get_submodule(block.path) for block in self.structure.blocks]
         self._aliases = self._find_aliases()
-        inside = next(f"{path}." if path else "" for path, module in self.model.named_modules() if module is self.entry)
-        self._unused = {
-            name for name in self.structure.unused if name.startswith(inside)
-        }  # not the head, outside of it
+        self.entry_path = next(path for path, module in self.model.named_modules() if module is self.entry)
+        inside = f"{self.entry_path}." if self.entry_path else ""  # not the head, which is outside of it
+        self._unused = {name for name in self.structure.unused if name.startswith(inside)}
         self.dtype = self._stored_dtype()
+        self.sees_pictures = False
+
+    def select(self, ignore: Sequence[str], only: Sequence[str]) -> None:
+        """Let other linears be quantized than by default: a recipe's patterns of those that stay, and of those beside
+        which all stay (selection.py). RecipeError for what cannot be."""
+        if ignore or only:
+            self.structure = select(self.structure, self.model, self.stored, self.naming.extra, ignore, only)
+            self.__dict__.pop("_paths", None)
+            self.dtype = self._stored_dtype()
 
     def block_name(self, index: int) -> str:
         """The path of block ``index`` in the model, such as ``model.layers.3``."""
@@ -115,6 +124,15 @@ class Skeleton:
         return self._embedding.shape[0]
 
     @property
+    def positions(self) -> int | None:
+        """The longest window that the model takes; None where its config sets no limit (XLNet writes -1)."""
+        for config in (self.config, self.config.get_text_config(decoder=True)):
+            stated = getattr(config, "max_position_embeddings", None)
+            if isinstance(stated, int) and stated > 0:
+                return stated
+        return None
+
+    @property
     def hidden_size(self) -> int:
         """Numbers in a token's hidden state between two blocks."""
         first = self.structure.blocks[0].returns
@@ -125,19 +143,30 @@ class Skeleton:
     @property
     def _embedding(self) -> Tensor:
         for module in (self.base, self.model):
-            try:
+            with suppress(AttributeError, NotImplementedError):
                 weight: Any = module.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
                 if isinstance(weight, Tensor) and weight.ndim == 2:
                     return weight
-            except (AttributeError, NotImplementedError):
-                continue
         return next(module.weight for module in self.entry.modules() if isinstance(module, nn.Embedding))
 
-    def run(self, ids: Tensor, whole: bool = False) -> Any:
-        """Run the ``entry`` (with ``whole`` the whole model) on token ids, int64 [windows, length], without a
-        cache; what it returns."""
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether the ``entry`` reads pictures beside text."""
+        return takes_pictures(self.entry)
+
+    def takes(self, name: str) -> bool:
+        """Whether the ``entry`` has an argument of this name."""
+        return takes_argument(self.entry, name)
+
+    def see_pictures(self) -> None:
+        """From now on the model is run on pictures, too: what text does not reach is loaded with the rest."""
+        self.sees_pictures, self._unused = True, set()
+
+    def run(self, inputs: Inputs, whole: bool = False) -> Any:
+        """Run the ``entry`` (with ``whole`` the whole model) on token ids, int64 [windows, length], or on what its
+        processor made of a row (model_inputs.py), without a cache; what it returns."""
         module = self.model if whole else self.entry
-        return module(**text_inputs(module, ids))
+        return module(**arguments_of(module, inputs))
 
     def groups(self, index: int) -> Groups:
         """The linears of block ``index`` grouped by shared input, as paths from the block, in the order of the forward
@@ -325,51 +354,15 @@ class Skeleton:
     def _stored_dtype(self) -> torch.dtype:
         """The dtype of most of the weights to be quantized; float32 for float64, in which no engine computes."""
         counts: Counter[str] = Counter()
+        modules = dict(self.model.named_modules())
         for path in self._paths.values():
-            rows, cols = linear_shape(self.model.get_submodule(path))
+            rows, cols = linear_shape(modules[path])
             counts[self.stored.dtype(f"{path}.weight")] += rows * cols
         if not counts:
             raise ArchitectureError(
                 "none of its linears can be quantized", type(self.model).__name__, "See leangrid plan for what stays"
             )
         return plain_dtype(counts.most_common(1)[0][0]) or torch.float32
-
-
-def text_inputs(module: nn.Module, ids: Tensor) -> dict[str, Any]:
-    """The arguments with which ``module`` reads the token ids [windows, length] of text, without a cache."""
-    taken = inspect.signature(module.forward).parameters
-    anything = any(parameter.kind == parameter.VAR_KEYWORD for parameter in taken.values())
-    found: dict[str, Any] = {"input_ids": ids}
-    if "use_cache" in taken or anything:
-        found["use_cache"] = False
-    if "decoder_input_ids" in taken:
-        found["decoder_input_ids"] = ids
-    if "bbox" in taken:  # where each token stands on a page: text alone stands nowhere
-        found["bbox"] = torch.zeros(*ids.shape, 4, device=ids.device)
-    return found
-
-
-def _look(model: PreTrainedModel, base: nn.Module) -> tuple[nn.Module, Structure]:
-    """The first of base model, whole model and decoder that runs on text alone, and what is found in it."""
-    candidates = [base, model]
-    with suppress(AttributeError, NotImplementedError):
-        candidates.append(model.get_decoder())
-    first: LeangridError | None = None
-    for entry in dict.fromkeys(candidates):
-        for tokens in _TEXTS:
-            try:
-                return entry, discover(model, entry, partial(_run_on_text, tokens))
-            except LeangridError as error:
-                first = first or error
-    raise first or ArchitectureError("it has no module that runs on text", type(model).__name__)
-
-
-def _run_on_text(tokens: int, entry: nn.Module, number: int) -> Any:
-    """Run ``entry`` on a few tokens, others for another ``number``, none of which stands for a picture or a pause."""
-    tables = [module.num_embeddings for module in entry.modules() if isinstance(module, nn.Embedding)]
-    known = max(tables, default=16)
-    ids = (torch.arange(tokens)[None] * 7 + 3 * number) % max(1, min(known, 190) - 10) + min(10, known - 1)
-    return entry(**text_inputs(entry, ids))
 
 
 def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:

@@ -1,18 +1,23 @@
 """Where each tensor of a skeleton's model is stored, and under which name the result holds it.
 
 A skeleton's model has one linear for each matrix of each expert (experts.py); the checkpoint has them so, or all
-experts of a block in one tensor, and some tensors under other names or in other pieces (naming.py, conversion.py)."""
+experts of a block in one tensor, and some tensors under other names or in other pieces (naming.py, conversion.py).
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+The result holds each tensor under the source's name, or where plain transformers would not find it there, packed or
+beside packed ones, under its module's (conversion_names.py)."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from leangrid.models.conversion import Conversion, ExpertPart
+from leangrid.models.conversion import Conversion, ExpertPart, Source
+from leangrid.models.conversion_names import ResultNames
 from leangrid.models.expert_forms import DOWN, GATE, UP, form_of
 from leangrid.models.experts import Experts
+from leangrid.models.linears import is_linear
 from leangrid.models.naming import Naming, Weights
 from leangrid.storage.fused import MIXTRAL
 
@@ -26,7 +31,7 @@ class Place:
 
     Attributes:
         stored: the names of the stored tensors that it is made of.
-        name: under which the result holds it.
+        name: under which the result holds it where it is not quantized.
         expert: the entry of the stored tensor, which holds those of all experts; None where it does not.
         take: makes the model's tensor of what is stored (of the ``expert``); None: it is that.
         converted: the name in transformers' model of the tensor that has to be converted first; None: nothing has to.
@@ -52,12 +57,20 @@ class StoredTensors:
         naming: of the model as transformers builds it.
         checkpoint: the files; None where only names are asked for.
         base_prefix: the path of the base model in the model, with which names may be stored or not.
+
+    Attributes:
+        places: name in the model -> where it is.
+        result_names: what plain transformers finds in a result; None where nothing is known of its mapping.
+        not_found: the paths of linears that plain transformers would not find packed, under any name.
     """
 
     def __init__(self, model: nn.Module, naming: Naming, checkpoint: Weights | None, base_prefix: str) -> None:
         self._naming, self._checkpoint, self._prefix = naming, checkpoint, base_prefix
         self._mixtral = getattr(getattr(model, "config", None), "model_type", None) == "mixtral"
         self._converted: tuple[str, Tensor] | None = None  # the last, of which several parts may be asked for
+        self.result_names = None if naming.conversion is None else ResultNames(naming.conversion)
+        self._renames = any(self._is_renamed(name, stored) for name, stored in naming.sources.items())
+        self._packed: dict[str, str] = {}  # path of a linear -> its name in the result, where that is not its weight's
         self.places: dict[str, Place] = {}
         for name, stored in naming.sources.items():
             self.places[name] = Place((stored,), self._spelled(name, stored))
@@ -69,9 +82,10 @@ class StoredTensors:
             self.places |= {
                 name: Place((own,), self._spelled(name, own)) for own, name in direct.items() if name in names
             }
-        for path, module in model.named_modules():
-            if isinstance(module, Experts):
-                self._place_experts(path, module)
+        mixtures = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
+        for path, module in mixtures.items():
+            self._place_experts(path, module)
+        self.not_found = frozenset(self._name_linears(model, mixtures))
 
     def read(self, name: str) -> Tensor:
         """The tensor that the model calls ``name``, in the stored dtype."""
@@ -98,28 +112,48 @@ class StoredTensors:
         """What the result holds of the tensors ``names`` of the model that are not ``quantized``: the name there, and
         the model's name of it, or None for a stored tensor that is copied under its own name because the model has it
         in other pieces."""
+        packed = {name.removesuffix(_WEIGHT) for name in quantized}
         gone = {stored for name in quantized for stored in self.places[name].stored}
         seen: set[str] = set()
         for name in names:
-            place = self.places[name]
-            if name in quantized or place.name in seen:
-                continue
-            if place.expert is not None or (place.is_whole and place.stored[0] not in gone):
-                seen.add(place.name)
-                yield place.name, name
-            elif gone.intersection(place.stored):  # its other pieces are quantized
-                seen.add(place.name)
-                yield name, name
-            else:
-                for stored in place.stored:
-                    if stored not in seen:
-                        seen.add(stored)
-                        yield stored, None
+            for kept, own in () if name in quantized else self._kept(name, packed, gone):
+                if kept not in seen:
+                    seen.add(kept)
+                    yield kept, own
+
+    def _kept(self, name: str, packed: Collection[str], gone: Set[str]) -> list[tuple[str, str | None]]:
+        """What ``copied`` gives for one tensor, beside the ``packed`` linears made of the stored tensors ``gone``."""
+        place = self.places[name]
+        if place.expert is not None:
+            return [(place.name, name)]
+        conversion, as_stored = self._naming.conversion, True
+        if conversion is not None and self.result_names is not None and name in conversion.sources:
+            kept = self.result_names.kept(name, packed)
+            as_stored = kept is not None and kept.as_stored
+        if not as_stored or not gone.isdisjoint(place.stored):
+            return [(name, name)]
+        return [(place.name, name)] if place.is_whole else [(stored, None) for stored in place.stored]
 
     def module_name(self, path: str) -> str:
         """The name that the result gives to the linear at ``path`` in the model."""
         place = self.places.get(path + _WEIGHT)
-        return path if place is None else place.name.removesuffix(_WEIGHT)
+        return self._packed.get(path) or (path if place is None else place.name.removesuffix(_WEIGHT))
+
+    def _name_linears(self, model: nn.Module, mixtures: Collection[str]) -> Iterator[str]:
+        """Choose the names of packed linears that are no experts'; the paths of those that transformers would not
+        find."""
+        conversion = self._naming.conversion
+        if conversion is None or self.result_names is None or not (self._renames or conversion.converters):
+            return  # its names are the model's
+        for path, module in model.named_modules():
+            place = self.places.get(path + _WEIGHT)
+            if place is None or not is_linear(module) or path.rsplit(".", 2)[0] in mixtures:
+                continue
+            wished = place.name.removesuffix(_WEIGHT) if place.name.endswith(_WEIGHT) else path
+            name = self.result_names.packed(path, wished)
+            if name is None:
+                yield path
+            self._packed[path] = name or path
 
     def _place_experts(self, path: str, module: Experts) -> None:
         """The linears of the experts at ``path``, whose tensors transformers' model holds fused."""
@@ -134,7 +168,8 @@ class StoredTensors:
                 if parts is not None:
                     self._place_parts(dot, leaf, kind, parts, form.transposed)
                     continue
-                owner, _, last = whole.name.rpartition(".")
+                held = whole.stored[0] if whole.converted is not None and len(whole.stored) == 1 else whole.name
+                owner, _, last = held.rpartition(".")
                 if last != form.fused_name(leaf, kind):  # stored under another name: the linears have the model's
                     owner = path
                 for expert in range(form.count):
@@ -153,11 +188,25 @@ class StoredTensors:
                 self.places[f"{dot}{part.expert}.{leaf}.{kind}"] = place
 
     def _spelled(self, name: str, stored: str) -> str:
-        """The result's name of a tensor: the model's, unless the checkpoint has another than old spellings of it or
-        the base model's prefix make of it."""
+        """The result's name of a tensor that is stored whole: the checkpoint's, but the model's where that belongs to
+        another tensor (tied ones), or where old spellings and the base model's prefix are all that differs in the whole
+        checkpoint."""
+        conversion = self._naming.conversion
+        others = conversion is not None and conversion.sources.get(name) != Source((stored,))
+        if others and name in self._naming.sources:
+            return self._saved(name)
+        return stored if self._renames or not self._is_respelled(name, stored) else self._saved(name)
+
+    def _is_renamed(self, name: str, stored: str) -> bool:
+        """Whether transformers' mapping for this model gives the stored tensor another name."""
+        conversion = self._naming.conversion
+        found = conversion is not None and conversion.sources.get(name) == Source((stored,))
+        return found and not self._is_respelled(name, stored)
+
+    def _is_respelled(self, name: str, stored: str) -> bool:
         base = f"{self._prefix}." if self._prefix else ""
         old = stored.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        return self._saved(name) if name in (old, base + old, old.removeprefix(base)) else stored
+        return name in (old, base + old, old.removeprefix(base))
 
     def _saved(self, name: str) -> str:
         """As Mixtral's checkpoints call a tensor of its experts where this one was saved otherwise."""
@@ -165,8 +214,8 @@ class StoredTensors:
 
 
 def mixtral_name(name: str) -> str:
-    """As Mixtral's checkpoints call what transformers' model calls ``name``."""
-    if ".mlp." not in name:
+    """As Mixtral's checkpoints call what transformers' model calls ``name``, wholly or in its last part."""
+    if not (".mlp." in name or ".block_sparse_moe." in name):
         return name
     for ours, theirs in zip(("gate_proj", "up_proj", "down_proj"), MIXTRAL, strict=True):
         name = name.replace(f".{ours}.", f".{theirs}.")

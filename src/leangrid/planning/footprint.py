@@ -8,13 +8,18 @@ Symbols: T calibration tokens, t tokens a forward pass, h hidden size, S streams
 R rows in all, r rows of its tallest.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
+
+from torch import nn
 
 from leangrid import kernels
 from leangrid.grids import grid_class
 from leangrid.machine.arithmetic import choose_compute_dtype
 from leangrid.machine.devices import has_own_memory, usable_device_bytes
 from leangrid.metrics.perplexity import CHUNK
+from leangrid.models.linears import linear_shape
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.placement import Placement
 from leangrid.planning.sizes import GATE_LENGTH, GATE_WINDOWS
@@ -83,6 +88,7 @@ class Demand:
     refined: bool = True
     has_lm_head: bool = True  # the quality gate compares logits; of other models their states
     tiled: bool = False  # Hessians take 16-bit inputs as they are: no copy in float32
+    plain: int = 0  # numbers of the block's linears that are not quantized
 
     @classmethod
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Demand":
@@ -111,6 +117,7 @@ class Demand:
             bool(recipe.refine),
             skeleton.has_lm_head,
             kernels.outer_takes_bfloat16(device),
+            max(sum(prod(linear_shape(linear)) for linear in linears) for linears in _staying(skeleton)),
         )
 
     @property
@@ -120,7 +127,7 @@ class Demand:
     @property
     def weights(self) -> int:
         """Bytes of a block's linears."""
-        return self.itemsize * sum(g.rows * g.cols for g in self.groups)
+        return self.itemsize * (self.plain + sum(g.rows * g.cols for g in self.groups))
 
     @property
     def states(self) -> int:
@@ -271,7 +278,7 @@ def _algebra(demand: Demand, placement: Placement, group: Group) -> dict[str, di
 
 def _refit(demand: Demand, cols: int, rows: int) -> dict[str, int]:
     """What a refit of ``rows`` rows together needs: the most of any scheme."""
-    if not demand.refined:
+    if not demand.refined or cols == 1:  # the block has no such group
         return {}
     fitting = [scheme.fitting(cols) for scheme in demand.schemes]
     sizes = (grid_class(scheme).refit_bytes(scheme, rows, cols, demand.accelerated) for scheme in fitting)
@@ -294,6 +301,12 @@ def _host(demand: Demand, placement: Placement) -> dict[str, int]:
         parts["new weights"] = _new_weights(demand, len(demand.groups))
         parts["folded"] = max((_F32 * g.rows * g.cols for g in demand.groups if g.rows < g.cols), default=0)
     return parts
+
+
+def _staying(skeleton: Skeleton) -> Iterator[list[nn.Module]]:
+    """The linears of each block that are not quantized."""
+    for block, module in zip(skeleton.structure.blocks, skeleton.blocks, strict=True):
+        yield [module.get_submodule(path) for path in block.kept]
 
 
 def choose_placement(

@@ -19,8 +19,10 @@ from leangrid.models.shapes import SHAPES, describe_shape
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.cost import Described, estimate_seconds, measure_rates
 from leangrid.planning.footprint import Demand, Footprint, choose_placement, sum_footprint
+from leangrid.planning.readers import opened_in
 from leangrid.planning.resolve import refuse_impossible, resolve_recipe
 from leangrid.planning.sizes import LayerSize, compute_sizes, disk_bytes
+from leangrid.planning.structure import describe_kept, describe_source, describe_structure
 from leangrid.recipe import Recipe
 from leangrid.results import Result
 from leangrid.storage.hub import locate_stream
@@ -58,6 +60,11 @@ class Plan(Result):
         devices: how many processes, one for each device.
         rates: the speeds that the times were divided by, and under ``assumed`` whether they were assumed instead of
             measured here.
+        opened_in: reader -> "yes", or "no: " and why it would not open the result.
+        structure: the blocks that were found, their kinds and groups of linears, and what flows between them.
+        kept: what stays as it is stored: names with ``*`` for numbers, why, and how many.
+        stored_as: what a source in fewer bits than 16 is stored in; None for others. Its ``bytes_before`` are those of
+            the dequantized weights.
 
     Example:
         >>> planned = leangrid.plan("model", leangrid.Recipe(scheme="NU4", samples=16, length=64))
@@ -85,6 +92,10 @@ class Plan(Result):
     samples: int = 0
     devices: int = 1
     rates: dict[str, Any] = field(default_factory=dict)
+    opened_in: dict[str, str] = field(default_factory=dict)
+    structure: dict[str, Any] = field(default_factory=dict)
+    kept: list[dict[str, Any]] = field(default_factory=list)
+    stored_as: dict[str, Any] | None = None
 
 
 def plan(
@@ -132,6 +143,7 @@ def plan(
 def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, absent: Described | None) -> Plan:
     """The plan of a run on ``device``, or on the devices that it describes."""
     kind = str(parse_device(device)) if absent is None else "cuda"
+    skeleton.select(recipe.ignore, recipe.only)
     resolved = resolve_recipe(recipe, skeleton, kind)
     skeleton.compute_dtype = choose_compute_dtype(resolved.products, skeleton.dtype)
     refuse_impossible(resolved, skeleton)
@@ -178,6 +190,10 @@ def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, abse
         layer_plans=sized.layers,
         devices=ranks,
         rates=rates.to_json(),
+        opened_in=opened_in(skeleton, resolved),
+        structure=describe_structure(skeleton),
+        kept=describe_kept(skeleton),
+        stored_as=describe_source(skeleton),
     )
 
 

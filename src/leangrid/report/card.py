@@ -49,6 +49,8 @@ def _card(facts: Facts) -> str:
     parts = [f"---\n{_metadata(facts, measured).to_yaml()}\n---", f"# {_plain(facts.name)}, {facts.recipe.scheme}"]
     language, lines = snippet(facts.container, facts.exported_from is not None)
     parts += [_made(facts), f"```{language}\n{lines}\n```", _losses(facts.records)]
+    if facts.structure:
+        parts.append("## What was quantized, and what was not\n\n" + _table(("", ""), _found(facts)))
     if experts := expert_figures(facts.records):
         parts.append(_experts(experts))
     if measured:
@@ -83,6 +85,12 @@ def measurements(facts: Facts) -> Iterator[dict[str, Any]]:
             on = f"{unseen.get('windows')} windows, {unseen.get('tokens')} tokens, that calibration did not see: {text}"
             figures = {key: unseen["value"], **{name: unseen.get(name) for name in names}}
             yield {"on": on, "dataset": text, **figures, "seen": False, "few": True}
+        pictures = gate.get("pictures") or {}
+        if finite(pictures.get("value")) and pictures != {name: gate.get(name) for name in pictures}:
+            of = describe_calibration(recipe)
+            on = f"{pictures.get('windows')} rows with pictures, {pictures.get('tokens')} tokens, not seen: of {of}"
+            figures = {key: pictures["value"], **{name: pictures.get(name) for name in names}}
+            yield {"on": on, "dataset": of, **figures, "seen": False, "few": True}
     for found in facts.evaluations:
         text = _last(str(found.get("text") or ""))
         on = f"{found.get('windows')} windows of {found.get('length')} tokens of {text}" if text else "tasks"
@@ -194,6 +202,10 @@ def _made(facts: Facts) -> str:
         ("made with", f"leangrid {version}".strip()),
     ]
     return _table(("", ""), rows)
+
+
+def _found(facts: Facts) -> list[tuple[str, str]]:
+    return [(name, f"`{_plain(text)}`") for name, text in facts.structure]
 
 
 def _losses(records: Sequence[LayerRecord]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from leangrid.errors import VerifyError
 from leangrid.recipe import Recipe
+from leangrid.report.found import describe_found
 from leangrid.report.records import LayerRecord, read_records
 from leangrid.storage.manifest import read_manifest
 
@@ -86,6 +87,13 @@ class Facts:
     def evaluations(self) -> Sequence[Mapping[str, Any]]:
         """The evaluations that ``eval --keep`` added, oldest first."""
         return self.manifest.get("evaluations") or []
+
+    @property
+    def structure(self) -> list[tuple[str, str]]:
+        """What was found of the model, and what stays as it is stored, as rows; none for results without a word of
+        it."""
+        said = self.manifest
+        return describe_found(said.get("structure") or {}, said.get("kept") or [], said.get("stored_as"))
 
     @property
     def bytes_after(self) -> int:

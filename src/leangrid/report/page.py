@@ -19,7 +19,7 @@ from leangrid.report.facts import Facts, LossMap, finite, place
 from leangrid.report.plots import RATIOS, Axis, Number, Shades, dots, line, ratio_step, strokes
 from leangrid.report.records import LayerRecord
 from leangrid.report.serving import NOT_LOADED, SERVE, serving_key, snippet
-from leangrid.report.text import format_duration, format_size
+from leangrid.report.units import format_duration, format_size
 from leangrid.solve.rescue import KINDS, NOTES
 
 _WORST = 8  # layers in the table

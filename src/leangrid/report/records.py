@@ -10,8 +10,7 @@ from typing import Any
 from leangrid.errors import LeangridError, VerifyError
 from leangrid.recipe import Recipe
 from leangrid.report.strict_json import strict
-from leangrid.solve.factor import Factor
-from leangrid.solve.hessian import Hessian
+from leangrid.solve.factor import FactorSummary
 from leangrid.solve.layer import LinearResult
 from leangrid.solve.rescue import Rescue
 
@@ -49,12 +48,11 @@ class LayerRecord:
         name: str,
         recipe: Recipe,
         result: LinearResult,
-        hessian: Hessian,
-        factor: Factor,
+        factor: FactorSummary,
         seconds: Mapping[str, float],
     ) -> "LayerRecord":
         """The record of one solved layer. A rescue that is reported more than once appears once."""
-        every = (*hessian.rescues, *factor.rescues, *result.rescues)
+        every = (*factor.rescues, *result.rescues)
         rows, cols = result.codes.shape
         return cls(
             name,
@@ -63,10 +61,10 @@ class LayerRecord:
             float(result.loss),
             float(result.loss_minmax),
             float(result.loss_rounding),
-            float(factor.damping),
+            factor.damping,
             tuple(dict.fromkeys(every)),
             {key: round(value, 4) for key, value in seconds.items()},
-            int(hessian.tokens),
+            factor.tokens,
         )
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor
 from leangrid.grids import Precision, grid_class
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
-from leangrid.solve.factor import Factor
+from leangrid.solve.factor import FactorSummary
 from leangrid.solve.layer import LinearResult
 
 POINTS = 768
@@ -21,13 +21,14 @@ _HEAVIEST = POINTS // 4
 
 
 def choose_sampled_layer(skeleton: Skeleton) -> str:
-    """The name of the last linear of the middle block: in a decoder the one that reads the hidden units of the MLP,
-    which have outliers."""
-    return skeleton.linear_names(len(skeleton.blocks) // 2)[-1]
+    """The name of the last linear of the middle one of the blocks that have any: in a decoder the one that reads the
+    hidden units of the MLP, which have outliers."""
+    names = [names for index in range(len(skeleton.blocks)) if (names := skeleton.linear_names(index))]
+    return names[len(names) // 2][-1]
 
 
 def sample_row(
-    name: str, weight: Float[Tensor, "rows cols"], result: LinearResult, factor: Factor, recipe: Recipe
+    name: str, weight: Float[Tensor, "rows cols"], result: LinearResult, factor: FactorSummary, recipe: Recipe
 ) -> dict[str, Any]:
     """The sample of a solved layer, as JSON values.
 
@@ -48,7 +49,7 @@ def sample_row(
     cols, span = weight.shape[1], weight.amax(1).float() - weight.amin(1).float()
     row = int(span.argsort()[len(span) // 2])
     power = recipe.exponent
-    costs = factor.loss_error_weights(power).cpu()
+    costs = factor.loss_error_weights(power)
     group = result.grid.group_of(cols).cpu()
     inside = (group == group[int(costs.argmax())]).nonzero().squeeze(1)
     values = weight[row].float().cpu()

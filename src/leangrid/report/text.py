@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from leangrid.report.experts import describe_experts
-
-_UNITS = ("B", "kB", "MB", "GB", "TB")
+from leangrid.report.found import describe_found
+from leangrid.report.units import format_duration, format_size
 
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -29,23 +29,6 @@ def format_pairs(rows: Iterable[tuple[str, object]]) -> str:
     shown = [(name, _cell(value)) for name, value in rows if value is not None]
     width = max((len(name) for name, _ in shown), default=0)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in shown)
-
-
-def format_size(count: int | float) -> str:
-    """A number of bytes such as 3.2 GB, in powers of 1000."""
-    step = 0
-    while abs(count) >= 1000 and step < len(_UNITS) - 1:
-        count, step = count / 1000, step + 1
-    return f"{count:.0f} {_UNITS[step]}" if step == 0 else f"{count:.1f} {_UNITS[step]}"
-
-
-def format_duration(seconds: int | float) -> str:
-    """Seconds such as 42 s, 3 min 05 s, 2 h 10 min."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def quantize_summary(result: Mapping[str, Any]) -> str:
@@ -99,8 +82,12 @@ def _planned(result: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 def plan_summary(result: Mapping[str, Any]) -> str:
-    """The JSON of ``plan``: a table of its layers, then the figures as lines."""
-    return _layer_table(result) + quantize_summary(result)
+    """The JSON of ``plan``: a table of its layers, what was found of the model, then the figures as lines."""
+    found = describe_found(result.get("structure") or {}, result.get("kept") or [], result.get("stored_as"))
+    opened = result.get("opened_in") or {}
+    words = (name if word == "yes" else f"{name}: {word}" for name, word in opened.items())
+    found += [("opened by", "; ".join(words))] if opened else []
+    return _layer_table(result) + format_pairs(found) + "\n\n" * bool(found) + quantize_summary(result)
 
 
 def export_summary(result: Mapping[str, Any]) -> str:
@@ -215,6 +202,9 @@ def _quality(found: Mapping[str, Any]) -> list[tuple[str, object]]:
     if unseen.get("value") is not None:
         beside = f", plain rounding {unseen['rounding']:.4g}" if unseen.get("rounding") is not None else ""
         rows.append(("on unseen text", f"{unseen['value']:.4g} on {unseen['tokens']} tokens{beside}"))
+    pictures = found.get("pictures") or {}
+    if pictures.get("value") is not None:
+        rows.append(("on pictures", f"{pictures['value']:.4g} on {pictures['tokens']} tokens"))
     return rows + [("warning", warning) for warning in found.get("warnings", [])]
 
 

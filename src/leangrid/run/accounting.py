@@ -14,6 +14,7 @@ from leangrid.machine.devices import synchronize
 from leangrid.machine.stopwatch import Clock
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
+from leangrid.solve.factor import FactorSummary
 from leangrid.solve.hessian import Hessian
 from leangrid.solve.layer import LinearResult
 
@@ -59,10 +60,12 @@ class LayerCosts:
 
 @dataclass(frozen=True, eq=False)
 class SolvedLinear:
-    """A linear of a block, whole: its path from the block, the result, and what it cost on all ranks."""
+    """A linear of a block, whole: its path from the block, the result, what it was solved with, and what it cost on all
+    ranks."""
 
     name: str
     result: LinearResult
+    factor: FactorSummary
     costs: LayerCosts
 
 

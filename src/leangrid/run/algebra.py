@@ -4,14 +4,15 @@ Each kind has the same steps: ``collect`` the Hessian, ``factorize`` it, give th
 after another, take what was solved by ``add``, and hand all of it out by ``results``.
 
 * PlainAlgebra: the linears of a group read the same input. Of several ranks each solves some of the linears whole.
-* ExpertAlgebra: the linears of one expert; its Hessian is made from the tokens that were routed to it (experts.py).
+* ExpertAlgebra: the linears of one expert; its Hessian is made from the tokens that were routed to it (experts.py). Of
+  several ranks each solves one expert at the same time.
 * InPlaceAlgebra: as PlainAlgebra, where the group's matrices hardly fit (solve/in_place.py). Targets come some rows at
   a time, and of several ranks each solves a part of the rows of every linear.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -20,10 +21,10 @@ from torch import Tensor
 from leangrid.models.walk import ExpertInputs, GroupInputs
 from leangrid.run.accounting import LayerCosts, SolvedLinear
 from leangrid.run.block import Block
-from leangrid.run.experts import expert_hessians
+from leangrid.run.experts import ExpertRound, expert_rounds
 from leangrid.run.run import Run
 from leangrid.solve.correction import Correction, correct
-from leangrid.solve.factor import Factor, factorize
+from leangrid.solve.factor import Factor, FactorSummary, factorize
 from leangrid.solve.hessian import Hessian, HessianSum
 from leangrid.solve.in_place import InPlaceGroup, InPlaceHessianSum, concatenate_results
 from leangrid.solve.layer import LinearResult
@@ -33,30 +34,43 @@ _Sum = TypeVar("_Sum", bound=HessianSum)
 
 
 def algebras(run: Run, block: Block, number: int, group: GroupInputs | ExpertInputs) -> "Iterator[GroupAlgebra]":
-    """One for each Hessian that the group needs: a single one, or one an expert."""
+    """One for each Hessian that the group needs on this rank: a single one, or one after another for experts."""
     if isinstance(group, ExpertInputs):
         cols = run.skeleton.shape(block.paths(group.names)[0])[1]
-        for names, hessian in expert_hessians(run, group, number, cols):
-            yield ExpertAlgebra(run, block, number, names, hessian)
+        for experts in expert_rounds(run, group, number, cols):
+            yield ExpertAlgebra(run, block, number, experts)
     elif run.states.placement.in_place:
         yield InPlaceAlgebra(run, block, number, group)
     else:
         yield PlainAlgebra(run, block, number, group)
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some rows of a linear, solved."""
+
+    result: LinearResult
+    factor: FactorSummary
+    costs: LayerCosts
+
+
 class GroupAlgebra(ABC):
     """The steps that all kinds share: what was solved is collected here, and exchanged between ranks.
 
     Attributes:
-        names: the linears, as paths from the block.
+        names: the linears of all ranks, as paths from the block.
+        has_part: whether this rank solves any of them. Without a part only ``results`` is called.
     """
+
+    has_part: bool = True
+    _summary: FactorSummary | None = None
 
     def __init__(self, run: Run, block: Block, number: int, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self._run, self._block, self._number = run, block, number
         self._device = run.states.algebra_device(number)
         self._watching = LayerCosts(self._device)
-        self._solved: dict[str, list[tuple[LinearResult, LayerCosts]]] = {name: [] for name in names}
+        self._solved: dict[str, list[_Part]] = {name: [] for name in names}
 
     @abstractmethod
     def collect(self) -> Hessian:
@@ -77,32 +91,39 @@ class GroupAlgebra(ABC):
 
     def add(self, name: str, result: LinearResult) -> None:
         """Take what was solved for the next rows of the linear ``name``."""
-        self._solved[name].append((result, self._watching))
+        if self._summary is None:
+            raise RuntimeError("factorize comes before add")
+        self._solved[name].append(_Part(result, self._summary, self._watching))
 
     def results(self) -> Iterator[SolvedLinear]:
         """Each linear whole, from all ranks."""
-        parts = [self._solved]
+        ranks = [self._solved]
         if self._run.ranks.count > 1:  # between ranks everything goes through host memory
             for solved in self._solved.values():
-                solved[:] = [(result.to("cpu"), costs) for result, costs in solved]
-            parts = self._run.ranks.gather(self._solved)
+                solved[:] = [replace(part, result=part.result.to("cpu")) for part in solved]
+            ranks = self._run.ranks.gather(self._solved)
         for name in self.names:
-            yield self._whole(name, [piece for part in parts for piece in part.pop(name)])
+            yield self._whole(name, [part for rank in ranks for part in rank.pop(name)])
 
-    def _whole(self, name: str, pieces: list[tuple[LinearResult, LayerCosts]]) -> SolvedLinear:
-        """The rows of all pieces as one result."""
-        costs = pieces[0][1]
-        for _, other in pieces[1:]:
-            costs.add(other)
-        return SolvedLinear(name, concatenate_results([result.to(self._device) for result, _ in pieces]), costs)
+    def _whole(self, name: str, parts: list[_Part]) -> SolvedLinear:
+        """The rows of all parts as one result."""
+        first = parts[0]
+        for other in parts[1:]:
+            first.costs.add(other.costs)
+        result = concatenate_results([part.result.to(self._device) for part in parts])
+        return SolvedLinear(name, result, first.factor, first.costs)
 
     def _cols(self) -> int:
         """Input features, which all the linears share."""
         return self._run.skeleton.shape(self._block.paths(self.names)[0])[1]
 
     def _rows(self) -> int:
-        """Output features of all the linears together."""
-        return sum(self._run.skeleton.shape(path)[0] for path in self._block.paths(self.names))
+        """Output features of all the linears that share the Hessian."""
+        return sum(self._run.skeleton.shape(path)[0] for path in self._block.paths(self._sharing()))
+
+    def _sharing(self) -> tuple[str, ...]:
+        """The linears that share the Hessian."""
+        return self.names
 
 
 class _OnDevice(GroupAlgebra):
@@ -120,17 +141,22 @@ class _OnDevice(GroupAlgebra):
             if hessian.cross is not None and not factor.is_diagonal:
                 self._correction = Correction.of(hessian.matrix, hessian.cross, factor, self._rows())
         self._run.accounting.count_group(hessian, self._rows(), self._correction is not None)
+        self._summary = FactorSummary.of(hessian, factor)
         return factor
 
     def targets(self, name: str) -> Iterator[Tensor]:
-        ranks = self._run.ranks
-        if self.names.index(name) % ranks.count != ranks.rank:
+        if not self._is_ours(name):
             return
         with self._run.stage("factor", self._number):
             weight = self._block.weight(name).to(self._device, torch.float32).contiguous()
             target = correct(weight, self._correction, self._run.strength)
             del weight
         yield target
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether this rank solves the linear."""
+        ranks = self._run.ranks
+        return self.names.index(name) % ranks.count == ranks.rank
 
 
 class PlainAlgebra(_OnDevice):
@@ -149,16 +175,23 @@ class PlainAlgebra(_OnDevice):
 
 
 class ExpertAlgebra(_OnDevice):
-    """Of one expert, whose Hessian was summed with those of the others. Its input is not corrected."""
+    """Of one expert a rank, whose Hessian was summed with those of the others. Its input is not corrected."""
 
-    def __init__(self, run: Run, block: Block, number: int, names: Sequence[str], hessian: Hessian) -> None:
-        super().__init__(run, block, number, names)
-        self._hessian = hessian
+    def __init__(self, run: Run, block: Block, number: int, experts: ExpertRound) -> None:
+        super().__init__(run, block, number, [name for names in experts.names for name in names])
+        self._ours = experts.names[run.ranks.rank] if experts.hessian is not None else ()
+        self._hessian, self.has_part = experts.hessian, experts.hessian is not None
 
     def collect(self) -> Hessian:
         if self._hessian is None:
             raise RuntimeError("an expert's Hessian is collected once")
         return self._hessian
+
+    def _sharing(self) -> tuple[str, ...]:
+        return self._ours
+
+    def _is_ours(self, name: str) -> bool:
+        return name in self._ours
 
 
 class InPlaceAlgebra(GroupAlgebra):
@@ -181,8 +214,10 @@ class InPlaceAlgebra(GroupAlgebra):
     def factorize(self) -> Factor:
         if self._in_place is None:
             raise RuntimeError("collect comes before factorize")
-        self._run.accounting.count_group(self._in_place.hessian, self._rows(), self._group.paired)
-        return self._in_place.factor
+        hessian, factor = self._in_place.hessian, self._in_place.factor
+        self._run.accounting.count_group(hessian, self._rows(), self._group.paired)
+        self._summary = FactorSummary.of(hessian, factor)
+        return factor
 
     def targets(self, name: str) -> Iterator[Tensor]:
         if self._in_place is None:

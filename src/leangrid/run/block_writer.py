@@ -20,8 +20,6 @@ from leangrid.run.inputs import RunInputs
 from leangrid.run.ranks import Ranks
 from leangrid.run.run_progress import RunProgress
 from leangrid.run.states import StatePlaces
-from leangrid.solve.factor import Factor
-from leangrid.solve.hessian import Hessian
 from leangrid.solve.layer import LinearResult
 from leangrid.solve.rescue import Rescue
 
@@ -51,14 +49,14 @@ class BlockWriter:
         self._schemes = stored_schemes(inputs.skeleton, inputs.recipe)
         self._sampled = choose_sampled_layer(inputs.skeleton)
 
-    def store(self, block: Block, solved: SolvedLinear, hessian: Hessian, factor: Factor) -> None:
+    def store(self, block: Block, solved: SolvedLinear) -> None:
         """Take a solved linear: pack it, record it, and queue its new weight for the quantized stream."""
         name, result, path = solved.name, solved.result, block.path(solved.name)
         self._accounting.count_layer(result.codes.shape, solved.costs)
         with self._clock.stage("pack"):
             weight = self._stored_weight(block, name, result)
             block.tensors |= self._packed(path, result)
-        self._record(block, solved, hessian, factor)
+        self._record(block, solved)
         block.resident_bytes = max(block.resident_bytes, memory.resident_bytes())
         block.queue_weight(name, weight)
         self._progress.report("layer", block.index, layer=path, loss=block.records[-1].loss)
@@ -68,25 +66,30 @@ class BlockWriter:
         self._accounting.count_forward(block.index, block.walk.flops)
         streams = block.walk.finished()
         whole = self._ranks.gather_streams(streams) if self._journal.keeps_states else streams
-        if not self._ranks.first:
-            return streams
+        if self._ranks.first:
+            self._save(block, whole)
+        if not self._journal.keeps_states:  # the streams go on through what the journal holds (catch_up.py)
+            self._ranks.wait_for_first()
+        return streams
+
+    def _save(self, block: Block, whole: Streams) -> None:
+        """Write the block, and the states of all ranks that leave it."""
         with self._clock.stage("save"):
             rest = {name: read() for name, _, read in self._skeleton.plain_tensors(block.index)}
             self._journal.commit_block(block.index, block.tensors | rest, self._info(block))
             self.reductions = []
             if self._journal.keeps_states and block.index + 1 < self._progress.blocks:
                 self._journal.save_state(block.index + 1, whole.tensors())
-        self._progress.report("block", block.index, loss=sum(record.loss for record in block.records))
-        return streams
+        self._progress.report("block", block.index, loss=sum((record.loss for record in block.records), 0.0))
 
-    def _record(self, block: Block, solved: SolvedLinear, hessian: Hessian, factor: Factor) -> None:
+    def _record(self, block: Block, solved: SolvedLinear) -> None:
         """The line of records.jsonl; of one layer of the model also a row, for the report."""
         path, result = block.path(solved.name), solved.result
         recipe = self._recipe.for_layer(path)
         noted = replace(result, rescues=(*result.rescues, *self.reductions))
-        block.records.append(LayerRecord.of(path, recipe, noted, hessian, factor, solved.costs.seconds))
+        block.records.append(LayerRecord.of(path, recipe, noted, solved.factor, solved.costs.seconds))
         if path == self._sampled:
-            block.sample = sample_row(path, block.weight(solved.name), result, factor, recipe)
+            block.sample = sample_row(path, block.weight(solved.name), result, solved.factor, recipe)
 
     def _stored_weight(self, block: Block, name: str, result: LinearResult) -> Tensor:
         """What a reader of the file multiplies by, [rows, cols]: rounded to the stored dtype, then computed in ours."""

@@ -5,10 +5,13 @@ An expert that saw fewer tokens than its linears have columns has a Hessian with
 shown would cost nothing. Its own sum is blended with the prior, the Hessian of what all experts of the stage read (for
 gate and up that is the block's input, every token counted as often as it is routed; for down the mean over the experts
 by tokens), in proportion to the tokens it has: n of cols. An expert without tokens takes the prior alone. Both are
-recorded."""
+recorded.
+
+Of several ranks each sums the tokens of its own windows, for every expert. As many experts as there are ranks are then
+solved at the same time: the sums of each go to the rank that solves it."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,23 +24,44 @@ from leangrid.solve.rescue import Rescue
 CHUNK_BYTES = 1 << 30  # of sums that are made at once; a replayed pass is repeated for each chunk
 
 
-def expert_hessians(run: Run, group: ExpertInputs, number: int, cols: int) -> Iterator[tuple[tuple[str, ...], Hessian]]:
-    """For each expert the names of its linears and their Hessian; one chunk of experts in memory at a time.
+@dataclass(frozen=True, eq=False)
+class ExpertRound:
+    """Experts that are solved at the same time, the i-th by rank i.
+
+    Attributes:
+        names: the linears of each.
+        hessian: of this rank's expert, over the tokens of all ranks; None where there are fewer experts than ranks, and
+            none for this one.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    hessian: Hessian | None
+
+
+def expert_rounds(run: Run, group: ExpertInputs, number: int, cols: int) -> Iterator[ExpertRound]:
+    """All experts, in order, as many at a time as there are ranks; the sums of one chunk of them are in memory.
 
     Raises:
         CalibrationError: no expert saw a token.
     """
     device = run.states.algebra_device(number)
     counts = _counts(run, group)
-    prior = _summed(run, group, number, cols, device, [range(len(counts))])[0].finish() if min(counts) < cols else None
+    ranks, prior = run.ranks, None
+    if min(counts) < cols:
+        total = _summed(run, group, number, cols, device, [range(len(counts))])[0]
+        prior = ranks.sum_hessians(total).finish()
     chunk = max(1, CHUNK_BYTES // (4 * cols**2))
+    chunk = chunk // ranks.count * ranks.count or chunk  # whole rounds
     for start in range(0, len(counts), chunk):
         experts = range(start, min(start + chunk, len(counts)))
         sums = _summed(run, group, number, cols, device, [range(e, e + 1) for e in experts])
-        for expert, own in zip(experts, sums, strict=True):
-            with run.stage("hessian", number):
-                hessian = blend_with_prior(own, prior, f"expert {expert}")
-            yield group.experts[expert], hessian
+        for first in range(0, len(experts), ranks.count):
+            solved, hessian = experts[first : first + ranks.count], None
+            own = ranks.sum_for_owners(sums[first : first + ranks.count])
+            if own is not None:
+                with run.stage("hessian", number):
+                    hessian = blend_with_prior(own, prior, f"expert {solved[ranks.rank]}")
+            yield ExpertRound(tuple(group.experts[expert] for expert in solved), hessian)
 
 
 def blend_with_prior(own: HessianSum, prior: Hessian | None, name: str) -> Hessian:
@@ -57,11 +81,12 @@ def blend_with_prior(own: HessianSum, prior: Hessian | None, name: str) -> Hessi
 
 
 def _counts(run: Run, group: ExpertInputs) -> list[int]:
-    """Tokens routed to each expert."""
+    """Tokens of all ranks that are routed to each expert."""
     with run.stage("calibrate"):
         counts = [0] * len(group.experts)
         for inputs in group:
             counts = [count + len(x) for count, x in zip(counts, inputs, strict=True)]
+    counts = [sum(each) for each in zip(*run.ranks.gather(counts), strict=True)]
     if not any(counts):
         raise CalibrationError(
             "the experts saw no calibration tokens", group.names[0], "Use more or other calibration text"

@@ -15,6 +15,8 @@ from torch import Tensor
 from leangrid._version import __version__
 from leangrid.data.calibration import hash_windows
 from leangrid.data.corpora import check_corpus, find_corpus_file
+from leangrid.data.files import read_rows
+from leangrid.data.picture_windows import picture_files
 from leangrid.errors import CalibrationError
 from leangrid.machine import memory
 from leangrid.machine.devices import parse_device
@@ -22,8 +24,10 @@ from leangrid.models.gguf import all_files, dequantize, describe, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.footprint import choose_placement
 from leangrid.planning.placement import Placement
+from leangrid.planning.readers import describe_readers
 from leangrid.planning.resolve import describe_narrow_types, open_checkpoint, resolve_recipe
-from leangrid.planning.sizes import disk_bytes
+from leangrid.planning.sizes import GATE_WINDOWS, disk_bytes
+from leangrid.planning.structure import describe_choice
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run.request import Request
@@ -33,6 +37,7 @@ from leangrid.storage.journal import Journal
 from leangrid.storage.source import Checkpoint
 from leangrid.storage.writer import check_output_path
 
+PICTURES = "pictures"  # what the journal has beside the windows where these are rows with pictures
 _DEQUANTIZED = "dequantized before quantizing; the original of all comparisons is the dequantized model"
 
 
@@ -79,7 +84,9 @@ def open_inputs(request: Request) -> RunInputs:
     if request.windows is None:
         check_corpus(recipe.calibration, recipe.text_field)
     if is_gguf(path):
-        resolve_recipe(recipe, Skeleton(describe(path)), request.device)  # refused before a weight is read
+        described = Skeleton(describe(path))  # what is asked for is refused before a weight is read
+        described.select(recipe.ignore, recipe.only)
+        resolve_recipe(recipe, described, request.device)
         source = {"files": {file.name: {"sha256": files.hash_file(file)} for file in all_files(path)}}
         journal = _locked_journal(request, source)
         with _discarded_on_error(journal):
@@ -92,13 +99,14 @@ def open_inputs(request: Request) -> RunInputs:
         checkpoint, skeleton, resolved = open_checkpoint(path, recipe, request.device, remote)
         side = {name: files.hash_file(file) for name, file in checkpoint.side_files().items()}
         journal = _locked_journal(request, checkpoint.identity | {"side_files": side})  # another tokenizer: another run
-    journal.keeps_states = not skeleton.structure.flows
+    journal.keeps_states = not skeleton.structure.flows and journal.load_artifact(PICTURES) is None
     with _discarded_on_error(journal):
         placement = _placement(request, skeleton, resolved, journal)
         _require_disk(request, skeleton, resolved, journal, placement)
     notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
     notices += [*checkpoint.notices, *skeleton.notices, *journal.notices]
-    notices += describe_narrow_types(resolved, skeleton)
+    notices += [*describe_narrow_types(resolved, skeleton), *describe_choice(skeleton)]
+    notices += describe_readers(skeleton, resolved)
     notices += [f"scheme: {resolved.scheme}"] if recipe.scheme == "auto" else []
     for notice in notices:
         if request.progress is not None:
@@ -120,15 +128,21 @@ def check_values(inputs: RunInputs) -> None:
 
 
 def windows_identity(recipe: Recipe, windows: Tensor | None) -> str:
-    """What the calibration is, known before it is read: the tokens' hash, the file's hash, or the corpus by name."""
+    """What the calibration is, known before it is read: the tokens' hash, the hash of the file and of the pictures that
+    its rows name, or the corpus by name."""
     if windows is not None:
         return hash_windows(windows)
     path = find_corpus_file(recipe.calibration)
+    if path is None:
+        return recipe.calibration
     try:
-        return files.hash_file(path) if path is not None else recipe.calibration
+        whole = files.hash_file(path)
     except OSError as error:
         what = f"the file cannot be read: {error.strerror}"
         raise CalibrationError(what, path, "Check the path and its permissions") from error
+    pictures = picture_files(read_rows(path), path.parent, recipe.samples + GATE_WINDOWS)
+    hashes = [files.hash_file(picture) for picture in pictures if picture.is_file()]
+    return " ".join((whole, *hashes)) if hashes else whole
 
 
 def _locked_journal(request: Request, source: dict[str, Any]) -> Journal:

@@ -2,8 +2,7 @@
 
 import gc
 
-from torch import Tensor
-
+from leangrid.data.windows import Windows
 from leangrid.errors import Interrupted
 from leangrid.machine.devices import has_own_memory, release_cached_memory
 from leangrid.models.skeleton import Skeleton
@@ -17,7 +16,7 @@ def reduce_placement(
     stage: tuple[str, int],
     skeleton: Skeleton,
     recipe: Recipe,
-    windows: Tensor,
+    windows: Windows,
     index: int,
     device: str,
 ) -> tuple[Placement, str]:
@@ -26,7 +25,7 @@ def reduce_placement(
     Args:
         stage: name of the stage in which it ran out, and the number of the group at work: in "calibrate" it was a
             forward pass, else the algebra of that group.
-        windows: the calibration tokens, int64 [samples, length].
+        windows: the calibration tokens, int64 [samples, length], or rows with pictures.
 
     Raises:
         Interrupted: there is no smaller placement.

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from leangrid.errors import LeangridError
 from leangrid.models.gguf import all_files, is_gguf
 from leangrid.planning.resolve import open_checkpoint
 from leangrid.run.inputs import RunInputs, open_inputs, windows_identity
@@ -38,7 +39,8 @@ def open_inputs_on_ranks(request: Request, ranks: Ranks) -> RunInputs:
     """``open_inputs`` on rank 0, once all ranks agree on what to do; the others open the same model as it resolved it.
 
     Raises:
-        LeangridError: the ranks differ in recipe, source, calibration or version; or what ``open_inputs`` raises.
+        LeangridError: the ranks differ in recipe, source, calibration or version; a rank does not see what it has to
+            read; or what ``open_inputs`` raises.
     """
     if ranks.count == 1:
         return open_inputs(request)
@@ -62,6 +64,13 @@ def open_inputs_on_ranks(request: Request, ranks: Ranks) -> RunInputs:
         directory, recipe, placement, partial, done = told
         follower = ReadOnlyJournal(partial, request.state_dir, done)
         checkpoint, skeleton, recipe = open_checkpoint(directory, recipe, request.device)
+        follower.keeps_states = not skeleton.structure.flows
+        if not follower.keeps_states and not partial.is_dir():
+            raise LeangridError(
+                f"rank {ranks.rank} does not see the finished blocks, which this model's states are made of again",
+                partial,
+                "Put the output on a file system that all ranks share, or use one process",
+            )
         return RunInputs(request, checkpoint, skeleton, recipe, follower, placement)
     except BaseException:
         if inputs is not None:

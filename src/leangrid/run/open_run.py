@@ -46,8 +46,6 @@ def _open(request: Request, ranks: Ranks) -> Iterator[Run]:
         inputs = open_inputs_on_ranks(request, ranks)  # source, skeleton, recipe, journal, placement
     journal, run = inputs.journal, None
     try:
-        if inputs.skeleton.has_experts:
-            ranks.refuse_several("a mixture of experts")
         writes_own_text = inputs.recipe.calibration == "self" and request.windows is None
         with clock.stage("load"):
             if writes_own_text:  # a model that is broken writes no text

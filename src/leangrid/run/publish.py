@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leangrid._version import __version__
 from leangrid.data.calibration import hash_windows
+from leangrid.data.windows import PictureRows, Windows
 from leangrid.gate.judge import judge_result
 from leangrid.gate.quality import Quality
 from leangrid.gate.unseen import unseen_windows
@@ -21,7 +22,9 @@ from leangrid.machine.flops import FlopCounts
 from leangrid.machine.memory import peak_bytes
 from leangrid.machine.stopwatch import Clock
 from leangrid.models.gguf import is_gguf
+from leangrid.planning.readers import opened_in
 from leangrid.planning.sizes import compute_sizes
+from leangrid.planning.structure import describe_kept, describe_source, describe_structure
 from leangrid.report.experts import expert_figures
 from leangrid.report.facts import RECORDS, RUN
 from leangrid.report.records import LayerRecord, to_lines, totals
@@ -31,16 +34,18 @@ from leangrid.run.inputs import RunInputs
 from leangrid.run.request import Request
 from leangrid.run.result import QuantizeResult
 from leangrid.run.result_config import make_config
+from leangrid.run.windows import unseen_rows
 from leangrid.storage import writer
 from leangrid.storage.hub import locate_source
 from leangrid.storage.safetensors import TensorInfo
 
 
-def publish(inputs: RunInputs, windows: Tensor, clock: Clock, judged_on: str) -> QuantizeResult:
+def publish(inputs: RunInputs, windows: Windows, clock: Clock, judged_on: str) -> QuantizeResult:
     """Write everything that is not a block, the manifest last, give the directory its name, and say what the run did.
 
     Args:
-        windows: the calibration tokens, int64 [samples, length]; the quality gate judges on the first of them.
+        windows: the calibration tokens, int64 [samples, length], or rows with pictures; the quality gate judges on the
+            first of them.
         judged_on: the device of the quality gate.
     """
     skeleton, recipe, journal, request = inputs.skeleton, inputs.recipe, inputs.journal, inputs.request
@@ -50,10 +55,11 @@ def publish(inputs: RunInputs, windows: Tensor, clock: Clock, judged_on: str) ->
     def judge(staged: Path) -> dict[str, Any]:
         began = clock.elapsed()
         with use_products(recipe.products):
-            left_over = (journal.load_artifact("windows") or {}).get("unseen")
-            unseen = unseen_windows(skeleton, recipe.calibration, windows.shape[1], left_over)
+            more = unseen_rows(inputs)
+            text, pictures = (None, more) if isinstance(more, PictureRows) else (more, None)
+            unseen = unseen_windows(skeleton, recipe.calibration, windows.shape[1], text)
             differences = _gguf_differences(inputs)
-            quality = judge_result(skeleton, staged, windows, recipe, judged_on, unseen, differences)
+            quality = judge_result(skeleton, staged, windows, recipe, judged_on, unseen, differences, pictures)
         spent = clock.elapsed() - began
         clock.add("check", spent)
         clock.add("save", -spent)  # the stage in which this happens
@@ -92,7 +98,7 @@ def result_of_finished_run(request: Request) -> QuantizeResult | None:
 
 
 def _manifest(
-    inputs: RunInputs, records: list[LayerRecord], windows: Tensor, infos: list[dict[str, Any]]
+    inputs: RunInputs, records: list[LayerRecord], windows: Windows, infos: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """What manifest.json says before files and quality are added; ``infos`` is the journal's word on each block."""
     recipe = inputs.recipe
@@ -108,6 +114,10 @@ def _manifest(
         "threads": sorted({info["threads"] for info in infos}),
         "memory": [reduction for info in infos for reduction in info.get("memory", [])],
         "determinism": _determinism(infos),
+        "opened_in": opened_in(inputs.skeleton, recipe),
+        "structure": describe_structure(inputs.skeleton),
+        "kept": describe_kept(inputs.skeleton),
+        **({"stored_as": stored_as} if (stored_as := describe_source(inputs.skeleton)) else {}),
         "result": _figures(inputs, records, windows, sorted({info["kernels"] for info in infos})),
     }
 
@@ -139,7 +149,7 @@ def _determinism(infos: list[dict[str, Any]]) -> dict[str, Any]:
     return {"claim": "same bytes" if alike else "tolerance", "scope": scope, "except": sorted(TIMED)}
 
 
-def _figures(inputs: RunInputs, records: list[LayerRecord], windows: Tensor, paths: list[str]) -> dict[str, Any]:
+def _figures(inputs: RunInputs, records: list[LayerRecord], windows: Windows, paths: list[str]) -> dict[str, Any]:
     """What the manifest keeps of the run: the same for every run of the same recipe, so no times and no memory."""
     real = [(record.name, r) for record in records for r in record.rescues if not r.is_note]
     notes = [r.kind for record in records for r in record.rescues if r.is_note]

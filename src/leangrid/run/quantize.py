@@ -106,7 +106,15 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
 
 
 def quantize_linears(run: Run, block: Block, algebra: GroupAlgebra) -> None:
-    """Quantize the linears that share one Hessian."""
+    """Quantize the linears that share one Hessian; of several ranks each does a part."""
+    if algebra.has_part:
+        solve_part(run, block, algebra)
+    for solved in algebra.results():
+        run.writer.store(block, solved)
+
+
+def solve_part(run: Run, block: Block, algebra: GroupAlgebra) -> None:
+    """Solve this rank's part of the linears that share one Hessian."""
     hessian = algebra.collect()
     factor = algebra.factorize()
     for name in algebra.names:
@@ -114,5 +122,3 @@ def quantize_linears(run: Run, block: Block, algebra: GroupAlgebra) -> None:
         for target in algebra.targets(name):  # all rows of the linear, or some after others
             observer = algebra.observer()
             algebra.add(name, solve_linear(target, factor, hessian.matrix, recipe, run.precision, observer))
-    for solved in algebra.results():
-        run.writer.store(block, solved, hessian, factor)

@@ -2,17 +2,19 @@
 
 Each rank has a part of the calibration windows. Rank 0 adds the partial sums of the Hessians in the order of ranks, a
 panel at a time, so that the result has the same bits every time. The linears of a group are shared out, and what was
-solved goes to all. Every exchange is between rank 0 and one other, by gloo in host memory: a rank that loses another
-knows which. Rank 0 alone writes."""
+solved goes to all. The experts of a mixture are shared out whole: the sums of one go from every rank to the one that
+solves it. Every exchange is between two ranks, by gloo in host memory: a rank that loses another knows which. Rank 0
+alone writes."""
 
 import json
 import os
 import re
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +38,7 @@ _FOR_OTHERS, _FOR_FIRST = timedelta(hours=1), timedelta(days=1)
 _START, _READ = timedelta(minutes=2), timedelta(seconds=5)
 _MOMENT = 0.5  # seconds
 _PANEL = 1 << 22  # numbers sent at once
+_ROWS = 512  # of a triangle that are sent at once
 
 
 class Ranks:
@@ -56,8 +59,8 @@ class Ranks:
         """Whether this is rank 0, which keeps journal and result."""
         return self.rank == 0
 
-    def share(self, windows: Tensor) -> Tensor:
-        """This rank's part of windows [samples, ...]; sizes differ by at most one.
+    def share(self, windows: Any) -> Any:
+        """This rank's part of windows [samples, ...], or of rows with pictures; sizes differ by at most one.
 
         Raises:
             LeangridError: fewer windows than ranks.
@@ -93,6 +96,41 @@ class Ranks:
         total.tokens, total.dropped = sum(c[0] for c in counts), sum(c[1] for c in counts)
         return total
 
+    def sum_for_owners(self, sums: Sequence[_Sum]) -> _Sum | None:
+        """Of ``sums``, the i-th of which belongs to rank i, this rank's with the tokens of all ranks; None where there
+        are fewer sums than ranks, and none for this one.
+
+        Each rank adds to its own sum those of the ranks before it, from the nearest to the furthest (rank n - 1 is
+        before rank 0). Only H is exchanged, of which the upper triangle holds everything.
+        """
+        own = sums[self.rank] if self.rank < len(sums) else None
+        if self.count == 1:
+            return own
+        failpoint("ranks.owners")
+        mine = [] if own is None else _pieces(own)
+        for step in range(1, self.count):
+            after, before = (self.rank + step) % self.count, (self.rank - step) % self.count
+            sent = _pieces(sums[after]) if after < len(sums) else []
+            for theirs, piece in zip_longest(sent, mine):
+                received = self._swap(theirs, after, piece, before)
+                if piece is not None:
+                    piece += received.to(piece.device)
+        if own is not None:
+            own.tokens, own.dropped = mine[0].tolist()
+        return own
+
+    def _swap(self, sent: Tensor | None, after: int, like: Tensor | None, before: int) -> Any:
+        """Send ``sent`` to rank ``after`` and receive a tensor ``like`` another from rank ``before``, both at once."""
+        host = None if sent is None else sent.cpu().contiguous()
+        sending = None if host is None else self._with(after, dist.isend, host)
+        received = None
+        if like is not None:
+            received = torch.empty(like.shape, dtype=like.dtype)
+            self._with(before, _receive_soon, received)
+        if sending is not None:
+            self._with(after, lambda work, _: work.wait(), sending)
+        return received
+
     def gather(self, value: Any) -> list[Any]:
         """``value`` of every rank, in order."""
         return self.broadcast(self._collect(value))
@@ -104,6 +142,10 @@ class Ranks:
         for other in self._others:
             self._send_object(value, other)
         return value
+
+    def wait_for_first(self) -> None:
+        """Wait until rank 0 is here, too."""
+        self.broadcast(None)
 
     def _collect(self, value: Any) -> list[Any]:
         """``value`` of every rank on rank 0; this rank's alone elsewhere."""
@@ -178,11 +220,10 @@ class Ranks:
         self._with(other, dist.recv_object_list, values)
         return values[0]
 
-    def _with(self, other: int, exchange: Callable[[Any, int], object], what: Any) -> None:
+    def _with(self, other: int, exchange: Callable[[Any, int], Any], what: Any) -> Any:
         """``exchange`` with ``other``; where that fails, raise what ended it, or that it is gone."""
         try:
-            exchange(what, other)
-            return
+            return exchange(what, other)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
@@ -209,6 +250,21 @@ class Ranks:
         told = LeangridError(f"rank {whose}: {sentence}")
         told.exit_code = code
         return told
+
+
+def _pieces(total: HessianSum) -> list[Tensor]:
+    """What a sum is sent as: its tokens and dropped tokens, int64 [2], then views of the upper triangle of H, some rows
+    each from the diagonal on."""
+    matrix = total.parts()[0]
+    rows = max(1, min(_ROWS, _PANEL // len(matrix)))
+    panels = [matrix[start : start + rows, start:] for start in range(0, len(matrix), rows)]
+    return [torch.tensor([total.tokens, total.dropped]), *panels]
+
+
+def _receive_soon(tensor: Tensor, other: int) -> None:
+    """Receive from a rank that sends now, too: nobody waits a day here, as others do for what rank 0 does alone."""
+    work: Any = dist.irecv(tensor, other)
+    work.wait(_FOR_OTHERS)
 
 
 def _listening() -> bool:

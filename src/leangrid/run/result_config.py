@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from leangrid.formats import FORMATS
 from leangrid.models.skeleton import Skeleton
+from leangrid.planning.readers import plain_reading_of
 from leangrid.planning.sizes import stored_schemes
 from leangrid.recipe import Recipe
 from leangrid.storage.config import add_older_rope_keys
@@ -32,13 +33,15 @@ def make_config(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
         inner = (value for value in config.values() if isinstance(value, dict) and _TIED in value)
         for section in (config, *inner):
             section[_TIED] = False
-    quantized = stored_schemes(skeleton, recipe)
-    modules = skeleton.model.named_modules()
-    matrices = {name for name, module in modules if _has_matrix(module)}
-    extra = {name.rpartition(".")[0] for name in skeleton.naming.extra}
-    ignored = sorted((matrices | extra) - quantized.keys())
-    config = add_older_rope_keys(config) | FORMATS[recipe.format].config_entries(quantized, ignored)
-    return json.loads(json.dumps(config, default=str))
+    quantized, reading = stored_schemes(skeleton, recipe), plain_reading_of(skeleton, recipe)
+    paths = {skeleton.path(name) for name in quantized}
+    matrices = {name for name, module in skeleton.model.named_modules() if _has_matrix(module)} - paths
+    ignored = {skeleton.stored.module_name(path) for path in matrices}
+    ignored |= {name.rpartition(".")[0] for name in skeleton.naming.extra}
+    if reading is not None and not reading.dequantize:  # it then looks for its own modules' names
+        ignored |= matrices
+    entries = FORMATS[recipe.format].config_entries(quantized, sorted(ignored), reading)
+    return json.loads(json.dumps(add_older_rope_keys(config) | entries, default=str))
 
 
 def _has_matrix(module: nn.Module) -> bool:

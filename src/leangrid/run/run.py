@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from leangrid.data.windows import PictureRows, Windows
 from leangrid.errors import Interrupted
 from leangrid.formats import FORMATS
 from leangrid.machine import memory
@@ -43,7 +44,7 @@ class Run:
     Attributes:
         inputs: what was asked for, and what it was asked of.
         skeleton, recipe, journal: those of ``inputs``.
-        windows: the calibration tokens of all ranks, int64 [samples, length].
+        windows: the calibration tokens of all ranks, int64 [samples, length], or rows with pictures.
         device: where blocks are computed, in torch's words.
         strength: a, the share of the inputs' own error that is corrected (0: one stream is enough).
         precision: what the container keeps scales and levels in.
@@ -53,9 +54,12 @@ class Run:
         clock, accounting, progress: seconds, operations, and what watchers are told.
     """
 
-    def __init__(self, inputs: RunInputs, windows: Tensor, clock: DeviceClock, ranks: Ranks) -> None:
+    def __init__(self, inputs: RunInputs, windows: Windows, clock: DeviceClock, ranks: Ranks) -> None:
         self.inputs, self.windows, self.clock, self.ranks = inputs, windows, clock, ranks
         self.skeleton, self.recipe, self.journal = inputs.skeleton, inputs.recipe, inputs.journal
+        if isinstance(windows, PictureRows):  # a pass holds more than hidden states, and the tower is needed
+            self.skeleton.see_pictures()
+            self.journal.keeps_states = False
         self.device, done = inputs.request.device, inputs.journal.find_resume_point()
         self.strength: float = self.recipe.correct or 0.0
         self.precision = FORMATS[self.recipe.format].precision(self.skeleton.dtype)
@@ -170,7 +174,7 @@ class Run:
 
     def _rebatch(self, streams: Streams) -> None:
         """Cut and move the streams, where they are, to what the placement asks for."""
-        if isinstance(self.flow, ChainedFlow):
+        if isinstance(self.flow, ChainedFlow) and isinstance(self.windows, Tensor):
             streams.rebatch(self.states.placement.windows)
             streams.move(self.states.put)
             with self.stage("calibrate"):

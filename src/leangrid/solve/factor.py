@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from leangrid.errors import NumericalError, ShapeError
+from leangrid.solve.hessian import Hessian
 from leangrid.solve.rescue import Rescue
 
 TOLERANCE = 1e-2  # relative error of U^T U (H + lambda I) - I on the random vectors
@@ -88,6 +89,33 @@ class Factor:
         """(H + lambda I)^-1 = U^T U, float64, original column order."""
         upper = self.upper[:, torch.argsort(self.order)].double()
         return upper.T @ upper
+
+
+@dataclass(frozen=True, eq=False)
+class FactorSummary:
+    """What is told of a Hessian and its factor without their matrices: small enough to be sent to another rank.
+
+    Attributes:
+        tokens: N of the Hessian.
+        damping: lambda / mean(diag H) that was used.
+        diagonal: U_jj, float64, in original column order, on the CPU.
+        rescues: of both, the Hessian's first.
+    """
+
+    tokens: int
+    damping: float
+    diagonal: Float[Tensor, " cols"]
+    rescues: tuple[Rescue, ...]
+
+    @classmethod
+    def of(cls, hessian: Hessian, factor: Factor) -> "FactorSummary":
+        """The summary of a Hessian and the factor that was made of it."""
+        rescues = (*hessian.rescues, *factor.rescues)
+        return cls(int(hessian.tokens), float(factor.damping), factor.diagonal.cpu(), rescues)
+
+    def loss_error_weights(self, p: float) -> Float[Tensor, " cols"]:
+        """As ``Factor.loss_error_weights``."""
+        return relative_power(self.diagonal, p)
 
 
 def relative_power(diagonal: Float[Tensor, " cols"], p: float) -> Float[Tensor, " cols"]:

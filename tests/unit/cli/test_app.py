@@ -74,7 +74,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dic
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_one_screen_with_examples_before_the_options(command: str) -> None:
     done = CliRunner().invoke(app, [command, "--help"], prog_name="leangrid", env={"COLUMNS": "120"})
-    assert done.exit_code == 0 and len(done.output.splitlines()) <= 40
+    assert done.exit_code == 0 and len(done.output.splitlines()) <= 44
     assert done.output.index(f"  leangrid {command} ") < done.output.index("Options:")
 
 
@@ -94,6 +94,30 @@ def test_every_command_is_listed_and_nothing_is_asked_without_arguments() -> Non
     done = run()
     assert all(re.search(rf"^  {command} ", done.output, re.MULTILINE) for command in COMMANDS)
     assert run("--version").output == f"{leangrid.__version__}\n"
+
+
+def test_patterns_are_given_one_by_one(recorded: list, tmp_path: Path) -> None:
+    options = ("--ignore", "*.down_proj", "--ignore", "lm_head", "--only", "re:.*mlp.*")
+    assert run("quantize", "src", "out", *options).exit_code == 0
+    assert run("quantize", "src", "out").exit_code == 0
+    given, plain = (call[0][2] for call in recorded)
+    assert (given.ignore, given.only) == (("*.down_proj", "lm_head"), ("re:.*mlp.*",))
+    assert plain == leangrid.Recipe()
+    file = tmp_path / "r.toml"
+    file.write_text('ignore = ["*.up_proj"]\nonly = ["*.mlp.*"]\n')
+    assert run("quantize", "src", "out", "--recipe", file, "--only", "o_proj").exit_code == 0
+    assert (recorded[-1][0][2].ignore, recorded[-1][0][2].only) == (("*.up_proj",), ("o_proj",))
+
+
+def test_plan_says_what_was_found_and_refuses_a_pattern_that_names_nothing(tiny: Tiny) -> None:
+    sizes = ("--samples", 4, "--length", 32)
+    done = run("plan", tiny("llama3"), *sizes, "--ignore", "*.down_proj")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^blocks +2 in model.layers$", done.stdout, re.MULTILINE)
+    assert re.search(r"^2 LlamaDecoderLayer +self_attn.{q_proj, k_proj, v_proj} \| ", done.stdout, re.MULTILINE)
+    assert re.search(r"^stays +\*.down_proj \(2\): --ignore$", done.stdout, re.MULTILINE)
+    done = run("plan", tiny("llama3"), *sizes, "--ignore", "*.dwon_proj")
+    assert done.exit_code == 2 and "names no linear of the model" in done.stderr and "down_proj" in done.stderr
 
 
 def test_options_reach_the_recipe_and_win_over_its_file(recorded: list, tmp_path: Path) -> None:

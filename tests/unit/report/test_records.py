@@ -11,7 +11,7 @@ import torch
 from leangrid.errors import VerifyError
 from leangrid.recipe import Recipe
 from leangrid.report.records import LayerRecord, read_records, to_lines, totals
-from leangrid.solve.factor import factorize
+from leangrid.solve.factor import FactorSummary, factorize
 from leangrid.solve.hessian import HessianSum
 from leangrid.solve.layer import solve_linear
 from leangrid.solve.rescue import Rescue
@@ -40,7 +40,9 @@ def test_a_record_says_what_the_solver_did() -> None:
     hessian, recipe = total.finish(), Recipe(scheme="NU3").resolved()
     factor = factorize(hessian.matrix, recipe.damping, recipe.act_order)
     result = solve_linear(torch.randn(8, 16, generator=generator), factor, hessian.matrix, recipe)
-    record = LayerRecord.of("a.b", recipe, result, hessian, factor, {"grid": 0.12345, "solve": 0.5, "refine": 0.25})
+    record = LayerRecord.of(
+        "a.b", recipe, result, FactorSummary.of(hessian, factor), {"grid": 0.12345, "solve": 0.5, "refine": 0.25}
+    )
     assert (record.name, record.shape, record.scheme, record.tokens, record.damping) == (
         "a.b",
         (8, 16),

@@ -8,8 +8,12 @@ from math_problems import layer
 
 from leangrid.recipe import Recipe
 from leangrid.report.sample import POINTS, sample_row
-from leangrid.solve.factor import factorize
+from leangrid.solve.factor import Factor, FactorSummary, factorize
 from leangrid.solve.layer import solve_linear
+
+
+def summary(factor: Factor) -> FactorSummary:
+    return FactorSummary(1, factor.damping, factor.diagonal, ())
 
 
 def sample(scheme: str, rows: int = 9, cols: int = 64) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -18,7 +22,7 @@ def sample(scheme: str, rows: int = 9, cols: int = 64) -> tuple[dict, torch.Tens
     recipe = Recipe(scheme=scheme).resolved()
     factor = factorize(matrix)
     result = solve_linear(weight, factor, matrix, recipe)
-    found = sample_row("a.b", weight, result, factor, recipe)
+    found = sample_row("a.b", weight, result, summary(factor), recipe)
     return found, weight[found["row"]], result.grid.dequantize(result.codes)[found["row"]]
 
 
@@ -63,7 +67,7 @@ def test_wide_rows_stay_small_and_keep_their_costliest() -> None:
     weight, recipe = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)), Recipe(scheme="RTN4").resolved()
     matrix = torch.diag(torch.linspace(1.0, 50.0, 5000))
     factor = factorize(matrix)
-    found = sample_row("a.b", weight, solve_linear(weight, factor, matrix, recipe), factor, recipe)
+    found = sample_row("a.b", weight, solve_linear(weight, factor, matrix, recipe), summary(factor), recipe)
     assert len(found["weights"]) == POINTS and found["columns"] == [0, 4999, 5000] and len(json.dumps(found)) < 40_000
     assert sorted(found["costs"])[-100] == pytest.approx(
         float(factor.loss_error_weights(recipe.p or 4.0).sort().values[-100]), rel=1e-3

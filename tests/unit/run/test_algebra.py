@@ -7,11 +7,12 @@ import torch
 
 from leangrid.recipe import Recipe
 from leangrid.run.accounting import LayerCosts
-from leangrid.run.algebra import GroupAlgebra, PlainAlgebra
-from leangrid.solve.factor import factorize
+from leangrid.run.algebra import GroupAlgebra, PlainAlgebra, _Part
+from leangrid.solve.factor import FactorSummary, factorize
 from leangrid.solve.layer import LinearResult, solve_linear
 
 CPU = torch.device("cpu")
+SUMMARY = FactorSummary(64, 0.01, torch.ones(16, dtype=torch.float64), ())
 
 
 def algebra_of(names: tuple[str, ...], rank: int, count: int, gathered: list[dict[str, Any]]) -> GroupAlgebra:
@@ -20,7 +21,7 @@ def algebra_of(names: tuple[str, ...], rank: int, count: int, gathered: list[dic
     algebra.names, algebra._device, algebra._number = names, CPU, 0
     ranks = SimpleNamespace(rank=rank, count=count, gather=lambda mine: gathered or [mine])
     algebra._run = SimpleNamespace(ranks=ranks)  # pyright: ignore[reportAttributeAccessIssue]
-    algebra._solved = {name: [] for name in names}
+    algebra._solved, algebra._summary = {name: [] for name in names}, SUMMARY
     return algebra
 
 
@@ -37,7 +38,7 @@ def test_one_rank_gives_each_linear_back_with_its_costs() -> None:
     whole = list(algebra.results())
     assert [one.name for one in whole] == ["q", "k"]
     assert all(torch.equal(one.result.codes, results[one.name].codes) for one in whole)
-    assert whole[0].costs is not whole[1].costs
+    assert whole[0].costs is not whole[1].costs and whole[0].factor is SUMMARY
 
 
 def test_tiles_of_rows_stand_in_the_order_of_ranks_and_of_their_rows() -> None:
@@ -45,7 +46,8 @@ def test_tiles_of_rows_stand_in_the_order_of_ranks_and_of_their_rows() -> None:
     costs = [LayerCosts(CPU) for _ in tiles]
     for number, one in enumerate(costs):
         one.seconds["solve"] = 1.0 + number
-    gathered = [{"down": [(tiles[0], costs[0]), (tiles[1], costs[1])]}, {"down": [(tiles[2], costs[2])]}]
+    parts = [_Part(tile, SUMMARY, cost) for tile, cost in zip(tiles, costs, strict=True)]
+    gathered = [{"down": parts[:2]}, {"down": parts[2:]}]
     algebra = algebra_of(("down",), 0, 2, gathered)
     (whole,) = algebra.results()
     assert torch.equal(whole.result.codes, torch.cat([tile.codes for tile in tiles]))

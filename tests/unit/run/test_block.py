@@ -5,21 +5,18 @@ from pathlib import Path
 
 import tiny_models
 import torch
+from walks import enter, skeleton_of, walk_through
 
-from leangrid.models.skeleton import Skeleton
-from leangrid.models.streams import Streams, run_to_first_block
-from leangrid.models.walk import BlockWalk
 from leangrid.run.block import Block
-from leangrid.storage.source import open_source
 
 
 @torch.no_grad()
 def test_queued_weights_reach_the_groups_that_follow(tmp_path: Path) -> None:
-    skeleton = Skeleton(open_source(tiny_models.save("llama2", tmp_path)))
-    hidden, calls = run_to_first_block(skeleton, [tiny_models.tokens(2, 16)])
+    skeleton = skeleton_of("llama2", tmp_path)
+    flow, streams = enter(skeleton, [tiny_models.tokens(2, 16)])
     with skeleton.load_block(0) as module:
-        walk = BlockWalk(module, skeleton.groups(0), calls, 0, Streams(hidden, list(hidden)))
-        block = Block(0, skeleton.block_name(0), module, walk, skeleton.architecture)
+        walk = walk_through(skeleton, module, flow, 0, streams)
+        block = Block(0, skeleton.block_name(0), module, walk, skeleton)
         differ, before = [], block.parameter("self_attn.v_proj").data.clone()
         for number, group in block.groups(lambda _name: nullcontext()):
             pairs = list(group)

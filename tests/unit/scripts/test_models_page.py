@@ -21,6 +21,7 @@ def _record(**changes: Any) -> dict[str, Any]:
         "cover": 1.0,
         "quantized": ["model.layers.*.self_attn.q_proj", "model.layers.*.self_attn.k_proj", "model.layers.*.mlp.up"],
         "kept": {"routes tokens": ["model.layers.*.mlp.gate"]},
+        "schemes": ["RTN8", "NU4"],
         "figures": {"RTN8.plain": 0.0},
     }
     return base | changes

@@ -1,0 +1,59 @@
+"""Whether plain transformers opens a compressed-tensors result, and how its config has to say it.
+
+Asked before work, so that a run says what its result opens in; and when the config is written."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+from leangrid.formats.base import Reading
+from leangrid.models.conversion_names import ResultNames
+from leangrid.models.experts import Experts
+from leangrid.recipe import Scheme
+
+_NO_PLACE = "it has no place for packed experts of this model"
+_DROPS = "it drops experts that stay as they are beside packed layers"
+
+
+def mixtures_of(model: nn.Module) -> dict[str, int]:
+    """The path of each mixture in a model with one linear for each matrix of each expert -> how many linears it has."""
+    found = ((path, module) for path, module in model.named_modules() if isinstance(module, Experts))
+    return {path: len(module) * sum(map(len, module.form.stages)) for path, module in found}
+
+
+def plain_reading(
+    names: ResultNames,
+    paths: Mapping[str, str],
+    mixtures: Mapping[str, int],
+    schemes: Mapping[str, Scheme],
+    not_found: Collection[str] = (),
+) -> Reading:
+    """How plain transformers reads a result.
+
+    Args:
+        names: what it finds.
+        paths: layer -> path of its linear in the model with one linear for each matrix of each expert.
+        mixtures: the paths of the mixtures of experts in that model -> how many linears each has.
+        schemes: layer -> the scheme that the files say.
+        not_found: paths of linears that it finds packed under no name.
+    """
+    experts = {name: owner for name, path in paths.items() if (owner := path.rsplit(".", 2)[0]) in mixtures}
+    firsts = {owner: name for name, owner in reversed(experts.items())}
+    refused = any(not names.takes_expert(name, owner) for owner, name in firsts.items())
+    replaced = {owner for owner in firsts if names.replaces_experts(owner)}
+    packed = Counter(experts.values())
+    dropped = any(packed[path] < count and not names.replaces_experts(path) for path, count in mixtures.items())
+    merged = frozenset(name for name, owner in experts.items() if owner not in replaced)
+    linears = {path: schemes[name] for name, path in paths.items() if name not in merged}
+    of_experts = list(dict.fromkeys(schemes[name] for name in merged))
+    lost = next((path for path in paths.values() if path in not_found), None)
+    if refused:
+        obstacle = _NO_PLACE
+    elif dropped:
+        obstacle = _DROPS
+    elif lost is not None:
+        obstacle = f"it does not find '{lost}' packed"
+    else:
+        obstacle = names.obstacle(linears, of_experts)
+    return Reading(paths, merged, names.dequantize(linears.values(), of_experts), obstacle)

@@ -1,0 +1,47 @@
+"""Whether plain transformers opens a result, from names and schemes alone."""
+
+from pathlib import Path
+
+import pytest
+import zoo_models
+
+from leangrid.models.plain_readers import mixtures_of, plain_reading
+from leangrid.models.skeleton import Skeleton
+from leangrid.recipe import Scheme
+from leangrid.storage.source import open_source
+
+SYMMETRIC, ASYMMETRIC = Scheme.parse("W4A16_SYM"), Scheme.parse("W4A16")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Skeleton:
+    return Skeleton(open_source(zoo_models.save(zoo_models.build("qwen3_moe", "causal"), tmp_path_factory.mktemp("m"))))
+
+
+def read(skeleton: Skeleton, experts: Scheme | None, others: Scheme):
+    names = skeleton.stored.result_names
+    assert names is not None
+    schemes = {name: experts if ".experts." in name else others for name in skeleton.all_linear_names()}
+    stated = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    paths = {name: skeleton.path(name) for name in stated}
+    return plain_reading(names, paths, mixtures_of(skeleton.model), stated)
+
+
+@pytest.mark.parametrize(
+    ("experts", "others", "obstacle"),
+    [
+        (SYMMETRIC, SYMMETRIC, None),
+        (SYMMETRIC, ASYMMETRIC, None),
+        (ASYMMETRIC, ASYMMETRIC, "it takes no zero points of experts"),
+        (None, SYMMETRIC, "it drops experts that stay as they are beside packed layers"),
+    ],
+)
+def test_obstacles(mixture: Skeleton, experts: Scheme | None, others: Scheme, obstacle: str | None) -> None:
+    found = read(mixture, experts, others)
+    assert found.obstacle == obstacle and found.dequantize
+    assert all(".experts." in name for name in found.merged) and bool(found.merged) == (experts is not None)
+
+
+def test_fused_experts_that_transformers_does_not_merge(tmp_path: Path) -> None:
+    skeleton = Skeleton(open_source(zoo_models.save(zoo_models.build("gpt_oss", "causal"), tmp_path)))
+    assert read(skeleton, SYMMETRIC, SYMMETRIC).obstacle == "it has no place for packed experts of this model"
