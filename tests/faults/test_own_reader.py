@@ -122,20 +122,25 @@ def _other_values(monkeypatch: pytest.MonkeyPatch, _source: Path) -> str:
 
 
 def _other_config(monkeypatch: pytest.MonkeyPatch, _source: Path) -> str:
-    real = skeletons._read_config
+    real = skeletons.read_model_config
 
     def read(checkpoint: Any) -> Any:
         config: Any = real(checkpoint)
         config.rope_parameters = {"rope_type": "default", "rope_theta": 777.0}
         return config
 
-    monkeypatch.setattr(skeletons, "_read_config", read)
+    monkeypatch.setattr(skeletons, "read_model_config", read)
     return "inv_freq is another"
 
 
 def _other_pass(monkeypatch: pytest.MonkeyPatch, _source: Path) -> str:
-    real = side_by_side._through
-    monkeypatch.setattr(side_by_side, "_through", lambda *arguments: 1.1 * real(*arguments).roll(1, -1))
+    real = side_by_side._Walker.through
+
+    def through(self: Any, index: int, block: torch.nn.Module) -> None:
+        real(self, index, block)
+        self._states = [1.1 * hidden.roll(1, -1) for hidden in self._states]
+
+    monkeypatch.setattr(side_by_side._Walker, "through", through)
     return "its outputs differ by"
 
 

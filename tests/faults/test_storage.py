@@ -544,6 +544,8 @@ def test_another_recipe_is_another_run(fast: Path, field: str) -> None:
         "products": "float32",
         "layers": {"fc1": "W8A16"},
         "text_field": "body",
+        "ignore": ["lm_head"],
+        "only": ["*.q_proj"],
     }
     recipe = Recipe()
     value = getattr(recipe, field)

@@ -230,7 +230,7 @@ _NOT_REACHED, _ELSEWHERE, _NO_LINEAR, _SHARED, _SMALL = (
     "its weight is read without calling the linear",
     "no linear holds it",
     "several linears are this one weight",
-    f"fewer than {FEW} rows or columns",
+    "a few rows or columns",
 )
 CUSTOMS = {_SMALL, *(why for _, why in CUSTOM)}
 

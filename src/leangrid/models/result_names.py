@@ -42,9 +42,11 @@ def match_result(model: PreTrainedModel, apart: PreTrainedModel, stored: Iterabl
     conversion, parts = Conversion(model, {}), dict[str, _Matrix]()
     forms = {path: form for path, module in model.named_modules() if (form := form_of(module)) is not None}
     for owner in others:
-        target = conversion.rename_to_module(owner)
+        target, pattern = conversion.renamed(owner + _WEIGHT)
+        target = target.removesuffix(_WEIGHT)
         if target in linears:
-            found[owner] = target
+            if pattern is None:  # else a converter makes several of it, or one of several: none of them is packed
+                found[owner] = target
             continue
         path, _, leaf = target.rpartition(".")
         if path in forms:

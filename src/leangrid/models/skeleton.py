@@ -261,7 +261,8 @@ class Skeleton:
             if index is not None
             else set[str]()
         )
-        for name, own in self.stored.copied(names, quantized):
+        idle = () if index is not None else dict.fromkeys(self.stored.idle)
+        for name, own in (*self.stored.copied(names, quantized), *((name, None) for name in idle)):
             if own is None:
                 yield name, self.checkpoint.tensors[name], lambda name=name: self.checkpoint.read(name)
             else:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from leangrid.models.conversion import Conversion, ExpertPart, Source
 from leangrid.models.conversion_names import ResultNames
-from leangrid.models.expert_forms import DOWN, GATE, UP, form_of
+from leangrid.models.expert_forms import DOWN, GATE, UP, FusedForm, form_of
 from leangrid.models.experts import Experts
 from leangrid.models.linears import is_linear
 from leangrid.models.naming import Naming, Weights
@@ -60,6 +60,7 @@ class StoredTensors:
 
     Attributes:
         places: name in the model -> where it is.
+        idle: stored tensors that the model takes and does not compute with.
         result_names: what plain transformers finds in a result; None where nothing is known of its mapping.
         not_found: the paths of linears that plain transformers would not find packed, under any name.
     """
@@ -72,6 +73,7 @@ class StoredTensors:
         self._renames = any(self._is_renamed(name, stored) for name, stored in naming.sources.items())
         self._packed: dict[str, str] = {}  # path of a linear -> its name in the result, where that is not its weight's
         self.places: dict[str, Place] = {}
+        self.idle: list[str] = []
         for name, stored in naming.sources.items():
             self.places[name] = Place((stored,), self._spelled(name, stored))
         for name, source in naming.converted.items():
@@ -166,7 +168,7 @@ class StoredTensors:
                     continue
                 parts = None if whole.converted is None or conversion is None else conversion.expert_parts(fused)
                 if parts is not None:
-                    self._place_parts(dot, leaf, kind, parts, form.transposed)
+                    self._place_parts(dot, leaf, kind, parts, form)
                     continue
                 held = whole.stored[0] if whole.converted is not None and len(whole.stored) == 1 else whole.name
                 owner, _, last = held.rpartition(".")
@@ -179,10 +181,13 @@ class StoredTensors:
         for leaf in {form.fused_name(leaf, kind) for leaves in form.stages for leaf in leaves for kind in _KINDS}:
             self.places.pop(f"{dot}{leaf}", None)
 
-    def _place_parts(self, dot: str, leaf: str, kind: str, parts: tuple[ExpertPart, ...], transposed: bool) -> None:
+    def _place_parts(self, dot: str, leaf: str, kind: str, parts: tuple[ExpertPart, ...], form: FusedForm) -> None:
+        count, transposed = form.count, form.transposed
         wanted = 1 if leaf == UP and any(part.part for part in parts) else 0
         for part in parts:
-            if part.part == wanted or leaf not in (GATE, UP):
+            if part.expert >= count:  # room that the model's tensor has for experts that do nothing
+                self.idle.append(part.stored)
+            elif part.part == wanted or leaf not in (GATE, UP):
                 turned = part.transposed != transposed and kind == "weight"
                 place = Place((part.stored,), part.stored, take=Tensor.t if turned else None)
                 self.places[f"{dot}{part.expert}.{leaf}.{kind}"] = place

@@ -76,3 +76,14 @@ def test_more_bits_are_allowed_less() -> None:
     for measure in ("kl", "cosine"):
         limits = [quality.default_limit(bits, measure) for bits in (2, 3, 4, 5, 6, 8)]
         assert limits == sorted(limits, reverse=True) and limits[-1] < 0.2
+
+
+def test_pictures_count_for_the_limit_the_json_and_the_warnings() -> None:
+    pictures = replace(SEEN, value=1.5, rounding=1.0)
+    whole = replace(found(unseen=replace(UNSEEN, value=0.02)), pictures=pictures)
+    assert not whole.passed and "is 1.5, 1.0 is allowed" in whole.verdict
+    assert Quality.from_dict(whole.to_dict()) == whole and whole.to_dict()["pictures"]["value"] == 1.5
+    (warning,) = list_warnings(whole)
+    assert warning.startswith("on pictures that calibration did not see plain rounding is nearer")
+    # Where there are no other rows, the figures are those of the rows that calibration saw: no sign of anything.
+    assert list_warnings(replace(whole, pictures=whole.seen)) == [] and "pictures" not in found().to_dict()
