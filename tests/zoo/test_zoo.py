@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import zoo_run
-from zoo_configs import BROKEN, REFUSED
+from zoo_configs import BROKEN, NOT_PLAIN, REFUSED
 from zoo_models import FAMILIES, model_types
 from zoo_plain import cover_faults
 from zoo_server import Server
@@ -70,3 +70,5 @@ def test_a_type_goes_from_its_checkpoint_to_plain_transformers(
         return
     assert record["stage"] == "done" and not record["faults"], zoo_run.line(record)
     assert not cover_faults(model_type, record["cover"])
+    opens = any(name.endswith(".plain") and not name.startswith("NU4") for name in record["figures"])
+    assert not (opens and (family, model_type) in NOT_PLAIN), "transformers opens it: take it out of NOT_PLAIN"

@@ -7,7 +7,7 @@ Importing this module adds the quantizer to transformers' tables. transformers_h
 being imported, which may be in the middle of this module's own import."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from leangrid.formats.base import Layout
 from leangrid.formats.checks import holds_codes
 from leangrid.grids import AffineGrid
 from leangrid.inference.layers import AffineLinear, LutLinear, OffsetLinear, PackedLinear
-from leangrid.models.expert_forms import FUSED_NAMES
-from leangrid.models.experts import unfuse_experts
+from leangrid.models.expert_forms import form_of
+from leangrid.models.experts import Experts, unfuse_experts
 from leangrid.models.linears import is_linear, linear_shape
 from leangrid.recipe import Scheme
 from leangrid.storage.dtypes import COMPUTED, DTYPES, dtype_of
@@ -100,6 +100,8 @@ class LeangridQuantizer(HfQuantizer):
         self.stored = quantization_config.stored
         self.format: Format = format_of(self.stored)
         schemes_of(self.stored, ())  # refuses what leangrid does not read, by its name
+        self._fused: set[str] = set()  # the names of their tensors
+        self._mixtures: set[str] = set()  # the names of its modules of experts, without paths
         self._separate = False  # whether this is a mixture of experts, with each expert's linears apart
         self._paths: dict[str, str] = {}  # name in the files -> path of the linear
         self._names: dict[str, list[str]] = {}  # the other way round
@@ -196,7 +198,7 @@ class LeangridQuantizer(HfQuantizer):
         renamings = [one for one in given if isinstance(one, WeightRenaming)]
         others = [one for one in given if not isinstance(one, WeightRenaming)]
         if self._separate:
-            others = [one for one in others if not _merges_experts(one)]
+            others = [one for one in others if not _merges_experts(one, self._mixtures, self._fused)]
         if not self._paths:
             return [*renamings, *others]
         return [ResultRenaming(self._paths, renamings), *others]
@@ -208,8 +210,14 @@ class LeangridQuantizer(HfQuantizer):
             return
         from leangrid.models.result_names import match_result  # as above
 
+        for module in model.modules():  # transformers fills no module at random whose experts it would not find
+            if any(form_of(child) is not None for child in module.children()):
+                module._is_hf_initialized = True
         fused = deepcopy(model)  # on the meta device
         self._separate = unfuse_experts(model)
+        mixtures = {path: one.form for path, one in model.named_modules() if isinstance(one, Experts)}
+        self._mixtures = {path.rpartition(".")[2] for path in mixtures}
+        self._fused = {name for form in mixtures.values() for name in form.fused_names}
         with torch.device("cpu"):  # transformers loads under that of "meta"
             self._paths = match_result(fused, model, headers)
         for name, path in self._paths.items():
@@ -263,8 +271,14 @@ class LeangridQuantizer(HfQuantizer):
         return False
 
 
-def _merges_experts(conversion: Any) -> bool:
-    return any(target.rpartition(".")[2] in FUSED_NAMES for target in conversion.target_patterns)
+def _merges_experts(conversion: Any, mixtures: Collection[str], fused: Collection[str]) -> bool:
+    """Whether a conversion makes one of the tensors ``fused`` of all experts of one of the ``mixtures``, modules' names
+    without paths."""
+    for target in conversion.target_patterns:
+        owner, _, leaf = target.rpartition(".")
+        if leaf in fused and owner.rpartition(".")[2] in ("", *mixtures):
+            return True
+    return False
 
 
 def _headers(files: list[str]) -> dict[str, TensorInfo]:

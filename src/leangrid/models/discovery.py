@@ -89,6 +89,7 @@ class _Call:
     name: str
     entered: tuple[int, ...] | None  # where its hidden states lie
     others: dict[str, tuple[float, ...]]  # its other tensors
+    windows: int = 1  # the first dimension of its hidden states
     same_shape: bool = False
     left: tuple[int, ...] | None = None
     returned: Any = None  # the container of its outputs, on the meta device
@@ -193,6 +194,7 @@ def _first_pass(model: nn.Module, entry: nn.Module, run: Callable[[nn.Module, in
             call, y = open_calls.pop(), find_tensor(out)
             _, x = hidden_argument(args, kwargs)
             floats = x is not None and y is not None and x.is_floating_point() and x.ndim >= 3
+            call.windows = x.shape[0] if x is not None and x.ndim else 1
             call.same_shape = bool(floats and x.shape == y.shape)  # pyright: ignore[reportOptionalMemberAccess]
             call.left, call.returned = None if y is None else place_of(y), without_numbers(out)
             depth[0] -= 1
@@ -313,6 +315,7 @@ def _chains(calls: list[_Call]) -> list[str]:
     """How the blocks are not one chain: called again, or reading something else than the one before returned."""
     flows: list[str] = []
     names = [call.name for call in calls]
+    flows += [f"the states of {call.name} are not [windows, ...]" for call in calls[:1] if call.windows != 1]  # one ran
     if len(set(names)) < len(names):
         flows.append(f"{next(n for n in names if names.count(n) > 1)} is called more than once")
     for before, call in pairwise(calls):

@@ -54,6 +54,12 @@ class FusedForm:
         name = DOWN if leaf == DOWN else "gate_up_proj" if self.gated else UP
         return name if kind == "weight" else f"{name}_bias"
 
+    @property
+    def fused_names(self) -> frozenset[str]:
+        """The names of the module's tensors."""
+        kinds = ("weight", "bias") if self.biased else ("weight",)
+        return frozenset(self.fused_name(leaf, kind) for stage in self.stages for leaf in stage for kind in kinds)
+
     def taken(self, leaf: str, kind: str = "weight") -> Callable[[Tensor], Tensor]:
         """How an expert's ``leaf`` is taken from its part of the fused tensor: [rows, cols], or [rows] for a bias."""
 

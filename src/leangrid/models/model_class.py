@@ -138,7 +138,13 @@ def has_lm_head(model: PreTrainedModel) -> bool:
 def with_experts_apart(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, changed: one linear for each matrix of each expert (experts.py)."""
     if unfuse_experts(model):
-        model.tie_weights()
+        try:
+            model.tie_weights()
+        except ValueError as error:  # transformers ties experts of two modules by the names of their fused tensors
+            what = f"its experts are tied to each other: {first_line(error)}"
+            raise ArchitectureError(
+                what, type(model).__name__, "leangrid cannot quantize this kind of model"
+            ) from error
     return model
 
 

@@ -325,8 +325,15 @@ class Skeleton:
         self.materialise(model, "" if model is self.model else self.prefix, skip=self.block_prefixes)
         if lm_head:
             self.model.tie_weights()
+        # What text does not reach is NaN, in no memory: a model takes its device from its first parameter, and a value
+        # that is used after all shows.
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+            full = name if model is self.model or not self.prefix else f"{self.prefix}.{name}"
+            if parameter.is_meta and full in self._unused and parameter.is_floating_point():
+                nothing = torch.full((), torch.nan, dtype=self.compute_dtype, device=device)
+                _set_parameter(model, name, nothing.expand(parameter.shape))
         for child in model.modules():
-            if not any(parameter.is_meta for parameter in child.parameters()):
+            if not any(tensor.is_meta for tensor in (*child.parameters(), *child.buffers())):
                 child.to(device)
         try:
             yield model

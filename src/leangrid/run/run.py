@@ -71,6 +71,7 @@ class Run:
         self.flow = open_flow(self.skeleton, self.device)
         self._weights = CommittedWeights(self.skeleton, self.recipe, self.journal)
         self.onward = Onward(self.skeleton, self.flow, self._weights, self.device, self.stage)
+        self._entered = 0  # windows of a batch in the passes that are held
         self._stage = ("calibrate", 0)  # the last that began, and its group
         self._prefetch: Prefetch | None = None
         if has_own_memory(self.device):
@@ -152,7 +153,7 @@ class Run:
     def _walk(self, index: int, module: nn.Module, streams: Streams) -> BlockWalk | RepeatedWalk:
         """The walk through block ``index``."""
         if is_repeated(self.skeleton, index):
-            batches = self.ranks.share(self.windows).split(len(streams.quantized[0]))
+            batches = self.ranks.share(self.windows).split(self._entered)
             return RepeatedWalk(self.skeleton, index, module, self.flow, streams, batches, self._weights.of)
         placement, states = self.states.placement, self.states
         found = self.skeleton.structure.blocks[index]
@@ -179,14 +180,15 @@ class Run:
             streams.move(self.states.put)
             with self.stage("calibrate"):
                 self.flow.prepare(self.windows, {len(batch) for batch in streams.quantized})
-        elif len(streams.quantized[0]) > self.states.placement.windows:
+        elif self._entered > self.states.placement.windows:
             done = self.journal.count_committed()
             again = self.onward.catch_up(done, self._enter())  # passes of fewer windows, from the beginning
             streams.quantized[:], streams.original = again.quantized, again.original
 
     def _enter(self) -> Streams:
         """Run everything before the first block."""
-        batches = self.ranks.share(self.windows).split(self.states.placement.windows)
+        self._entered = self.states.placement.windows
+        batches = self.ranks.share(self.windows).split(self._entered)
         streams = ("quantized", "original") if self.strength > 0 else ("quantized",)
         with self.stage("calibrate"):
             hidden = self.flow.enter(batches, self.states.put, *streams)
