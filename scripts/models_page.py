@@ -2,7 +2,7 @@
 
     python scripts/models_page.py [FOLDER]
 
-The records in FOLDER, one JSON file a type, replace those in benchmarks/results/zoo.jsonl; without FOLDER the page is
+The records in FOLDER, one JSON file a type, replace those in tests/zoo/records.jsonl; without FOLDER the page is
 written from what is there."""
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, RESULTS = ROOT / "docs" / "models.md", ROOT / "benchmarks" / "results" / "zoo.jsonl"
+PAGE, RESULTS = ROOT / "docs" / "models.md", ROOT / "tests" / "zoo" / "records.jsonl"
 FAMILIES = {"causal": "Causal language models", "image-text": "Models of text and pictures", "encoder": "Encoders"}
 _FIELDS = ("type", "family", "class", "transformers", "stage", "error", "refused", "blocks", "cover", "quantized",
            "kept", "twice", "schemes", "faults", "figures")  # fmt: skip

@@ -45,7 +45,7 @@ def test_nonuniform_result_of_every_architecture(name: str, tmp_path: Path) -> N
     dense = tiny_models.build(name)
     for linear in skeleton.all_linear_names():
         weight = model.get_submodule(linear).weight_hat
-        stored = weight.t() if skeleton.architecture.layer == "conv1d" else weight
+        stored = weight.t() if skeleton.layer_kind(linear) == "conv1d" else weight
         dense.get_parameter(f"{linear}.weight").data.copy_(stored)
     ids = WINDOWS[:2]
     torch.testing.assert_close(_output(model, ids), _output(dense, ids), rtol=1e-4, atol=1e-4)

@@ -16,7 +16,7 @@ from leangrid.recipe import Recipe
 
 pytestmark = pytest.mark.interop
 
-ALIKE = 1e-5  # relative distance of logits from the same weights
+ALIKE = 1e-4  # relative distance of logits from the same weights
 # What the results show: a vision tower and renamed modules, experts stored one by one, with a layer that predicts
 # further tokens, projections cut apart, a convolution that a converter makes, a hybrid, experts that transformers
 # replaces by linears.

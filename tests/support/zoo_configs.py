@@ -154,10 +154,16 @@ PARTLY: dict[str, str] = {
     **dict.fromkeys(("dbrx", "deepseek_v4", "funnel", "glm5_next", "inkling_mm_model", "inkling_text",
                      "recurrent_gemma", "xlnet"), _APART),
     "ernie4_5_vl_moe": "the experts of pictures see no text",
+    "jetmoe": "leangrid finds no form in its experts",
     "longformer": "the linears of global attention see no token of plain text",
     **dict.fromkeys(("diffusion_gemma", "zamba", "zamba2"), "several of its blocks are one set of weights"),
 }  # fmt: skip
 
+# Type -> experts that leangrid leaves in 16 bits, by their names, as it finds no form in which to take them.
+LEFT: dict[str, str] = {
+    **dict.fromkeys(("inkling_mm_model", "inkling_text"), r"\.shared_experts\."),
+    "jetmoe": r"\.(input|output)_linear\.",
+}
 # (family, type) -> why transformers 5.23 does not open its affine result; it opens the dense export.
 _CUT = "it cuts a stored tensor in several only where none of a model is packed"
 _KEPT_EXPERTS = "beside packed weights it does not find the experts that stay dense"

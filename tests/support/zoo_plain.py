@@ -28,7 +28,7 @@ import zoo_uses
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from zoo_configs import NOT_PLAIN, PARTLY
+from zoo_configs import LEFT, NOT_PLAIN, PARTLY
 
 CLOSE = 1e-4  # relative distance of logits that should be the same
 ROUNDING = 1.5  # how much further than plain rounding a result may be
@@ -74,7 +74,8 @@ def make(
     again = _reopened(model, place / "source", seed, ids, logits)
     save_file({"logits": logits.contiguous()}, place / "logits.safetensors")
     real = zoo.real_shapes(model_type, family)
-    return record | {"runs": True, "reopens": again} | _facts(model, place, ids, logits, real, schemes)
+    left = LEFT.get(model_type)
+    return record | {"runs": True, "reopens": again} | _facts(model, place, ids, logits, real, left, schemes)
 
 
 def _facts(
@@ -83,6 +84,7 @@ def _facts(
     ids: Tensor,
     logits: Tensor,
     real: dict[str, tuple[int, ...]] | None,
+    left: str | None,
     schemes: list[str] | None,
 ) -> dict[str, Any]:
     """What should be quantized, how far plain rounding is, and each weight's sum of x x^T: to files, and in short."""
@@ -91,7 +93,7 @@ def _facts(
         return zoo.run_out(model, ids)
 
     uses, lists = zoo_uses.products(model, run), zoo_uses.block_lists(model, run)
-    wanted = zoo_uses.wanted(model, lists, uses, real)
+    wanted = zoo_uses.wanted(model, lists, uses, real, left)
     transposed = any(isinstance(m, Conv1D) for m in model.modules())
     schemes = schemes or _schemes(transposed, any(expert >= 0 for _, expert in wanted.weights))
     noise = {scheme: _rounded_error(model, wanted.weights, scheme, ids, logits) for scheme in schemes}

@@ -192,13 +192,18 @@ class Wanted:
 
 
 def wanted(
-    model: nn.Module, lists: list[str], uses: dict[Weight, Use], real: dict[str, tuple[int, ...]] | None
+    model: nn.Module,
+    lists: list[str],
+    uses: dict[Weight, Use],
+    real: dict[str, tuple[int, ...]] | None,
+    left: str | None = None,
 ) -> Wanted:
     """What of ``model`` should be quantized, from its products with text.
 
     Args:
         lists: the paths of its lists of blocks.
         real: the shapes of its parameters in the type's real size.
+        left: a pattern of names that are known to stay.
     """
     found = Wanted(lists)
     owners = {name: module for path, module in model.named_modules() for name in _own(path, module)}
@@ -210,6 +215,7 @@ def wanted(
             continue
         module, size = owners[name], math.prod((real or {}).get(name, parameter.shape))
         reason = _reason(name, parameter, module, uses, (real or {}).get(name))
+        reason = _NO_FORM if left and re.search(left, name) else reason
         reason = reason or (_SHARED if names[id(parameter)] > 1 else "")
         if reason == "":
             fused = [p for p in module.parameters(recurse=False) if p.ndim == 3]
@@ -225,10 +231,11 @@ def wanted(
     return found
 
 
-_NOT_REACHED, _ELSEWHERE, _NO_LINEAR, _SHARED, _SMALL = (
+_NOT_REACHED, _ELSEWHERE, _NO_LINEAR, _NO_FORM, _SHARED, _SMALL = (
     "no text reaches it",
     "its weight is read without calling the linear",
     "no linear holds it",
+    "experts in no form that leangrid takes",
     "several linears are this one weight",
     "a few rows or columns",
 )
