@@ -102,8 +102,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": NARROW},
     "distilbert": {"dim": HIDDEN},
     "dots1": _MOE,
-    "dots3_note_text": {"num_attention_heads": 8, "num_key_value_heads": 8,  # a gate a head, of 128 in real size
-                        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": NARROW,
+    "dots3_note_text": {"num_attention_heads": 8, "num_key_value_heads": 8,  # a gate a head, of 64 or more
+                        "swa_num_attention_heads": 8, "swa_num_key_value_heads": 8, "swa_q_lora_rank": NARROW,
                         "swa_kv_lora_rank": NARROW, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16,
                         "swa_v_head_dim": 16},
     "emu3": {"vocabulary_map": {"<image>": TEXT_IDS + 44}},
@@ -121,6 +121,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_experts_per_tok": 2},
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]],
                         "spatial_target_layers": [1, 1, 1, 1]},
+    "inkling2_text": {"num_attention_heads": 8, "swa_num_attention_heads": 8},  # a sink a head, of 48 in real size
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"], "num_hidden_layers": 4},
     "mamba2": {"num_heads": 8},

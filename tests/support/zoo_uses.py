@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 Weight = tuple[str, int]  # a parameter's name, and which of its experts; -1 where it is one matrix
 
-FEW = 65  # linears with fewer rows or columns than this, in the type's real size, stay in 16 bits
+FEW = 48  # linears with fewer rows or columns than this, in the type's real size, stay in 16 bits
 # Kept by custom: what decides or scales more than it weighs.
 _ROUTER = r"(^|\.)((\w*_)?router|gate|wg|(\w*_)?(expert|experts|shared)_gate|e_score\w*|classifier)"
 CUSTOM: tuple[tuple[str, str], ...] = (
