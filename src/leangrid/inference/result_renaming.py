@@ -1,9 +1,23 @@
 """transformers' names of the tensors of a result, given to its loader as one renaming."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+
+def leave_alone(conversion: WeightConverter, modules: Collection[str]) -> None:
+    """Let a conversion of transformers leave the tensors of ``modules`` (paths in the model), which have their final
+    names: codes are called ``weight`` in some containers, and no weight is made of them."""
+
+    class Beside(type(conversion)):
+        __slots__ = ()
+
+        def rename_source_key(self, source_key: str) -> tuple[str, Any]:
+            inside = source_key.rpartition(".")[0] in modules
+            return (source_key, None) if inside else super().rename_source_key(source_key)
+
+    conversion.__class__ = Beside
 
 
 class ResultRenaming(WeightRenaming):

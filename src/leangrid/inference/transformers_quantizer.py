@@ -192,7 +192,7 @@ class LeangridQuantizer(HfQuantizer):
         # Imported here: transformers itself may be half imported when it imports this module.
         from transformers.core_model_loading import WeightRenaming
 
-        from leangrid.inference.result_renaming import ResultRenaming
+        from leangrid.inference.result_renaming import ResultRenaming, leave_alone
 
         given = list(super().update_weight_conversions(weight_conversions, *model))
         renamings = [one for one in given if isinstance(one, WeightRenaming)]
@@ -201,6 +201,8 @@ class LeangridQuantizer(HfQuantizer):
             others = [one for one in others if not _merges_experts(one, self._mixtures, self._fused)]
         if not self._paths:
             return [*renamings, *others]
+        for one in others:
+            leave_alone(one, frozenset(self._paths.values()))
         return [ResultRenaming(self._paths, renamings), *others]
 
     def _prepare_names(self, model: Any, headers: dict[str, TensorInfo]) -> None:
