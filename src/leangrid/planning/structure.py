@@ -1,6 +1,7 @@
 """What was found of a model, as plain JSON values: for the plan, the manifest, the report and the model card."""
 
 import re
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -124,3 +125,16 @@ def _words(flow: str) -> str:
 
 def _open_numbers(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?=\.)", "*", name)
+
+
+def describe_left_over(skeleton: Skeleton) -> list[str]:
+    """A sentence where more than a tenth of the blocks' matrices are multiplied outside of any linear."""
+    left = {name: math.prod(shape) for block in skeleton.structure.blocks for name, shape in block.left.items()}
+    numbers = sum(math.prod(shape) for block in skeleton.structure.blocks for shape in block.left.values())
+    taken = sum(math.prod(skeleton.shape(name)) for name in skeleton.all_linear_names())
+    if numbers * 10 <= numbers + taken:
+        return []
+    share = 100 * numbers / (numbers + taken)
+    return [
+        f"{share:.0f}% of the blocks' matrices lie in no linear and stay as they are stored: {', '.join(sorted(left))}"
+    ]

@@ -27,7 +27,7 @@ from leangrid.planning.placement import Placement
 from leangrid.planning.readers import describe_readers
 from leangrid.planning.resolve import describe_narrow_types, open_checkpoint, resolve_recipe
 from leangrid.planning.sizes import GATE_WINDOWS, disk_bytes
-from leangrid.planning.structure import describe_choice
+from leangrid.planning.structure import describe_choice, describe_left_over
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run.request import Request
