@@ -1,7 +1,7 @@
 """What was found of a model, as plain JSON values: for the plan, the manifest, the report and the model card."""
 
-import re
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 

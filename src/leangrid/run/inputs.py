@@ -105,7 +105,7 @@ def open_inputs(request: Request) -> RunInputs:
         _require_disk(request, skeleton, resolved, journal, placement)
     notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
     notices += [*checkpoint.notices, *skeleton.notices, *journal.notices]
-    notices += [*describe_narrow_types(resolved, skeleton), *describe_choice(skeleton)]
+    notices += [*describe_left_over(skeleton), *describe_narrow_types(resolved, skeleton), *describe_choice(skeleton)]
     notices += describe_readers(skeleton, resolved)
     notices += [f"scheme: {resolved.scheme}"] if recipe.scheme == "auto" else []
     for notice in notices:
