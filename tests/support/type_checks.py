@@ -1,6 +1,9 @@
 """While tests run, every call into leangrid is checked: types of arguments and results, and shapes of tensors."""
 
+import gc
+import importlib
 import inspect
+from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
@@ -13,7 +16,21 @@ _jaxtyped = jaxtyping.jaxtyped
 def install() -> None:
     """Make the import of leangrid add the checks to every function. Call it before the first import of leangrid."""
     jaxtyping.jaxtyped = _check  # the decorator that jaxtyping's import hook adds
+    hook: Any = importlib.import_module("jaxtyping._import_hook")
+    hook._call_with_frames_removed = _compile
     install_import_hook("leangrid", "beartype.beartype")
+
+
+def _compile(compile_source: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Compile a module without collecting garbage: Python 3.11 takes a greenlet that is ended meanwhile, a pass that a
+    test has left, for an error in its count of the stack's depth."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return compile_source(*arguments, **options)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _check(fn: Any = None, *, typechecker: Any = None) -> Any:
