@@ -51,16 +51,18 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[tuple[int, int], str]]:
 def _multiplies(module: nn.Module) -> bool:
     """Whether the forward pass of a subclass gives what its base class gives, tried on random numbers."""
     base = Conv1D if is_transposed(module) else nn.Linear
-    rows, cols = 3, 4
-    stored: dict[str, Tensor | None] = {"weight": torch.randn((cols, rows) if base is Conv1D else (rows, cols))}
-    stored["bias"] = None if getattr(module, "bias", None) is None else torch.randn(rows)
+    rows, cols, draw = 3, 4, torch.Generator().manual_seed(0)  # the caller's random numbers stay as they are
+    stored: dict[str, Tensor | None] = {
+        "weight": torch.randn((cols, rows) if base is Conv1D else (rows, cols), generator=draw)
+    }
+    stored["bias"] = None if getattr(module, "bias", None) is None else torch.randn(rows, generator=draw)
     twin = object.__new__(type(module))
     twin.__dict__.update({key: value for key, value in vars(module).items() if key not in ("_parameters",)})
     twin.__dict__["_parameters"] = {
         name: None if tensor is None else nn.Parameter(tensor, requires_grad=False) for name, tensor in stored.items()
     }
     twin.__dict__.update({"in_features": cols, "out_features": rows, "nf": rows, "nx": cols})
-    x = torch.randn(2, 5, cols)
+    x = torch.randn(2, 5, cols, generator=draw)
     try:
         with torch.no_grad():
             ours, theirs = type(module).forward(twin, x), base.forward(twin, x)  # pyright: ignore

@@ -20,7 +20,7 @@ from leangrid.models.discovery import Groups
 from leangrid.models.entry import find_entry
 from leangrid.models.expert_forms import FusedForm
 from leangrid.models.experts import Experts
-from leangrid.models.linears import is_transposed, linear_shape, rows_first
+from leangrid.models.linears import is_transposed, linear_shape
 from leangrid.models.model_class import build_empty, has_lm_head, known_type, read_model_config, with_experts_apart
 from leangrid.models.model_inputs import Inputs, arguments_of, takes_argument, takes_pictures
 from leangrid.models.naming import Naming, Weights, match_names
@@ -238,11 +238,6 @@ class Skeleton:
         with self._reading:  # a checkpoint has one open file with one position
             return self.stored.read(name)
 
-    def read_weight(self, linear: str) -> Tensor:
-        """The weight [rows, cols] of a linear by its name in the result, in the stored dtype."""
-        path = self._paths[linear]
-        return rows_first(self.model.get_submodule(path), self.read(f"{path}.weight"))
-
     def tensor_info(self, name: str) -> TensorInfo:
         """The header entry of the (first) stored tensor of what the model calls ``name``: file, dtype, shape, bytes."""
         return self.checkpoint.tensors[self.stored.places[name].stored[0]]
@@ -345,6 +340,7 @@ class Skeleton:
 
     def release(self, module: nn.Module) -> None:
         """Free the memory of the module's parameters: they are on the meta device again."""
+        self.stored.forget()
         for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
 

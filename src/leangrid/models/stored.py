@@ -19,9 +19,9 @@ from leangrid.models.expert_forms import DOWN, GATE, UP, FusedForm, form_of
 from leangrid.models.experts import Experts
 from leangrid.models.linears import is_linear
 from leangrid.models.naming import Naming, Weights
-from leangrid.storage.fused import MIXTRAL
 
 _WEIGHT = ".weight"
+MIXTRAL = ("w1", "w3", "w2")  # what Mixtral's checkpoints call gate, up and down
 _KINDS = ("weight", "bias")
 
 
@@ -68,6 +68,7 @@ class StoredTensors:
     def __init__(self, model: nn.Module, naming: Naming, checkpoint: Weights | None, base_prefix: str) -> None:
         self._naming, self._checkpoint, self._prefix = naming, checkpoint, base_prefix
         self._mixtral = getattr(getattr(model, "config", None), "model_type", None) == "mixtral"
+        self._entry: tuple[tuple[str, int], Tensor] | None = None  # the last expert's part of a stored tensor
         self._converted: tuple[str, Tensor] | None = None  # the last, of which several parts may be asked for
         self.result_names = None if naming.conversion is None else ResultNames(naming.conversion)
         self._renames = any(self._is_renamed(name, stored) for name, stored in naming.sources.items())
@@ -95,16 +96,29 @@ class StoredTensors:
         if self._checkpoint is None:
             raise RuntimeError("nothing can be read without a checkpoint")
         if place.converted is not None and conversion is not None:
-            if self._converted is None or self._converted[0] != place.converted:
-                self._converted = (place.converted, conversion.read(place.converted, self._checkpoint.read))
-            found = self._converted[1] if place.expert is None else self._converted[1][place.expert]
+            kept = self._converted
+            if kept is None or kept[0] != place.converted:
+                kept = self._converted = (place.converted, conversion.read(place.converted, self._checkpoint.read))
+            found = kept[1] if place.expert is None else kept[1][place.expert]
         elif place.expert is not None:
-            entry: Any = getattr(self._checkpoint, "read_entry", None)
-            stored = place.stored[0]
-            found = self._checkpoint.read(stored)[place.expert] if entry is None else entry(stored, place.expert)
+            found = self._read_expert(place.stored[0], place.expert)
         else:
             found = self._checkpoint.read(place.stored[0])
         return found if place.take is None else place.take(found).contiguous()
+
+    def _read_expert(self, stored: str, expert: int) -> Tensor:
+        """One expert's part of a stored tensor. The last is kept: gate and up are the two halves of one part."""
+        kept = self._entry
+        if kept is None or kept[0] != (stored, expert):
+            entry: Any = getattr(self._checkpoint, "read_entry", None)
+            whole: Any = self._checkpoint
+            kept = ((stored, expert), whole.read(stored)[expert] if entry is None else entry(stored, expert))
+            self._entry = kept
+        return kept[1]
+
+    def forget(self) -> None:
+        """Let go of what was kept of the last tensors that were read in parts."""
+        self._entry = self._converted = None
 
     def dtype(self, name: str) -> str:
         """The dtype in which it is stored, as safetensors calls it."""
