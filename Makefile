@@ -26,8 +26,10 @@ STORIES ?= .models/stories260k
 STS ?=
 SQUAD ?= .models/minilm_squad
 TASKS_DIR ?=
-# Which types `make zoo` tries; all where empty
+# Which types `make zoo` tries, all where empty; a number makes it try other configs of them than the usual ones
 TYPES ?=
+VARY ?=
+ZOO := build/zoo$(if $(VARY),-varied/$(VARY))
 RESULTS := benchmarks/results
 KEEP := $(BIN)/python benchmarks/common/lines.py $(RESULTS)
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
@@ -72,10 +74,10 @@ test-slow: $(SETUP) $(MODELS)  ## the slow tests: real models, every power cut, 
 	$(BIN)/python scripts/sanitize.py
 test-gpu: $(SETUP)  ## the GPU kernels: on the GPU, or anywhere with TRITON_INTERPRET=1
 	$(BIN)/python -m pytest -q -m gpu tests/gpu
-zoo: $(SETUP)  ## every model type of transformers, tiny, from its checkpoint to plain transformers; some: make zoo TYPES="gpt_oss phi"
-	rm -rf build/zoo
-	status=0; TYPES="$(TYPES)" ZOO_RESULTS=build/zoo $(PARALLEL) tests/zoo || status=$$?; \
-		$(BIN)/python scripts/models_page.py build/zoo; exit $$status
+zoo: $(SETUP)  ## every model type of transformers, tiny, from its checkpoint to plain transformers; some: make zoo TYPES="gpt_oss phi"; other configs: VARY=1
+	rm -rf $(ZOO)
+	status=0; TYPES="$(TYPES)" VARY="$(VARY)" ZOO_RESULTS=$(ZOO) $(PARALLEL) tests/zoo || status=$$?; \
+		$(BIN)/python scripts/models_page.py $(if $(VARY),--counts )$(ZOO); exit $$status
 interop: $(SETUP) $(MODELS)  ## every format in its engine, beside our own model; installs the engines in .peers (12 GB, needs a network)
 	$(BIN)/python benchmarks/interop.py --out $(RESULTS)/interop.jsonl
 	test ! -x .peers/llama/bin/python || LLAMA_PYTHON=$(abspath .peers/llama/bin/python) $(BIN)/python -m pytest -q tests/interop/test_llama.py

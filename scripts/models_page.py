@@ -3,7 +3,11 @@
     python scripts/models_page.py [FOLDER]
 
 The records in FOLDER, one JSON file a type, replace those in tests/zoo/records.jsonl; without FOLDER the page is
-written from what is there."""
+written from what is there.
+
+    python scripts/models_page.py --counts FOLDER
+
+says how the types in FOLDER ended, which had other configs than the usual, and writes nothing."""
 
 import argparse
 import json
@@ -32,6 +36,12 @@ holds the result against the source:
 * both streams of the calibration end where the source and the reopened result end, and each linear's Hessian is that \
 of hooks on transformers' own model.
 
+`make zoo VARY=SEED` tries other configs of the same types by the same measures: embeddings tied or not, biases, 1 to \
+11 layers, other counts of heads and experts, sizes that no group divides, odd vocabularies, other activations, \
+windows and rotary tables, what published models of a type have together (a mixture in Gemma 4, no low-rank queries in \
+DeepSeek), stored in bfloat16, over several files, with the config of transformers 4, or under the names of the model \
+without its head.
+
 A tiny model shows that the way is right, not how much quality a real one keeps: that is on [quality](quality.md).
 """
 
@@ -40,7 +50,13 @@ def main() -> None:
     """Merge the records and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--counts", action="store_true")
     given = parser.parse_args()
+    if given.counts and given.folder is None:
+        parser.error("--counts needs the folder of the records")
+    if given.counts:
+        print(counts([json.loads(path.read_text(encoding="utf-8")) for path in sorted(given.folder.glob("*.json"))]))
+        return
     records = read(RESULTS)
     if given.folder is not None:
         new = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(given.folder.glob("*.json"))]
@@ -76,6 +92,16 @@ def outcome(record: dict[str, Any]) -> str:
     if record["stage"] != "done" or record["faults"]:
         return "fails"
     return "quantized" if record["cover"] >= 0.9 else "quantized in part"
+
+
+def counts(records: list[dict[str, Any]]) -> str:
+    """How many types ended how, and a line for each that was not quantized."""
+    shown = [f"{found}: {number}" for found, number in sorted(Counter(map(outcome, records)).items())]
+    for record in records:
+        if outcome(record) not in ("quantized", "quantized in part"):
+            why = record.get("error") or "; ".join(record["faults"])
+            shown.append(f"{outcome(record)}: {record['family']} {record['type']} {record.get('varied', [])}: {why}")
+    return "\n".join(shown)
 
 
 def _counts(records: list[dict[str, Any]]) -> str:

@@ -36,6 +36,7 @@ ONLY_IN = {
     "typer": ("cli/",),
     "vllm": ("inference/vllm_linear.py",),
     "onnx": ("exporters/onnx_model.py",),
+    "mlx_lm": ("planning/mlx_lm.py",),
     "lm_eval": ("evaluation/tasks/harness.py",),
     "pickle": (),
     "marshal": (),

@@ -10,7 +10,6 @@ import pytest
 import quantized_sources
 import tiny_models
 import torch
-import transformers as hf
 from quantized_sources import FP8, KINDS, store_linears
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -101,21 +100,7 @@ def test_deepseek_v3_in_fp8(tmp_path: Path) -> None:
 
 
 def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
-    config = hf.GptOssConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=tiny_models.VOCAB,
-        dtype="bfloat16",
-    )
-    torch.manual_seed(0)
-    hf.GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / "tiny")
-    tiny_models.tokenizer().save_pretrained(tmp_path / "tiny")
+    tiny_models.save("gpt_oss", tmp_path / "tiny", torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
 
     def blocks(name: str, weight: Tensor) -> dict[str, Tensor]:

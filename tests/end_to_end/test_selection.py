@@ -21,6 +21,8 @@ from leangrid.run.result import QuantizeResult
 
 Tiny = Callable[..., Path]
 WINDOWS = tiny_models.tokens(4, 32)
+MERGED = ("experts.gate_up_proj", "experts.down_proj")
+RUNS_OF_ONE_BLOCK = "a block's experts stay"
 RUNS = {
     "compressed-tensors": ("llama3", torch.float32, {"scheme": "W4A16_G32", "ignore": ["*.down_proj"]}),
     "lut": ("llama3", torch.float32, {"scheme": "NU4", "ignore": ["model.layers.0.*"]}),
@@ -30,6 +32,10 @@ RUNS = {
     "mlx": ("llama3", torch.bfloat16, {"scheme": "W4A16_G32", "format": "mlx", "ignore": ["re:.*down_proj"]}),
     "gguf": ("llama3", torch.bfloat16, {"scheme": "Q4_K", "format": "gguf", "ignore": ["*.down_proj"]}),
     "experts stay": ("qwen3_moe", torch.float32, {"scheme": "W4A16_G32", "ignore": ["*.experts.*"]}),
+    "experts stay, lut": ("qwen3_moe", torch.float32, {"scheme": "NU4", "ignore": ["*.experts.*"]}),
+    "a block's experts stay": ("mixtral", torch.float32, {"scheme": "W8A16_SYM", "ignore": ["*.layers.0.*.experts.*"]}),
+    "fused experts stay": ("gpt_oss", torch.float32, {"scheme": "W8A16_SYM", "only": ["*.self_attn.*"]}),
+    "a block's fused experts stay": ("gpt_oss", torch.float32, {"scheme": "NU4", "ignore": ["*.layers.1.*.experts.*"]}),
     "experts alone": ("qwen3_moe", torch.float32, {"scheme": "NU4", "only": ["*.experts.*"]}),
     "encoder": ("bert", torch.float32, {"scheme": "NU4", "ignore": ["re:.*output.dense"]}),
 }
@@ -37,6 +43,16 @@ RUNS = {
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in directory.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def _merged(tensors: dict[str, torch.Tensor]) -> dict[tuple[int, ...], list[torch.Tensor]]:
+    """The single matrices of each shape in tensors of all experts, gate and up one after the other."""
+    found: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        for whole in tensor if tensor.ndim == 3 else ():
+            for part in whole.chunk(2) if "gate_up" in name else (whole,):
+                found.setdefault(tuple(part.shape), []).append(part)
+    return found
 
 
 def _run(tiny: Tiny, run: str, out: Path) -> tuple[Path, QuantizeResult]:
@@ -57,8 +73,10 @@ def test_what_stays_is_the_sources_and_readers_open_it(run: str, tiny: Tiny, tmp
         linear = name.removesuffix(".weight")
         stays = any(Pattern(text).matches(linear) for text in recipe.ignore)
         stays |= bool(recipe.only) and not any(Pattern(text).matches(linear) for text in recipe.only)
-        if stays:
+        if stays and name in ours:
             assert torch.equal(ours[name], tensor) and ours[name].dtype == tensor.dtype, name
+        elif stays:  # an expert's, in the tensor of all experts
+            assert any(torch.equal(tensor, part) for part in _merged(ours)[tuple(tensor.shape)]), name
     model, _ = leangrid.load(tmp_path / "out")
     export(tmp_path / "out", tmp_path / "dense", to="dense")
     dense, _ = leangrid.load(tmp_path / "dense")
@@ -77,6 +95,37 @@ def test_ignore_of_config_json_names_what_stays_and_plain_transformers_opens_it(
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("run", ["experts stay", "a block's experts stay", "fused experts stay"])
+def test_experts_that_stay_open_in_plain_transformers(run: str, tiny: Tiny, tmp_path: Path) -> None:
+    source, _ = _run(tiny, run, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["opened_in"] == {"leangrid.load": "yes", "transformers": "yes"}
+    opened: Any = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True
+    )
+    model, info = opened
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ours, _ = leangrid.load(tmp_path / "out")
+    with torch.no_grad():
+        found, expected = (one(input_ids=WINDOWS[:1]).logits for one in (model, ours))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    original: Any = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, parameter in original.named_parameters():
+        if name.endswith(MERGED) and (run != RUNS_OF_ONE_BLOCK or ".layers.0." in name):
+            assert torch.equal(model.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize(("run", "merged"), [("experts stay", True), ("experts stay, lut", False)])
+def test_experts_are_merged_only_where_plain_transformers_reads_the_container(
+    run: str, merged: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Other readers of it expect the names of the source."""
+    source, _ = _run(tiny, run, tmp_path / "out")
+    ours = {name for name in _tensors(tmp_path / "out") if ".experts." in name}
+    whole = {f"model.layers.{i}.mlp.experts.{leaf}" for i in range(2) for leaf in ("gate_up_proj", "down_proj")}
+    assert ours == (whole if merged else {name for name in _tensors(source) if ".experts." in name})
+
+
 def test_manifest_card_and_page_say_what_stays_and_why(tiny: Tiny, tmp_path: Path) -> None:
     _run(tiny, "experts stay", tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -90,14 +139,15 @@ def test_manifest_card_and_page_say_what_stays_and_why(tiny: Tiny, tmp_path: Pat
         assert "What was quantized, and what was not" in text and "*.experts.* (24): --ignore" in text, page
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
-    source, _ = _run(tiny, "lut", tmp_path / "whole")
+@pytest.mark.parametrize("run", ["lut", "experts stay", "a block's fused experts stay"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(run: str, tiny: Tiny, tmp_path: Path) -> None:
+    source, _ = _run(tiny, run, tmp_path / "whole")
 
     def stop(event: Event) -> None:
         if event.stage == "block" and event.block == 0:
             raise KeyboardInterrupt
 
-    recipe = Recipe(samples=4, length=32, **RUNS["lut"][2])
+    recipe = Recipe(samples=4, length=32, **RUNS[run][2])
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "out", recipe, windows=WINDOWS, progress=stop)
     quantize(source, tmp_path / "out", recipe, windows=WINDOWS)

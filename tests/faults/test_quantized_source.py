@@ -200,7 +200,7 @@ def test_a_shape_beside_packed_integers_that_is_not_theirs(tmp_path: Path) -> No
         ({"quant_method": "gptq", "bits": 4}, ["gptq"]),
         ({"quant_method": "awq"}, ["awq"]),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, ["bitsandbytes"]),
-        ({"quant_method": "quark"}, ["quark"]),
+        *(({"quant_method": method}, [method]) for method in ("quark", "hqq", "torchao", "eetq", "aqlm", "bitnet")),
         ({"quant_method": ["fp8"]}, ["['fp8']"]),
         ({"bits": 4}, ["unnamed"]),
         ("fp8", ["unnamed"]),
@@ -279,6 +279,26 @@ def test_plain_weights_under_a_config_that_calls_them_quantized(tmp_path: Path) 
     entry = quantized_sources.KINDS["fp8-blocks"].entry
     quantized_sources.save(tmp_path / "source", {"quantization_config": entry}, {"a.weight": torch.zeros(8, 8)})
     refused(tmp_path / "source", "plain F32", "remove quantization_config", "fp8")
+
+
+def test_a_scale_beside_a_plain_weight(tmp_path: Path) -> None:
+    def dequantized(tensors: Tensors) -> None:
+        tensors["a.weight"] = torch.zeros(96, 64, dtype=torch.bfloat16)
+
+    source = changed(tmp_path / "source", "fp8-blocks", dequantized)
+    refused(source, "'a.weight_scale_inv' is the scale of no codes", "'a.weight' is stored in plain BF16", "Download")
+
+
+@pytest.mark.parametrize("size", [[0, 0], "128x128", [128], 128, [32, "32"]])
+def test_blocks_of_no_size(tmp_path: Path, size: Any) -> None:
+    source = changed(tmp_path / "source", "fp8-blocks", lambda tensors: tensors, weight_block_size=size)
+    refused(source, "weight_block_size is", "config.json", "rows and columns")
+
+
+def test_infinite_scales_are_found_when_they_are_read(tmp_path: Path) -> None:
+    source = changed(tmp_path / "source", "fp8-blocks", lambda tensors: tensors["a.weight_scale_inv"].fill_(torch.inf))
+    with open_source(source) as checkpoint:
+        assert "'a.weight_scale_inv' holds 0 NaN and 6 infinite" in unreadable(checkpoint, "a.weight")
 
 
 def test_a_result_of_leangrid_is_no_source(tmp_path: Path) -> None:

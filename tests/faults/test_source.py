@@ -409,6 +409,16 @@ def test_configs_of_real_models_pass(tiny: Callable[..., Path]) -> None:
 
 
 @pytest.mark.fault("S8")
+@pytest.mark.parametrize("field", ["num_local_experts", "num_experts", "n_routed_experts", "moe_intermediate_size"])
+def test_a_dense_model_of_a_type_with_experts_has_none(source: Path, field: str) -> None:  # such as Granite 4's micro
+    (source / "config.json").write_text(json.dumps({**CONFIG, field: 0}))
+    with open_source(source) as checkpoint:
+        assert checkpoint.tensors
+    (source / "config.json").write_text(json.dumps({**CONFIG, field: -1}))
+    refused(source, f"{field} = -1 (a whole number from 0 to")
+
+
+@pytest.mark.fault("S8")
 def test_no_config(source: Path) -> None:
     (source / "config.json").unlink()
     refused(source, "no config.json")

@@ -63,19 +63,7 @@ def test_fp8_of_transformers(
 
 
 def test_mxfp4_of_gpt_oss(tmp_path: Path) -> None:
-    config = hf.GptOssConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=128,
-        dtype="bfloat16",
-    )
-    hf.GptOssForCausalLM(config).bfloat16().save_pretrained(tmp_path / "plain")
+    tiny_models.save("gpt_oss", tmp_path / "plain", torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
 
     def blocks(name: str, weight: Tensor) -> dict[str, Tensor]:

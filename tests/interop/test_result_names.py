@@ -56,11 +56,12 @@ class Result:
 
     def experts(self, name: str) -> bool:
         parts = self.conversion.expert_parts(name) or ()
-        if not parts or self.names.packed_expert(name, parts[0]) is None:
+        packed = {part.stored: part.stored.removesuffix(".weight") for part in parts}
+        if not parts or not self.names.takes_expert(packed[parts[0].stored], name.rpartition(".")[0]):
             return False
         self.weights[name] = torch.empty(self.conversion.shapes[name])
         for part in parts:
-            dense = self.add(self.names.packed_expert(name, part), self.source[part.stored])
+            dense = self.add(packed[part.stored], self.source[part.stored])
             self.weights[name][part.expert, part.rows] = dense
         return True
 

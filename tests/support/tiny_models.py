@@ -114,6 +114,16 @@ def _gemma3n() -> hf.PreTrainedConfig:
     )
 
 
+def gpt_oss(**fields: object) -> hf.PreTrainedConfig:
+    """Experts that its checkpoints, too, hold all in one: transposed, gate and up interleaved, with biases."""
+    more: dict[str, object] = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    more |= {"layer_types": ["full_attention"] * BLOCKS, "tie_word_embeddings": False}
+    return hf.GptOssConfig(**{**_GQA, **more, **fields})
+
+
+CONFIGS["gpt_oss"] = gpt_oss
+
+
 # Models in which more flows between the blocks than hidden states, or whose blocks are called again.
 FLOWING: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "gemma3n": _gemma3n,

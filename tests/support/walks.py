@@ -34,6 +34,4 @@ def walk_through(
 
 def go_on(flow: Flow, streams: Streams) -> Streams:
     """The streams that enter the next block."""
-    _, quantized = flow.advance("quantized", streams.quantized)
-    original = None if streams.original is None else flow.advance("original", streams.original)[1]
-    return Streams(quantized, original)
+    return flow.advance_both(streams)[1]

@@ -40,8 +40,8 @@ def ends_watched() -> Iterator[Watched]:
     seen, batches, own_finish = Watched(), dict[str, dict[int, Tensor]](), Run.finish
 
     def watched(own: Any) -> Any:
-        def call(self: Any, stream: str, batch: int, index: int, block: Any, hidden: Tensor) -> Tensor:
-            left = own(self, stream, batch, index, block, hidden)
+        def call(self: Any, stream: str, batch: int, index: int, *given: Any, **options: Any) -> Tensor:
+            left = own(self, stream, batch, index, *given, **options)
             if not seen.ends:
                 seen.block = self._skeleton.block_name(index)
                 batches.setdefault(stream, {})[batch] = left.cpu()
@@ -97,7 +97,7 @@ class Walked(Exception):
 def _add(hessians: dict[str, Tensor], block: str, group: Any) -> None:
     """Add what the linears of ``group`` read, the quantized stream's, to their sums."""
     if isinstance(group, GroupInputs):
-        read = [(group.names, [ours for _, ours in group])]
+        read = [(group.names, (ours for _, ours in group))]  # one after another: the model may change what was read
     else:
         batches = list(group)
         read = [(names, [batch[e] for batch in batches]) for e, names in enumerate(group.experts)]

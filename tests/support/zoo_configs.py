@@ -5,7 +5,6 @@ makes it again with small ones, sub-configs first. What names do not say is in E
 
 import dataclasses
 import inspect
-import random
 import re
 from pathlib import Path
 from typing import Any
@@ -152,19 +151,12 @@ PARTLY: dict[str, str] = {
         ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "blip", "evolla", "marian", "mbart", "musicgen",
          "mvp", "pegasus", "pix2struct", "plbart", "pp_formulanet", "prophetnet", "trocr", "vision-encoder-decoder",
          "whisper"), _CROSS),
-    **dict.fromkeys(("dbrx", "deepseek_v4", "funnel", "glm5_next", "inkling_mm_model", "inkling_text",
-                     "recurrent_gemma", "xlnet"), _APART),
+    **dict.fromkeys(("dbrx", "deepseek_v4", "funnel", "glm5_next", "recurrent_gemma", "xlnet"), _APART),
     "ernie4_5_vl_moe": "the experts of pictures see no text",
-    "jetmoe": "leangrid finds no form in its experts",
     "longformer": "the linears of global attention see no token of plain text",
     **dict.fromkeys(("diffusion_gemma", "zamba", "zamba2"), "several of its blocks are one set of weights"),
 }  # fmt: skip
 
-# Type -> experts that leangrid leaves in 16 bits, by their names, as it finds no form in which to take them.
-LEFT: dict[str, str] = {
-    **dict.fromkeys(("inkling_mm_model", "inkling_text"), r"\.shared_experts\."),
-    "jetmoe": r"\.(input|output)_linear\.",
-}
 # (family, type) -> why transformers 5.23 does not open its affine result; it opens the dense export.
 _CUT = "it cuts a stored tensor in several only where none of a model is packed"
 _KEPT_EXPERTS = "beside packed weights it does not find the experts that stay dense"
@@ -174,7 +166,6 @@ NOT_PLAIN: dict[tuple[str, str], str] = {
         "causal",
         "longcat_flash",
     ): "packed experts do not fill its first tensor, which has room for those that do nothing",
-    ("image-text", "dots3_note"): _KEPT_EXPERTS,
     ("image-text", "ernie4_5_vl_moe"): _KEPT_EXPERTS,
     ("image-text", "molmo2"): _CUT,
     ("image-text", "qianfan_ocr"): _CUT,
@@ -209,53 +200,6 @@ def real_config(model_type: str, decoder: bool = False) -> PreTrainedConfig:
             if new is not None and (counted or (isinstance(value, list) and isinstance(new, list))):
                 object.__setattr__(large, name, new)
     return config
-
-
-def varied(config: PreTrainedConfig, seed: int, deeper: bool = True) -> tuple[PreTrainedConfig, list[str]]:
-    """The config with other choices, by ``seed``: embeddings tied or not, attention with biases or not, and with
-    ``deeper`` up to two more layers. Returns it and what differs."""
-    fields, notes = _plain(config.to_dict()), []
-    text = config.get_text_config(decoder=True)
-    key = next((k for k in config.sub_configs if getattr(config, k, None) is text), None)
-    draw = random.Random(f"{seed} {config.model_type}")
-    tied, biased, more = draw.random() < 0.5, draw.random() < 0.5, draw.randrange(3)
-    places = [fields] if key is None else [fields, fields[key]]
-    for place in places:
-        if isinstance(place.get("tie_word_embeddings"), bool) and place["tie_word_embeddings"] != tied:
-            place["tie_word_embeddings"] = tied
-            notes.append("tied" if tied else "untied")
-    inner = places[-1]
-    for name in ("attention_bias", "use_bias", "use_qkv_bias", "qkv_bias"):
-        if isinstance(inner.get(name), bool) and inner[name] != biased:
-            inner[name] = biased
-            notes.append(f"{name}={biased}")
-    if more and deeper:
-        notes += _deepened(inner, vars(text), more)
-    return type(config).from_dict(fields), list(dict.fromkeys(notes))
-
-
-def _deepened(fields: dict[str, Any], values: dict[str, Any], more: int) -> list[str]:
-    """Add ``more`` layers like the last one to ``fields``."""
-    counts = [name for name in LAYER_COUNTS if isinstance(values.get(name), int) and name in fields]
-    if not counts:
-        return []
-    old = fields[counts[0]]
-    for name, value in fields.items():  # lists with an entry a layer
-        if isinstance(value, (list, tuple)) and len(value) == old and not name.endswith("_size"):
-            fields[name] = [*value, *[value[-1]] * more]
-    for name in counts:
-        if fields[name] == old:
-            fields[name] = old + more
-    return [f"layers={old + more}"]
-
-
-def _plain(value: Any) -> Any:
-    """Infinity as a number, which transformers writes as a dict."""
-    if isinstance(value, dict):
-        if set(value) == {"__float__"}:
-            return float(value["__float__"].replace("Infinity", "inf"))
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list) else value
 
 
 def _limit(name: str, value: Any) -> int | None:

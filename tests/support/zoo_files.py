@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 _EXPERT = re.compile(r"(.*)\.(\d+)\.([\w.]+)\.(weight|bias)")
+# (tensors, config.json) -> (the quantized weights as ``<linear>.weight``, the other tensors)
+Unpack = Callable[[dict[str, Tensor], dict], tuple[dict[str, Tensor], dict[str, Tensor]]]
 _PACKED = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -43,13 +46,15 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return found
 
 
-def refill(source: Path, result: Path, transposed: bool) -> Refilled:
+def refill(source: Path, result: Path, transposed: bool, unpack: Unpack | None = None) -> Refilled:
     """Read both directories and put the result's weights in the places of the source's.
 
-    ``transposed``: the model's linears store [cols, rows] (Conv1D).
+    Args:
+        transposed: the model's linears store [cols, rows] (Conv1D).
+        unpack: reads the result's container; None: ``unpacked``, for compressed-tensors and lut.
     """
     theirs, ours = read_tensors(source), read_tensors(result)
-    dense, rest = unpacked(ours, json.loads((result / "config.json").read_text(encoding="utf-8")))
+    dense, rest = (unpack or unpacked)(ours, json.loads((result / "config.json").read_text(encoding="utf-8")))
     made = Refilled()
     for name, weight in dense.items():
         if name in theirs:
@@ -57,7 +62,11 @@ def refill(source: Path, result: Path, transposed: bool) -> Refilled:
             weight = weight[:, :cols].T if transposed else weight[:, :cols]  # a last word may be filled up
             made.tensors[name] = weight.contiguous().to(theirs[name].dtype)
             made.quantized.append(name)
-    apart = {name: x for name, x in (dense | rest).items() if name not in theirs}
+    apart = {name: x for name, x in rest.items() if name not in theirs}
+    kinds = {x.dtype for x in theirs.values() if x.is_floating_point()}
+    for name in sorted(dense.keys() - theirs.keys()):  # a reader gives them in the type of the source
+        weight = dense[name].T.contiguous() if transposed else dense[name]
+        apart[name] = weight.to(*kinds) if len(kinds) == 1 else weight
     used = _put_experts_together(theirs, apart, rest, made)
     for name, tensor in rest.items():
         if name in theirs:
@@ -148,6 +157,8 @@ def _put_experts_together(
                 part: torch.stack([found[e] for e in range(len(found))])
                 for part, found in parts.items()
                 if len(found) == fused.shape[0] and (part.endswith("bias") == (fused.ndim == 2))
+                if {x.shape for x in found.values()} == {found[min(found)].shape}  # else layers that differ
+                if found.keys() == set(range(len(found)))
             }
             best = _closest(fused, stacks)
             if best is not None and best[0] < 0.95:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
-from zoo_configs import FIRST_ID, TEXT_IDS, real_config, tiny_config, varied
+from zoo_configs import FIRST_ID, TEXT_IDS, real_config, tiny_config
+from zoo_variants import Change, changed, changes
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -64,16 +65,13 @@ def build(model_type: str, family: str, seed: int = 0, vary: int | None = None) 
     """The model in evaluation mode and float32, every parameter random (norms and biases too), the same for the same
     seed.
 
-    ``vary`` is a seed of choices in the config (zoo_configs.varied); what came of it is in ``model.varied``.
+    ``vary`` is a seed of choices in the config (zoo_variants.changes); what came of it is in ``model.varied``.
     """
     stand_in_for_timm()
     config, kind = config_of(model_type, family), model_class(model_type, family)
     notes: list[str] = []
-    for deeper in (True, False) if vary is not None else ():
-        other = _sound(config, kind, int(vary or 0), deeper)
-        if other is not None:
-            config, notes = other
-            break
+    if vary is not None:
+        config, notes = variant(config, kind, vary)
     torch.manual_seed(seed)
     model: Any = kind(config).eval().requires_grad_(False)
     model.varied = notes
@@ -82,22 +80,35 @@ def build(model_type: str, family: str, seed: int = 0, vary: int | None = None) 
     return model
 
 
-def _sound(
-    config: PreTrainedConfig, kind: type[PreTrainedModel], seed: int, deeper: bool
-) -> tuple[PreTrainedConfig, list[str]] | None:
-    """A varied config with which the class runs; None where it does not, as only the class knows what it allows."""
+def variant(config: PreTrainedConfig, kind: type[PreTrainedModel], seed: int) -> tuple[PreTrainedConfig, list[str]]:
+    """Another config by ``seed`` with which the class runs, and what differs: all that was drawn, or, where the class
+    does not allow that, one change after the other, those left out with which it does not run."""
+    drawn = changes(config, seed)
+    whole = _sound(config, kind, drawn)
+    if whole is not None:
+        return whole, [change.words for change in drawn]
+    found, kept = config, list[Change]()
+    for change in drawn:
+        other = _sound(config, kind, [*kept, change])
+        if other is not None:
+            found, kept = other, [*kept, change]
+    return found, [change.words for change in kept]
+
+
+def _sound(config: PreTrainedConfig, kind: type[PreTrainedModel], chosen: list[Change]) -> PreTrainedConfig | None:
+    """The config with the ``chosen`` changes; None where the class does not run with it, or to no finite number."""
     try:
-        other, notes = varied(config, seed, deeper)
+        other = changed(config, chosen)
         other.use_cache = False
-        run(kind(other).eval(), tokens(config=other))
-        return other, notes
-    except Exception:
+        out = run(kind(other).eval(), tokens(config=other))
+        return other if bool(out.isfinite().any()) else None
+    except Exception:  # whatever the class raises: only it knows what it allows
         return None
 
 
 def _randomize(parameter: Tensor) -> None:
     """Numbers that no zero, one or tiny spread hides."""
-    if not parameter.dtype.is_floating_point:
+    if not parameter.dtype.is_floating_point or parameter.numel() == 0:
         return
     whole = bool(torch.isfinite(parameter).all())
     if parameter.ndim == 1 or not whole or float(parameter.abs().max()) == 0.0:
@@ -201,6 +212,9 @@ def open_plain(directory: Path) -> PreTrainedModel:
     lost = sorted(info["missing_keys"])[:3] + sorted(str(key) for key in info["mismatched_keys"])[:3]
     if lost:
         raise ValueError(f"transformers does not find {lost} in {directory.name}")
+    for parameter in model.parameters():
+        if parameter.ndim == 3 and parameter.dtype is torch.bfloat16:  # packed experts come out in their scales' type
+            parameter.data = parameter.data.float()
     return model.eval().requires_grad_(False)
 
 

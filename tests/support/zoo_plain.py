@@ -28,7 +28,8 @@ import zoo_uses
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from zoo_configs import LEFT, NOT_PLAIN, PARTLY
+from zoo_configs import NOT_PLAIN, PARTLY
+from zoo_storage import Storage, round_stored, store_as
 
 CLOSE = 1e-4  # relative distance of logits that should be the same
 ROUNDING = 1.5  # how much further than plain rounding a result may be
@@ -63,19 +64,23 @@ def make(
     model: Any = zoo.build(model_type, family, seed, vary)
     ids = zoo.tokens(4, 32, 1, model.config)
     save_file({"ids": ids}, place / "windows.safetensors")
-    record = {"transformers": transformers.__version__, "class": type(model).__name__, "varied": model.varied}
-    zoo.save(model, place / "source", seed)
+    way = Storage() if vary is None else Storage.drawn(model_type, vary)
+    varied = [*model.varied, *way.words()]
+    record = {"transformers": transformers.__version__, "class": type(model).__name__, "varied": varied}
+    if way.halved:
+        round_stored(model)
+    _save(model, place / "source", seed, way)
     try:
         logits = zoo.run(model, ids)
     except (TypeError, ValueError, AttributeError) as error:
         return record | {"runs": False, "needs": str(error)[:200], "schemes": schemes or ["RTN8"], "cover": 0.0}
     if not logits.isfinite().any():
         raise ValueError("the tiny model gives no finite number")
-    again = _reopened(model, place / "source", seed, ids, logits)
+    again = _reopened(model, place / "source", seed, way, ids, logits)
     save_file({"logits": logits.contiguous()}, place / "logits.safetensors")
     real = zoo.real_shapes(model_type, family)
-    left = LEFT.get(model_type)
-    return record | {"runs": True, "reopens": again} | _facts(model, place, ids, logits, real, left, schemes)
+    kind = torch.bfloat16 if way.halved else torch.float32
+    return record | {"runs": True, "reopens": again} | _facts(model, place, ids, logits, real, schemes, kind)
 
 
 def _facts(
@@ -84,8 +89,8 @@ def _facts(
     ids: Tensor,
     logits: Tensor,
     real: dict[str, tuple[int, ...]] | None,
-    left: str | None,
     schemes: list[str] | None,
+    kind: torch.dtype,
 ) -> dict[str, Any]:
     """What should be quantized, how far plain rounding is, and each weight's sum of x x^T: to files, and in short."""
 
@@ -93,10 +98,10 @@ def _facts(
         return zoo.run_out(model, ids)
 
     uses, lists = zoo_uses.products(model, run), zoo_uses.block_lists(model, run)
-    wanted = zoo_uses.wanted(model, lists, uses, real, left)
+    wanted = zoo_uses.wanted(model, lists, uses, real)
     transposed = any(isinstance(m, Conv1D) for m in model.modules())
     schemes = schemes or _schemes(transposed, any(expert >= 0 for _, expert in wanted.weights))
-    noise = {scheme: _rounded_error(model, wanted.weights, scheme, ids, logits) for scheme in schemes}
+    noise = {scheme: _rounded_error(model, wanted.weights, scheme, kind, ids, logits) for scheme in schemes}
     hessians = {f"{n} {e}": use.hessian for (n, e), use in uses.items() if use.hessian is not None}
     save_file({name: hessian.contiguous() for name, hessian in hessians.items()}, place / "hessians.safetensors")
     facts = {"wanted": sorted(wanted.weights), "transposed": transposed, "noise": noise, "lists": lists}
@@ -111,14 +116,21 @@ def _facts(
     }
 
 
-def _reopened(model: Any, source: Path, seed: int, ids: Tensor, logits: Tensor) -> float:
+def _save(model: Any, source: Path, seed: int, way: Storage, published: bool = True) -> None:
+    """Write the source as transformers does, then as ``way`` says."""
+    zoo.save(model, source, seed, published)
+    if way != Storage():
+        store_as(source, way)
+
+
+def _reopened(model: Any, source: Path, seed: int, way: Storage, ids: Tensor, logits: Tensor) -> float:
     """How far the source that transformers wrote is from its model when transformers opens it; one that it cannot open
     is written under the modules' names."""
     try:
         return distance(zoo.run(zoo.open_plain(source), ids), logits)
     except ValueError:
         shutil.rmtree(source)
-        zoo.save(model, source, seed, published=False)
+        _save(model, source, seed, way, published=False)
         return distance(zoo.run(zoo.open_plain(source), ids), logits)
 
 
@@ -128,21 +140,23 @@ def _schemes(transposed: bool, experts: bool) -> list[str]:
     return ["NU4"] if transposed else ["RTN8_SYM" if experts else "RTN8", "NU4"]
 
 
-def _rounded_error(model: nn.Module, weights: set[zoo_uses.Weight], scheme: str, ids: Tensor, logits: Tensor) -> float:
-    """How far plain rounding to nearest of the same weights takes the logits."""
+def _rounded_error(
+    model: nn.Module, weights: set[zoo_uses.Weight], scheme: str, kind: torch.dtype, ids: Tensor, logits: Tensor
+) -> float:
+    """How far plain rounding to nearest of the same weights takes the logits, steps and results stored in ``kind``."""
     twin = copy.deepcopy(model)
     owners = {f"{path}.{leaf}": module for path, module in twin.named_modules()
               for leaf, _ in module.named_parameters(recurse=False)}  # fmt: skip
     for name in {name for name, _ in weights}:
         weight = twin.get_parameter(name).data
         turned = isinstance(owners[name], Conv1D) or getattr(owners[name], "is_transposed", False)
-        weight.copy_(_nearest(weight.mT, scheme).mT if turned else _nearest(weight, scheme))
+        weight.copy_(_nearest(weight.mT, scheme, kind).mT if turned else _nearest(weight, scheme, kind))
     return distance(zoo.run(twin, ids), logits)
 
 
-def _nearest(weight: Tensor, scheme: str) -> Tensor:
+def _nearest(weight: Tensor, scheme: str, kind: torch.dtype) -> Tensor:
     """Each row, or group of its columns, on 2^bits steps: from its least to its largest number, 0 among them, or as far
-    on both sides of 0."""
+    on both sides of 0. Steps and results are those that ``kind`` has."""
     found = re.match(r"\D+(\d)(?:A16)?(?:_G(\d+))?", scheme)
     if found is None:
         raise ValueError(f"not a scheme of the zoo: {scheme}")
@@ -152,9 +166,9 @@ def _nearest(weight: Tensor, scheme: str) -> Tensor:
     if scheme.endswith("_SYM"):
         high = torch.maximum(high, -low)
         low = -high
-    step = ((high - low) / (codes - 1)).clamp_min(1e-12)
+    step = ((high - low) / (codes - 1)).clamp_min(1e-12).to(kind).to(weight.dtype)
     zero = torch.full_like(step, codes // 2) if scheme.endswith("_SYM") else (-low / step).round()
-    return ((((weight / step) + zero).round().clamp(0, codes - 1) - zero) * step).reshape(shape)
+    return ((((weight / step) + zero).round().clamp(0, codes - 1) - zero) * step).to(kind).reshape(shape)
 
 
 def _patterns(names: Any) -> list[str]:

@@ -50,7 +50,7 @@ class Server:
         """End the server."""
         if self._process.stdin:
             self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(60)
 
 
 def _serve(imports: list[str]) -> None:

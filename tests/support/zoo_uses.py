@@ -196,26 +196,25 @@ def wanted(
     lists: list[str],
     uses: dict[Weight, Use],
     real: dict[str, tuple[int, ...]] | None,
-    left: str | None = None,
 ) -> Wanted:
     """What of ``model`` should be quantized, from its products with text.
 
     Args:
         lists: the paths of its lists of blocks.
         real: the shapes of its parameters in the type's real size.
-        left: a pattern of names that are known to stay.
     """
     found = Wanted(lists)
     owners = {name: module for path, module in model.named_modules() for name in _own(path, module)}
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     real = None if real is None or _is_small(owners, lists, real) else real
+    like = {_starred(name): shape for name, shape in (real or {}).items()}  # of layers that only the tiny model has
     for name, parameter in model.named_parameters():
         bias = "bias" in name.rpartition(".")[2]  # of all experts: one row each
         if parameter.ndim < 2 or bias or not any(name.startswith(f"{path}.") for path in lists):
             continue
-        module, size = owners[name], math.prod((real or {}).get(name, parameter.shape))
-        reason = _reason(name, parameter, module, uses, (real or {}).get(name))
-        reason = _NO_FORM if left and re.search(left, name) else reason
+        shape = (real or {}).get(name, like.get(_starred(name)))
+        module, size = owners[name], math.prod(shape or parameter.shape)
+        reason = _reason(name, parameter, module, uses, shape)
         reason = reason or (_SHARED if names[id(parameter)] > 1 else "")
         if reason == "":
             fused = [p for p in module.parameters(recurse=False) if p.ndim == 3]
@@ -231,15 +230,18 @@ def wanted(
     return found
 
 
-_NOT_REACHED, _ELSEWHERE, _NO_LINEAR, _NO_FORM, _SHARED, _SMALL = (
+_NOT_REACHED, _ELSEWHERE, _NO_LINEAR, _SHARED, _SMALL = (
     "no text reaches it",
     "its weight is read without calling the linear",
     "no linear holds it",
-    "experts in no form that leangrid takes",
     "several linears are this one weight",
     "a few rows or columns",
 )
 CUSTOMS = {_SMALL, *(why for _, why in CUSTOM)}
+
+
+def _starred(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _own(path: str, module: nn.Module) -> list[str]:

@@ -107,7 +107,10 @@ def plan(
     """
     with outcome(quiet, debug=bool(context.obj)):
         settings = options.read_recipe(recipe, context.params)
-        from leangrid.planning.plan import plan as estimate
+        from leangrid.machine.memory import without_garbage_collection
 
-        values = estimate(source, settings, threads=threads, device=device, shape=shape).to_dict()
+        with without_garbage_collection():  # of what is imported, too
+            from leangrid.planning.plan import plan as estimate
+
+            values = estimate(source, settings, threads=threads, device=device, shape=shape).to_dict()
         emit_json(values) if as_json else emit(plan_summary(values))

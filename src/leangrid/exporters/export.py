@@ -18,8 +18,20 @@ from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError, OutputError, RecipeError, ResumeError
 from leangrid.exporters import gguf_file, onnx_model
 from leangrid.exporters.merged_experts import find_merged_experts
+from leangrid.exporters.stacked_experts import StackedLinear, stackings
 from leangrid.formats import CONFIG_KEYS, FORMATS, Format, schemes_stored_by
+from leangrid.formats.base import Layout
 from leangrid.models.result_reader import ResultReader
+from leangrid.planning.readers import (
+    LOAD,
+    MLX,
+    MLX_LM,
+    PLAIN,
+    TRANSFORMERS,
+    ask_mlx_lm,
+    describe_obstacle,
+    describe_words,
+)
 from leangrid.progress import Event, Progress
 from leangrid.recipe import Scheme
 from leangrid.report.facts import RECORDS, RUN, Facts
@@ -198,9 +210,42 @@ class _Export:
                 raise FormatError(reason)
         target.config(self.schemes, self.result.ignore)
 
+    @cached_property
+    def opened_in(self) -> dict[str, str]:
+        """What ``planning.readers.opened_in`` says of a run, of this export: nothing of a whole file."""
+        if self.to in WHOLE:
+            return {}
+        if self.target is None:
+            return {LOAD: "yes", TRANSFORMERS: "yes"}
+        if self.to == PLAIN:
+            return {LOAD: "yes", TRANSFORMERS: describe_obstacle(self.result.reading(self.schemes))}
+        if self.to != MLX:
+            return {LOAD: "yes"}
+        word = self._ask_mlx_lm(self.stacked)
+        return {MLX_LM: "yes"} if self.stacked else {LOAD: "yes"} if word is None else {LOAD: "yes", MLX_LM: word}
+
+    @cached_property
+    def stacked(self) -> list[StackedLinear]:
+        """The experts that mlx-lm opens only stacked, as it opens them; none where it opens them one by one, or not at
+        all, or is not there to be asked."""
+        if self.to != MLX or not (self._ask_mlx_lm([]) or "").startswith("no"):
+            return []
+        return next((way for way in stackings(self.result) if self._ask_mlx_lm(way) == "yes"), [])
+
+    def _ask_mlx_lm(self, stacked: list[StackedLinear]) -> str | None:
+        """What mlx-lm says of the tensors that will be written, some of them ``stacked``."""
+        layouts, layers = self._layouts(), {layer for one in stacked for layer in one.layers}
+        tensors = self.result.plain_tensors() | {name: one for name, one in layouts.items() if name not in layers}
+        owners = {self.result.path_of(name).rsplit(".", 2)[0] for name in self.result.layers}
+        tensors |= {one.name: one.layout(layouts) for one in stacked}
+        return ask_mlx_lm(self._config(), tensors, not owners.isdisjoint(self.result.expert_forms))
+
     def write(self, out: Path, overwrite: bool) -> dict[str, Any]:
         """Write everything beside ``out``, rename it, and return the manifest. Where anything goes wrong, nothing is
         left."""
+        if self.progress is not None:
+            for notice in describe_words(self.opened_in):
+                self.progress(Event("notice", message=notice))
         journal = Journal.for_output(out)
         try:
             journal.start_or_resume({"export": {"seal": self.result.manifest["seal"], "to": self.to}})
@@ -242,6 +287,10 @@ class _Export:
         yield from ((name, info) for name, info in self.result.plain_tensors().items() if name not in merged)
         for mixture in mixtures:
             yield from mixture.tensors(self.result)
+        for one in self.stacked:
+            for suffix, tensor in one.pack(self._layer).items():
+                yield f"{one.name}.{suffix}", tensor
+        merged |= {f"{layer}.weight" for one in self.stacked for layer in one.layers}
         blocks = len(self.result.layers)
         for done, name in enumerate(self.result.layers):
             if f"{name}.weight" in merged:
@@ -271,11 +320,17 @@ class _Export:
     def _layer_bytes(self) -> int:
         if self.target is None:
             return sum(rows * cols for rows, cols in self.result.layers.values()) * self.result.dtype.itemsize
-        layouts = (
-            self.target.layout(self.schemes[name], shape, self.result.dtype)
-            for name, shape in self.result.layers.items()
-        )
+        layouts = self._layouts().values()
         return sum(math.prod(shape) * dtype.itemsize for layout in layouts for dtype, shape in layout.values())
+
+    def _layouts(self) -> dict[str, Layout]:
+        """Layer -> its tensors in the target; none for a dense export."""
+        if self.target is None:
+            return {}
+        return {
+            name: self.target.layout(self.schemes[name], shape, self.result.dtype)
+            for name, shape in self.result.layers.items()
+        }
 
     def _bytes(self) -> int:
         return self._layer_bytes() + sum(info.nbytes for info in self.result.plain_tensors().values())
@@ -299,4 +354,4 @@ class _Export:
         same = {key: value for key, value in before.items() if key not in ("files", "seal")}
         versions = {**before["versions"], "leangrid": __version__, "torch": torch.__version__}
         result = {**before["result"], "format": self.to, "bits_per_weight": bits}
-        return {**same, "versions": versions, "exported": self.origin, "result": result}
+        return {**same, "versions": versions, "exported": self.origin, "result": result, "opened_in": self.opened_in}

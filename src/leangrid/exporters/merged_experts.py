@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from leangrid.models.expert_forms import DOWN, FusedForm
+from leangrid.models.expert_forms import FusedForm
 from leangrid.models.result_reader import ResultReader
 
 
@@ -53,9 +53,10 @@ def find_merged_experts(result: ResultReader) -> list[MergedExperts]:
     """The mixtures of a result whose experts plain transformers does not read one by one."""
     found = []
     for path, form in result.expert_forms.items():
-        name = result.name_of(f"{path}.0.{DOWN}")
-        if name is not None and result.renamed(name) == f"{path}.0.{DOWN}":
-            found.append(MergedExperts(name.removesuffix(f".0.{DOWN}"), form))
+        last = f".0.{form.leaves[-1]}"
+        name = result.name_of(path + last)
+        if name is not None and result.renamed(name) == path + last:
+            found.append(MergedExperts(name.removesuffix(last), form))
     return found
 
 

@@ -9,6 +9,7 @@ The operator computes S (q - Z) in float32, without the rounding to the model's 
 """
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from leangrid.storage import disk, files, safetensors
 MODEL, DATA = "model.onnx", "model.onnx.data"
 _BUILDER = "onnxruntime_genai.models.builder"
 _ALIGNED = 4096  # bytes: ONNX Runtime maps a tensor that begins on a page
+_OTHERS = "Use compressed-tensors, or export to dense."
 _TAIL = 400  # characters of the builder's error message that are shown
 
 
@@ -73,8 +75,8 @@ def _nbytes(result: ResultReader, name: str) -> int:
 
 
 def refuse(result: ResultReader) -> None:
-    """FormatError for a model without a language-model head, for the first layer that MatMulNBits cannot hold, and for
-    a missing package."""
+    """FormatError for a model without a language-model head, for the first layer that MatMulNBits cannot hold, for a
+    missing package, and for an architecture or experts whose graph onnxruntime-genai does not build of MatMul."""
     if not result.has_lm_head:
         raise FormatError(
             "onnxruntime-genai builds decoders with a language-model head, and this model has none",
@@ -88,6 +90,25 @@ def refuse(result: ResultReader) -> None:
     if missing:
         what = f"export to onnx needs the package {missing[0].replace('_', '-')}"
         raise FormatError(what, "--to onnx", "pip install 'leangrid[onnx]'")
+    _refuse_architecture(result)
+
+
+def _refuse_architecture(result: ResultReader) -> None:
+    """Ask the text of the builder, which compares the architecture with names; importing it takes long. One that lies
+    elsewhere is asked by running it."""
+    (package,) = getattr(find_spec("onnxruntime_genai"), "submodule_search_locations", None) or [""]
+    builder, name = Path(package) / "models" / "builder.py", (result.checkpoint.config.get("architectures") or [""])[0]
+    known = set(re.findall(r'architectures\[0\] == "(\w+)"', builder.read_text("utf-8"))) if builder.is_file() else ()
+    where, way_out = result.directory, f"{_OTHERS} It knows: {', '.join(sorted(known))}"
+    if known and name not in known:
+        raise FormatError(
+            f"onnxruntime-genai builds no graph of {name or 'a model without architectures'}", where, way_out
+        )
+    experts = tuple(f"{path}." for path in result.expert_forms)
+    inside = next((name for name in result.layers if result.path_of(name).startswith(experts)), None)
+    if inside is not None:
+        what = "onnxruntime-genai holds experts in an operator of their own, which takes no codes of ours"
+        raise FormatError(what, inside, _OTHERS)
 
 
 def _write_plain(result: ResultReader, directory: Path, progress: Progress | None) -> None:

@@ -5,7 +5,9 @@ Version 2 stores Z. Version 1 stores Z - 1 and so cannot store Z = 0: readers di
 Source: GPTQModel 7.6, nn_modules/qlinear. docs/formats.md has the layout and what readers accept.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from leangrid._version import __version__
 from leangrid.errors import CheckpointError, FormatError
-from leangrid.formats.base import CONFIG, Format, Layout
+from leangrid.formats.base import CONFIG, DAMAGED_CONFIG, Format, Layout
 from leangrid.formats.bit_stream import pack as pack_bits
 from leangrid.formats.bit_stream import unpack as unpack_bits
 from leangrid.formats.checks import (
@@ -34,6 +36,7 @@ BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # columns; what GPTQModel's torch kernel accepts
 VERSIONS = {"gptq_v2": 2, "gptq": 1}  # by ``checkpoint_format``
 _WORD = 32
+_STAYS = "-:"  # begins a pattern of ``dynamic`` that names modules which are not quantized
 
 
 class Gptq(Format):
@@ -139,8 +142,17 @@ class Gptq(Format):
         return torch.float16
 
     def config(self, schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:
-        """The keys that GPTQModel 7.6 reads; which linears are quantized, the file says."""
+        """The keys that GPTQModel 7.6, optimum 2.3 and vLLM read.
+
+        GPTQModel takes every linear of a block for quantized that its own table of the architecture names, optimum
+        every one. So where linears beside the output head stay, they are named in ``dynamic`` for the first, and those
+        that do not in ``modules_in_block_to_quantize`` for the second."""
         scheme = self.only_scheme(schemes)
+        stays = [name for name in ignore if not _is_head(name)]
+        named: dict[str, Any] = {}
+        if stays:
+            named["dynamic"] = {f"{_STAYS}^{re.escape(name)}$": {} for name in stays}
+            named["modules_in_block_to_quantize"] = [_ends_of(schemes, stays)]
         return {
             "quant_method": self.QUANT_METHOD,
             "checkpoint_format": next(name for name, version in VERSIONS.items() if version == self.version),
@@ -151,6 +163,7 @@ class Gptq(Format):
             "lm_head": False,
             "pack_dtype": "int32",
             "meta": {"quantizer": [f"leangrid:{__version__}"]},
+            **named,
         }
 
     def is_config(self, config: dict[str, Any]) -> bool:
@@ -164,11 +177,13 @@ class Gptq(Format):
         return VERSIONS[name] == self.version
 
     def scheme_of(self, config: dict[str, Any]) -> Scheme:
-        """Of an entry, ours or another tool's, whose groups lie in the order of the columns."""
+        """Of an entry, ours or another tool's, whose groups lie in the order of the columns, and whose ``dynamic`` only
+        names modules that stay."""
         bits, size, sym = config.get("bits"), config.get("group_size"), config.get("sym", True)
-        if config.get("desc_act") or config.get("dynamic") or config.get("pack_dtype", "int32") != "int32":
-            what = "leangrid reads gptq without desc_act and dynamic, packed in int32"
+        if config.get("desc_act") or config.get("pack_dtype", "int32") != "int32":
+            what = "leangrid reads gptq without desc_act, packed in int32"
             raise FormatError(what, CONFIG, "Load it with GPTQModel")
+        _staying(config)  # refuses another scheme for some modules
         if (
             bits not in BITS
             or isinstance(bits, bool)
@@ -181,5 +196,43 @@ class Gptq(Format):
         return Scheme(grid="affine", method="leanquant", bits=bits, group_size=group_size, symmetric=sym)
 
     def covers(self, config: dict[str, Any], name: str) -> bool:
-        """Every linear but the output head; the file decides then."""
-        return bool(config.get("lm_head")) or name.rpartition(".")[2] != "lm_head"
+        """Every linear but the output head and those that ``dynamic`` says stay; the file decides then."""
+        head, staying = _is_head(name) and not config.get("lm_head"), _staying(config)
+        return not head and (staying is None or staying.match(name) is None)
+
+
+def _is_head(name: str) -> bool:
+    return name.rpartition(".")[2] == "lm_head"
+
+
+def _ends_of(quantized: Iterable[str], stays: list[str]) -> list[str]:
+    """Ends of the names of the ``quantized`` linears, from behind their block's number, that no name in ``stays`` ends
+    in; the whole name where one does."""
+    ends: dict[str, list[str]] = {}
+    for name in quantized:
+        ends.setdefault(re.split(r"\.\d+\.", name, maxsplit=1)[-1], []).append(name)
+    shared = {end for end in ends if any(name.endswith(end) for name in stays)}
+    return [one for end, names in ends.items() for one in (names if end in shared else [end])]
+
+
+def _staying(config: dict[str, Any]) -> re.Pattern[str] | None:
+    """The pattern of modules that stay; None where ``dynamic`` names none. FormatError where it says something else or
+    is damaged."""
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        raise FormatError(f"dynamic is {dynamic!r}", CONFIG, DAMAGED_CONFIG)
+    return _joined(tuple(dynamic))
+
+
+@lru_cache(maxsize=8)  # asked for every layer
+def _joined(keys: tuple[str, ...]) -> re.Pattern[str] | None:
+    """One pattern for all ``keys`` of ``dynamic``."""
+    for key in keys:
+        if not key.startswith(_STAYS):
+            what = f"leangrid reads no gptq whose dynamic gives {key!r} a scheme of its own"
+            raise FormatError(what, CONFIG, "Load it with GPTQModel")
+        try:
+            re.compile(key.removeprefix(_STAYS))
+        except re.error as error:
+            raise FormatError(f"dynamic: {key!r} is no pattern ({error})", CONFIG, DAMAGED_CONFIG) from error
+    return re.compile("|".join(f"(?:{key.removeprefix(_STAYS)})" for key in keys)) if keys else None

@@ -21,7 +21,7 @@ from leangrid.machine import memory
 from leangrid.machine.devices import has_own_memory, is_out_of_memory, usable_device_bytes
 from leangrid.models.dequantized import is_dequantized
 from leangrid.models.discovery import ELSEWHERE
-from leangrid.models.expert_forms import FUSED_NAMES
+from leangrid.models.experts import mixtures_in, modules_outside_experts
 from leangrid.models.model_inputs import Inputs, arguments_of, moved_inputs
 from leangrid.models.original import open_original, original_on_disk, tensors_of
 from leangrid.models.skeleton import Skeleton
@@ -165,13 +165,18 @@ def _spare() -> int:
 
 
 def _fits(ours: Skeleton, device: str) -> bool:
-    need = ours.compute_dtype.itemsize * sum(parameter.numel() for parameter in ours.model.parameters())
+    outside = (module._parameters.values() for _, module in modules_outside_experts(ours.model))
+    numbers = {id(one): one.numel() for parameters in outside for one in parameters if one is not None}
+    experts = sum(form.numbers for form in ours.expert_forms.values())
+    need = ours.compute_dtype.itemsize * (sum(numbers.values()) + experts)
     return need <= _spare() and (not has_own_memory(device) or need <= usable_device_bytes(device))
 
 
 def _differences(ours: Skeleton, theirs: nn.Module) -> list[str]:
     """One phrase for each parameter or buffer that we read otherwise than transformers, or that only one side has."""
     own = set(ours.model.state_dict(keep_vars=True)) | {name for name, _ in ours.model.named_buffers()}
+    for path, mixture in mixtures_in(ours.model).items():  # whose linears are made a block at a time
+        own |= {f"{path}.{name}" for name in mixture.parameter_names()}
     found, met, stored = [], set(), set(ours.parameter_names())
     for name, tensor in tensors_of(theirs):
         for same, part in _split_experts(ours, name, tensor):
@@ -228,7 +233,7 @@ def _split_experts(ours: Skeleton, name: str, tensor: Tensor) -> Iterator[tuple[
     """A tensor of transformers' model under the names of ours: merged experts as one matrix for each expert."""
     owner, _, leaf = name.rpartition(".")
     form = ours.expert_forms.get(owner)
-    if form is None or leaf not in FUSED_NAMES:
+    if form is None or leaf not in form.fused_names:
         yield name, tensor
         return
     for kind in ("weight", "bias"):

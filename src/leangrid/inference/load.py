@@ -18,7 +18,7 @@ from leangrid.inference import transformers_quantizer
 from leangrid.inference.layers import PackedLinear
 from leangrid.machine.devices import parse_device
 from leangrid.models.gguf import dequantize, is_gguf
-from leangrid.models.model_class import config_of
+from leangrid.models.model_class import class_named, config_of
 from leangrid.models.original import open_original
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
@@ -110,8 +110,9 @@ def _model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     kind = config.get("model_type")
-    known = isinstance(name, str) and isinstance(kind, str) and kind in transformers.CONFIG_MAPPING
-    found = getattr(transformers, str(name), None) if known else None
+    found = None
+    if isinstance(name, str) and isinstance(kind, str) and kind in transformers.CONFIG_MAPPING:
+        found = class_named(name, transformers.CONFIG_MAPPING[kind])
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         what = f"transformers {transformers.__version__} has no model {name!r} of type {config.get('model_type')!r}"
         raise ArchitectureError(

@@ -7,7 +7,7 @@ Importing this module adds the quantizer to transformers' tables. transformers_h
 being imported, which may be in the middle of this module's own import."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from leangrid.formats.checks import holds_codes
 from leangrid.grids import AffineGrid
 from leangrid.inference.layers import AffineLinear, LutLinear, OffsetLinear, PackedLinear
 from leangrid.models.expert_forms import form_of
-from leangrid.models.experts import Experts, unfuse_experts
+from leangrid.models.experts import unfuse_experts
 from leangrid.models.linears import is_linear, linear_shape
 from leangrid.recipe import Scheme
 from leangrid.storage.dtypes import COMPUTED, DTYPES, dtype_of
@@ -82,12 +82,17 @@ class StoredLinear(nn.Module):
         layout: Layout,
     ) -> None:
         super().__init__()
-        self.shape = (rows, cols)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(rows, dtype=dtype, device="meta"), requires_grad=False) if bias else None
         )
         for suffix, (stored, shape) in layout.items():
             self.register_buffer(suffix, torch.empty(shape, dtype=stored, device="meta"))
+        self.shape = (rows, cols)  # from now on it has a weight
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and name not in self._buffers and "shape" in vars(self):  # for a model that asks for it
+            return torch.empty(self.shape, dtype=torch.float32, device="meta")
+        return super().__getattr__(name)
 
 
 class LeangridQuantizer(HfQuantizer):
@@ -100,9 +105,6 @@ class LeangridQuantizer(HfQuantizer):
         self.stored = quantization_config.stored
         self.format: Format = format_of(self.stored)
         schemes_of(self.stored, ())  # refuses what leangrid does not read, by its name
-        self._fused: set[str] = set()  # the names of their tensors
-        self._mixtures: set[str] = set()  # the names of its modules of experts, without paths
-        self._separate = False  # whether this is a mixture of experts, with each expert's linears apart
         self._paths: dict[str, str] = {}  # name in the files -> path of the linear
         self._names: dict[str, list[str]] = {}  # the other way round
         self.schemes: dict[str, Scheme] = {}  # module -> scheme, of the layers made
@@ -113,9 +115,9 @@ class LeangridQuantizer(HfQuantizer):
         self._prepare_names(model, headers)
         dtype = kwargs.get("dtype") or torch.get_default_dtype()
         for name, layer in list(model.named_modules()):
-            if not is_linear(layer):
+            shape = linear_shape(layer) if is_linear(layer) else (0, 0)
+            if 0 in shape:  # also a linear without rows or columns, such as those of no shared experts
                 continue
-            shape = linear_shape(layer)
             schemes = schemes_of(self.stored, self._spelled(name, model.base_model_prefix))
             stored = next((n for n, scheme in schemes.items() if self._is_quantized(n, headers, scheme, shape)), None)
             if stored is None:
@@ -187,8 +189,8 @@ class LeangridQuantizer(HfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: Any, *model: Any) -> Any:
-        """transformers' own, but that tensors of linears go to where ``match_result`` found them, and experts, which
-        are apart here, are not merged. (transformers 5.17 gives no model.)"""
+        """transformers' own, but that tensors of linears go to where ``match_result`` found them: so experts that are
+        apart here are not merged. (transformers 5.17 gives no model.)"""
         # Imported here: transformers itself may be half imported when it imports this module.
         from transformers.core_model_loading import WeightRenaming
 
@@ -197,8 +199,6 @@ class LeangridQuantizer(HfQuantizer):
         given = list(super().update_weight_conversions(weight_conversions, *model))
         renamings = [one for one in given if isinstance(one, WeightRenaming)]
         others = [one for one in given if not isinstance(one, WeightRenaming)]
-        if self._separate:
-            others = [one for one in others if not _merges_experts(one, self._mixtures, self._fused)]
         if not self._paths:
             return [*renamings, *others]
         for one in others:
@@ -206,21 +206,20 @@ class LeangridQuantizer(HfQuantizer):
         return [ResultRenaming(self._paths, renamings), *others]
 
     def _prepare_names(self, model: Any, headers: dict[str, TensorInfo]) -> None:
-        """Take the experts of ``model`` apart, and find which of its linears is which in the files."""
+        """Take the experts of ``model`` apart that are stored so, and find its linears in the files."""
         if not headers:
-            self._separate = unfuse_experts(model)
+            unfuse_experts(model)
             return
         from leangrid.models.result_names import match_result  # as above
+        from leangrid.models.stored import merged_mixtures
 
         for module in model.modules():  # transformers fills no module at random whose experts it would not find
             if any(form_of(child) is not None for child in module.children()):
                 module._is_hf_initialized = True
         fused = deepcopy(model)  # on the meta device
-        self._separate = unfuse_experts(model)
-        mixtures = {path: one.form for path, one in model.named_modules() if isinstance(one, Experts)}
-        self._mixtures = {path.rpartition(".")[2] for path in mixtures}
-        self._fused = {name for form in mixtures.values() for name in form.fused_names}
         with torch.device("cpu"):  # transformers loads under that of "meta"
+            whole = merged_mixtures(fused, headers)
+            unfuse_experts(model, keep=whole)
             self._paths = match_result(fused, model, headers)
         for name, path in self._paths.items():
             self._names.setdefault(path, []).append(name)
@@ -271,16 +270,6 @@ class LeangridQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def _merges_experts(conversion: Any, mixtures: Collection[str], fused: Collection[str]) -> bool:
-    """Whether a conversion makes one of the tensors ``fused`` of all experts of one of the ``mixtures``, modules' names
-    without paths."""
-    for target in conversion.target_patterns:
-        owner, _, leaf = target.rpartition(".")
-        if leaf in fused and owner.rpartition(".")[2] in ("", *mixtures):
-            return True
-    return False
 
 
 def _headers(files: list[str]) -> dict[str, TensorInfo]:

@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -55,6 +57,19 @@ def available_bytes() -> int:
 def can_map(size: int) -> bool:
     """Whether a file of ``size`` bytes can be mapped: its pages need no memory, but count against address limits."""
     return all(size < limit - _status(field) for field, limit in _own_limits().items())
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Context: Python does not look for cycles of garbage. Where a hundred thousand objects are made that all stay, it
+    would look through all of them again and again: a fifth of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def avoid_heap_holes() -> None:

@@ -1,6 +1,7 @@
 """The tensors in a call of a block: its hidden states, its other arguments, what it returns."""
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -69,6 +70,56 @@ def other_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: str 
     return {path: _digest(x) for path, x in _nested(rest)}
 
 
+def argument_versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, tuple[Tensor, int]]:
+    """Every tensor of a call by its place in the arguments, and how often it was changed so far."""
+    return {path: (x, x._version) for path, x in _nested({str(n): value for n, value in enumerate(args)} | {**kwargs})}
+
+
+def changed_arguments(
+    before: Mapping[str, tuple[Tensor, int]], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """The places at which a call has changed a tensor, or put another one, since ``argument_versions`` was called."""
+    now = argument_versions(args, kwargs)
+    both = dict.fromkeys((*before, *now))
+    return [path for path in both if not _is_same(before.get(path), now.get(path))]
+
+
+def _is_same(one: tuple[Tensor, int] | None, other: tuple[Tensor, int] | None) -> bool:
+    return one is not None and other is not None and one[0] is other[0] and one[1] == other[1]
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a nest of containers and plain objects."""
+    return (x for _, x in _nested(value))
+
+
+def digest(value: Any) -> dict[str, tuple[float, ...]]:
+    """Every tensor in a nest, told by shape and sums."""
+    return {path: _digest(x) for path, x in _nested(value)}
+
+
+def copied(value: Any, depth: int = 0) -> Any:
+    """The same nest of containers and plain objects, such as caches, with copies of its tensors."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (tuple, list):
+        return type(value)(copied(item, depth + 1) for item in value)
+    if isinstance(value, dict):
+        new = copy(value)  # of the same class
+        new.update((key, copied(item, depth + 1)) for key, item in value.items())
+        return new
+    if depth < 4 and _is_plain(value):
+        new = copy(value)
+        vars(new).update((key, copied(item, depth + 1)) for key, item in vars(value).items())
+        return new
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is an object of attributes, no module, class or function."""
+    return hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value)
+
+
 def _digest(x: Tensor) -> tuple[float, ...]:
     if x.is_meta:
         return tuple(map(float, x.shape))
@@ -87,7 +138,7 @@ def _nested(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, T
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             yield from _nested(item, f"{path}[{number}]", depth + 1)
-    elif depth < 4 and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type) and not callable(value):
+    elif depth < 4 and _is_plain(value):
         for key, item in vars(value).items():
             if not key.startswith("_"):
                 yield from _nested(item, f"{path}.{key}", depth + 1)

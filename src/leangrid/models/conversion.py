@@ -7,10 +7,11 @@ what it does for each model (``get_model_conversion_mapping``) and applies it to
 and says for every tensor of the model which stored ones it is made of, and which rows are which."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from leangrid.errors import first_line
 from leangrid.models.conversion_map import Placement, Shape, trace
+from leangrid.models.renaming import Renamer
 from leangrid.storage.dtypes import plain_dtype
 
 _WEIGHT = ".weight"
@@ -52,17 +54,7 @@ class Source:
     operations: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a stored tensor that are rows of a tensor of the model: ``model[rows] = stored[taken]``, int64 [n]."""
-
-    stored: str
-    taken: Tensor
-    rows: Tensor
-
-
-@dataclass(frozen=True)
-class ExpertPart:
+class ExpertPart(NamedTuple):
     """One matrix of one expert, stored as a tensor of its own.
 
     ``model[expert][rows][:, cols]`` is ``stored``, or its transpose. In the tensor of gate and up together, ``part`` 0
@@ -144,8 +136,11 @@ class Conversion:
         transforms = get_model_conversion_mapping(model)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
         self.converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        self._renamer = Renamer(self._renamings, self.converters)
+        self._spelled: dict[str, str] = {}  # renamed name -> with the base model's prefix or without it
         self._made: dict[str, tuple[_Converted, int]] = {}
         self._placed: dict[tuple[object, ...], tuple[Placement, ...] | None] = {}
+        self._parts: dict[tuple[object, ...], tuple[ExpertPart, ...]] = {}
         self._known: dict[tuple[object, ...], tuple[str, dict[str, Shape]]] = {}
         self._made_of: dict[str, list[str]] | None = None
         self.sources: dict[str, Source] = {}
@@ -161,7 +156,7 @@ class Conversion:
         """Find the tensor of the model that each stored one belongs to, in the order in which transformers loads."""
         by_pattern = {pattern: one for one in self.converters for pattern in one.source_patterns}
         groups: dict[str, _Converted] = {}
-        for name in sorted(stored, key=dot_natural_key):
+        for name in sorted(stored, key=_loading_order):
             target, pattern = self.renamed(name)
             if target not in self._state:
                 self.unread[name] = target
@@ -172,16 +167,25 @@ class Conversion:
                 self.sources[target], self.shapes[target] = Source((name,)), tuple(stored[name].shape)
         return groups.values()
 
-    def renamed(self, name: str, converters: Sequence[WeightConverter] | None = None) -> tuple[str, str | None]:
+    def renamed(self, name: str, renamer: Renamer | None = None) -> tuple[str, str | None]:
         """The model's name for a tensor that a checkpoint calls ``name``, and the pattern of the converter that takes
-        it, None where none does (transformers' ``convert_and_load_state_dict_in_model``). ``converters`` replace those
-        of the model."""
-        prefix = self._model.base_model_prefix
-        given = self.converters if converters is None else list(converters)
-        target, pattern = rename_source_key(name, self._renamings, given, prefix, self._state)
+        it, None where none does (transformers' ``convert_and_load_state_dict_in_model``). ``renamer``: of other
+        converters than the model's."""
+        target, pattern = (renamer or self._renamer)(name)
+        target = self._prefixed(target)
         if target not in self._state and name in self._state:  # it has today's name already
-            return rename_source_key(name, [], [], prefix, self._state)
+            return self._prefixed(name), None
         return target, pattern
+
+    def _prefixed(self, name: str) -> str:
+        """A renamed name with the base model's prefix, or without it, as the model has it."""
+        if name not in self._spelled:
+            self._spelled[name], _ = rename_source_key(name, [], [], self._model.base_model_prefix, self._state)
+        return self._spelled[name]
+
+    def renamer(self, converters: Sequence[WeightConverter]) -> Renamer:
+        """The model's renamings with these converters instead of its own."""
+        return Renamer(self._renamings, converters)
 
     def _convert_shapes(self, group: _Converted, stored: Mapping[str, Described]) -> None:
         """Note what a converter makes of its stored tensors."""
@@ -249,6 +253,15 @@ class Conversion:
         if not source.converted:
             whole = tuple(torch.arange(n) for n in self.shapes[name])
             return (Placement(source.stored[0], tuple(range(len(whole))), whole, whole),)
+        group, _ = self._made[name]
+        placed = self._placed_alike(name)
+        if placed is None:
+            return None
+        return tuple(Placement(group.names[int(one.stored)], one.order, one.at, one.taken) for one in placed)
+
+    def _placed_alike(self, name: str) -> tuple[Placement, ...] | None:
+        """What ``placements`` gives for a converted tensor, with the numbers of its stored tensors for their names: it
+        is found once for all that are alike."""
         group, place = self._made[name]
         kind = group.kind(self.shapes[name], place)
         if kind not in self._placed:
@@ -256,49 +269,30 @@ class Conversion:
             self._placed[kind] = trace(
                 lambda tensors: list(group.convert(tensors).values())[place], numbers, group.shapes, self.shapes[name]
             )
-        placed = self._placed[kind]
-        if placed is None:
-            return None
-        return tuple(Placement(group.names[int(one.stored)], one.order, one.at, one.taken) for one in placed)
-
-    def rows(self, name: str) -> tuple[Rows, ...] | None:
-        """The rows of stored tensors that are the rows of the model's ``name``, a matrix [rows, cols] or a bias [rows];
-        None where it is not made of whole rows: transposed, with permuted columns, or of more axes."""
-        placed = self.placements(name)
-        if placed is None or len(self.shapes[name]) > 2:
-            return None
-        for one in placed:
-            whole = [torch.equal(a, b) and len(a) == n for a, b, n in zip(one.at, one.taken, self.shapes[name])]  # noqa: B905
-            if one.order != tuple(range(len(one.order))) or not all(whole[1:]):
-                return None
-        return tuple(Rows(one.stored, one.taken[0], one.at[0]) for one in placed)
-
-    def transposed(self, name: str) -> str | None:
-        """The stored tensor of which the model's matrix ``name`` is the transpose; None where it is of none."""
-        placed = self.placements(name)
-        if placed is None or len(placed) != 1 or placed[0].order != (1, 0):
-            return None
-        whole = all(torch.equal(a, b) for a, b in zip(placed[0].at, placed[0].taken, strict=True))
-        return placed[0].stored if whole else None
+        return self._placed[kind]
 
     def expert_parts(self, name: str) -> tuple[ExpertPart, ...] | None:
         """The stored matrices of which the model's tensor of all experts ``name`` is made, expert after expert; None
         where they are not stored one an expert: then ``sources`` names the tensor that holds them all."""
-        placed = self.placements(name)
+        if not self.sources[name].converted:
+            return None
+        (group, place), placed = self._made[name], self._placed_alike(name)
         if placed is None or len(self.shapes[name]) != 3 or any(one.order[0] is not None for one in placed):
             return None
-        parts: list[ExpertPart] = []
-        count: dict[int, int] = {}
-        for one in sorted(placed, key=lambda one: [int(indices[0]) for indices in one.at]):
-            expert = int(one.at[0][0])
-            transposed = one.order[1:] == (1, 0)
-            part = count[expert] = count.get(expert, -1) + 1
-            parts.append(ExpertPart(one.stored, expert, part, one.at[1], one.at[2], transposed))
-        return tuple(parts)
+        kind = group.kind(self.shapes[name], place)
+        if kind not in self._parts:
+            self._parts[kind] = tuple(_expert_parts(placed))
+        return tuple(
+            ExpertPart(group.names[int(one.stored)], one.expert, one.part, one.rows, one.cols, one.transposed)
+            for one in self._parts[kind]
+        )
 
     def module(self, path: str) -> torch.nn.Module | None:
         """The module at ``path`` in the model; None where it has none."""
-        return dict(self._model.named_modules()).get(path)
+        try:
+            return self._model.get_submodule(path)
+        except AttributeError:
+            return None
 
     def rename_to_module(self, stored_module: str) -> str:
         """The path in the model of the module that the checkpoint calls ``stored_module``, both without ``.weight``.
@@ -313,6 +307,27 @@ class Conversion:
         if source is None or source.converted or not source.stored[0].endswith(_WEIGHT):
             return None
         return source.stored[0].removesuffix(_WEIGHT)
+
+
+def _loading_order(name: str) -> list[object]:
+    """``dot_natural_key`` of a stored name, by which transformers sorts names before it loads them: that of its
+    parts, which many names share."""
+    return [_part_order(part) for part in name.split(".")]
+
+
+@lru_cache(maxsize=4096)
+def _part_order(part: str) -> object:
+    (key,) = dot_natural_key(part)
+    return key
+
+
+def _expert_parts(placed: Sequence[Placement]) -> Iterator[ExpertPart]:
+    """The parts of a tensor of all experts, expert after expert, each from one stored tensor."""
+    count: dict[int, int] = {}
+    for one in sorted(placed, key=lambda one: [int(indices[0]) for indices in one.at]):
+        expert = int(one.at[0][0])
+        part = count[expert] = count.get(expert, -1) + 1
+        yield ExpertPart(one.stored, expert, part, one.at[1], one.at[2], one.order[1:] == (1, 0))
 
 
 def _numbered(name: str, numbers: Sequence[str]) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 from transformers.core_model_loading import Concatenate, WeightConverter
 from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
-from leangrid.models.conversion import Conversion, ExpertPart
+from leangrid.models.conversion import Conversion
+from leangrid.models.expert_forms import form_of
 from leangrid.recipe import Scheme
 
 _WEIGHT, _PACKED = ".weight", ".weight_packed"
@@ -50,7 +51,7 @@ class ResultNames:
         self._conversion = conversion
         # What the quantizer appends: whatever is called weight, in any of its stored forms, becomes a weight.
         general = WeightConverter(["weight", "weight_packed"], "weight", [Concatenate()])
-        self._with_packed = [*conversion.converters, general]
+        self._with_packed = conversion.renamer([*conversion.converters, general])
         self._by_pattern = {pattern: one for one in conversion.converters for pattern in one.source_patterns}
         self._cuts = [one for one in conversion.converters if _takes_packed(one) and _cuts(one)]
 
@@ -85,13 +86,6 @@ class ResultNames:
         names = (self._conversion.stored_module_name(module) if wished is None else wished, module)
         return next((one for one in names if one is not None and self._found(one + _PACKED) == module + _WEIGHT), None)
 
-    def packed_expert(self, name: str, part: ExpertPart) -> str | None:
-        """The name under which the packed tensors of one matrix of an expert are stored, where ``name`` is the model's
-        tensor of all experts; None where transformers opens no packed experts of this model."""
-        converter = self._conversion.converter(name)
-        merges = converter is not None and _takes_packed(converter) and len(converter.target_patterns) == 1
-        return part.stored.removesuffix(_WEIGHT) if merges and part.stored.endswith(_WEIGHT) else None
-
     def takes_expert(self, stored: str, experts: str) -> bool:
         """Whether transformers finds the packed tensors ``<stored>.weight_packed`` of one matrix of an expert, and
         makes them a part of the experts at the path ``experts`` in the model."""
@@ -100,7 +94,15 @@ class ResultNames:
             return target.startswith(f"{experts}.") and self.replaces_experts(experts)
         converter = self._by_pattern[pattern]
         single = len(converter.target_patterns) == 1 and _takes_packed(converter)
-        return single and target.rpartition(".")[0] == experts
+        path, _, leaf = target.rpartition(".")
+        return single and path == experts and self._is_filled(experts, leaf)
+
+    def _is_filled(self, experts: str, leaf: str) -> bool:
+        """Whether the experts that have matrices fill the tensor ``leaf`` of the module at the path ``experts``, which
+        may have room for others that do nothing: packed ones leave it empty."""
+        module = self._conversion.module(experts)
+        form, tensor = (None, None) if module is None else (form_of(module), module._parameters.get(leaf))
+        return form is None or tensor is None or len(tensor) == form.count
 
     def replaces_experts(self, path: str) -> bool:
         """Whether transformers opens the experts at ``path`` in the model with one linear for each matrix."""

@@ -1,7 +1,7 @@
 """Where a model's blocks are, which linears of a block read the same input, and what flows between blocks.
 
-Nothing here knows an architecture's name. The model runs once on a few tokens with its weights absent (shape_pass.py),
-under hooks on every module:
+Nothing here knows an architecture's name. The model runs once on a few tokens with its weights absent (passes.py,
+shape_pass.py), under hooks on every module:
 
 * blocks are the lists of modules through which hidden states of one shape run;
 * a group is the linears, called one after another, that are handed the same tensor: same storage, place and version.
@@ -10,29 +10,26 @@ under hooks on every module:
   earlier blocks or on the tokens. Where none does, hidden states are all that flows, and a block can be run alone.
 """
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from leangrid.errors import ArchitectureError, first_line
-from leangrid.models.calls import fill, find_tensor, hidden_argument, other_tensors, place_of, without_numbers
+from leangrid.errors import ArchitectureError
+from leangrid.models.assumptions import Before, block_around, check_assumptions
 from leangrid.models.experts import Experts, modules_outside_experts
 from leangrid.models.groups import Groups, Places, group_by_input
 from leangrid.models.kept import why_kept
-from leangrid.models.linears import is_linear, linear_shape
-from leangrid.models.shape_pass import ShapePass, small_parameters, storage_of
+from leangrid.models.linears import has_hooks, is_linear, linear_shape, makes_its_weight
+from leangrid.models.passes import WAY_OUT, BlockCall, LinearCall, Log, Looking, Run, first_pass, second_pass
+from leangrid.models.shape_pass import small_parameters, storage_of
 
-ELSEWHERE = "its weight is multiplied in"  # how a reason begins why a linear is kept
+ELSEWHERE = "its weight is used in"  # how a reason begins why a linear is kept
 _LEAST_SHARE = 20  # a list of blocks holds at least this part (1/20) of the numbers that the largest one holds
-_PRODUCTS = frozenset(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "_grouped_mm", "linear"))
-_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,7 @@ class FoundBlock:
         returns: the container of what it returns, its tensors on the meta device.
         reads: its linears in the order of their first calls -> where their inputs lay; of mixtures of experts nothing.
         fixed: those of ``kept`` that cannot be quantized, whatever is asked for (selection.py) -> why.
+        changes: whether it changes its arguments in place, or puts something into them.
     """
 
     path: str
@@ -59,6 +57,7 @@ class FoundBlock:
     returns: Any = None
     reads: Mapping[str, Places] = field(default_factory=dict)
     fixed: Mapping[str, str] = field(default_factory=dict)
+    changes: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class Structure:
         lists: the paths of the lists of blocks.
         idle: blocks of these lists that text does not reach.
         unused: parameters that a pass on text does not touch, such as those of a tower for pictures.
+        choices: the path of each mixture of experts -> through how many of them a token goes.
     """
 
     blocks: tuple[FoundBlock, ...]
@@ -80,53 +80,41 @@ class Structure:
     lists: tuple[str, ...]
     idle: tuple[str, ...]
     unused: frozenset[str]
+    choices: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass
-class _Call:
-    """One call of a module that may be a block."""
-
-    name: str
-    entered: tuple[int, ...] | None  # where its hidden states lie
-    others: dict[str, tuple[float, ...]]  # its other tensors
-    windows: int = 1  # the first dimension of its hidden states
-    same_shape: bool = False
-    left: tuple[int, ...] | None = None
-    returned: Any = None  # the container of its outputs, on the meta device
-
-
-@dataclass
-class _Log:
-    """What the first pass showed."""
-
-    calls: list[_Call] = field(default_factory=list)
-    called: list[tuple[str, tuple[int, ...] | None]] = field(default_factory=list)  # linears: where their input lies
-
-
-def discover(model: nn.Module, entry: nn.Module, run: Callable[[nn.Module, int], Any]) -> Structure:
+def discover(model: nn.Module, entry: nn.Module, run: Run) -> Structure:
     """Find the structure of ``model``.
 
     Args:
         model: parameters on the meta device; buffers computed.
         entry: the module of it that is run.
-        run: runs ``entry`` once on the token ids of a number that tells texts apart; the forward pass may raise.
+        run: runs ``entry`` once on the token ids of a number that tells texts apart (0, 1, and LONGER); the forward
+            pass may raise.
 
     Raises:
-        ArchitectureError: the forward pass fails, or no list of modules runs hidden states from one to the next.
+        ArchitectureError: the forward pass fails, no list of modules runs hidden states from one to the next, or the
+            model breaks what the walk assumes (assumptions.py).
     """
-    with small_parameters(model):
-        log, shapes = _first_pass(model, entry, run)
-        lists = _block_lists(model, log.calls)
+    with torch.random.fork_rng(devices=[]), small_parameters(model):
+        before = Before(model)
+        log, looking = first_pass(model, entry, run, before.look)
+        lists = _block_lists(model, log.blocks)
         if not lists:
             what = "no list of modules runs hidden states of one shape from one to the next"
-            raise ArchitectureError(what, type(model).__name__, "leangrid cannot quantize this kind of model")
-        calls = [call for call in log.calls if call.name.rpartition(".")[0] in lists]
+            raise ArchitectureError(what, type(model).__name__, WAY_OUT)
+        calls = [call for call in log.blocks if call.name.rpartition(".")[0] in lists]
+        check_assumptions(model, entry, run, log, looking, calls, before)
         names = list(dict.fromkeys(call.name for call in calls))
         flows = _chains(calls)
-        flows += [] if flows else _second_pass(model, entry, run, calls)
+        flows += [] if flows else second_pass(model, entry, run, calls)
+        flows += [] if flows else _changed_arguments(calls)
         shared, by_block = _shared_weights(model), _by_block(log, names)
-        returned = {call.name: call.returned for call in reversed(calls)}
-        blocks = tuple(_found_block(model, name, by_block[name], shapes, shared, returned[name]) for name in names)
+        first = {call.name: call for call in reversed(calls)}
+        changing = {call.name for call in calls if call.changed}
+        blocks = tuple(
+            _found_block(model, first[name], by_block[name], looking, shared, name in changing) for name in names
+        )
         idle = tuple(
             f"{path}.{child}"
             for path in lists
@@ -135,156 +123,14 @@ def discover(model: nn.Module, entry: nn.Module, run: Callable[[nn.Module, int],
         )
         order = tuple(names.index(call.name) for call in calls)
         unused = frozenset(
-            name for name, parameter in _parameters_outside(model, lists) if storage_of(parameter) not in shapes.touched
+            name
+            for name, parameter in _parameters_outside(model, lists)
+            if storage_of(parameter) not in looking.touched
         )
-    return Structure(blocks, order, tuple(flows), tuple(lists), idle, unused)
+    return Structure(blocks, order, tuple(flows), tuple(lists), idle, unused, log.choices)
 
 
-# ---------------------------------------------------------------- the two passes
-
-
-class _Looking(ShapePass):
-    """Also notes which module was at work when a weight was multiplied."""
-
-    def __init__(self, stack: list[str]) -> None:
-        super().__init__()
-        self.stack = stack
-        self.products: dict[int, set[str]] = {}  # storage -> names of the modules at work
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in _PRODUCTS:
-            for x in args:
-                if isinstance(x, Tensor):
-                    self.products.setdefault(storage_of(x), set()).add(self.stack[-1] if self.stack else "")
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def _first_pass(model: nn.Module, entry: nn.Module, run: Callable[[nn.Module, int], Any]) -> tuple[_Log, _Looking]:
-    log, stack, alive = _Log(), list[str](), list[Any]()
-    watched = dict(modules_outside_experts(model))
-    names = {id(module): name for name, module in reversed(watched.items())}
-    members = {
-        id(child)
-        for module in watched.values()
-        if isinstance(module, _LISTS) and not isinstance(module, Experts)
-        for child in module.children()
-    }
-    depth, looking = [0], _Looking(stack)
-    open_calls: list[_Call] = []
-
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        name = names.get(id(module), "")
-        stack.append(name)
-        if isinstance(module, Experts):
-            log.called.append((name, None))
-        elif is_linear(module):
-            x = args[0] if args else next(iter(kwargs.values()))
-            alive.append(x)
-            log.called.append((name, place_of(x)))
-        if id(module) in members and not is_linear(module):
-            key, x = hidden_argument(args, kwargs)
-            open_calls.append(_Call(name, None if x is None else place_of(x), other_tensors(args, kwargs, key)))
-            log.calls.append(open_calls[-1])
-            alive.append((args, kwargs))
-            depth[0] += 1
-
-    def leave(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        stack.pop()
-        if id(module) in members and not is_linear(module):
-            call, y = open_calls.pop(), find_tensor(out)
-            _, x = hidden_argument(args, kwargs)
-            floats = x is not None and y is not None and x.is_floating_point() and x.ndim >= 3
-            call.windows = x.shape[0] if x is not None and x.ndim else 1
-            call.same_shape = bool(floats and x.shape == y.shape)  # pyright: ignore[reportOptionalMemberAccess]
-            call.left, call.returned = None if y is None else place_of(y), without_numbers(out)
-            depth[0] -= 1
-            if not depth[0]:  # what one block held; its output lives on as the input of the next
-                alive[:] = [out]
-
-    with ExitStack() as hooks:
-        hooks.enter_context(_idle_experts(watched.values()))
-        for module in {id(module): module for module in watched.values()}.values():
-            hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
-        _attempt(model, entry, run, 0, looking)
-    return log, looking
-
-
-def _second_pass(
-    model: nn.Module, entry: nn.Module, run: Callable[[nn.Module, int], Any], calls: list[_Call]
-) -> list[str]:
-    """Which arguments of the blocks are others when the tokens are others and the blocks return their input."""
-    flows: list[str] = []
-    seen = [0]
-
-    def empty(name: str) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            number, (key, x) = seen[0], hidden_argument(args, kwargs)
-            seen[0] += 1
-            if number >= len(calls) or calls[number].name != name or x is None:
-                raise _Strayed(f"{name} is called out of turn where blocks do nothing")
-            others = other_tensors(args, kwargs, key)
-            for argument in calls[number].others.keys() | others.keys():
-                if calls[number].others.get(argument) != others.get(argument):
-                    flows.append(f"{argument} of {name}")
-            return fill(calls[number].returned, x)
-
-        return forward
-
-    blocks = {call.name: model.get_submodule(call.name) for call in calls}
-    try:
-        for name, block in blocks.items():
-            block.forward = empty(name)
-        with torch.no_grad(), ShapePass():
-            run(entry, 1)
-    except Exception as error:  # blocks that do nothing may break any assumption of the model's own code
-        return [f"the model's own forward needs its blocks ({first_line(error)})"]
-    finally:
-        for block in blocks.values():
-            del block.forward
-    if seen[0] != len(calls):
-        return [f"{len(calls)} calls of blocks, {seen[0]} where blocks do nothing"]
-    return sorted(set(flows))
-
-
-@contextmanager
-def _idle_experts(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Context: modules of experts give their input back, changed; what their linears read is known."""
-    mixtures = [module for module in modules if isinstance(module, Experts)]
-    for module in mixtures:
-        module.forward = _changed
-    try:
-        yield
-    finally:
-        for module in mixtures:
-            del module.forward
-
-
-def _changed(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    return torch.sin(hidden_states)
-
-
-class _Strayed(Exception):
-    """A pass of empty blocks went another way."""
-
-
-def _attempt(
-    model: nn.Module, entry: nn.Module, run: Callable[[nn.Module, int], Any], number: int, mode: ShapePass
-) -> None:
-    try:
-        with torch.no_grad(), mode:
-            run(entry, number)
-    except MemoryError:
-        raise
-    except Exception as error:  # the model's own code may raise anything
-        what = f"its forward pass cannot be followed on text alone: {first_line(error)}"
-        raise ArchitectureError(what, type(model).__name__, "leangrid cannot quantize this kind of model") from error
-
-
-# ---------------------------------------------------------------- what they say
-
-
-def _block_lists(model: nn.Module, calls: list[_Call]) -> list[str]:
+def _block_lists(model: nn.Module, calls: list[BlockCall]) -> list[str]:
     """The outermost lists of modules with matrices that give back hidden states in the shape in which they came, in the
     order of their first calls."""
     alike: dict[str, bool] = {}
@@ -304,14 +150,14 @@ def _block_lists(model: nn.Module, calls: list[_Call]) -> list[str]:
 
 def _numbers_in(module: nn.Module) -> int:
     return sum(
-        len(inner) * sum(math.prod(inner.form.shape(leaf)) for leaves in inner.form.stages for leaf in leaves)
+        inner.form.numbers
         if isinstance(inner, Experts)
         else sum(p.numel() for p in inner._parameters.values() if p is not None)
         for _, inner in modules_outside_experts(module)
     )
 
 
-def _chains(calls: list[_Call]) -> list[str]:
+def _chains(calls: list[BlockCall]) -> list[str]:
     """How the blocks are not one chain: called again, or reading something else than the one before returned."""
     flows: list[str] = []
     names = [call.name for call in calls]
@@ -324,6 +170,10 @@ def _chains(calls: list[_Call]) -> list[str]:
     return flows
 
 
+def _changed_arguments(calls: list[BlockCall]) -> list[str]:
+    return [f"{argument} of {call.name} is changed by it" for call in calls for argument in call.changed if argument]
+
+
 def _parameters_outside(model: nn.Module, lists: list[str]) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that are in none of the lists of blocks, with their names."""
     blocks = tuple(f"{path}." for path in lists)
@@ -334,62 +184,70 @@ def _parameters_outside(model: nn.Module, lists: list[str]) -> Iterator[tuple[st
             )
 
 
-def _by_block(log: _Log, blocks: list[str]) -> dict[str, list[tuple[str, tuple[int, ...] | None]]]:
-    """The calls of each block's linears (where their input lies) and experts (None), as paths from the block."""
-    found: dict[str, list[tuple[str, tuple[int, ...] | None]]] = {path: [] for path in blocks}
-    for name, where in log.called:
-        path = name
-        while path and path not in found:
-            path = path.rpartition(".")[0]
+def _by_block(log: Log, blocks: list[str]) -> dict[str, list[LinearCall]]:
+    """The calls of each block's linears and experts, named by their paths from the block."""
+    found: dict[str, list[LinearCall]] = {path: [] for path in blocks}
+    for call in log.linears:
+        path = block_around(call.name, found)
         if path:
-            found[path].append((name[len(path) + 1 :], where))
+            found[path].append(call._replace(name=call.name[len(path) + 1 :]))
     return found
 
 
 def _found_block(
     model: nn.Module,
-    path: str,
-    called: list[tuple[str, tuple[int, ...] | None]],
-    looking: "_Looking",
+    call: BlockCall,
+    called: list[LinearCall],
+    looking: Looking,
     shared: Mapping[int, int],
-    returned: Any,
+    changes: bool,
 ) -> FoundBlock:
-    block, dot = model.get_submodule(path), f"{path}."
+    block = model.get_submodule(call.name)
     inside = dict(modules_outside_experts(block))
     linears = {name: module for name, module in inside.items() if is_linear(module)}
     mixtures = {name: module for name, module in inside.items() if isinstance(module, Experts)}
     places: dict[str, list[tuple[int, ...]]] = {}
-    for name, where in called:
-        if where is not None and where not in places.setdefault(name, []):
-            places[name].append(where)
+    for name, place, _ in called:
+        if place is not None and place not in places.setdefault(name, []):
+            places[name].append(place)
     kept, fixed = dict[str, str](), dict[str, str]()
+    contexts = {name: context for name, _, context in called if context is not None}
     for name, module in linears.items():
-        weight = module.get_parameter("weight")
-        why = why_kept(name, *linear_shape(module))
-        others = looking.products.get(storage_of(weight), set()) - {dot + name}
-        cannot = None
-        if name not in places:
-            why = cannot = "is not called on text"
-        elif others:
-            cannot = f"{ELSEWHERE} {min(others)} too"
-        elif shared[id(weight)] > 1:
-            cannot = "shares its weight with another module"
+        cannot = "is not called on text" if name not in places else None
+        if cannot is None and name in contexts:
+            cannot = f"is called under {contexts[name]}"
+        cannot = cannot or _why_fixed(f"{call.name}.{name}", module, looking, shared)
         if cannot is not None:
             fixed[name] = cannot
-        why = why or cannot
+        # that text does not reach it says more than a custom
+        why = cannot if name not in places else why_kept(name, *linear_shape(module)) or cannot
         if why is not None:
             kept[name] = why
-    order = dict.fromkeys(name for name, _ in called if name in mixtures or name in places)
+    computed = [name for name, module in inside.items() if makes_its_weight(module)]
+    for name in computed:
+        kept[name] = fixed[name] = "its weight is computed whenever it is called"
+    order = dict.fromkeys(name for name, _, _ in called if name in mixtures or name in places)
     reads = {name: tuple(places.get(name, ())) for name in order}
     groups, repeated = group_by_input(reads, kept, mixtures)
     left = {
         f"{name}.{leaf}" if name else leaf: tuple(parameter.shape)
         for name, module in inside.items()
-        if name not in linears
+        if name not in linears and not name.startswith(tuple(f"{path}." for path in computed))
         for leaf, parameter in module.named_parameters(recurse=False)
         if parameter.ndim >= 2 and storage_of(parameter) in looking.products
     }
-    return FoundBlock(path, groups, kept, repeated, left, returned, reads, fixed)
+    return FoundBlock(call.name, groups, kept, repeated, left, call.returned, reads, fixed, changes)
+
+
+def _why_fixed(path: str, module: nn.Module, looking: Looking, shared: Mapping[int, int]) -> str | None:
+    """Why a linear that text reaches cannot be quantized; None where it can."""
+    weight = module.get_parameter("weight")
+    others = {at[-1] if at else "the model itself" for at in looking.uses.get(storage_of(weight), ())} - {path}
+    if others:
+        return f"{ELSEWHERE} {min(others)} too"
+    if shared[id(weight)] > 1:
+        return "shares its weight with another module"
+    return "has hooks of its own" if has_hooks(module) else None
 
 
 def _shared_weights(model: nn.Module) -> Counter[int]:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from leangrid.errors import ArchitectureError, LeangridError
+from leangrid.models.assumptions import LONGER, AssumptionError
 from leangrid.models.discovery import Structure, discover
 from leangrid.models.model_inputs import arguments_of
 
@@ -29,13 +30,17 @@ def find_entry(model: PreTrainedModel, base: nn.Module) -> tuple[nn.Module, Stru
         for tokens in _TEXTS:
             try:
                 return entry, discover(model, entry, partial(_run_on_text, tokens))
+            except AssumptionError:
+                raise
             except LeangridError as error:
                 first = first or error
     raise first or ArchitectureError("it has no module that runs on text", type(model).__name__)
 
 
 def _run_on_text(tokens: int, entry: nn.Module, number: int) -> Any:
-    """Run ``entry`` on a few tokens, others for another ``number``, none of which stands for a picture or a pause."""
+    """Run ``entry`` on a few tokens, others for another ``number`` (for LONGER twice as many), none of which stands for
+    a picture or a pause."""
+    tokens = 2 * tokens if number == LONGER else tokens
     tables = [module.num_embeddings for module in entry.modules() if isinstance(module, nn.Embedding)]
     known = max(tables, default=16)
     ids = (torch.arange(tokens)[None] * 7 + 3 * number) % max(1, min(known, 190) - 10) + min(10, known - 1)

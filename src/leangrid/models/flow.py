@@ -18,24 +18,27 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from leangrid.models.calls import fill, first_tensor, hidden_argument, moved
+from leangrid.errors import ArchitectureError
+from leangrid.models.calls import copied, fill, first_tensor, hidden_argument, moved
 from leangrid.models.model_inputs import Inputs, moved_inputs, token_ids
 from leangrid.models.skeleton import Skeleton
+from leangrid.models.streams import Streams
 
 Put = Callable[[Tensor], Tensor]
+Get = Callable[[Tensor, torch.device], Tensor]
 
 
 class Flow(ABC):
     """The way through one model.
 
     Attributes:
-        waits: whether hidden states may be put elsewhere and saved between two blocks.
+        waits: whether hidden states are all that there is between two blocks, so that they may be saved.
     """
 
     waits: bool
 
     def __init__(self, skeleton: Skeleton, device: torch.device | str = "cpu") -> None:
-        self._skeleton, self._device = skeleton, device
+        self._skeleton, self._device = skeleton, torch.device(device)
 
     @abstractmethod
     def enter(self, batches: Sequence[Inputs], put: Put, *streams: str) -> list[Tensor]:
@@ -48,15 +51,32 @@ class Flow(ABC):
 
         Returns:
             The hidden states that enter the first block, one tensor a batch; the streams share them.
+
+        Raises:
+            ArchitectureError: the model calls its blocks in another order than when it was looked at.
         """
 
     @abstractmethod
-    def call(self, stream: str, batch: int, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Call ``block``, number ``index``, as the model would, with ``hidden`` as its states; what leaves it."""
+    def call(
+        self, stream: str, batch: int, index: int, block: nn.Module, hidden: Tensor, trial: bool = False
+    ) -> Tensor:
+        """Call ``block``, number ``index``, as the model would, with ``hidden`` as its states; what leaves it.
+
+        ``trial``: the same call comes again, with the same arguments."""
 
     def advance(self, stream: str, states: list[Tensor]) -> tuple[int | None, list[Tensor]]:
         """Go on to the next block: its number where it is not simply the next (None), and the states that enter it."""
         return None, states
+
+    def advance_both(self, streams: Streams) -> tuple[int | None, Streams]:
+        """Go on to the next block in both streams; ArchitectureError where it is not the same one."""
+        following, quantized = self.advance("quantized", streams.quantized)
+        if streams.original is None:
+            return following, Streams(quantized, None)
+        theirs, original = self.advance("original", streams.original)
+        if theirs != following:
+            raise _other_order(self._skeleton, min(theirs or 0, following or 0))
+        return following, Streams(quantized, original)
 
     def finals(self, stream: str) -> list[Any]:
         """What the model's own forward returned for each batch, where it ran to its end; else nothing."""
@@ -84,9 +104,13 @@ class ChainedFlow(Flow):
         for size in sizes - self._calls.keys():
             self._run_to_first_block([windows[:size]], lambda hidden: hidden)
 
-    def call(self, stream: str, batch: int, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    def call(
+        self, stream: str, batch: int, index: int, block: nn.Module, hidden: Tensor, trial: bool = False
+    ) -> Tensor:
         key, args, kwargs = self._calls[len(hidden)][index]
         device = hidden.device
+        if self._skeleton.structure.blocks[index].changes:  # both streams may share it, and it may be called again
+            hidden = hidden.clone()
         args, kwargs = _with_hidden(key, moved(args, device), moved(kwargs, device), hidden)
         return first_tensor(block(*args, **kwargs))
 
@@ -97,8 +121,8 @@ class ChainedFlow(Flow):
 
         def record(index: int, want_all: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             key, states = hidden_argument(args, kwargs)
-            if states is None:
-                raise RuntimeError(f"block {index} is called without hidden states")
+            if states is None or index != len(arguments):
+                raise _other_order(skeleton, index)
             if index == 0:
                 entered.append(put(states))
             without = tuple(None if number == key else value for number, value in enumerate(args))
@@ -122,25 +146,37 @@ class ChainedFlow(Flow):
                     for block in skeleton.blocks:
                         del block.forward
                 if new_size:
+                    if len(arguments) <= last:
+                        raise _other_order(skeleton, len(arguments))
                     self._calls[size] = arguments
         return entered
 
 
 class LiveFlow(Flow):
-    """The model's own forward, a pass a batch, stopped at each block. The weights outside of the blocks stay loaded."""
+    """The model's own forward, a pass a batch, stopped at each block. The weights outside of the blocks stay loaded.
+
+    Between two blocks the states that entered the last one and those that left it are where ``put`` of ``enter`` puts
+    them; what else the model holds stays where it is.
+
+    Args:
+        get: gives states that were put elsewhere on the device.
+        beside: another flow of the same skeleton, whose weights outside of the blocks are loaded, is open.
+    """
 
     waits = False
 
-    def __init__(self, skeleton: Skeleton, device: torch.device | str = "cpu", beside: bool = False) -> None:
-        """``beside``: another flow of the same skeleton, whose weights outside of the blocks are loaded, is open."""
+    def __init__(
+        self, skeleton: Skeleton, device: torch.device | str = "cpu", get: Get = Tensor.to, beside: bool = False
+    ) -> None:
         super().__init__(skeleton, device)
-        self._beside = beside
+        self._beside, self._get = beside, get
+        self._put: Put = _as_they_are
         self._passes: dict[str, list[_ModelPass]] = {}
         self._outside: AbstractContextManager[Any] | None = None
 
     def enter(self, batches: Sequence[Inputs], put: Put, *streams: str) -> list[Tensor]:
         self.close()
-        skeleton = self._skeleton
+        self._put, skeleton = put, self._skeleton
         if not self._beside:
             self._outside = skeleton.load_outside_blocks(self._device)
             self._outside.__enter__()
@@ -148,24 +184,55 @@ class LiveFlow(Flow):
                 _stop_in(block, index)
         states: list[Tensor] = []
         for stream in streams:
-            passes = [_ModelPass(_run_of(skeleton, inputs, self._device)) for inputs in batches]
-            states = [one.reach_block(None) for one in passes]
-            self._passes[stream] = passes
+            passes = self._passes[stream] = [_ModelPass(_run_of(skeleton, inputs, self._device)) for inputs in batches]
+            states = [self._reach(one) for one in passes]
+            self._require_together(passes, skeleton.structure.order[0])
         return states
 
-    def call(self, stream: str, batch: int, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+    def call(
+        self, stream: str, batch: int, index: int, block: nn.Module, hidden: Tensor, trial: bool = False
+    ) -> Tensor:
         one = self._passes[stream][batch]
-        args, kwargs = _with_hidden(one.key, one.args, one.kwargs, hidden)
-        one.returned = block(*args, **kwargs)
-        return first_tensor(one.returned)
+        if one.index != index:
+            raise _other_order(self._skeleton, one.index)
+        given = one.args, one.kwargs
+        if trial:  # the pass goes on from another call, which has to be given what this one was given
+            hidden = self._get(hidden, self._device)
+            if self._skeleton.structure.blocks[index].changes:
+                hidden, given = hidden.clone(), copied(given)
+            return first_tensor(_called(block, one.key, given, hidden))
+        one.fetch(hidden, self._get, self._device)
+        one.returned = _called(block, one.key, given, hidden)
+        left = first_tensor(one.returned)
+        one.hold(left)
+        one.put_away(self._put)
+        return left
 
     def advance(self, stream: str, states: list[Tensor]) -> tuple[int | None, list[Tensor]]:
         passes = self._passes[stream]
-        entered = [one.reach_block(one.returned) for one in passes]
-        stand = {one.index for one in passes}
-        if len(stand) > 1:
-            raise RuntimeError(f"the batches of one stream stand at different blocks: {sorted(stand)}")
-        return stand.pop(), entered
+        entered = [self._reach(one) for one in passes]
+        self._require_together(passes, passes[0].index)
+        return passes[0].index, entered
+
+    def put_away(self) -> None:
+        """Put all states where ``put`` puts them by now."""
+        for one in (one for passes in self._passes.values() for one in passes):
+            one.put_away(self._put)
+
+    def _reach(self, one: "_ModelPass") -> Tensor:
+        """Let a pass go on to its next block; the states that enter it, put away."""
+        one.fetch(None, self._get, self._device)
+        entered = one.reach_block(one.returned)
+        one.held.clear()
+        if not one.dead:
+            one.hold(entered)
+            one.put_away(self._put)
+        return entered
+
+    def _require_together(self, passes: list["_ModelPass"], index: int) -> None:
+        """ArchitectureError unless all batches stand at block ``index``."""
+        if strayed := next((one for one in passes if one.index != index), None):
+            raise _other_order(self._skeleton, min(strayed.index, index))
 
     def finals(self, stream: str) -> list[Any]:
         return [one.final for one in self._passes.get(stream, [])]
@@ -182,10 +249,14 @@ class LiveFlow(Flow):
             self._outside = None
 
 
-def open_flow(skeleton: Skeleton, device: torch.device | str = "cpu") -> Flow:
-    """The flow for what was discovered of the model."""
-    live = skeleton.structure.flows or skeleton.sees_pictures  # rows with pictures differ in length and arguments
-    return LiveFlow(skeleton, device) if live else ChainedFlow(skeleton, device)
+def open_flow(skeleton: Skeleton, device: torch.device | str = "cpu", get: Get = Tensor.to) -> Flow:
+    """The flow for what was discovered of the model; ``get``: gives states that were put elsewhere on the device."""
+    return LiveFlow(skeleton, device, get) if flows_live(skeleton) else ChainedFlow(skeleton, device)
+
+
+def flows_live(skeleton: Skeleton) -> bool:
+    """Whether the model's own forward is held at its blocks, since hidden states are not all that there is."""
+    return bool(skeleton.structure.flows) or skeleton.sees_pictures  # rows differ in length and arguments
 
 
 class _ModelPass(greenlet):
@@ -196,6 +267,8 @@ class _ModelPass(greenlet):
         args, kwargs: what it is called with, ``key`` says as what the hidden states are.
         returned: what the block returned, for the model to go on with.
         final: what the model returned, at the end.
+        held: the states that may be put away while it stands: each with what was put away of it (None: nothing is), and
+            how often it had been changed then.
     """
 
     index: int = -1
@@ -204,6 +277,27 @@ class _ModelPass(greenlet):
     key: str | int = 0
     returned: Any = None
     final: Any = None
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        super().__init__(run)
+        self.held: list[tuple[Tensor, Tensor | None, int]] = []
+
+    def hold(self, states: Tensor) -> None:
+        """Let ``states`` be put away from now on."""
+        if not any(x is states for x, _, _ in self.held):
+            self.held.append((states, None, 0))
+
+    def put_away(self, put: Put) -> None:
+        """Let the states have no memory but that of what ``put`` gives. The model's own code holds the same tensors."""
+        for number, (x, away, version) in enumerate(self.held):
+            x.data = put(x.data if away is None or x._version != version else away)
+            self.held[number] = (x, x.data, x._version)
+
+    def fetch(self, only: Tensor | None, get: Get, device: torch.device) -> None:
+        """Bring the states that are held, or one of them, back to the device."""
+        for x, away, _ in self.held:
+            if away is not None and (only is None or x is only):
+                x.data = get(away, device)
 
     def reach_block(self, returned: Any) -> Tensor:
         """Go on from the present block with what it ``returned``, to the next; the states that enter it (at the end an
@@ -238,6 +332,21 @@ def _stop_in(block: nn.Module, index: int) -> None:
         return own(block, *args, **kwargs)
 
     block.forward = forward
+
+
+def _as_they_are(hidden: Tensor) -> Tensor:
+    return hidden
+
+
+def _called(block: nn.Module, key: str | int, given: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor) -> Any:
+    args, kwargs = _with_hidden(key, *given, hidden)
+    return block(*args, **kwargs)
+
+
+def _other_order(skeleton: Skeleton, index: int) -> ArchitectureError:
+    where = skeleton.block_name(index) if index < len(skeleton.blocks) else "the end of its blocks"
+    what = "its blocks are called in another order than when it was looked at, or without hidden states"
+    return ArchitectureError(what, where, "Which blocks are called depends on the text, which leangrid cannot follow")
 
 
 def _with_hidden(

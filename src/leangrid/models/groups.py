@@ -1,6 +1,11 @@
-"""Groups of linears that read the same input, from what each linear of a block was seen to read (discovery.py)."""
+"""Groups of linears that read the same input, from what each linear of a block was seen to read (discovery.py), and
+what they read in a walk (walk.py)."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from leangrid.models.experts import Experts
 
@@ -29,9 +34,7 @@ def group_by_input(
         if name in left_out:
             continue
         if name in mixtures:
-            dot = f"{name}." if name else ""
-            for number in range(mixtures[name].stages):
-                groups.append(tuple(f"{dot}{n}" for names in mixtures[name].stage(number) for n in names))
+            groups += [mixtures[name].stage_paths(number, name) for number in range(mixtures[name].stages)]
             last = None
         elif last == places:
             groups[-1] += (name,)
@@ -41,3 +44,38 @@ def group_by_input(
             if len(last) > 1:
                 repeated.add(len(groups) - 1)
     return tuple(groups), frozenset(repeated)
+
+
+@dataclass
+class GroupInputs:
+    """What the linears of one group read: iterating gives (original, quantized) a batch and call, [..., cols] each.
+
+    ``original`` is None with one stream (``paired`` False). A replayed group is computed as it is read, every time it
+    is."""
+
+    names: tuple[str, ...]
+    paired: bool
+    read: Callable[[], Iterator[tuple[Tensor | None, Tensor]]]
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor]]:
+        return self.read()
+
+
+@dataclass
+class ExpertInputs:
+    """What the experts' linears of one stage read: iterating gives, batch by batch, one tensor [tokens, cols] an
+    expert.
+
+    Which tokens an expert sees differs between the streams; these are the quantized stream's, as when the result is
+    served.
+
+    Attributes:
+        names: all linears of the group, as for GroupInputs. experts: the same, an expert at a time.
+    """
+
+    names: tuple[str, ...]
+    experts: tuple[tuple[str, ...], ...]
+    read: Callable[[], Iterator[tuple[Any, Any]]]
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return (ours for _, ours in self.read())

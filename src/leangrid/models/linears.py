@@ -2,25 +2,47 @@
 
 A subclass counts where its forward pass multiplies by its weight and does nothing else."""
 
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 LINEARS = (nn.Linear, Conv1D)
 _FORWARDS = (nn.Linear.forward, Conv1D.forward)
-_known: dict[type, bool] = {}  # subclass with a forward of its own -> whether it multiplies like its base
+_known: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # with a forward of its class's own -> whether it is
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` multiplies its input by its weight, adds its bias, and does nothing else."""
-    if not isinstance(module, LINEARS):
+    """Whether ``module`` multiplies its input by its weight, a parameter, adds its bias, and does nothing else."""
+    if not isinstance(module, LINEARS) or makes_its_weight(module) or "forward" in vars(module):
         return False
-    kind = type(module)
-    if kind.forward in _FORWARDS:
+    if type(module).forward in _FORWARDS:
         return True
-    if kind not in _known:
-        _known[kind] = _multiplies(module)
-    return _known[kind]
+    if module not in _known:  # two of one class may differ in an attribute
+        with torch.device("cpu"):  # a model may be loaded under that of "meta"
+            _known[module] = _multiplies(module)
+    return _known[module]
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether ``module`` has a weight of two dimensions that is no table of embeddings: what engines take for a linear,
+    such as the router of a mixture."""
+    weight = module._parameters.get("weight")
+    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)
+
+
+def makes_its_weight(module: nn.Module) -> bool:
+    """Whether a linear computes its weight of other parameters whenever it is called: weight norm, spectral norm and
+    other parametrizations of torch.nn.utils."""
+    return isinstance(module, LINEARS) and not isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of the model's own change what goes into a module, or what comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -35,7 +57,8 @@ def rows_first(module: nn.Module, weight: Tensor) -> Tensor:
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """(rows, cols) = (out_features, in_features) of one of ``LINEARS``."""
-    rows, cols = module.get_parameter("weight").shape
+    weight: Any = module.weight
+    rows, cols = weight.shape
     return (cols, rows) if is_transposed(module) else (rows, cols)
 
 
@@ -48,6 +71,18 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[tuple[int, int], str]]:
     }
 
 
+def twin_of(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
+    """A module of the same class with the same attributes and other ``parameters`` of its own, for a try of its forward
+    pass."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(vars(module))
+    twin.__dict__["_parameters"] = {
+        name: None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+        for name, tensor in parameters.items()
+    }
+    return twin
+
+
 def _multiplies(module: nn.Module) -> bool:
     """Whether the forward pass of a subclass gives what its base class gives, tried on random numbers."""
     base = Conv1D if is_transposed(module) else nn.Linear
@@ -56,11 +91,7 @@ def _multiplies(module: nn.Module) -> bool:
         "weight": torch.randn((cols, rows) if base is Conv1D else (rows, cols), generator=draw)
     }
     stored["bias"] = None if getattr(module, "bias", None) is None else torch.randn(rows, generator=draw)
-    twin = object.__new__(type(module))
-    twin.__dict__.update({key: value for key, value in vars(module).items() if key not in ("_parameters",)})
-    twin.__dict__["_parameters"] = {
-        name: None if tensor is None else nn.Parameter(tensor, requires_grad=False) for name, tensor in stored.items()
-    }
+    twin = twin_of(module, stored)
     twin.__dict__.update({"in_features": cols, "out_features": rows, "nf": rows, "nx": cols})
     x = torch.randn(2, 5, cols, generator=draw)
     try:

@@ -5,21 +5,12 @@ Asked before work, so that a run says what its result opens in; and when the con
 from collections import Counter
 from collections.abc import Collection, Mapping
 
-from torch import nn
-
 from leangrid.formats.base import Reading
 from leangrid.models.conversion_names import ResultNames
-from leangrid.models.experts import Experts
 from leangrid.recipe import Scheme
 
 _NO_PLACE = "it has no place for packed experts of this model"
 _DROPS = "it drops experts that stay as they are beside packed layers"
-
-
-def mixtures_of(model: nn.Module) -> dict[str, int]:
-    """The path of each mixture in a model with one linear for each matrix of each expert -> how many linears it has."""
-    found = ((path, module) for path, module in model.named_modules() if isinstance(module, Experts))
-    return {path: len(module) * sum(map(len, module.form.stages)) for path, module in found}
 
 
 def plain_reading(
@@ -34,7 +25,8 @@ def plain_reading(
     Args:
         names: what it finds.
         paths: layer -> path of its linear in the model with one linear for each matrix of each expert.
-        mixtures: the paths of the mixtures of experts in that model -> how many linears each has.
+        mixtures: the paths of the mixtures of experts in that model -> how many linears each has; without those that
+            all stay, in tensors of all experts.
         schemes: layer -> the scheme that the files say.
         not_found: paths of linears that it finds packed under no name.
     """

@@ -1,11 +1,11 @@
 """Which linear of the model a result's tensors belong to: results have the names of their source (stored.py)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from leangrid.models.conversion import Conversion
+from leangrid.models.conversion import Conversion, Described
 from leangrid.models.expert_forms import DOWN, FusedForm, form_of
 from leangrid.models.linears import linear_shapes
 from leangrid.models.naming import Naming
@@ -22,19 +22,19 @@ class _Matrix:
     dtype: str = "F32"
 
 
-def match_result(model: PreTrainedModel, apart: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+def match_result(model: PreTrainedModel, apart: PreTrainedModel, stored: Mapping[str, Described]) -> dict[str, str]:
     """Find the linears of a result's files.
 
     Args:
         model: as transformers builds it, on the meta device.
         apart: the same with one linear for each matrix of each expert.
-        stored: the names of all tensors in the files.
+        stored: all tensors in the files, by name; those of all experts of a block belong to no linear.
 
     Returns:
         name in the result -> path in ``apart``, of every linear of which something is stored, in the model's order.
     """
     linears = linear_shapes(apart)
-    owners = dict.fromkeys(name.rpartition(".")[0] for name in stored)
+    owners = dict.fromkeys(name.rpartition(".")[0] for name, one in stored.items() if len(one.shape) < 3)
     found = {owner: owner for owner in owners if owner in linears}
     others = [owner for owner in owners if owner and owner not in linears]
     if not others:

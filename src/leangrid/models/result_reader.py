@@ -19,17 +19,19 @@ from leangrid.formats.checks import holds_codes
 from leangrid.grids import Grid
 from leangrid.models.conversion import Conversion
 from leangrid.models.conversion_names import ResultNames
-from leangrid.models.expert_forms import FusedForm
 from leangrid.models.experts import Experts
-from leangrid.models.linears import linear_shapes
+from leangrid.models.linears import has_matrix, linear_shapes
 from leangrid.models.model_class import described_model, has_lm_head, with_experts_apart
-from leangrid.models.plain_readers import mixtures_of, plain_reading
+from leangrid.models.plain_readers import plain_reading
 from leangrid.models.result_names import match_result
+from leangrid.models.stored import merged_mixtures
 from leangrid.recipe import Scheme
 from leangrid.storage.dtypes import NAMES, dtype_of
 from leangrid.storage.manifest import read_manifest, require_unchanged
 from leangrid.storage.safetensors import TensorInfo
 from leangrid.storage.source import open_source
+
+_WEIGHT = ".weight"
 
 
 class ResultReader:
@@ -43,8 +45,10 @@ class ResultReader:
         layers: name -> (rows, cols) = (out_features, in_features) of every quantized linear, in the model's order.
         schemes: name -> the scheme that the files say for it.
         not_in_model: names of tensors that are no part of the model, copied from the source as they were.
-        ignore: names of the nn.Linear that are not quantized, and of the modules of ``not_in_model``.
+        ignore: names of the modules with a matrix that is not quantized, in the files and in the model, and of the
+            modules of ``not_in_model``.
         has_lm_head: whether the model has a language-model head.
+        expert_forms: path of each mixture of experts that is stored one by one -> how transformers' model holds it.
         kinds: name -> "linear" or "conv1d", of every linear of which something is stored.
     """
 
@@ -76,12 +80,11 @@ class ResultReader:
             what = "none of the model's linears is stored quantized"
             raise CheckpointError(what, directory, "The config does not belong to these weights")
         self._conversion, self._model = Conversion(empty, {}), model
-        self._mixtures = mixtures_of(model)
+        whole = merged_mixtures(empty, self.checkpoint.tensors)  # experts that are not quantized
+        mixtures = ((path, one) for path, one in model.named_modules() if isinstance(one, Experts))
+        self.expert_forms = {path: one.form for path, one in mixtures if path not in whole}
         self.not_in_model = frozenset(_beside(self._conversion, model, self.checkpoint.tensors, self._paths))
-        plain = {name for name, (_, kind) in shapes.items() if kind == "linear"}
-        plain |= {name for name, kind in self.kinds.items() if kind == "linear"}
-        plain -= self.layers.keys() | {self._paths[name] for name in self.layers}
-        self.ignore = sorted(plain | {name.rpartition(".")[0] for name in self.not_in_model})
+        self.ignore = sorted(self._staying(model) | {name.rpartition(".")[0] for name in self.not_in_model})
         self.has_lm_head = has_lm_head(model)
         self.dtype = self._dtype()
 
@@ -95,6 +98,15 @@ class ResultReader:
         """
         require_unchanged(directory)
         return cls(directory)
+
+    def _staying(self, model: PreTrainedModel) -> set[str]:
+        """The names of the matrices that are not quantized: those of the files, and the paths in ``model``."""
+        matrices = {path for path, module in model.named_modules() if has_matrix(module)}
+        owners = {name.removesuffix(_WEIGHT) for name in self.checkpoint.tensors if name.endswith(_WEIGHT)}
+        others = owners - matrices - self._paths.keys()
+        stored = {name for name in others if self._conversion.rename_to_module(name) in matrices}
+        quantized = self.layers.keys() | {self._paths[name] for name in self.layers}
+        return (matrices | stored | self.kinds.keys()) - quantized
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -123,14 +135,13 @@ class ResultReader:
         codes, grid = self.layer(name)
         return self.format.dequantize(codes, grid, self.dtype).to(self.dtype)
 
-    @cached_property
-    def expert_forms(self) -> dict[str, FusedForm]:
-        """The path of each mixture of experts in the model -> how transformers' model holds its matrices."""
-        return {path: module.form for path, module in self._model.named_modules() if isinstance(module, Experts)}
-
     def name_of(self, path: str) -> str | None:
         """The name in the files of the linear at ``path`` in the model; None where nothing of it is stored."""
         return next((name for name, own in self._paths.items() if own == path), None)
+
+    def path_of(self, name: str) -> str:
+        """The path in the model of the linear that the files call ``name``."""
+        return self._paths[name]
 
     def renamed(self, name: str) -> str:
         """The path that transformers itself gives to what the files call ``name``."""
@@ -139,7 +150,8 @@ class ResultReader:
     def reading(self, schemes: Mapping[str, Scheme]) -> Reading:
         """How plain transformers reads these layers packed by these schemes under their names."""
         paths = {name: self._paths[name] for name in self.layers}
-        return plain_reading(ResultNames(self._conversion), paths, self._mixtures, schemes)
+        mixtures = {path: form.linears for path, form in self.expert_forms.items()}
+        return plain_reading(ResultNames(self._conversion), paths, mixtures, schemes)
 
     def plain_tensors(self) -> dict[str, TensorInfo]:
         """Every tensor that is no part of a quantized weight (embeddings, norms, biases, the head), by name."""

@@ -37,7 +37,7 @@ class ShapePass(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         given = _tensors(args, kwargs)
         absent = [x for x in given if x.is_meta]
-        self.touched.update(storage_of(x) for x in given)
+        self.note(func, given, args, kwargs)
         if not absent:
             return func(*args, **kwargs)
         real = [x for x in given if not x.is_meta]
@@ -58,6 +58,10 @@ class ShapePass(TorchDispatchMode):
             return target
         found = func(*empty[0], **empty[1])
         return _map(lambda x: _numbers(x, real), found)
+
+    def note(self, func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> None:
+        """Note one operation on the tensors ``given``, which are in ``args`` and ``kwargs``."""
+        self.touched.update(storage_of(x) for x in given)
 
 
 def storage_of(x: Tensor) -> int:
@@ -134,7 +138,7 @@ def _values(parameter: Tensor) -> Tensor:
     place = torch.arange(parameter.numel(), dtype=torch.float32)
     if not parameter.is_floating_point():
         return torch.zeros(parameter.shape, dtype=parameter.dtype)
-    scale = 1.0 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5
+    scale = 1.0 if parameter.ndim < 2 else max(1, parameter.shape[-1]) ** -0.5  # a layer may have no columns
     return (
         (scale * (0.1 * torch.sin(2.3 * place) + (0.9 if parameter.ndim < 2 else 0.0)))
         .reshape(parameter.shape)

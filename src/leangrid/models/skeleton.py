@@ -19,13 +19,13 @@ from leangrid.errors import ArchitectureError
 from leangrid.models.discovery import Groups
 from leangrid.models.entry import find_entry
 from leangrid.models.expert_forms import FusedForm
-from leangrid.models.experts import Experts
+from leangrid.models.experts import mixtures_in
 from leangrid.models.linears import is_transposed, linear_shape
 from leangrid.models.model_class import build_empty, has_lm_head, known_type, read_model_config, with_experts_apart
 from leangrid.models.model_inputs import Inputs, arguments_of, takes_argument, takes_pictures
 from leangrid.models.naming import Naming, Weights, match_names
 from leangrid.models.selection import select
-from leangrid.models.stored import StoredTensors, stores_experts_apart
+from leangrid.models.stored import StoredTensors, merged_mixtures, stores_experts_apart
 from leangrid.storage.dtypes import plain_dtype
 from leangrid.storage.safetensors import TensorInfo
 
@@ -64,12 +64,12 @@ class Skeleton:
         with torch.device("meta"):
             empty = build_empty(self.config)
         if stores_experts_apart(empty, checkpoint.tensors):
-            empty = with_experts_apart(empty)
+            empty = with_experts_apart(empty, keep=merged_mixtures(empty, checkpoint.tensors))
         self.naming: Naming = match_names(empty, checkpoint)
         del empty
         if self.naming.untied:
             _untie(self.config)
-        self.model = with_experts_apart(build_empty(self.config, without=self.naming.absent))
+        self.model = with_experts_apart(build_empty(self.config, without=self.naming.absent), linears=False)
         self.prefix = _base_prefix(self.model)
         self.base: nn.Module = self.model.get_submodule(self.prefix) if self.prefix else self.model
         self.stored = StoredTensors(self.model, self.naming, checkpoint, self.model.base_model_prefix)
@@ -92,6 +92,7 @@ class Skeleton:
         if ignore or only:
             self.structure = select(self.structure, self.model, self.stored, self.naming.extra, ignore, only)
             self.__dict__.pop("_paths", None)
+            self.__dict__.pop("_shapes", None)
             self.dtype = self._stored_dtype()
 
     def block_name(self, index: int) -> str:
@@ -111,7 +112,7 @@ class Skeleton:
     @cached_property
     def expert_forms(self) -> dict[str, FusedForm]:
         """The path of each mixture of experts -> how transformers' model holds its matrices."""
-        return {path: module.form for path, module in self.model.named_modules() if isinstance(module, Experts)}
+        return {path: mixture.form for path, mixture in mixtures_in(self.model).items()}
 
     @property
     def has_lm_head(self) -> bool:
@@ -173,24 +174,6 @@ class Skeleton:
         pass."""
         return self.structure.blocks[index].groups
 
-    def group_shapes(self) -> list[list[tuple[int, int]]]:
-        """(rows, cols) of the linears into attention, out of it, into the MLP and out of it, four lists, for the block
-        with the most weights in linears.
-
-        Blocks have other groups too (compressed queries, experts, recurrences): up to the first that gives hidden
-        states all are counted as into attention, behind it each as into or out of the MLP."""
-        blocks = range(len(self.blocks))
-        sizes = [sum(math.prod(self.shape(name)) for name in self.linear_names(index)) for index in blocks]
-        largest = max(blocks, key=lambda index: sizes[index])
-        parts: list[list[tuple[int, int]]] = [[], [], [], []]
-        for names in self.groups(largest):
-            shapes = [self.shape(self.linear_name(largest, name)) for name in names]
-            gives = all(rows == self.hidden_size for rows, _ in shapes) and (
-                len(shapes) == 1 or shapes[0][1] != self.hidden_size
-            )
-            parts[(3 if gives else 2) if parts[1] else (1 if gives else 0)] += shapes
-        return [part or [(1, 1)] for part in parts]
-
     def linear_name(self, index: int, name: str) -> str:
         """The name under which the result holds the linear at the path ``name`` in block ``index``."""
         return self.stored.module_name(f"{self.block_name(index)}.{name}")
@@ -227,11 +210,24 @@ class Skeleton:
 
     def shape(self, linear: str) -> tuple[int, int]:
         """(rows, cols) = (out_features, in_features) of a linear by its name in the result."""
-        return linear_shape(self.model.get_submodule(self._paths[linear]))
+        return self._shapes[linear][0]
 
     def layer_kind(self, linear: str) -> str:
         """ "linear", or "conv1d" where the module stores the transposed weight; by its name in the result."""
-        return "conv1d" if is_transposed(self.model.get_submodule(self._paths[linear])) else "linear"
+        return self._shapes[linear][1]
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[tuple[int, int], str]]:
+        return {name: self.shape_at(path) for name, path in self._paths.items()}
+
+    def shape_at(self, path: str) -> tuple[tuple[int, int], str]:
+        """(rows, cols) and the ``layer_kind`` of the linear at ``path`` in the model, quantized or not."""
+        owner, _, leaf = path.rpartition(".")
+        form = self.expert_forms.get(owner.rpartition(".")[0])
+        if form is not None and leaf in form.leaves:
+            return form.shape(leaf), "linear"
+        linear = self.model.get_submodule(path)
+        return linear_shape(linear), "conv1d" if is_transposed(linear) else "linear"
 
     def read(self, name: str) -> Tensor:
         """The tensor that the model calls ``name``, as the checkpoint stores it. Any thread may call this."""
@@ -240,15 +236,18 @@ class Skeleton:
 
     def tensor_info(self, name: str) -> TensorInfo:
         """The header entry of the (first) stored tensor of what the model calls ``name``: file, dtype, shape, bytes."""
-        return self.checkpoint.tensors[self.stored.places[name].stored[0]]
+        return self.checkpoint.tensors[self.stored.place(name).stored[0]]
 
     def parameter_names(self) -> list[str]:
         """The names of all tensors of the model that the checkpoint holds, tied ones once."""
         return list(self.stored.places)
 
-    def plain_tensors(self, index: int | None) -> Iterator[tuple[str, TensorInfo, Callable[[], Tensor]]]:
+    def plain_tensors(
+        self, index: int | None, merge_experts: bool = False
+    ) -> Iterator[tuple[str, TensorInfo, Callable[[], Tensor]]]:
         """What the result holds of block ``index`` (None: of what is outside of the blocks) as it is stored: its name
-        there, the header entry of the stored tensor, and what reads it, after a look for NaN."""
+        there, the header entry of the (first) stored tensor, and what reads it, after a look for NaN. With
+        ``merge_experts`` experts that all stay are in the tensors of all experts that plain transformers reads."""
         prefixes = self.block_prefixes if index is None else (f"{self.block_name(index)}.",)
         names = [name for name in self.stored.places if name.startswith(prefixes) == (index is not None)]
         quantized = (
@@ -256,8 +255,7 @@ class Skeleton:
             if index is not None
             else set[str]()
         )
-        idle = () if index is not None else dict.fromkeys(self.stored.idle)
-        for name, own in (*self.stored.copied(names, quantized), *((name, None) for name in idle)):
+        for name, own in self.stored.copied(names, quantized, merge_experts):
             if own is None:
                 yield name, self.checkpoint.tensors[name], lambda name=name: self.checkpoint.read(name)
             else:
@@ -281,7 +279,9 @@ class Skeleton:
         for name, buffer in list(module.named_buffers()):
             full = dot + name
             if full in places and not (skip and full.startswith(skip)):
-                buffer.copy_(self.read(full).to(buffer.dtype))
+                path, _, leaf = name.rpartition(".")
+                held, value = module.get_submodule(path)._buffers, self.read(full).to(buffer.dtype)
+                held[leaf] = value if buffer.is_meta else buffer.copy_(value)  # absent if computed of a weight
 
     def block_sources(self, index: int) -> list[str]:
         """The names that the tensors of block ``index`` have in the checkpoint."""
@@ -291,9 +291,17 @@ class Skeleton:
 
     def read_block(self, index: int) -> dict[str, Tensor]:
         """The parameters of block ``index`` by their names in the block, in the compute dtype, in host memory."""
-        prefix = f"{self.block_name(index)}."
-        names = (name for name, _ in self.blocks[index].named_parameters() if prefix + name in self.stored.places)
+        prefix, block = f"{self.block_name(index)}.", self.blocks[index]
+        self._make_linears(block)
+        with self._reading:
+            names = [name for name, _ in block.named_parameters() if prefix + name in self.stored.places]
         return {name: self.read(prefix + name).to(self.compute_dtype) for name in names}
+
+    def _make_linears(self, module: nn.Module) -> None:
+        """Give the experts in ``module`` their linears. Any thread may call this."""
+        with self._reading:
+            for mixture in mixtures_in(module).values():
+                mixture.make_linears()
 
     @contextmanager
     def load_block(
@@ -303,6 +311,7 @@ class Skeleton:
         ``read_block`` gave where that was called already; None reads them."""
         block = self.blocks[index]
         try:
+            self._make_linears(block)
             for name, weight in (weights or {}).items():
                 _set_parameter(block, name, weight)
             self.materialise(block, self.block_name(index))
@@ -339,8 +348,11 @@ class Skeleton:
             self.model.tie_weights()
 
     def release(self, module: nn.Module) -> None:
-        """Free the memory of the module's parameters: they are on the meta device again."""
+        """Free the memory of the module's parameters: they are on the meta device again, experts without linears."""
         self.stored.forget()
+        with self._reading:
+            for mixture in mixtures_in(module).values():
+                mixture.drop_linears()
         for name, parameter in list(module.named_parameters(remove_duplicate=False)):
             _set_parameter(module, name, torch.empty_like(parameter, device="meta"))
 
@@ -358,10 +370,8 @@ class Skeleton:
     def _stored_dtype(self) -> torch.dtype:
         """The dtype of most of the weights to be quantized; float32 for float64, in which no engine computes."""
         counts: Counter[str] = Counter()
-        modules = dict(self.model.named_modules())
-        for path in self._paths.values():
-            rows, cols = linear_shape(modules[path])
-            counts[self.stored.dtype(f"{path}.weight")] += rows * cols
+        for name, path in self._paths.items():
+            counts[self.stored.dtype(f"{path}.weight")] += math.prod(self.shape(name))
         if not counts:
             raise ArchitectureError(
                 "none of its linears can be quantized", type(self.model).__name__, "See leangrid plan for what stays"

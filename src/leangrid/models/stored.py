@@ -4,19 +4,20 @@ A skeleton's model has one linear for each matrix of each expert (experts.py); t
 experts of a block in one tensor, and some tensors under other names or in other pieces (naming.py, conversion.py).
 
 The result holds each tensor under the source's name, or where plain transformers would not find it there, packed or
-beside packed ones, under its module's (conversion_names.py)."""
+beside packed ones, under its module's (conversion_names.py). Experts of which none is quantized stay in the tensors of
+all experts in which the source has them; where plain transformers drops their single matrices beside packed ones, they
+are put into those of its model."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from leangrid.models.conversion import Conversion, ExpertPart, Source
+from leangrid.models.conversion import Conversion, Described, ExpertPart, Source
 from leangrid.models.conversion_names import ResultNames
-from leangrid.models.expert_forms import DOWN, GATE, UP, FusedForm, form_of
-from leangrid.models.experts import Experts
+from leangrid.models.expert_forms import GATE, UP, FusedForm, form_of
+from leangrid.models.experts import Experts, mixtures_in
 from leangrid.models.linears import is_linear
 from leangrid.models.naming import Naming, Weights
 
@@ -25,8 +26,7 @@ MIXTRAL = ("w1", "w3", "w2")  # what Mixtral's checkpoints call gate, up and dow
 _KINDS = ("weight", "bias")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where one tensor of the model is.
 
     Attributes:
@@ -60,7 +60,7 @@ class StoredTensors:
 
     Attributes:
         places: name in the model -> where it is.
-        idle: stored tensors that the model takes and does not compute with.
+        idle: path of a mixture -> stored tensors of experts that it takes and does not compute with.
         result_names: what plain transformers finds in a result; None where nothing is known of its mapping.
         not_found: the paths of linears that plain transformers would not find packed, under any name.
     """
@@ -74,25 +74,35 @@ class StoredTensors:
         self._renames = any(self._is_renamed(name, stored) for name, stored in naming.sources.items())
         self._packed: dict[str, str] = {}  # path of a linear -> its name in the result, where that is not its weight's
         self.places: dict[str, Place] = {}
-        self.idle: list[str] = []
+        self._forms: dict[str, FusedForm] = {}  # path of a mixture -> how transformers' model holds it
+        self._of_all: dict[str, Place] = {}  # the tensors of all experts in that model
+        self.idle: dict[str, dict[str, None]] = {}
         for name, stored in naming.sources.items():
             self.places[name] = Place((stored,), self._spelled(name, stored))
         for name, source in naming.converted.items():
             self.places[name] = Place(source.stored, name, converted=name)
         direct = {} if naming.conversion is None else naming.conversion.unread
         if direct:
-            names = {name for name, _ in model.named_parameters()} - self.places.keys()
+            names = {name for name, _ in model.named_parameters()}
+            for path, mixture in mixtures_in(model).items():
+                names |= {f"{path}.{name}" for name in mixture.parameter_names()}
+            names -= self.places.keys()
             self.places |= {
                 name: Place((own,), self._spelled(name, own)) for own, name in direct.items() if name in names
             }
-        mixtures = {path: module for path, module in model.named_modules() if isinstance(module, Experts)}
+        mixtures = mixtures_in(model)
         for path, module in mixtures.items():
+            self._forms[path] = module.form
             self._place_experts(path, module)
         self.not_found = frozenset(self._name_linears(model, mixtures))
 
+    def place(self, name: str) -> Place:
+        """Where the tensor is that the model calls ``name``, or transformers' model, which has all experts in one."""
+        return self.places.get(name) or self._of_all[name]
+
     def read(self, name: str) -> Tensor:
-        """The tensor that the model calls ``name``, in the stored dtype."""
-        place, conversion = self.places[name], self._naming.conversion
+        """The tensor that the model calls ``name``, or transformers' model, in the stored dtype."""
+        place, conversion = self.place(name), self._naming.conversion
         if self._checkpoint is None:
             raise RuntimeError("nothing can be read without a checkpoint")
         if place.converted is not None and conversion is not None:
@@ -124,18 +134,58 @@ class StoredTensors:
         """The dtype in which it is stored, as safetensors calls it."""
         return "" if self._checkpoint is None else self._checkpoint.tensors[self.places[name].stored[0]].dtype
 
-    def copied(self, names: Iterable[str], quantized: Collection[str]) -> Iterator[tuple[str, str | None]]:
+    def copied(
+        self, names: Iterable[str], quantized: Collection[str], merge: bool = False
+    ) -> Iterator[tuple[str, str | None]]:
         """What the result holds of the tensors ``names`` of the model that are not ``quantized``: the name there, and
         the model's name of it, or None for a stored tensor that is copied under its own name because the model has it
-        in other pieces."""
+        in other pieces. ``merge``: experts that all stay are put together where plain transformers finds them so
+        alone."""
         packed = {name.removesuffix(_WEIGHT) for name in quantized}
         gone = {stored for name in quantized for stored in self.places[name].stored}
-        seen: set[str] = set()
+        # Of each mixture: what is held of it, where that is tensors of all experts.
+        whole: dict[str, list[tuple[str, str | None]] | None]
+        whole = dict.fromkeys(name.rsplit(".", 2)[0] for name in packed)
+        met, seen = set[str](), set[str]()
         for name in names:
-            for kept, own in () if name in quantized else self._kept(name, packed, gone):
+            path = name.rsplit(".", 3)[0]
+            if path in self._forms and path not in met:
+                met.add(path)
+                if path not in whole:
+                    whole[path] = self.kept_whole(path, merge)
+                if whole[path] is None:
+                    yield from ((stored, None) for stored in self.idle.get(path, ()))
+            mixture = whole.get(path)
+            if mixture is None:
+                mixture = () if name in quantized else self._kept(name, packed, gone)
+            for kept, own in mixture:
                 if kept not in seen:
                     seen.add(kept)
                     yield kept, own
+
+    def kept_whole(self, path: str, merge: bool) -> list[tuple[str, str | None]] | None:
+        """What ``copied`` gives for the experts at ``path``, none of which is quantized, where the result holds them in
+        tensors of all experts; None where it holds them one by one."""
+        names, conversion = self.result_names, self._naming.conversion
+        if names is not None and names.replaces_experts(path):
+            return None
+        found: list[tuple[str, str | None]] = []
+        for fused in sorted(self._forms[path].fused_names):
+            name = f"{path}.{fused}" if path else fused
+            place = self._of_all.get(name)
+            if place is None:
+                return None
+            apart = len(place.stored) > 1
+            if apart and not (merge and conversion is not None and conversion.made_of(place.stored[0]) == (name,)):
+                return None  # nor where they are also parts of other experts' tensors, which may be quantized
+            kept = None if names is None else names.kept(name)
+            if kept is not None and not kept.as_stored:
+                found.append((name, name))
+            elif apart:
+                return None
+            else:
+                found += [(place.name, name)] if place.is_whole else [(stored, None) for stored in place.stored]
+        return found
 
     def _kept(self, name: str, packed: Collection[str], gone: Set[str]) -> list[tuple[str, str | None]]:
         """What ``copied`` gives for one tensor, beside the ``packed`` linears made of the stored tensors ``gone``."""
@@ -174,33 +224,38 @@ class StoredTensors:
     def _place_experts(self, path: str, module: Experts) -> None:
         """The linears of the experts at ``path``, whose tensors transformers' model holds fused."""
         form, conversion, dot = module.form, self._naming.conversion, f"{path}." if path else ""
+        parts_of: dict[str, tuple[ExpertPart, ...] | None] = {}
         for kind in ("weight", "bias") if form.biased else ("weight",):
             for leaf in dict.fromkeys(leaf for leaves in form.stages for leaf in leaves):
                 fused = f"{dot}{form.fused_name(leaf, kind)}"
                 whole = self.places.get(fused)
                 if whole is None or f"{dot}0.{leaf}.{kind}" in self.places:  # stored under the linears' own names
                     continue
-                parts = None if whole.converted is None or conversion is None else conversion.expert_parts(fused)
-                if parts is not None:
+                if fused not in parts_of:
+                    converted = None if whole.converted is None else conversion
+                    parts_of[fused] = None if converted is None else converted.expert_parts(fused)
+                if (parts := parts_of[fused]) is not None:
                     self._place_parts(dot, leaf, kind, parts, form)
                     continue
                 held = whole.stored[0] if whole.converted is not None and len(whole.stored) == 1 else whole.name
                 owner, _, last = held.rpartition(".")
                 if last != form.fused_name(leaf, kind):  # stored under another name: the linears have the model's
                     owner = path
+                take = form.taken(leaf, kind)
                 for expert in range(form.count):
                     name = self._saved(f"{owner}.{expert}.{leaf}.{kind}" if owner else f"{expert}.{leaf}.{kind}")
-                    place = Place(whole.stored, name, expert, form.taken(leaf, kind), whole.converted)
+                    place = Place(whole.stored, name, expert, take, whole.converted)
                     self.places[f"{dot}{expert}.{leaf}.{kind}"] = place
-        for leaf in {form.fused_name(leaf, kind) for leaves in form.stages for leaf in leaves for kind in _KINDS}:
-            self.places.pop(f"{dot}{leaf}", None)
+        for fused in {form.fused_name(leaf, kind) for leaves in form.stages for leaf in leaves for kind in _KINDS}:
+            if (whole := self.places.pop(f"{dot}{fused}", None)) is not None:
+                self._of_all[f"{dot}{fused}"] = whole
 
     def _place_parts(self, dot: str, leaf: str, kind: str, parts: tuple[ExpertPart, ...], form: FusedForm) -> None:
         count, transposed = form.count, form.transposed
         wanted = 1 if leaf == UP and any(part.part for part in parts) else 0
         for part in parts:
             if part.expert >= count:  # room that the model's tensor has for experts that do nothing
-                self.idle.append(part.stored)
+                self.idle.setdefault(dot.removesuffix("."), {})[part.stored] = None
             elif part.part == wanted or leaf not in (GATE, UP):
                 turned = part.transposed != transposed and kind == "weight"
                 place = Place((part.stored,), part.stored, take=Tensor.t if turned else None)
@@ -244,11 +299,19 @@ def mixtral_name(name: str) -> str:
 def stores_experts_apart(model: PreTrainedModel, stored: Mapping[str, Any]) -> bool:
     """Whether a checkpoint holds the experts' matrices under the names that our linears have, where transformers does
     not merge such matrices itself. ``model`` is as transformers builds it."""
-    paths = [path for path, module in model.named_modules() if form_of(module) is not None]
-    last = f"0.{DOWN}."
-    likely = [name for name in stored if last in name and ".experts." in f".{name}"] if paths else []
-    if not likely:
-        return False
-    unread = Conversion(model, {name: stored[name] for name in likely}).unread
-    ours = tuple(f"{path}.{last}" for path in paths)
-    return any(name.startswith(ours) for name in unread.values())
+    forms = {path: form for path, module in model.named_modules() if (form := form_of(module)) is not None}
+    ours = tuple(f"{path}.0.{form.leaves[-1]}." for path, form in forms.items())
+    likely = {f"{path.rpartition('.')[2]}.0.{form.leaves[-1]}." for path, form in forms.items()}
+    some = {name: one for name, one in stored.items() if any(last in f".{name}" for last in likely)}
+    return bool(some) and any(name.startswith(ours) for name in Conversion(model, some).unread.values())
+
+
+def merged_mixtures(model: PreTrainedModel, stored: Mapping[str, Described]) -> frozenset[str]:
+    """The paths of the mixtures whose matrices a checkpoint holds in tensors of all experts. ``model`` is as
+    transformers builds it."""
+    forms = {path: form for path, module in model.named_modules() if (form := form_of(module)) is not None}
+    several = {name: one for name, one in stored.items() if len(one.shape) > 2} if forms else {}
+    found = Conversion(model, several).sources if several else {}
+    return frozenset(
+        path for path, form in forms.items() if all(f"{path}.{form.fused_name(leaf)}" in found for leaf in form.leaves)
+    )

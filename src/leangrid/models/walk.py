@@ -23,7 +23,7 @@ batch runs through the block once more.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -34,9 +34,13 @@ from leangrid.errors import ArchitectureError, CalibrationError
 from leangrid.machine.devices import copy_to_host
 from leangrid.machine.flops import product
 from leangrid.models import experts
+from leangrid.models.contexts import entered_since, settings
 from leangrid.models.discovery import FoundBlock
 from leangrid.models.flow import Flow
+from leangrid.models.groups import ExpertInputs, GroupInputs
 from leangrid.models.streams import Streams
+
+_FOLLOWS_TEXT = "depends on the text, which leangrid cannot follow: name it with --ignore"
 
 
 class _Pass(greenlet):
@@ -44,43 +48,7 @@ class _Pass(greenlet):
 
     group: int = -1
     input: Any = None  # a tensor, or a list of one an expert
-    gathers: int = -1  # the group whose inputs of all calls it gathers instead of stopping anywhere
-    gathered: list[Any]
-
-
-@dataclass
-class GroupInputs:
-    """What the linears of one group read: iterating gives (original, quantized) a batch and call, [..., cols] each.
-
-    ``original`` is None with one stream (``paired`` False). A replayed group is computed as it is read, every time it
-    is."""
-
-    names: tuple[str, ...]
-    paired: bool
-    read: Callable[[], Iterator[tuple[Tensor | None, Tensor]]]
-
-    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor]]:
-        return self.read()
-
-
-@dataclass
-class ExpertInputs:
-    """What the experts' linears of one stage read: iterating gives, batch by batch, one tensor [tokens, cols] an
-    expert.
-
-    Which tokens an expert sees differs between the streams; these are the quantized stream's, as when the result is
-    served.
-
-    Attributes:
-        names: all linears of the group, as for GroupInputs. experts: the same, an expert at a time.
-    """
-
-    names: tuple[str, ...]
-    experts: tuple[tuple[str, ...], ...]
-    read: Callable[[], Iterator[tuple[Any, Any]]]
-
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        return (ours for _, ours in self.read())
+    gathers: int = -1  # the group at each of whose calls it stops, and nowhere else
 
 
 class BlockWalk:
@@ -118,11 +86,12 @@ class BlockWalk:
         put: Callable[[Tensor], Tensor] = lambda hidden: hidden,
     ) -> None:
         self._block, self._groups, self._index, self._streams = block, found.groups, index, streams
-        self._repeated, self._flow = found.repeated, flow
+        self._repeated, self._flow, self._path = found.repeated, flow, found.path
+        self._settings = settings()
         self._device = next(block.parameters()).device
         self._replay, self._park = replay, replay and park
-        if not flow.waits:  # a pass that is stopped in its block holds its states itself
-            get, put = Tensor.to, _same_states
+        if not flow.waits:  # it gets and puts its states itself
+            get, put = (lambda hidden, _device: hidden), _same_states
         self._get, self._put = get, put
         self._replacements: dict[str, Tensor] = {}
         self._originals: dict[str, Tensor] = {}  # what was replaced, where a later call of the original stream needs it
@@ -149,10 +118,10 @@ class BlockWalk:
         self, group: int, originals: Mapping[str, Tensor], new: Mapping[str, Tensor]
     ) -> Iterator[tuple[Any, Any]]:
         """What ``group`` reads while every batch runs through the whole block, the original stream with the weights
-        ``originals``, the other with ``new``; afterwards the block has the originals."""
+        ``originals``, the other with ``new``; afterwards the block has the originals, and the flow may go on."""
         self._originals, self._new = dict(originals), dict(new)
         with self._stopping():
-            yield from self._all_calls(group)
+            yield from self._all_calls(group, trial=False)
         self._set(self._originals)
 
     @contextmanager
@@ -225,27 +194,36 @@ class BlockWalk:
         self._replacements.clear()
         return list(zip(originals, [self._resume(p, group) for p in quantized], strict=True))
 
-    def _all_calls(self, group: int) -> Iterator[tuple[Any, Any]]:
+    def _all_calls(self, group: int, trial: bool = True) -> Iterator[tuple[Any, Any]]:
         """What ``group`` reads in each of its calls: every batch runs through the whole block for it."""
         new, before = dict(self._new), dict(self._originals)
         if self._replay:
             before = {name: self._block.get_parameter(f"{name}.weight").data for name in self._replacements}
             new = {name: weight.to(self._device) for name, weight in self._replacements.items()}
         for batch, hidden in enumerate(self._streams.quantized):
-            theirs: list[Any] = []
-            if self._streams.original is not None:
-                theirs = self._gather("original", batch, self._streams.original[batch], group, before)
-            ours = self._gather("quantized", batch, hidden, group, new)
-            yield from zip(theirs or [None] * len(ours), ours, strict=True)
+            ours = self._calls_of(group, self._start("quantized", batch, hidden, trial), new)
+            if self._streams.original is None:
+                yield from ((None, x) for x in ours)
+                continue
+            theirs = self._start("original", batch, self._streams.original[batch], trial)
+            for pair in zip_longest(self._calls_of(group, theirs, before), ours):
+                if pair[0] is None or pair[1] is None:
+                    what = f"{self._groups[group][0]} is called more often in one stream than in the other"
+                    raise ArchitectureError(what, self._path, f"How often {_FOLLOWS_TEXT}")
+                yield pair
         self._set(before if self._replay else new)
 
-    def _gather(self, stream: str, batch: int, hidden: Tensor, group: int, weights: Mapping[str, Any]) -> list[Tensor]:
-        self._set(weights)
-        one = self._start(stream, batch, hidden)
-        one.gathers, one.gathered = group, []
+    def _calls_of(self, group: int, one: _Pass, weights: Mapping[str, Any]) -> Iterator[Any]:
+        """What ``group`` reads in each of its calls in a pass with ``weights``, which stops there: what is read may be
+        changed in place afterwards."""
+        one.gathers = group
         try:
-            one.switch()
-            return one.gathered
+            while True:
+                self._set(weights)
+                found = one.switch()
+                if one.dead:
+                    return
+                yield found
         finally:
             _end(one)
 
@@ -281,7 +259,7 @@ class BlockWalk:
     def _once(self, stream: str, batch: int, hidden: Tensor, group: int, weights: Mapping[str, Any]) -> Any:
         """What a fresh pass with ``weights`` holds at ``group``; its other activations are gone when this returns."""
         self._set(weights)
-        once = self._start(stream, batch, hidden)
+        once = self._start(stream, batch, hidden, trial=group < len(self._groups))
         try:
             for earlier in range(group):
                 self._resume(once, earlier)
@@ -293,12 +271,13 @@ class BlockWalk:
         for name, weight in weights.items():
             self._block.get_submodule(name).weight.data = weight
 
-    def _start(self, stream: str, batch: int, hidden: Tensor) -> _Pass:
-        """A pass that has not begun; ``hidden`` goes to the block's device only when it does."""
+    def _start(self, stream: str, batch: int, hidden: Tensor, trial: bool = False) -> _Pass:
+        """A pass that has not begun; ``hidden`` goes to the block's device only when it does. ``trial``: another one
+        with the same ``hidden`` follows."""
 
         def forward() -> Tensor:
             entered = self._get(hidden, self._device)
-            return self._put(self._flow.call(stream, batch, self._index, self._block, entered))
+            return self._put(self._flow.call(stream, batch, self._index, self._block, entered, trial))
 
         return _Pass(forward)
 
@@ -311,16 +290,23 @@ class BlockWalk:
         if at_end and not one.dead:
             raise ArchitectureError(
                 f"a linear of group {one.group} was called out of order",
-                f"block {self._index}",
-                "Its order of calls depends on the text, which leangrid cannot follow: name it with --ignore",
+                self._path,
+                f"Its order of calls {_FOLLOWS_TEXT}",
             )
         if not at_end and (one.dead or one.group != group):
             raise CalibrationError(
                 f"{', '.join(self._groups[group])} saw no tokens",
-                f"block {self._index}",
+                self._path,
                 "Use more or other calibration text, or name it with --ignore",
             )
         return reached
+
+    def _stop(self, one: _Pass, x: Any) -> None:
+        """Stop the running pass, which reads ``x``, where it is."""
+        if (found := entered_since(self._settings)) is not None:
+            what = f"a linear is called under {found}, which a pass that stops there would leave"
+            raise ArchitectureError(what, self._path, "Name its linears with --ignore")
+        one.parent.switch(x)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
 
     def _pause_experts(self, first: int) -> Callable[[int, list[Tensor]], None]:
         """What an Experts module calls before a stage: its stages are the groups ``first`` and the one after."""
@@ -331,10 +317,10 @@ class BlockWalk:
                 return
             if current.gathers >= 0:
                 if current.gathers == first + stage:
-                    current.gathered.append(inputs)
+                    self._stop(current, inputs)
                 return
             current.group, current.input = first + stage, inputs
-            current.parent.switch(inputs)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
+            self._stop(current, inputs)
             mixture = experts.experts_of_group(self._block, self._groups[first + stage])
             if mixture is not None:
                 for names, x in zip(mixture[1].stage(stage), inputs, strict=True):
@@ -354,18 +340,18 @@ class BlockWalk:
                 return
             if current.gathers >= 0:
                 if current.gathers == group and name == self._groups[group][0]:
-                    current.gathered.append(x)
+                    self._stop(current, x)
                 return
             if group in self._repeated and current.group >= group:
                 pass  # called again: its inputs were gathered
             elif current.group != group:
                 current.group, current.input = group, x
-                current.parent.switch(x)  # pyright: ignore[reportOptionalMemberAccess]  # a running pass has a parent
+                self._stop(current, x)
             elif current.input is None or not _same(x, current.input):
                 raise ArchitectureError(
                     f"{name} does not read the same input as its group",
-                    f"group {group} of block {self._index}",
-                    "What it reads depends on the text, which leangrid cannot follow: name it with --ignore",
+                    self._path,
+                    f"What it reads {_FOLLOWS_TEXT}",
                 )
             weight: Any = module.weight
             self.flops += product(weight.shape[0], weight.shape[1], x.numel() // x.shape[-1])

@@ -6,6 +6,7 @@ Operations are counts of shapes; rates are measured where the device is here, an
 
 import re
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from leangrid.machine.arithmetic import use_products
 from leangrid.machine.devices import has_own_memory, synchronize, usable_part
 from leangrid.machine.stopwatch import STAGES
 from leangrid.models.skeleton import Skeleton
+from leangrid.planning.groups import Group, groups_of
 from leangrid.planning.placement import Placement
 from leangrid.planning.sizes import LayerSize, state_bytes
 from leangrid.recipe import Recipe
@@ -146,45 +148,49 @@ def estimate_seconds(
     streams, tokens, blocks = recipe.streams, recipe.samples * recipe.length, len(skeleton.blocks)
     weights, states = sum(layer.rows * layer.cols for layer in layers), state_bytes(skeleton, recipe, tokens)
     before, after = sum(layer.bytes_before for layer in layers), sum(layer.bytes_after for layer in layers)
-    groups = [_shape(skeleton, index, group) for index in range(blocks) for group in skeleton.groups(index)]
+    groups = [group for index in range(blocks) for group in groups_of(skeleton, index)]
+    reached = weights - sum(group.unreached * group.cols for group in groups)
     attention = blocks * 2 * recipe.length * skeleton.hidden_size  # of a token
     forward, algebra = _FORWARD * rates.forward, rates.algebra
-    solved = sum(
-        (0 if recipe.parsed.method == "rtn" else flops.sweep(la.rows, la.cols))
-        + flops.refine(la.rows, la.cols, recipe.refine or 0)
-        for la in layers
-    )
-    baseline = sum(flops.sweep(la.rows, la.cols) + flops.layer_loss(la.rows, la.cols) for la in layers)
+    shapes = Counter((layer.rows, layer.cols) for layer in layers)
+    sweeps = sum(count * flops.sweep(*shape) for shape, count in shapes.items())
+    refined = sum(count * flops.refine(*shape, recipe.refine or 0) for shape, count in shapes.items())
+    losses = sum(count * flops.layer_loss(*shape) for shape, count in shapes.items())
     passes = _REPLAYED if placement.replay else 1
-    again = (
-        (len(skeleton.group_shapes()) + 1) * blocks * states if placement.disk_streams else 0
-    )  # for each group and the way out
+    again = 5 * blocks * states if placement.disk_streams else 0  # for each group of a block, four, and the way out
     shared = {
-        "calibrate": passes * streams * tokens * (2 * weights + attention) / forward,
-        "hessian": sum(flops.hessian(tokens, cols, streams, min(_SUMS_PANEL, cols)) for _, cols in groups) / rates.sums,
+        "calibrate": passes * streams * tokens * (2 * reached + attention) / forward,
+        "hessian": sum(_sums(group, tokens, streams) for group in groups) / rates.sums,
         "grid": weights * grid_class(recipe.parsed).FIT_SECONDS_PER_WEIGHT / rates.threads,
-        "solve": solved / (_SOLVE * algebra),
-        "baseline": baseline / (_BASELINE * algebra),
+        "solve": ((0 if recipe.parsed.method == "rtn" else sweeps) + refined) / (_SOLVE * algebra),
+        "baseline": (sweeps + losses) / (_BASELINE * algebra),
     }
     if recipe.parsed.exact:
-        shared["solve"] += sum(flops.exact(la.rows, la.cols) for la in layers) / (_EXACT * algebra)
-    # Not shared: every rank needs the factor and the correction whole, and one of them writes.
-    corrected = sum(flops.correction(rows, cols, True) for rows, cols in groups) * (streams - 1)
+        exact = sum(count * flops.exact(*shape) for shape, count in shapes.items())
+        shared["solve"] += exact / (_EXACT * algebra)
+    # Not shared: every rank needs the factor and the correction whole, but those of experts, and one of them writes.
+    factors = sum(-(-group.experts // rates.ranks) * flops.factor(group.cols, True) for group in groups)
+    plain = [group for group in groups if group.experts == 1]
+    corrected = sum(flops.correction(group.rows, group.cols, True) for group in plain) * (streams - 1)
     alone = {
         "load": (before + again) / rates.read,
-        "factor": sum(flops.factor(cols, True) for _, cols in groups) / (_FACTOR * algebra)
-        + corrected / (_CORRECT * algebra),
+        "factor": factors / (_FACTOR * algebra) + corrected / (_CORRECT * algebra),
         "save": (2 * after + (1 + placement.disk_streams) * blocks * states) / rates.disk,
         "check": (before + after) / rates.read,
     }
     if rates.ranks > 1:  # through rank 0, one rank after another: H and G there and back, and what was solved
-        moved = sum(streams * _F32 * cols**2 for _, cols in groups) * 2 + before
+        moved = sum(2 * streams * _F32 * group.cols**2 for group in plain) + before
+        moved += sum(group.experts * _F32 * group.cols**2 for group in groups if group.experts > 1)  # to their owners
         alone["exchange"] = moved * (rates.ranks - 1) / rates.link
     stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
 
 
-def _shape(skeleton: Skeleton, index: int, group: tuple[str, ...]) -> tuple[int, int]:
-    """Rows of all linears of a group, and its columns."""
-    shapes = [skeleton.shape(skeleton.linear_name(index, name)) for name in group]
-    return sum(rows for rows, _ in shapes), shapes[0][1]
+def _sums(group: Group, tokens: int, streams: int) -> float:
+    """Operations of a group's Hessians. Experts have one each, and where they see few tokens one that they share."""
+    panel = min(_SUMS_PANEL, group.cols)
+    if group.experts == 1:
+        return flops.hessian(tokens, group.cols, streams, panel)
+    routed = tokens * group.copies
+    few = routed < group.experts * group.cols
+    return flops.hessian(routed, group.cols, 1, panel) * (1 + few)

@@ -12,15 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from torch import nn
-
 from leangrid import kernels
 from leangrid.grids import grid_class
 from leangrid.machine.arithmetic import choose_compute_dtype
 from leangrid.machine.devices import has_own_memory, usable_device_bytes
 from leangrid.metrics.perplexity import CHUNK
-from leangrid.models.linears import linear_shape
+from leangrid.models.flow import flows_live
 from leangrid.models.skeleton import Skeleton
+from leangrid.planning.groups import Group, largest_groups
 from leangrid.planning.placement import Placement
 from leangrid.planning.sizes import GATE_LENGTH, GATE_WINDOWS
 from leangrid.recipe import Recipe, Scheme
@@ -62,15 +61,6 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Group:
-    """One group of linears: its columns, the rows of all, the rows of the tallest."""
-
-    cols: int
-    rows: int
-    tallest: int
-
-
-@dataclass(frozen=True)
 class Demand:
     """The numbers that decide the sums: shapes, tokens, bytes of one number."""
 
@@ -89,15 +79,13 @@ class Demand:
     has_lm_head: bool = True  # the quality gate compares logits; of other models their states
     tiled: bool = False  # Hessians take 16-bit inputs as they are: no copy in float32
     plain: int = 0  # numbers of the block's linears that are not quantized
+    live: bool = False  # whether the model's own forward is held at its blocks (models/flow.py)
+    outside: int = 0  # bytes of the weights outside of the blocks, which stay loaded then
 
     @classmethod
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Demand":
         """Of a run of ``samples`` windows of ``length`` tokens on ``device``, by a resolved recipe."""
-        groups = []
-        for shapes in skeleton.group_shapes():
-            groups.append(
-                Group(max(cols for _, cols in shapes), sum(rows for rows, _ in shapes), max(rows for rows, _ in shapes))
-            )
+        groups = largest_groups(skeleton)
         vocabulary, hidden = skeleton.vocabulary, skeleton.hidden_size
         weights = sum(g.rows * g.cols for g in groups)
         itemsize = choose_compute_dtype(recipe.products, skeleton.dtype).itemsize
@@ -117,7 +105,9 @@ class Demand:
             bool(recipe.refine),
             skeleton.has_lm_head,
             kernels.outer_takes_bfloat16(device),
-            max(sum(prod(linear_shape(linear)) for linear in linears) for linears in _staying(skeleton)),
+            max(_staying(skeleton)),
+            flows_live(skeleton),
+            itemsize * _outside(skeleton),
         )
 
     @property
@@ -137,7 +127,7 @@ class Demand:
     def held(self, number: int) -> int:
         """Bytes a token that a pass holds while it stands at group ``number`` (at its end: what it gives out).
 
-        Groups are the four of ``Skeleton.group_shapes``: into attention, out of it, into the MLP, out of it. A pass
+        Groups are the four of ``largest_groups``: into attention, out of it, into the MLP, out of it. A pass
         that stands at one holds the group's input, the norm's output or the states that led there, and past attention
         a new residual.
         """
@@ -145,12 +135,12 @@ class Demand:
             return self.itemsize * self.hidden
         group = self.groups[number]
         if number == 0:
-            return self.itemsize * group.cols
+            return self.itemsize * group.read
         before = self.groups[number - 1]
         if number == 1:  # turned by the rotary tables, queries and keys have the states' dtype again
-            return self.itemsize * (before.cols + before.rows) + self.itemsize * group.cols
-        through = self.itemsize * (self.hidden + (group.cols if number == 2 else before.cols))
-        return through if number == 2 else through + self.itemsize * group.cols
+            return self.itemsize * (before.read + before.made) + self.itemsize * group.read
+        through = self.itemsize * (self.hidden + (group.read if number == 2 else before.read))
+        return through if number == 2 else through + self.itemsize * group.read
 
     def transient(self, number: int, tokens: int) -> int:
         """Bytes that one batch of ``tokens`` needs for a moment on the way to group ``number``, beyond what it holds
@@ -158,7 +148,7 @@ class Demand:
         norm = _NORM * self.hidden * _F32 if self.itemsize < _F32 else self.hidden * self.itemsize
         if number == 0:
             return tokens * norm
-        made = self.groups[number - 1].rows * self.itemsize
+        made = self.groups[number - 1].made * self.itemsize
         return tokens * max(norm, made)
 
 
@@ -167,8 +157,10 @@ def sum_footprint(demand: Demand, placement: Placement) -> Footprint:
     result = Footprint(host=_host(demand, placement) if demand.accelerated else {})
     tokens = min(placement.windows, demand.samples) * demand.length
     away = placement.disk_streams or (placement.host_streams and demand.accelerated)
-    streams = 0 if away else demand.states
+    streams = 0 if away else demand.states * (2 if demand.live else 1)  # live: those that left a block beside them
     base = {"weights": demand.weights, "streams": streams}
+    if demand.live:
+        base["outside of the blocks"] = demand.outside
     if demand.accelerated and not placement.in_place:
         base["next block"] = demand.weights
     result.phases["embedding"] = {
@@ -186,12 +178,13 @@ def sum_footprint(demand: Demand, placement: Placement) -> Footprint:
         result.phases[f"forward {number}"] = moving
         if number in placement.host_groups and demand.accelerated:
             continue
-        square, both = _F32 * group.cols**2, demand.streams
-        converted = tokens * group.cols * _F32 * both if demand.itemsize < _F32 and not demand.tiled else 0
+        square, both = _F32 * group.cols**2, max(demand.streams, group.sums)
+        converted = tokens * group.cols * _F32 * demand.streams if demand.itemsize < _F32 and not demand.tiled else 0
         held = moving if placement.replay else waiting
         result.phases[f"hessian {number}"] = held | {"H and G": both * square, "batch in float32": converted}
         for phase, parts in _algebra(demand, placement, group).items():
-            result.phases[f"{phase} {number}"] = waiting | parts
+            others = {"other experts' H": (group.sums - 1) * square} if group.sums else {}
+            result.phases[f"{phase} {number}"] = waiting | parts | others
     result.phases["forward out"] = base | _moving(demand, placement, len(demand.groups), tokens)
     if demand.has_lm_head and not demand.accelerated:
         result.phases["check"] = _check(demand)
@@ -231,7 +224,7 @@ def _moving(demand: Demand, placement: Placement, number: int, tokens: int) -> d
     out = number == len(demand.groups)
     if placement.replay:  # one pass from the block's input on, and the other stream's input of the same batch
         widest = max(tokens * demand.held(n) + demand.transient(n, tokens) for n in range(number + 1))
-        other = demand.itemsize * tokens * (demand.hidden if out else demand.groups[number].cols) * (demand.streams - 1)
+        other = demand.itemsize * tokens * (demand.hidden if out else demand.groups[number].read) * (demand.streams - 1)
         away = placement.disk_streams or (placement.host_streams and demand.accelerated)
         leaving = demand.states if out and not away else 0
         read = demand.itemsize * tokens * demand.hidden if away else 0
@@ -303,10 +296,18 @@ def _host(demand: Demand, placement: Placement) -> dict[str, int]:
     return parts
 
 
-def _staying(skeleton: Skeleton) -> Iterator[list[nn.Module]]:
-    """The linears of each block that are not quantized."""
-    for block, module in zip(skeleton.structure.blocks, skeleton.blocks, strict=True):
-        yield [module.get_submodule(path) for path in block.kept]
+def _staying(skeleton: Skeleton) -> Iterator[int]:
+    """The numbers of each block's linears that are not quantized."""
+    for block in skeleton.structure.blocks:
+        yield sum(prod(skeleton.shape_at(f"{block.path}.{path}")[0]) for path in block.kept)
+
+
+def _outside(skeleton: Skeleton) -> int:
+    """The numbers of the weights outside of the blocks that text reaches."""
+    inside = f"{skeleton.entry_path}." if skeleton.entry_path else ""
+    names = (name for name in skeleton.parameter_names() if name.startswith(inside))
+    used = (name for name in names if not name.startswith(skeleton.block_prefixes))
+    return sum(prod(skeleton.tensor_info(name).shape) for name in used if name not in skeleton.structure.unused)
 
 
 def choose_placement(

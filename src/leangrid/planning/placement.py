@@ -18,7 +18,8 @@ class Placement:
     Attributes:
         windows: calibration windows in a forward pass.
         replay: walk blocks by replaying (models/walk.py) instead of pausing.
-        host_streams: hidden states wait in host memory between their turns.
+        host_streams: hidden states wait in host memory between their turns; what else a model's own forward holds
+            between its blocks (models/flow.py) stays on the device.
         disk_streams: they wait in mapped files beside the journal's states instead.
         in_place: the algebra of solve/in_place.py, with three matrices of the Hessian's size at once.
         host_groups: groups of linears whose Hessian, factor and solve are on the CPU.

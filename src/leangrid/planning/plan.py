@@ -132,8 +132,9 @@ def plan(
     """
     set_threads(threads)
     absent = Described.parse(device)
-    skeleton = Skeleton(_opened(source, shape))
-    result = _estimate(str(source or shape), skeleton, recipe or Recipe(), device, absent)
+    with memory.without_garbage_collection():
+        skeleton = Skeleton(_opened(source, shape))
+        result = _estimate(str(source or shape), skeleton, recipe or Recipe(), device, absent)
     if absent is None:
         _refuse_what_is_not_here(result, Path(out) if out is not None else Path.cwd())
     _refuse_small_device(result, device, absent.usable if absent else usable_device_bytes(device))

@@ -7,7 +7,7 @@ from leangrid.formats import FORMATS
 from leangrid.formats.base import Format
 from leangrid.machine.arithmetic import choose_compute_dtype, choose_products
 from leangrid.models.skeleton import Skeleton
-from leangrid.planning.sizes import stored_schemes
+from leangrid.planning.sizes import layers_alike, stored_schemes
 from leangrid.recipe import Recipe
 from leangrid.storage.remote import Remote
 from leangrid.storage.source import Checkpoint, open_source
@@ -56,14 +56,13 @@ def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:
         raise FormatError(
             what, "--format", f"Use format gguf, or a scheme such as W{min(recipe.parsed.bits, 4)}A16_G32"
         )
-    for name in skeleton.all_linear_names():
-        rows, cols = skeleton.shape(name)
-        scheme = recipe.for_layer(name).parsed
+    for alike in layers_alike(skeleton, recipe):
+        name, scheme, cols = alike.names[0], alike.scheme, alike.cols
         if scheme.group_size and cols % scheme.group_size and not scheme.block:
             fits = [g for g in (128, 64, 32) if cols % g == 0]
             instead = f"W{scheme.bits}A16_G{fits[0]} or W{scheme.bits}A16" if fits else f"W{scheme.bits}A16"
             raise ShapeError(f"groups of {scheme.group_size} do not divide {cols} columns", name, f"Use {instead}")
-        reason = container.refuse(scheme, name, rows, cols, skeleton.layer_kind(name))
+        reason = container.refuse(scheme, name, alike.rows, cols, alike.kind)
         if reason:
             raise FormatError(reason)
     if recipe.layers:
@@ -82,7 +81,7 @@ def _refuse_mixture(recipe: Recipe, skeleton: Skeleton) -> None:
     for index in range(len(skeleton.blocks)):
         for group in skeleton.groups(index):
             fused = [skeleton.linear_name(index, name) for name in group]
-            schemes = {recipe.for_layer(name).scheme for name in fused}
+            schemes = {recipe.layers.get(recipe.find_key(name) or "", recipe.scheme) for name in fused}
             if len(schemes) > 1:
                 shared = ", ".join(name.rpartition(".")[2] for name in fused)
                 several = " and ".join(sorted(schemes))

@@ -12,7 +12,7 @@ from leangrid.recipe import Recipe, Scheme
 GATE_WINDOWS, GATE_LENGTH = 2, 256  # calibration windows that the quality gate takes, and tokens of one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerSize:
     """One linear: [rows, cols], its bytes before and after (codes and grid), and the scheme it gets."""
 
@@ -40,33 +40,61 @@ class Sizes:
         )
 
 
+@dataclass(frozen=True)
+class Alike:
+    """Layers of one scheme, shape and kind: what holds of one of them holds of all.
+
+    Attributes:
+        names: in the model's order.
+        scheme: that a recipe asks for.
+        kind: as ``Skeleton.layer_kind`` says.
+    """
+
+    names: list[str]
+    scheme: Scheme
+    rows: int
+    cols: int
+    kind: str
+
+
+def layers_alike(skeleton: Skeleton, recipe: Recipe) -> list[Alike]:
+    """All layers by what decides their sizes, those with the earliest first; ``recipe`` is resolved. A mixture of
+    experts has tens of thousands of layers, of two or three kinds."""
+    found: dict[tuple[str | None, tuple[int, int], str], Alike] = {}
+    for name in skeleton.all_linear_names():
+        key, shape, kind = recipe.find_key(name), skeleton.shape(name), skeleton.layer_kind(name)
+        if (alike := found.get((key, shape, kind))) is None:
+            alike = found[key, shape, kind] = Alike([], recipe.for_layer(name).parsed, *shape, kind)
+        alike.names.append(name)
+    return list(found.values())
+
+
 def stored_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
     """Layer -> the scheme that the files of a resolved ``recipe`` will say, in the model's order."""
-    names = skeleton.all_linear_names()
-    return schemes_stored_by(
-        FORMATS[recipe.format], {name: (recipe.for_layer(name).parsed, skeleton.shape(name)[1]) for name in names}
-    )
+    return _stored_schemes(skeleton, recipe, layers_alike(skeleton, recipe))
+
+
+def _stored_schemes(skeleton: Skeleton, recipe: Recipe, kinds: list[Alike]) -> dict[str, Scheme]:
+    firsts = {alike.names[0]: (alike.scheme, alike.cols) for alike in kinds}
+    stored = schemes_stored_by(FORMATS[recipe.format], firsts)
+    found = {name: stored[alike.names[0]] for alike in kinds for name in alike.names}
+    return {name: found[name] for name in skeleton.all_linear_names()}
 
 
 def compute_sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
     """The sizes that quantizing ``skeleton`` by a resolved ``recipe`` gives."""
-    layers, schemes = [], stored_schemes(skeleton, recipe)
-    for name in skeleton.all_linear_names():
-        rows, cols = skeleton.shape(name)
-        stored = FORMATS[recipe.format].layout(schemes[name], (rows, cols), skeleton.dtype).values()
-        after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in stored)
-        layers.append(
-            LayerSize(
-                name,
-                rows,
-                cols,
-                rows * cols * skeleton.dtype.itemsize,
-                after,
-                recipe.for_layer(name).scheme_name(cols),
-            )
-        )
-    before = sum(tensor.nbytes for tensor in skeleton.checkpoint.tensors.values())
-    return Sizes(layers, before, before + sum(layer.bytes_after - layer.bytes_before for layer in layers))
+    kinds = layers_alike(skeleton, recipe)
+    stored, sizes = _stored_schemes(skeleton, recipe, kinds), dict[str, LayerSize]()
+    for alike in kinds:
+        shape = (alike.rows, alike.cols)
+        layout = FORMATS[recipe.format].layout(stored[alike.names[0]], shape, skeleton.dtype).values()
+        before = alike.rows * alike.cols * skeleton.dtype.itemsize
+        after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout)
+        scheme = alike.scheme.fitting(alike.cols).name
+        sizes |= {name: LayerSize(name, *shape, before, after, scheme) for name in alike.names}
+    whole = sum(tensor.nbytes for tensor in skeleton.checkpoint.tensors.values())
+    layers = [sizes[name] for name in skeleton.all_linear_names()]
+    return Sizes(layers, whole, whole + sum(layer.bytes_after - layer.bytes_before for layer in layers))
 
 
 def state_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int) -> int:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ def _multiplied_elsewhere(block: FoundBlock) -> Iterator[tuple[str, str]]:
 def _outside(skeleton: Skeleton) -> Iterator[tuple[str, str]]:
     """(summary, why) of each linear, convolution and embedding outside of the blocks, and of what is beside the
     model."""
-    within = {name[:at] for name in skeleton.all_linear_names() for at in _dots(name)}
+    within = _modules_around(skeleton.all_linear_names())
     entry = next(path for path, module in skeleton.model.named_modules() if module is skeleton.entry)
     unseen = tuple(f"{path}." for path in skeleton.structure.idle)
     unseen += tuple(name for name in skeleton.structure.unused if name.startswith(f"{entry}." if entry else ""))
@@ -107,6 +107,15 @@ def _outside(skeleton: Skeleton) -> Iterator[tuple[str, str]]:
         yield _highest(name, within), "is a table of tokens" if isinstance(module, nn.Embedding) else why
     for name in skeleton.naming.extra:
         yield _highest(name, within), _NOT_OF_THE_MODEL
+
+
+def _modules_around(names: Iterable[str]) -> set[str]:
+    """The modules in which the linears ``names`` lie, from the innermost to the outermost."""
+    found: set[str] = set()
+    for name in names:
+        while (at := name.rfind(".")) > 0 and (name := name[:at]) not in found:
+            found.add(name)
+    return found
 
 
 def _highest(name: str, within: set[str]) -> str:

@@ -11,6 +11,7 @@ from leangrid.machine import memory
 from leangrid.machine.devices import peak_device_bytes
 from leangrid.machine.stopwatch import Clock
 from leangrid.models.streams import Streams
+from leangrid.planning.readers import merges_experts
 from leangrid.planning.sizes import stored_schemes
 from leangrid.report.records import LayerRecord
 from leangrid.report.sample import choose_sampled_layer, sample_row
@@ -75,7 +76,8 @@ class BlockWriter:
     def _save(self, block: Block, whole: Streams) -> None:
         """Write the block, and the states of all ranks that leave it."""
         with self._clock.stage("save"):
-            rest = {name: read() for name, _, read in self._skeleton.plain_tensors(block.index)}
+            plain = self._skeleton.plain_tensors(block.index, merges_experts(self._recipe))
+            rest = {name: read() for name, _, read in plain}
             self._journal.commit_block(block.index, block.tensors | rest, self._info(block))
             self.reductions = []
             if self._journal.keeps_states and block.index + 1 < self._progress.blocks:

@@ -67,8 +67,5 @@ class Onward:
     def _step(self, streams: Streams) -> tuple[Streams, int | None]:
         """Hand every pass what its block returned; the states that enter the next one, and its number."""
         with self._timer("calibrate"):
-            following, quantized = self._flow.advance("quantized", streams.quantized)
-            original = None
-            if streams.original is not None:
-                _, original = self._flow.advance("original", streams.original)
-        return Streams(quantized, original), following
+            following, streams = self._flow.advance_both(streams)
+        return streams, following

@@ -17,11 +17,12 @@ import torch
 
 from leangrid.errors import CalibrationError
 from leangrid.models.walk import ExpertInputs
+from leangrid.planning.groups import EXPERT_SUMS
 from leangrid.run.run import Run
 from leangrid.solve.hessian import Hessian, HessianSum
 from leangrid.solve.rescue import Rescue
 
-CHUNK_BYTES = 1 << 30  # of sums that are made at once; a replayed pass is repeated for each chunk
+CHUNK_BYTES = EXPERT_SUMS  # of sums that are made at once; a replayed pass is repeated for each chunk
 
 
 @dataclass(frozen=True, eq=False)

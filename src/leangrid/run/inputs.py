@@ -17,9 +17,10 @@ from leangrid.data.calibration import hash_windows
 from leangrid.data.corpora import check_corpus, find_corpus_file
 from leangrid.data.files import read_rows
 from leangrid.data.picture_windows import picture_files
-from leangrid.errors import CalibrationError
+from leangrid.errors import CalibrationError, RecipeError
 from leangrid.machine import memory
-from leangrid.machine.devices import parse_device
+from leangrid.machine.devices import has_own_memory, parse_device
+from leangrid.models.flow import flows_live
 from leangrid.models.gguf import all_files, dequantize, describe, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.footprint import choose_placement
@@ -158,6 +159,9 @@ def _locked_journal(request: Request, source: dict[str, Any]) -> Journal:
 def _placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal) -> Placement:
     """The one that was asked for, or with which the last finished block ended, or the first that fits."""
     if request.placement is not None:
+        if request.placement.host_block and flows_live(skeleton) and has_own_memory(request.device):
+            what = "the blocks of this model cannot be on the CPU: its own forward is held at them, on the device"
+            raise RecipeError(what, "placement: host_block", "Leave it out, or use --device cpu")
         return request.placement
     done = journal.find_resume_point()
     last = journal.read_block_info(done - 1) if done else {}

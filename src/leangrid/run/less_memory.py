@@ -5,6 +5,7 @@ import gc
 from leangrid.data.windows import Windows
 from leangrid.errors import Interrupted
 from leangrid.machine.devices import has_own_memory, release_cached_memory
+from leangrid.models.flow import flows_live
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.footprint import Demand, sum_footprint
 from leangrid.planning.placement import Placement
@@ -35,6 +36,8 @@ def reduce_placement(
     name, group = stage
     failed = "forward" if name == "calibrate" else "algebra"
     smaller = placement.next_smaller(failed, group, len(skeleton.groups(index)), has_own_memory(device))
+    if smaller is not None and smaller[0].host_block and flows_live(skeleton):
+        smaller = None  # what the model's own forward holds stays on the device
     if smaller is None:
         samples, length = windows.shape
         needed = sum_footprint(Demand.of(skeleton, recipe, samples, length, device), placement).peak

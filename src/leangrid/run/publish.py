@@ -22,7 +22,7 @@ from leangrid.machine.flops import FlopCounts
 from leangrid.machine.memory import peak_bytes
 from leangrid.machine.stopwatch import Clock
 from leangrid.models.gguf import is_gguf
-from leangrid.planning.readers import opened_in
+from leangrid.planning.readers import merges_experts, opened_in
 from leangrid.planning.sizes import compute_sizes
 from leangrid.planning.structure import describe_kept, describe_source, describe_structure
 from leangrid.report.experts import expert_figures
@@ -197,7 +197,7 @@ def _outside_blocks(inputs: RunInputs) -> Iterator[tuple[str, TensorInfo | Tenso
     """Embeddings, final norm, head: copied from where the checkpoint stores them, after a look for NaN; what is not on
     disk as it is. Then what is no part of the model."""
     skeleton = inputs.skeleton
-    for name, info, read in skeleton.plain_tensors(None):
+    for name, info, read in skeleton.plain_tensors(None, merges_experts(inputs.recipe)):
         tensor = read()
         yield name, info if _can_be_copied(info, tensor) else tensor
     for name in skeleton.naming.extra:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leangrid.models.flow import Flow, LiveFlow
+from leangrid.models.flow import Flow, Get, LiveFlow, Put
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.streams import Streams
 from leangrid.models.walk import BlockWalk, ExpertInputs, GroupInputs
@@ -27,6 +27,7 @@ class RepeatedWalk:
         streams: what enters it there.
         batches: token ids, int64 [windows, length] each.
         weights_of: the new weights of the linears of a committed block, as its modules store them.
+        places: puts hidden states where they wait, and gets them back.
     """
 
     def __init__(
@@ -38,9 +39,10 @@ class RepeatedWalk:
         streams: Streams,
         batches: Sequence[Tensor],
         weights_of: WeightsOf,
+        places: tuple[Put, Get],
     ) -> None:
         self._skeleton, self._index, self._module, self._flow = skeleton, index, module, flow
-        self._streams, self._batches, self._weights_of = streams, batches, weights_of
+        self._streams, self._batches, self._weights_of, self._places = streams, batches, weights_of, places
         self._device = next(module.parameters()).device
         self._originals: dict[str, Tensor] = {}
         self._new: dict[str, Tensor] = {}
@@ -73,9 +75,10 @@ class RepeatedWalk:
     def _read(self, group: int) -> Iterator[tuple[Any, Any]]:
         """What ``group`` reads in all calls of the block, call after call."""
         names = ("quantized",) if self._streams.original is None else ("quantized", "original")
-        again = LiveFlow(self._skeleton, self._device, beside=True)
+        put, get = self._places
+        again = LiveFlow(self._skeleton, self._device, get, beside=True)
         try:
-            entered = again.enter(self._batches, lambda hidden: hidden, *names)
+            entered = again.enter(self._batches, put, *names)
             streams = Streams(list(entered), list(entered) if len(names) > 1 else None)
             at = self._skeleton.structure.order
             last = len(at) - 1 - at[::-1].index(self._index)
@@ -87,7 +90,7 @@ class RepeatedWalk:
                     self.flops += walk.flops
                 else:
                     self._through(again, index, streams)
-                streams = _advanced(again, streams)
+                streams = again.advance_both(streams)[1]
         finally:
             again.close()
 
@@ -104,11 +107,6 @@ class RepeatedWalk:
     def _set(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
             self._module.get_parameter(f"{name}.weight").data = weight
-
-
-def _advanced(flow: LiveFlow, streams: Streams) -> Streams:
-    original = None if streams.original is None else flow.advance("original", streams.original)[1]
-    return Streams(flow.advance("quantized", streams.quantized)[1], original)
 
 
 def is_repeated(skeleton: Skeleton, index: int) -> bool:

@@ -4,9 +4,8 @@ import json
 from copy import deepcopy
 from typing import Any
 
-from torch import Tensor, nn
-
 from leangrid.formats import FORMATS
+from leangrid.models.linears import has_matrix
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.readers import plain_reading_of
 from leangrid.planning.sizes import stored_schemes
@@ -35,15 +34,13 @@ def make_config(skeleton: Skeleton, recipe: Recipe) -> dict[str, Any]:
             section[_TIED] = False
     quantized, reading = stored_schemes(skeleton, recipe), plain_reading_of(skeleton, recipe)
     paths = {skeleton.path(name) for name in quantized}
-    matrices = {name for name, module in skeleton.model.named_modules() if _has_matrix(module)} - paths
+    matrices = {name for name, module in skeleton.model.named_modules() if has_matrix(module)}
+    for path, form in skeleton.expert_forms.items():
+        matrices |= {f"{path}.{expert}.{leaf}" for expert in range(form.count) for leaf in form.leaves}
+    matrices -= paths
     ignored = {skeleton.stored.module_name(path) for path in matrices}
     ignored |= {name.rpartition(".")[0] for name in skeleton.naming.extra}
-    if reading is not None and not reading.dequantize:  # it then looks for its own modules' names
+    if reading is None or not reading.dequantize:  # readers then look for transformers' own modules
         ignored |= matrices
     entries = FORMATS[recipe.format].config_entries(quantized, sorted(ignored), reading)
     return json.loads(json.dumps(add_older_rope_keys(config) | entries, default=str))
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(module, nn.Embedding)

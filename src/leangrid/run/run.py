@@ -14,7 +14,7 @@ from leangrid.formats import FORMATS
 from leangrid.machine import memory
 from leangrid.machine.arithmetic import use_products
 from leangrid.machine.devices import DeviceClock, has_own_memory, is_out_of_memory
-from leangrid.models.flow import ChainedFlow, open_flow
+from leangrid.models.flow import ChainedFlow, LiveFlow, open_flow
 from leangrid.models.prefetch import Prefetch
 from leangrid.models.streams import Streams
 from leangrid.models.walk import BlockWalk
@@ -68,10 +68,11 @@ class Run:
         watcher, blocks = inputs.request.progress if ranks.first else None, len(self.skeleton.blocks)
         self.progress = RunProgress(watcher, clock, blocks, done, windows.numel())
         self.writer = BlockWriter(inputs, self.states, clock, self.accounting, self.progress, ranks)
-        self.flow = open_flow(self.skeleton, self.device)
+        self.flow = open_flow(self.skeleton, self.device, self.states.get)
         self._weights = CommittedWeights(self.skeleton, self.recipe, self.journal)
         self.onward = Onward(self.skeleton, self.flow, self._weights, self.device, self.stage)
         self._entered = 0  # windows of a batch in the passes that are held
+        self._begin_again = False  # since a block that was not finished may have changed what the passes hold
         self._stage = ("calibrate", 0)  # the last that began, and its group
         self._prefetch: Prefetch | None = None
         if has_own_memory(self.device):
@@ -154,7 +155,8 @@ class Run:
         """The walk through block ``index``."""
         if is_repeated(self.skeleton, index):
             batches = self.ranks.share(self.windows).split(self._entered)
-            return RepeatedWalk(self.skeleton, index, module, self.flow, streams, batches, self._weights.of)
+            places = self.states.put, self.states.get
+            return RepeatedWalk(self.skeleton, index, module, self.flow, streams, batches, self._weights.of, places)
         placement, states = self.states.placement, self.states
         found = self.skeleton.structure.blocks[index]
         ways = (placement.replay, placement.in_place)
@@ -180,10 +182,12 @@ class Run:
             streams.move(self.states.put)
             with self.stage("calibrate"):
                 self.flow.prepare(self.windows, {len(batch) for batch in streams.quantized})
-        elif self._entered > self.states.placement.windows:
-            done = self.journal.count_committed()
-            again = self.onward.catch_up(done, self._enter())  # passes of fewer windows, from the beginning
+        elif self._begin_again or self._entered > self.states.placement.windows:
+            done, self._begin_again = self.journal.count_committed(), False
+            again = self.onward.catch_up(done, self._enter())  # new passes, perhaps of fewer windows
             streams.quantized[:], streams.original = again.quantized, again.original
+        elif isinstance(self.flow, LiveFlow):
+            self.flow.put_away()
 
     def _enter(self) -> Streams:
         """Run everything before the first block."""
@@ -204,6 +208,7 @@ class Run:
             self.states.placement, self._stage, self.skeleton, self.recipe, self.windows, index, self.device
         )
         self.states.placement = smaller
+        self._begin_again = self.skeleton.structure.blocks[index].changes
         self.writer.reductions.append(Rescue("memory", f"out of memory: {words}"))
         if self._prefetch is not None:
             self._prefetch.to_device = not smaller.in_place and not smaller.host_block

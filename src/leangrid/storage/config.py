@@ -21,7 +21,10 @@ _LIMITS: dict[str, int] = {
     **dict.fromkeys(("vocab_size", "type_vocab_size"), 1 << 26),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 1 << 31),
 }
-_MAY_BE_ZERO = ("type_vocab_size", "head_dim")  # GLM 5 says its heads' size in another field
+# A dense model of a type with experts, such as Granite 4's small ones, has none; GLM 5 says its heads' size in another
+# field.
+_MAY_BE_ZERO = ("type_vocab_size", "head_dim", "num_local_experts", "num_experts", "n_routed_experts",
+                "moe_intermediate_size")  # fmt: skip
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "initializer_range", "initializer_factor")
 _ROPES = ("rope_scaling.", "rope_parameters.")
@@ -123,8 +126,9 @@ def _list_absurd_values(section: dict[str, Any], prefix: str) -> Iterator[str]:
         elif key in _LIMITS and value is not None:
             # Some families, such as OpenELM, give a list with one size for each layer.
             for item in value if isinstance(value, list) else [value]:
-                if type(item) is not int or not 0 <= item <= _LIMITS[key] or (item == 0 and key not in _MAY_BE_ZERO):
-                    yield f"{name} = {str(item)[:40]} (a whole number from 1 to {_LIMITS[key]})"
+                least = 0 if key in _MAY_BE_ZERO else 1
+                if type(item) is not int or not least <= item <= _LIMITS[key]:
+                    yield f"{name} = {str(item)[:40]} (a whole number from {least} to {_LIMITS[key]})"
         elif key in _POSITIVE and value is not None and not _is_finite_and_not_negative(value):
             yield f"{name} = {str(value)[:40]} (a finite number, not negative)"
         elif (

@@ -150,7 +150,10 @@ def refuse_disguised(tensors: Mapping[str, Any], directory: Path) -> None:
     form = find_quantized_form(tensors)
     if form is not None:
         raise CheckpointError(
-            f"the checkpoint is already quantized: it holds {form[0]}, such as '{form[1]}'", directory, _WAY_OUT
+            f"the checkpoint is already quantized: it holds {form[0]}, such as '{form[1]}', of which config.json says "
+            "nothing that fits",
+            directory,
+            f"{_WAY_OUT}, or one with its own quantization_config: of those leangrid reads some (docs/sources.md)",
         )
     codes = [
         name

@@ -5,7 +5,7 @@ config.json says of blocks, bits and symmetry is compared with what is stored.""
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -143,8 +143,10 @@ Found = Iterator[tuple[str, DequantizedInfo]]
 def fp8(source: Source) -> Found:
     """FP8 as transformers' fp8, mxfp8 and fbgemm_fp8 store it, and FP4 experts beside it (DeepSeek-V4)."""
     stated = source.entry.get("weight_block_size")
-    block = (stated[0], stated[1]) if isinstance(stated, list) and _is_pair(stated) else None
-
+    if stated is not None and not _is_pair(stated):
+        what = f"weight_block_size is {str(stated)[:40]!r}, not a list of two numbers"
+        raise CheckpointError(what, source.directory / "config.json", "Write the rows and columns that share a scale")
+    block = None if stated is None else (stated[0], stated[1])
     usual = "_scale" if source.entry.get("quant_method") == "fbgemm_fp8" else "_scale_inv"
 
     def scales(name: str) -> tuple[str, ...]:
@@ -200,6 +202,16 @@ def modelopt(source: Source) -> Found:
             yield name, one_number(source.matrix("fp4", parts, stated=(1, 16), bits=4), "scale_2")
 
 
+def scale_without_codes(stored: Mapping[str, TensorInfo], parts: Container[str]) -> tuple[str, str] | None:
+    """A scale that belongs to none of the ``parts``, and the plain weight beside it; None: there is none."""
+    for name in stored:
+        weight = _SCALES.sub("", name)
+        named = weight != name and (weight.endswith("weight") or name.endswith("_scale_inv"))
+        if named and name not in parts and weight in stored and stored[weight].dtype in (*COMPUTED, "F64"):
+            return name, weight
+    return None
+
+
 def one_number(info: DequantizedInfo, role: Literal["scale_2", "global_scale"]) -> DequantizedInfo:
     """``info`` itself, or CheckpointError where its second scale is not one float32 for each matrix."""
     part = info.parts[role]
@@ -209,7 +221,7 @@ def one_number(info: DequantizedInfo, role: Literal["scale_2", "global_scale"]) 
     return info
 
 
-def _is_pair(value: object) -> bool:
+def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(type(item) is int and item > 0 for item in value)
 
 

@@ -18,7 +18,17 @@ from leangrid.storage.dequantize import DequantizedInfo
 from leangrid.storage.dtypes import COMPUTED, DTYPES, FLOATS, NAMES, dtype_of, torch_name
 from leangrid.storage.foreign import QUANTIZATION_KEYS, find_quantized_form
 from leangrid.storage.manifest import is_result
-from leangrid.storage.quantized_layouts import ACTIVATIONS, WAY_OUT, Found, Source, fp8, modelopt, mxfp4
+from leangrid.storage.quantized_layouts import (
+    ACTIVATIONS,
+    DAMAGED,
+    WAY_OUT,
+    Found,
+    Source,
+    fp8,
+    modelopt,
+    mxfp4,
+    scale_without_codes,
+)
 from leangrid.storage.safetensors import TensorInfo, parse_strict_json
 
 MODELOPT = "hf_quant_config.json"  # where ModelOpt says what config.json of its older checkpoints does not
@@ -87,6 +97,9 @@ def open_quantized(
     if not found and not left_out:
         _refuse_plain(stored, where, method, directory)
         raise CheckpointError(f"the checkpoint is already quantized ({where}: {method})", directory, WAY_OUT)
+    if lone := scale_without_codes(stored, parts):
+        plain = f"'{lone[0]}' is the scale of no codes: '{lone[1]}' is stored in plain {stored[lone[1]].dtype}"
+        raise CheckpointError(plain, stored[lone[0]].file, DAMAGED)
     tensors: dict[str, TensorInfo] = {}
     at = {info.names["codes"]: (name, info) for name, info in found.items()}
     for name, info in stored.items():

@@ -1,6 +1,8 @@
 """GPTQ, our side: words against a packer written from the format's description, refusals, damage. GPTQModel itself:
 make interop."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -177,9 +179,39 @@ def test_config_round_trip(name: str, container: Gptq) -> None:
     assert V1.EXPORT_ONLY and not V2.EXPORT_ONLY
 
 
+def test_linears_that_stay_are_named_as_each_reader_asks() -> None:
+    """GPTQModel: patterns that exclude; optimum: ends of the names that are quantized, whole where a name that stays
+    ends so too."""
+    names = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    stays = ["lm_head", "model.layers.0.mlp.gate", "tower.blocks.0.mlp.up_proj", "tower.blocks.0.qkv"]
+    config = V2.config(dict.fromkeys(names, W4), stays)
+    assert list(config["dynamic"]) == [f"-:^{re.escape(name)}$" for name in stays[1:]]
+    assert config["modules_in_block_to_quantize"] == [["model.layers.0.mlp.up_proj", "self_attn.q_proj"]]
+    assert format_of(config) is V2 and V2.scheme_of(config) == W4
+    assert [name for name in [*names, *stays, "model.layers.0.mlp.gate_proj"] if V2.covers(config, name)] == [
+        *names, "model.layers.0.mlp.gate_proj"]  # fmt: skip
+    assert not {"dynamic", "modules_in_block_to_quantize"} & V2.config(dict.fromkeys(names, W4), ["lm_head"]).keys()
+
+
+def test_patterns_of_another_tool_that_exclude_are_read() -> None:
+    config = V2.config({"model.q": W4}, []) | {"dynamic": {r"-:.*\.mtp\..*": {}, r"-:.*shared_expert": {}}}
+    assert V2.scheme_of(config) == W4 and V2.covers(config, "model.layers.0.mlp.up_proj")
+    assert not V2.covers(config, "model.mtp.0.up_proj") and not V2.covers(config, "model.layers.0.shared_expert.up")
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"bits": 5}, {"group_size": 0}, {"group_size": "x"}, {"desc_act": True}, {"dynamic": {"-:x": {}}}, {"sym": None}],
+    [
+        {"bits": 5},
+        {"group_size": 0},
+        {"group_size": "x"},
+        {"desc_act": True},
+        {"sym": None},
+        {"dynamic": {"+:x": {"bits": 8}}},
+        {"dynamic": {"x": {}}},
+        {"dynamic": {"-:(": {}}},
+        {"dynamic": ["-:x"]},
+    ],
 )
 def test_a_config_that_we_do_not_read_is_refused(change: dict) -> None:
     with pytest.raises(FormatError, match=r"config\.json"):

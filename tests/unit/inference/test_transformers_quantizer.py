@@ -7,11 +7,13 @@ import pytest
 import tiny_models
 import torch
 import transformers as hf
+import zoo_models
 from quantized_checkpoints import Made, answer, auto, make_once, reference
 from safetensors.torch import load_file
 
 import leangrid
-from leangrid.inference.layers import LutLinear
+from leangrid.inference.layers import LutLinear, PackedLinear
+from leangrid.models.result_reader import ResultReader
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +54,16 @@ def test_llama_cpp_blocks_become_plain_linears(tiny: Callable[..., Path], tmp_pa
     (ours, _), theirs, tokens = leangrid.load(blocks), auto(blocks), tiny_models.tokens()
     assert type(theirs.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert torch.equal(answer(theirs, tokens), answer(ours, tokens))
+
+
+@pytest.mark.parametrize("way", [{"scheme": "RTN4_G32", "format": "awq"}, {"scheme": "RTN_Q4_0"}])
+def test_a_model_that_asks_its_linears_for_a_weight_while_it_is_loaded(way: dict[str, str], tmp_path: Path) -> None:
+    """Mamba 2 initialises a weight of its output linear by its name, whatever its file holds."""
+    zoo_models.save(zoo_models.build("mamba2", "causal"), tmp_path / "source")
+    leangrid.quantize(tmp_path / "source", tmp_path / "out", leangrid.Recipe(**way), windows=tiny_models.tokens(2, 16))
+    (ours, _), finished = leangrid.load(tmp_path / "out"), ResultReader.verified(tmp_path / "out")
+    assert "backbone.layers.0.mixer.out_proj" in finished.layers
+    for name in finished.layers:
+        layer = ours.get_submodule(name)
+        weight = layer.weight_hat if isinstance(layer, PackedLinear) else layer.weight
+        assert torch.equal(weight, finished.weight_in_model_dtype(name)), name

@@ -46,20 +46,26 @@ def test_packed_linears(kind: str, family: str, module: str, name: str, tmp_path
     assert ResultNames(conversion).packed(module) == name
 
 
-def test_packed_experts_have_the_sources_names(tmp_path: Path) -> None:
+def takes_experts(conversion: Conversion, experts: str) -> list[bool]:
+    """Whether transformers takes each matrix of the experts at this path, packed under the source's name."""
+    found = [conversion.expert_parts(f"{experts}.{leaf}") or () for leaf in ("gate_up_proj", "down_proj")]
+    names = [part.stored.removesuffix(".weight") for parts in found for part in parts]
+    return [ResultNames(conversion).takes_expert(name, experts) for name in names]
+
+
+def test_packed_experts_are_found_under_the_sources_names(tmp_path: Path) -> None:
     conversion = conversion_of("mixtral", "causal", tmp_path)
-    name = "model.layers.0.mlp.experts.gate_up_proj"
-    parts = conversion.expert_parts(name) or ()
-    names = [ResultNames(conversion).packed_expert(name, part) for part in parts]
-    assert names[:2] == [f"model.layers.0.block_sparse_moe.experts.0.{part}" for part in ("w1", "w3")]
+    taken = takes_experts(conversion, "model.layers.0.mlp.experts")
+    assert len(taken) == 3 * 4 and all(taken)
+    assert not ResultNames(conversion).takes_expert("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts")
 
 
-def test_experts_that_transformers_cannot_unpack_have_no_name(tmp_path: Path) -> None:
+def test_experts_that_transformers_cannot_unpack_are_not_found(tmp_path: Path) -> None:
     """ERNIE's text and picture experts are split after they are unpacked as one tensor."""
     conversion = conversion_of("ernie4_5_vl_moe", "image-text", tmp_path)
-    name = next(one for one in conversion.sources if one.endswith("text_moe.experts.down_proj"))
-    parts = conversion.expert_parts(name) or ()
-    assert parts and all(ResultNames(conversion).packed_expert(name, part) is None for part in parts)
+    experts = next(one for one in conversion.sources if one.endswith("text_moe.experts.down_proj")).rpartition(".")[0]
+    taken = takes_experts(conversion, experts)
+    assert taken and not any(taken)
 
 
 def test_what_a_converter_merges_is_kept_as_the_module_has_it(tmp_path: Path) -> None:

@@ -6,65 +6,12 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from module_models import WIDTH, Block, Model, found, linear, with_block
 from torch import Tensor, nn
 
 from leangrid.errors import ArchitectureError
-from leangrid.models.discovery import Structure, discover
+from leangrid.models.discovery import discover
 from leangrid.models.model_class import build_empty, with_experts_apart
-
-WIDTH = 64
-
-
-def linear(rows: int = WIDTH, cols: int = WIDTH) -> nn.Linear:
-    return nn.Linear(cols, rows, bias=False)
-
-
-class Block(nn.Module):
-    """Attention without its middle, an MLP, a residual around both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (linear() for _ in range(4))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = linear(128), linear(cols=128)
-
-    def forward(self, x: Tensor, **_: Any) -> Tensor:
-        x = x + self.o(self.q(x) + self.k(x) * self.v(x))
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
-
-class Model(nn.Module):
-    """Blocks of one kind in a row."""
-
-    def __init__(self, kind: Callable[[], nn.Module] = Block, blocks: int = 3) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(100, WIDTH)
-        self.layers = nn.ModuleList([kind() for _ in range(blocks)])
-        self.tower = linear()  # of pictures: text does not reach it
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
-
-
-def run(model: nn.Module, number: int) -> Any:
-    return model(torch.arange(5)[None] + 1 + number)
-
-
-def found(kind: Callable[[], nn.Module] = Model) -> Structure:
-    with torch.device("meta"):
-        model = kind()
-    structure = discover(model, model, run)
-    assert all(parameter.is_meta for parameter in model.parameters()), "a weight was left behind"
-    assert all("forward" not in vars(module) for module in model.modules()), "a forward was left behind"
-    return structure
-
-
-def with_block(kind: Callable[[], nn.Module]) -> Structure:
-    return found(lambda: Model(kind))
 
 
 def test_blocks_groups_and_the_rest_of_a_plain_decoder() -> None:
@@ -139,7 +86,7 @@ class _SharesWithIdle(_Skips):
         (_Skips, {"v": "is not called on text"}),
         (
             _Shares,
-            {"k": "its weight is multiplied in layers.0.v too", "v": "its weight is multiplied in layers.0.k too"},
+            {"k": "its weight is used in layers.0.v too", "v": "its weight is used in layers.0.k too"},
         ),
         (_SharesWithIdle, {"k": "shares its weight with another module", "v": "is not called on text"}),
     ],
@@ -155,7 +102,7 @@ def test_a_weight_that_is_multiplied_outside_of_its_linear_stays() -> None:
         def forward(self, x: Tensor, **_: Any) -> Tensor:
             return super().forward(x) + x @ self.v.weight
 
-    assert dict(with_block(Reads).blocks[0].kept) == {"v": "its weight is multiplied in layers.0 too"}
+    assert dict(with_block(Reads).blocks[0].kept) == {"v": "its weight is used in layers.0 too"}
 
 
 def test_matrices_of_no_linear_are_counted_as_left() -> None:

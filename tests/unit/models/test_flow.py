@@ -8,9 +8,11 @@ import tiny_models
 import torch
 from walks import enter, go_on, skeleton_of, walk_through
 
+from leangrid.errors import ArchitectureError
 from leangrid.models.flow import ChainedFlow, Flow, LiveFlow, open_flow
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.streams import Streams
+from leangrid.storage.mapped import MappedTensors
 
 IDS = tiny_models.tokens(3, 24)
 
@@ -129,3 +131,37 @@ def test_a_flow_that_is_closed_can_begin_again(tmp_path: Path) -> None:
     assert all(map(torch.equal, first, again))
     flow.close()
     assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3n", "llama3"])
+def test_states_of_a_held_forward_wait_where_they_are_put(name: str, tmp_path: Path) -> None:
+    """In mapped files here; the model's own code has the same tensors, and goes on with the same numbers."""
+    skeleton = skeleton_of(name, tmp_path / "model")
+    plain, mapped = LiveFlow(skeleton), MappedTensors(tmp_path)
+    expected = _states(skeleton, plain)
+    plain.close()
+    flow = LiveFlow(skeleton, get=mapped.load_copy)
+    states = flow.enter(IDS.split(2), mapped.store, "quantized")
+    seen = [x.clone() for x in states]
+    for index in skeleton.structure.order:
+        assert all(mapped.store(x) is x for x in states), "states entered a block from memory"
+        with skeleton.load_block(index) as block:
+            for batch, hidden in enumerate(states):  # a trial leaves everything as it is
+                flow.call("quantized", batch, index, block, hidden, trial=True)
+            left = [flow.call("quantized", batch, index, block, hidden) for batch, hidden in enumerate(states)]
+        assert all(mapped.store(x) is x for x in (*states, *left)), "states wait in memory"
+        seen += [x.clone() for x in left]
+        _, states = flow.advance("quantized", left)
+    flow.close()
+    assert len(seen) == len(expected) and all(map(torch.equal, seen, expected))
+
+
+@torch.no_grad()
+def test_a_pass_that_goes_another_way_than_it_was_seen_to_is_refused(tmp_path: Path) -> None:
+    skeleton = skeleton_of("gemma3n", tmp_path)
+    flow = open_flow(skeleton)
+    states = flow.enter(IDS.split(2), lambda hidden: hidden, "quantized")
+    with skeleton.load_block(1) as block, pytest.raises(ArchitectureError, match="called in another order"):
+        flow.call("quantized", 0, 1, block, states[0])
+    flow.close()

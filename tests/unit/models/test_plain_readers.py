@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import zoo_models
 
-from leangrid.models.plain_readers import mixtures_of, plain_reading
+from leangrid.models.plain_readers import plain_reading
 from leangrid.models.skeleton import Skeleton
-from leangrid.recipe import Scheme
+from leangrid.planning.readers import opened_in
+from leangrid.recipe import Recipe, Scheme
 from leangrid.storage.source import open_source
 
 SYMMETRIC, ASYMMETRIC = Scheme.parse("W4A16_SYM"), Scheme.parse("W4A16")
@@ -24,7 +25,17 @@ def read(skeleton: Skeleton, experts: Scheme | None, others: Scheme):
     schemes = {name: experts if ".experts." in name else others for name in skeleton.all_linear_names()}
     stated = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     paths = {name: skeleton.path(name) for name in stated}
-    return plain_reading(names, paths, mixtures_of(skeleton.model), stated)
+    mixtures = {path: form.linears for path, form in skeleton.expert_forms.items()}
+    return plain_reading(names, paths, mixtures, stated)
+
+
+@pytest.mark.parametrize("ignore", ["*.experts.*", "model.layers.1.*"])
+def test_experts_that_stay_in_tensors_of_all_are_no_obstacle(ignore: str, tmp_path: Path) -> None:
+    source = zoo_models.save(zoo_models.build("qwen3_moe", "causal"), tmp_path)
+    recipe = Recipe(scheme="W4A16_SYM", ignore=(ignore,)).resolved("W4A16_SYM")
+    skeleton = Skeleton(open_source(source))
+    skeleton.select(recipe.ignore, recipe.only)
+    assert opened_in(skeleton, recipe) == {"leangrid.load": "yes", "transformers": "yes"}
 
 
 @pytest.mark.parametrize(
@@ -42,6 +53,8 @@ def test_obstacles(mixture: Skeleton, experts: Scheme | None, others: Scheme, ob
     assert all(".experts." in name for name in found.merged) and bool(found.merged) == (experts is not None)
 
 
-def test_fused_experts_that_transformers_does_not_merge(tmp_path: Path) -> None:
-    skeleton = Skeleton(open_source(zoo_models.save(zoo_models.build("gpt_oss", "causal"), tmp_path)))
+@pytest.mark.parametrize("kind", ["gpt_oss", "longcat_flash"])
+def test_packed_experts_for_which_transformers_has_no_place(kind: str, tmp_path: Path) -> None:
+    """It does not merge those of the first, and leaves the room of the second's experts that do nothing unfilled."""
+    skeleton = Skeleton(open_source(zoo_models.save(zoo_models.build(kind, "causal"), tmp_path)))
     assert read(skeleton, SYMMETRIC, SYMMETRIC).obstacle == "it has no place for packed experts of this model"

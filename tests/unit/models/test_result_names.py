@@ -2,6 +2,7 @@
 
 import pytest
 import tiny_models
+from described_tensors import Shaped
 
 from leangrid.models.linears import linear_shapes
 from leangrid.models.model_class import build_empty, with_experts_apart
@@ -10,7 +11,8 @@ from leangrid.models.result_names import match_result
 
 def _matched(name: str, stored: list[str]) -> dict[str, str]:
     config = tiny_models.CONFIGS[name]()
-    return match_result(build_empty(config), with_experts_apart(build_empty(config)), stored)
+    described = {one: Shaped((2, 2), "F32") for one in stored}
+    return match_result(build_empty(config), with_experts_apart(build_empty(config)), described)
 
 
 @pytest.mark.parametrize("name", ["llama2", "gpt2", "qwen3_moe", "deepseek_v3"])

@@ -1,9 +1,10 @@
 """A forward pass whose weights are absent: real numbers come out, the same for the same input."""
 
+import pytest
 import torch
 from torch import nn
 
-from leangrid.models.shape_pass import ShapePass, storage_of
+from leangrid.models.shape_pass import ShapePass, small_parameters, storage_of
 
 
 def absent(*shape: int) -> torch.Tensor:
@@ -58,3 +59,12 @@ def test_a_change_in_place_by_an_absent_tensor_changes_what_is_there() -> None:
     with torch.no_grad(), ShapePass():
         given = x.mul_(absent(3))
     assert given is x and not x.is_meta and not torch.equal(x, torch.ones(2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_linear_without_columns_gets_parameters() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 0, bias=False), nn.Linear(0, 4, bias=False))
+    with small_parameters(model):
+        assert [tuple(p.shape) for p in model.parameters()] == [(0, 4), (4, 0)]
+        assert not any(p.is_meta for p in model.parameters())

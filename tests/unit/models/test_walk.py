@@ -169,7 +169,15 @@ class _Alone(ChainedFlow):
     def __init__(self) -> None:
         pass
 
-    def call(self, stream: str, batch: int, index: int, block: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def call(
+        self,
+        stream: str,
+        batch: int,
+        index: int,
+        block: torch.nn.Module,
+        hidden: torch.Tensor,
+        trial: bool = False,
+    ) -> torch.Tensor:
         return block(hidden)
 
 

@@ -51,3 +51,13 @@ def test_a_refusal_and_a_failure_are_rows_and_counts_of_their_own() -> None:
 def test_the_page_is_the_one_that_its_records_give() -> None:
     records = models_page.read(models_page.RESULTS)
     assert models_page.page(records.values()) == models_page.PAGE.read_text(encoding="utf-8")
+
+
+def test_counts_of_other_configs_name_those_that_failed() -> None:
+    failing = _record(type="gptj", varied=["tied"], faults=["walked 0.3, at most 0.0001"])
+    said = models_page.counts([_record(), _record(type="llama"), failing])
+    assert said.splitlines() == [
+        "fails: 1",
+        "quantized: 2",
+        "fails: causal gptj ['tied']: walked 0.3, at most 0.0001",
+    ]
