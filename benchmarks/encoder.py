@@ -24,7 +24,8 @@ from common import lines, quantize_process
 from common.machine import provenance
 from common.workload import Workload
 from leangrid.evaluation import Tasks, evaluate
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 _PLAIN = {"correct": "0", "refine": "0", "guard": "false"}
 RUNS = "RTN4,GPTQ4,W4A16,W4A16_EXACT,NU4,NU4_EXACT,NU4:default,RTN3,GPTQ3,W3A16,NU3,NU3_EXACT,NU3:default"

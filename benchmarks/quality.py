@@ -30,7 +30,8 @@ from common.machine import provenance
 from common.original import Original, open_original
 from common.task_list import Tasks, run_each
 from common.workload import Workload, default_source
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 _SCHEMES = "W4A16_G64,GPTQ4_G64,W3A16_G64,GPTQ3_G64,NU4,NU3"
 

@@ -1,6 +1,7 @@
 """The recipes that a scheme is compared with, by name: the defaults, parts switched off, the paper's procedure."""
 
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 # The paper's procedure, its grid searched to the optimum; its own search is Lloyd's iteration.
 _PAPER = {"correct": "0", "refine": "0", "p": "4", "guard": "false"}

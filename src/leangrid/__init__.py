@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from leangrid.planning.placement import Placement as Placement
     from leangrid.planning.plan import plan as plan
     from leangrid.recipe import Recipe as Recipe
-    from leangrid.recipe import Scheme as Scheme
     from leangrid.run.quantize import quantize as quantize
+    from leangrid.schemes import Scheme as Scheme
     from leangrid.solve.layer import quantize_linear as quantize_linear
     from leangrid.storage.verified import verify as verify
 
 _MODULES = {
     "Placement": "planning.placement",
     "Recipe": "recipe",
-    "Scheme": "recipe",
+    "Scheme": "schemes",
     "Tasks": "evaluation.tasks.job",
     "compare": "evaluation.compare",
     "evaluate": "evaluation",

@@ -16,8 +16,9 @@ import leangrid
 from leangrid.errors import ShapeError
 from leangrid.formats import FORMATS
 from leangrid.inference.layers import AffineLinear, LutLinear, PackedLinear
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
 from leangrid.run.quantize import quantize
+from leangrid.schemes import Scheme
 from leangrid.solve.hessian import HessianSum
 from leangrid.solve.layer import quantize_linear
 from leangrid.storage.source import open_source

@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationConfig
 
 from leangrid.formats import FORMATS, bit_stream
 from leangrid.grids import AffineGrid
-from leangrid.recipe import AFFINE_BITS, Scheme
+from leangrid.schemes import AFFINE_BITS, Scheme
 
 pytestmark = pytest.mark.interop
 

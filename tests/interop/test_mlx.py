@@ -9,7 +9,7 @@ import torch
 from leangrid.formats import FORMATS
 from leangrid.formats.mlx import BITS, GROUPS
 from leangrid.grids import AffineGrid, OffsetGrid
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 mx = pytest.importorskip("mlx.core", reason="mlx has no wheel for this platform")
 

@@ -15,7 +15,8 @@ from leangrid.errors import FormatError
 from leangrid.formats import onnx as nbits
 from leangrid.grids import AffineGrid, NonuniformGrid
 from leangrid.inference.layers import AffineLinear
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 pytestmark = pytest.mark.interop
 

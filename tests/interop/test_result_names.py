@@ -16,7 +16,7 @@ from leangrid.formats import FORMATS
 from leangrid.grids import AffineGrid
 from leangrid.models.conversion import Conversion
 from leangrid.models.conversion_names import ResultNames
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 pytestmark = pytest.mark.interop
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from leangrid.formats import FORMATS
 from leangrid.grids import AffineGrid, NonuniformGrid, OffsetGrid, fit_minmax
 from leangrid.models.skeleton import Skeleton
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 from leangrid.storage.config import add_older_rope_keys
 from leangrid.storage.source import open_source
 

@@ -10,7 +10,8 @@ import pytest
 
 import leangrid
 from leangrid.errors import RecipeError
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"samples": 0}, "samples must be greater than or equal to 1, not 0"),

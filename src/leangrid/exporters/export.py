@@ -33,10 +33,10 @@ from leangrid.planning.readers import (
     describe_words,
 )
 from leangrid.progress import Event, Progress
-from leangrid.recipe import Scheme
 from leangrid.report.facts import RECORDS, RUN, Facts
 from leangrid.report.views import render_views
 from leangrid.results import Result
+from leangrid.schemes import Scheme
 from leangrid.storage import disk, writer
 from leangrid.storage.config import add_older_rope_keys
 from leangrid.storage.journal import Journal

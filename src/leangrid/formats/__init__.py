@@ -14,7 +14,7 @@ from leangrid.formats.gguf import Gguf
 from leangrid.formats.gptq import Gptq
 from leangrid.formats.lut import Lut
 from leangrid.formats.mlx import Mlx
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 FORMATS: dict[str, Format] = {
     row.NAME: row for row in (CompressedTensors(), Lut(), Gptq(2), Gptq(1), Awq(), Mlx(), Gguf())

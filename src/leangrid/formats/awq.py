@@ -26,7 +26,7 @@ from leangrid.formats.checks import (
     uneven_groups,
 )
 from leangrid.grids import AffineGrid, Grid, Precision
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 BITS, ROWS_A_WORD = 4, 8
 GROUPS = (128, 64, 32)  # columns; what all of its readers accept

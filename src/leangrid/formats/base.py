@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leangrid.errors import FormatError
 from leangrid.grids import Grid, Precision
-from leangrid.recipe import OFFSET_FORMATS, Scheme
+from leangrid.schemes import OFFSET_FORMATS, Scheme
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """The tensors of a layer: suffix of the name -> (dtype, shape)."""

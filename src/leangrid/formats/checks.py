@@ -9,7 +9,7 @@ from torch import Tensor
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats.base import Layout
 from leangrid.grids import AffineGrid, Grid, Precision
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 from leangrid.storage.dtypes import CODES, NAMES, torch_name
 from leangrid.storage.safetensors import TensorInfo
 

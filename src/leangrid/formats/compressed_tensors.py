@@ -28,7 +28,7 @@ from leangrid.formats.checks import (
     uneven_groups,
 )
 from leangrid.grids import AffineGrid, Grid
-from leangrid.recipe import AFFINE_BITS, Scheme
+from leangrid.schemes import AFFINE_BITS, Scheme
 
 _EXPERTS = r"re:.*\.experts(\..*)?$"
 

@@ -19,7 +19,7 @@ from leangrid.formats.base import CONFIG, DAMAGED_CONFIG, Format, Layout
 from leangrid.formats.checks import DAMAGED, check_layout, no_conv1d
 from leangrid.formats.gguf_blocks import Parts
 from leangrid.grids import AffineGrid, Grid, GroupedGrid, KTypeGrid, OffsetGrid, Precision
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 VERSION = 1
 

@@ -14,7 +14,7 @@ from leangrid.block_types import BLOCK_TYPES, BlockType
 from leangrid.errors import FormatError
 from leangrid.formats.gguf_blocks import Parts, pack
 from leangrid.grids import AffineGrid
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 _SMALLEST = 32  # columns in the smallest block
 

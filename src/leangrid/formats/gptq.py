@@ -30,7 +30,7 @@ from leangrid.formats.checks import (
     no_conv1d,
 )
 from leangrid.grids import AffineGrid, Grid, Precision
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # columns; what GPTQModel's torch kernel accepts

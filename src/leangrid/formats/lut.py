@@ -17,7 +17,7 @@ from leangrid.formats.bit_stream import packed_width
 from leangrid.formats.bit_stream import unpack as unpack_bits
 from leangrid.formats.checks import DAMAGED, cast_exactly, check_layout, check_padding
 from leangrid.grids import Grid, NonuniformGrid
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 VERSION = 1
 

@@ -30,7 +30,7 @@ from leangrid.formats.checks import (
 )
 from leangrid.grids import AffineGrid, Grid, OffsetGrid
 from leangrid.grids.base import group_columns
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 from leangrid.storage.dtypes import torch_name
 
 GROUPS = (128, 64, 32)  # columns; what MLX's kernels are built for

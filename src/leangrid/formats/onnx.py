@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leangrid.errors import FormatError
 from leangrid.grids import AffineGrid, Grid
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 BITS = (2, 4, 8)
 BLOCKS = (256, 128, 64, 32, 16)  # columns: powers of two, as the kernels take them

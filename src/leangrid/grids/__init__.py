@@ -6,14 +6,14 @@
     weight_hat = grid.dequantize(codes)
 
 To add a kind of grid, write one file with a subclass of ``Grid`` (or ``GroupedGrid``), and add its rows to
-``KINDS`` and to ``recipe.GRID_SCHEMES``."""
+``KINDS`` and to ``schemes.GRID_SCHEMES``."""
 
 from leangrid.grids.affine import AffineGrid, fit_affine, fit_minmax
 from leangrid.grids.base import Grid, GroupedGrid, Precision
 from leangrid.grids.k_types import KTypeGrid, fit_k_type, fit_minmax_k_type
 from leangrid.grids.nonuniform import NonuniformGrid, fit_nonuniform
 from leangrid.grids.offset import OffsetGrid, fit_minmax_offset, fit_offset
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 # The value of ``Scheme.grid`` -> the class that fits, refines and plans it.
 KINDS: dict[str, type[Grid]] = {

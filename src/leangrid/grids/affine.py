@@ -15,7 +15,8 @@ from torch import Tensor
 from leangrid import kernels
 from leangrid.errors import ShapeError
 from leangrid.grids.base import GroupedGrid, Precision, check_weight, group_columns
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 SHRINK = {2: 0.4, 3: 0.3}  # t / T: the share of the range that may be cut at either end (the paper's numbers)
 SHRINK_WIDE = 0.2  # the same for 4 bits and more

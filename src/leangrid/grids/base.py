@@ -15,7 +15,8 @@ from torch import Tensor
 
 from leangrid.errors import ShapeError
 from leangrid.grids.least_squares import CHUNK_BYTES, COPIES, normal_equations, objective_change, solve_ridged
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 _RIDGE = 1e-6  # of the refit of scales and offsets, in units of the mean diagonal of the normal equations
 
@@ -159,6 +160,35 @@ class Grid(ABC):
             changes: below zero where the new grid is better.
         """
 
+    @property
+    @abstractmethod
+    def parameters(self) -> Float[Tensor, "rows ..."]:
+        """float32: the numbers that a refit, or tuning by gradient (solve/tuning.py), may change."""
+
+    @abstractmethod
+    def dequantize_at(
+        self, parameters: Float[Tensor, "rows ..."], codes: UInt8[Tensor, "rows cols"], precision: Precision
+    ) -> Float[Tensor, "rows cols"]:
+        """The weights, float32, that the codes stand for with other ``parameters``, which are rounded to
+        ``precision``."""
+
+    @abstractmethod
+    def parameter_gradient(
+        self, codes: UInt8[Tensor, "rows cols"], gradient: Float[Tensor, "rows cols"]
+    ) -> Float[Tensor, "rows ..."]:
+        """The gradient by ``parameters``, where ``gradient`` is that by the weights."""
+
+    @abstractmethod
+    def spacing(self, codes: UInt8[Tensor, "rows cols"]) -> Float[Tensor, "rows cols"]:
+        """By how much a weight grows when its code grows by one, float32; of the two steps beside a code the mean."""
+
+    @abstractmethod
+    def with_tuned(
+        self, parameters: Float[Tensor, "rows ..."], codes: UInt8[Tensor, "rows cols"], precision: Precision
+    ) -> tuple[UInt8[Tensor, "rows cols"], Any]:
+        """Codes and a grid that stand for ``dequantize_at`` of the same. Codes change only where levels have changed
+        places."""
+
     def select_rows(self, rows: Tensor) -> Any:
         """The grid of some rows (indices or mask)."""
         return self._mapped(lambda mine: mine[rows])
@@ -212,6 +242,20 @@ class GroupedGrid(Grid):
     @abstractmethod
     def with_parameters(self, parameters: Float[Tensor, "rows spans kinds"], dtype: torch.dtype) -> Any:
         """This grid with other parameters, rounded to ``dtype``. One that no file should hold stays as it is."""
+
+    def dequantize_at(self, parameters: Tensor, codes: Tensor, precision: Precision) -> Tensor:
+        return self.with_parameters(parameters, precision.dtype).clamped(precision).dequantize(codes)
+
+    def parameter_gradient(self, codes: Tensor, gradient: Tensor) -> Tensor:
+        rows, spans, kinds = self.parameters.shape
+        by_column = self.design(codes).mul_(gradient[:, None])
+        return by_column.reshape(rows, kinds, spans, -1).sum(3).transpose(1, 2)
+
+    def spacing(self, codes: Tensor) -> Tensor:
+        return self.scale[..., None].expand(self._grouped(codes).shape).reshape(codes.shape)
+
+    def with_tuned(self, parameters: Tensor, codes: Tensor, precision: Precision) -> tuple[Tensor, Any]:
+        return codes, self.with_parameters(parameters, precision.dtype).clamped(precision)
 
     def clamped(self, precision: Precision) -> Any:
         """This grid with scales inside the limits of ``precision``: weights near zero get a wider grid."""

@@ -26,7 +26,8 @@ from leangrid.errors import ShapeError
 from leangrid.grids.affine import fit_affine, fit_minmax, same_sign
 from leangrid.grids.base import Precision, check_weight, group_columns
 from leangrid.grids.offset import OffsetGrid, fit_offset
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # of float16, subnormals included
 _ROUNDS = 2  # how often the codes, then d, dmin and the integers are chosen again; a superblock keeps its best

@@ -16,7 +16,8 @@ from leangrid.errors import ShapeError
 from leangrid.grids.affine import AffineGrid
 from leangrid.grids.base import Grid, Precision, check_weight
 from leangrid.grids.least_squares import COPIES, objective_change, solve_ridged
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 _RIDGE = 1e-8  # of the refit of levels, in units of the mean diagonal of the normal equations
 # Scratch of kernels.level_gram on a GPU: chunks of one-hot codes in float32 and float64, and their products.
@@ -107,9 +108,34 @@ class NonuniformGrid(Grid):
         slope = torch.zeros_like(self.levels).scatter_add_(1, index, gradient).double()
         levels = round_levels((old - solve_ridged(normal, slope, _RIDGE)).float(), precision.dtype)
         change = objective_change(levels.double() - old, normal, slope)
-        levels, order = levels.sort(dim=1, stable=True)
-        rank = torch.argsort(order, dim=1)  # rank[old code] = new code
-        return rank.gather(1, index).to(torch.uint8), NonuniformGrid(levels), change
+        return *_sorted(levels, codes), change
+
+    @property
+    def parameters(self) -> Float[Tensor, "rows levels"]:
+        return self.levels
+
+    def dequantize_at(self, parameters: Tensor, codes: Tensor, precision: Precision) -> Tensor:
+        return round_levels(parameters, precision.dtype).gather(1, codes.long())
+
+    def parameter_gradient(self, codes: Tensor, gradient: Tensor) -> Tensor:
+        return torch.zeros_like(self.levels).scatter_add_(1, codes.long(), gradient)
+
+    def spacing(self, codes: Tensor) -> Tensor:
+        last = self.levels.shape[1] - 1
+        index = torch.arange(last + 1, device=codes.device)
+        above, below = (index + 1).clamp(max=last), (index - 1).clamp(min=0)
+        steps = (self.levels[:, above] - self.levels[:, below]) / (above - below)
+        return steps.gather(1, codes.long())
+
+    def with_tuned(self, parameters: Tensor, codes: Tensor, precision: Precision) -> tuple[Tensor, "NonuniformGrid"]:
+        return _sorted(round_levels(parameters, precision.dtype), codes)
+
+
+def _sorted(levels: Tensor, codes: Tensor) -> tuple[Tensor, NonuniformGrid]:
+    """Levels in ascending order, and codes that stand for the same weights."""
+    levels, order = levels.sort(dim=1, stable=True)
+    rank = torch.argsort(order, dim=1)  # rank[old code] = new code
+    return rank.gather(1, codes.long()).to(torch.uint8), NonuniformGrid(levels)
 
 
 def round_levels(levels: Float[Tensor, "rows levels"], dtype: torch.dtype) -> Float[Tensor, "rows levels"]:

@@ -15,7 +15,8 @@ from leangrid.errors import ShapeError
 from leangrid.grids.affine import fit_affine, round_scale, same_sign
 from leangrid.grids.base import GroupedGrid, Precision, check_weight, group_columns
 from leangrid.grids.nonuniform import round_levels
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 _ROUNDS = 2  # how often S and B are solved for, given the codes, and the codes chosen again
 

@@ -27,7 +27,7 @@ from leangrid.inference.layers import AffineLinear, LutLinear, OffsetLinear, Pac
 from leangrid.models.expert_forms import form_of
 from leangrid.models.experts import unfuse_experts
 from leangrid.models.linears import is_linear, linear_shape
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 from leangrid.storage.dtypes import COMPUTED, DTYPES, dtype_of
 from leangrid.storage.safetensors import TensorInfo, read_tensor_infos
 

@@ -21,7 +21,7 @@ from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS
 from leangrid.formats.bit_stream import packed_width
 from leangrid.kernels import packed
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 from leangrid.storage.dtypes import torch_name
 
 LUT = FORMATS["lut"]

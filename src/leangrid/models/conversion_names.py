@@ -20,7 +20,7 @@ from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 
 from leangrid.models.conversion import Conversion
 from leangrid.models.expert_forms import form_of
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 _WEIGHT, _PACKED = ".weight", ".weight_packed"
 METHOD = "compressed-tensors"

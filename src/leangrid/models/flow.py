@@ -58,7 +58,7 @@ class Flow(ABC):
 
     @abstractmethod
     def call(
-        self, stream: str, batch: int, index: int, block: nn.Module, hidden: Tensor, trial: bool = False
+        self, stream: str, batch: int, index: int, block: Callable[..., Any], hidden: Tensor, trial: bool = False
     ) -> Tensor:
         """Call ``block``, number ``index``, as the model would, with ``hidden`` as its states; what leaves it.
 
@@ -105,7 +105,7 @@ class ChainedFlow(Flow):
             self._run_to_first_block([windows[:size]], lambda hidden: hidden)
 
     def call(
-        self, stream: str, batch: int, index: int, block: nn.Module, hidden: Tensor, trial: bool = False
+        self, stream: str, batch: int, index: int, block: Callable[..., Any], hidden: Tensor, trial: bool = False
     ) -> Tensor:
         key, args, kwargs = self._calls[len(hidden)][index]
         device = hidden.device
@@ -190,7 +190,7 @@ class LiveFlow(Flow):
         return states
 
     def call(
-        self, stream: str, batch: int, index: int, block: nn.Module, hidden: Tensor, trial: bool = False
+        self, stream: str, batch: int, index: int, block: Callable[..., Any], hidden: Tensor, trial: bool = False
     ) -> Tensor:
         one = self._passes[stream][batch]
         if one.index != index:
@@ -338,7 +338,9 @@ def _as_they_are(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _called(block: nn.Module, key: str | int, given: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor) -> Any:
+def _called(
+    block: Callable[..., Any], key: str | int, given: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor
+) -> Any:
     args, kwargs = _with_hidden(key, *given, hidden)
     return block(*args, **kwargs)
 

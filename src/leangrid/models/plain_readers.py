@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from leangrid.formats.base import Reading
 from leangrid.models.conversion_names import ResultNames
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 _NO_PLACE = "it has no place for packed experts of this model"
 _DROPS = "it drops experts that stay as they are beside packed layers"

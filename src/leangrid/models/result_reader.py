@@ -25,7 +25,7 @@ from leangrid.models.model_class import described_model, has_lm_head, with_exper
 from leangrid.models.plain_readers import plain_reading
 from leangrid.models.result_names import match_result
 from leangrid.models.stored import merged_mixtures
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 from leangrid.storage.dtypes import NAMES, dtype_of
 from leangrid.storage.manifest import read_manifest, require_unchanged
 from leangrid.storage.safetensors import TensorInfo

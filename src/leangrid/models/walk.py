@@ -23,7 +23,7 @@ batch runs through the block once more.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class BlockWalk:
         park: new weights wait in host memory between groups (with ``replay`` only).
         get: gives a batch of hidden states, which may wait elsewhere, on the block's device.
         put: takes a batch that leaves the block and returns what to hold of it.
+        held_out: how many batches, the last ones, go along without being shown in any group's inputs.
 
     Raises:
         CalibrationError: a group saw no tokens (its linears were never called).
@@ -84,7 +85,9 @@ class BlockWalk:
         park: bool = False,
         get: Callable[[Tensor, torch.device], Tensor] = Tensor.to,
         put: Callable[[Tensor], Tensor] = lambda hidden: hidden,
+        held_out: int = 0,
     ) -> None:
+        self._shown = len(streams.quantized) - held_out
         self._block, self._groups, self._index, self._streams = block, found.groups, index, streams
         self._repeated, self._flow, self._path = found.repeated, flow, found.path
         self._settings = settings()
@@ -121,7 +124,7 @@ class BlockWalk:
         ``originals``, the other with ``new``; afterwards the block has the originals, and the flow may go on."""
         self._originals, self._new = dict(originals), dict(new)
         with self._stopping():
-            yield from self._all_calls(group, trial=False)
+            yield from self._all_calls(group, self._shown, trial=False)
         self._set(self._originals)
 
     @contextmanager
@@ -167,9 +170,11 @@ class BlockWalk:
             for group in range(len(self._groups)):
                 if group in self._repeated:
                     reached.clear()
-                    yield self.inputs(group, original is not None, lambda group=group: self._all_calls(group))
+                    yield self.inputs(
+                        group, original is not None, lambda group=group: self._all_calls(group, self._shown)
+                    )
                 else:
-                    yield self.inputs(group, original is not None, lambda held=reached: iter(held))
+                    yield self.inputs(group, original is not None, lambda held=reached: islice(held, self._shown))
                 reached.clear()  # whoever still holds the group must not keep its inputs alive while the next one grows
                 reached = self._together(original, quantized, group + 1)
         finally:
@@ -194,13 +199,13 @@ class BlockWalk:
         self._replacements.clear()
         return list(zip(originals, [self._resume(p, group) for p in quantized], strict=True))
 
-    def _all_calls(self, group: int, trial: bool = True) -> Iterator[tuple[Any, Any]]:
-        """What ``group`` reads in each of its calls: every batch runs through the whole block for it."""
+    def _all_calls(self, group: int, batches: int, trial: bool = True) -> Iterator[tuple[Any, Any]]:
+        """What ``group`` reads in each of its calls: the first ``batches`` run through the whole block for it."""
         new, before = dict(self._new), dict(self._originals)
         if self._replay:
             before = {name: self._block.get_parameter(f"{name}.weight").data for name in self._replacements}
             new = {name: weight.to(self._device) for name, weight in self._replacements.items()}
-        for batch, hidden in enumerate(self._streams.quantized):
+        for batch, hidden in enumerate(self._streams.quantized[:batches]):
             ours = self._calls_of(group, self._start("quantized", batch, hidden, trial), new)
             if self._streams.original is None:
                 yield from ((None, x) for x in ours)
@@ -231,23 +236,23 @@ class BlockWalk:
         paired = self._streams.original is not None
         for group in range(len(self._groups)):
             read = self._all_calls if group in self._repeated else self._pairs
-            yield self.inputs(group, paired, lambda group=group, read=read: read(group))
+            yield self.inputs(group, paired, lambda group=group, read=read: read(group, self._shown))
             if not paired:  # no stream needs the original weights any more
                 self._set({name: weight.to(self._device) for name, weight in self._replacements.items()})
                 self._replacements.clear()
         quantized: list[Tensor] = []
         original: list[Tensor] = []
-        for theirs, ours in self._pairs(len(self._groups)):
+        for theirs, ours in self._pairs(len(self._groups), len(self._streams.quantized)):
             quantized.append(ours)
             original += [] if theirs is None else [theirs]
         self._outputs = Streams(quantized, original if paired else None)
 
-    def _pairs(self, group: int) -> Iterator[tuple[Any, Any]]:
-        """Run batch after batch from the block's input to ``group``."""
+    def _pairs(self, group: int, batches: int) -> Iterator[tuple[Any, Any]]:
+        """Run one of the first ``batches`` after the other from the block's input to ``group``."""
         before = {name: self._block.get_submodule(name).weight.data for name in self._replacements}
         new = {name: weight.to(self._device, non_blocking=True) for name, weight in self._replacements.items()}
         try:
-            for index, hidden in enumerate(self._streams.quantized):
+            for index, hidden in enumerate(self._streams.quantized[:batches]):
                 theirs = None
                 if self._streams.original is not None:
                     theirs = self._once("original", index, self._streams.original[index], group, before)

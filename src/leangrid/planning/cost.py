@@ -23,6 +23,7 @@ from leangrid.planning.groups import Group, groups_of
 from leangrid.planning.placement import Placement
 from leangrid.planning.sizes import LayerSize, state_bytes
 from leangrid.recipe import Recipe
+from leangrid.solve.tuning import count_held_out
 
 _REPLAYED = 2.6  # forward passes that replaying takes instead of one: up to each group, and once to the end
 # Shares of a large product's rate that the stages reach (the same benchmark): sweeps in blocks with their descents, the
@@ -31,6 +32,9 @@ _SOLVE, _BASELINE, _FACTOR, _CORRECT, _FORWARD, _EXACT = 0.4, 0.6, 0.36, 0.8, 0.
 _SUMS_PANEL = 512  # columns of the squares in which Hessians are summed
 _DISK, _READ = 5e8, 2e9  # bytes/s that a commit reaches: written, hashed, synced; and that reading reaches
 _F32 = 4
+# Block tuning: forward passes that a pass and its gradient take, and seconds that rounding a weight, its gradient and
+# its step take on one CPU thread (benchmarks/tuning.py).
+_BACKWARD, _TUNED_SECONDS = 3, 1.5e-8
 
 # Of a device that is only described. Products on 16-bit and TF32 units relative to float32: the ratios of NVIDIA's 48
 # GB cards (RTX A6000 38.7, 77, 155 TFLOP/s; L40S 91.6, 183, 362: their data sheets, dense); larger ratios on A100 and
@@ -172,6 +176,10 @@ def estimate_seconds(
     factors = sum(-(-group.experts // rates.ranks) * flops.factor(group.cols, True) for group in groups)
     plain = [group for group in groups if group.experts == 1]
     corrected = sum(flops.correction(group.rows, group.cols, True) for group in plain) * (streams - 1)
+    steps = recipe.tune * (recipe.samples - count_held_out(recipe.samples))
+    if steps:
+        one_window = recipe.length * (2 * reached + attention) / forward
+        shared["tune"] = steps * (_BACKWARD * one_window + weights * _TUNED_SECONDS / rates.threads)
     alone = {
         "load": (before + again) / rates.read,
         "factor": factors / (_FACTOR * algebra) + corrected / (_CORRECT * algebra),

@@ -22,7 +22,8 @@ from leangrid.models.skeleton import Skeleton
 from leangrid.planning.groups import Group, largest_groups
 from leangrid.planning.placement import Placement
 from leangrid.planning.sizes import GATE_LENGTH, GATE_WINDOWS
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 from leangrid.solve.in_place import PANEL, TILE_BYTES
 
 _F32 = 4
@@ -34,6 +35,10 @@ _IN_PLACE_FACTOR, _IN_PLACE_PANELS, _IN_PLACE_SOLVE = 2, 3, 3
 # Float32 copies of a layer's weights, of a tile of its rows where in place: target, sweep, codes, the refinement's two
 # states.
 _LAYER, _LAYER_SWEPT = 9, 5
+# Bytes a weight of block tuning: the code with a fraction, Adam's two means, both gradients and the weight in float32,
+# and the code; the original and the tuned weight as they are computed come on top.
+_TUNED, _TUNED_WEIGHTS = 6 * 4 + 1, 2
+_KEPT_FOR_GRADIENT = 3  # numbers of each input and output of a linear that a pass keeps for its gradient
 _NORM = 3  # float32 copies of a batch's hidden states inside a norm
 
 
@@ -81,6 +86,7 @@ class Demand:
     plain: int = 0  # numbers of the block's linears that are not quantized
     live: bool = False  # whether the model's own forward is held at its blocks (models/flow.py)
     outside: int = 0  # bytes of the weights outside of the blocks, which stay loaded then
+    tuned: bool = False
 
     @classmethod
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Demand":
@@ -108,6 +114,7 @@ class Demand:
             max(_staying(skeleton)),
             flows_live(skeleton),
             itemsize * _outside(skeleton),
+            recipe.tune > 0,
         )
 
     @property
@@ -186,9 +193,23 @@ def sum_footprint(demand: Demand, placement: Placement) -> Footprint:
             others = {"other experts' H": (group.sums - 1) * square} if group.sums else {}
             result.phases[f"{phase} {number}"] = waiting | parts | others
     result.phases["forward out"] = base | _moving(demand, placement, len(demand.groups), tokens)
+    if demand.tuned:
+        result.phases["tune"] = base | _tuning(demand)
     if demand.has_lm_head and not demand.accelerated:
         result.phases["check"] = _check(demand)
     return result
+
+
+def _tuning(demand: Demand) -> dict[str, int]:
+    """One window forward and backward, with everything that a weight of the block carries along; the states that
+    entered the block wait beside those that leave it."""
+    numbers = sum(group.rows * group.cols for group in demand.groups)
+    through = sum(group.rows + group.cols for group in demand.groups) + 2 * demand.hidden
+    return {
+        "codes, grids and their steps": numbers * (_TUNED + _TUNED_WEIGHTS * demand.itemsize),
+        "one window's gradient": _KEPT_FOR_GRADIENT * through * demand.length * demand.itemsize,
+        "states that entered": demand.states // demand.streams,
+    }
 
 
 def _check(demand: Demand) -> dict[str, int]:

@@ -11,7 +11,8 @@ from leangrid.models.plain_readers import plain_reading
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning import mlx_lm
 from leangrid.planning.sizes import stored_schemes
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 from leangrid.storage.config import add_older_rope_keys
 from leangrid.storage.dtypes import NAMES
 from leangrid.storage.safetensors import TensorInfo

@@ -7,7 +7,8 @@ import torch
 
 from leangrid.formats import FORMATS, schemes_stored_by
 from leangrid.models.skeleton import Skeleton
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 GATE_WINDOWS, GATE_LENGTH = 2, 256  # calibration windows that the quality gate takes, and tokens of one
 

@@ -23,8 +23,8 @@ class LayerRecord:
         name: the layer's name in the checkpoint.
         shape: [out_features, in_features].
         scheme: the scheme that it was quantized with: of a K type the narrow one where 256 does not divide the columns.
-        loss: tr(E H E^T)/2 of the stored result; ``loss_minmax`` min-max GPTQ's and ``loss_rounding`` rounding's on the
-            same target, Hessian, bits and groups.
+        loss: tr(E H E^T)/2 as it was solved (block tuning moves codes afterwards); ``loss_minmax`` min-max GPTQ's and
+            ``loss_rounding`` rounding's on the same target, Hessian, bits and groups.
         damping: lambda / mean(diag H) that the factor needed.
         rescues: deviations from the method: kind, detail, count (solve/rescue.py).
         seconds: wall time by stage: grid, solve, refine.

@@ -11,7 +11,9 @@ from leangrid.models.linears import rows_first
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.walk import BlockWalk, ExpertInputs, GroupInputs
 from leangrid.report.records import LayerRecord
+from leangrid.run.accounting import SolvedLinear
 from leangrid.run.repeated import RepeatedWalk
+from leangrid.solve.tuning import Tuning
 
 StageTimer = Callable[..., AbstractContextManager[None]]  # Run.stage: counts the time of its body
 
@@ -28,6 +30,8 @@ class Block:
         records: what will stand in records.jsonl.
         sample: one row of one layer for the report, where this block has that layer.
         resident_bytes: the most that the process held while the block was open.
+        solved, originals: for block tuning, the solved linears and their original weights [rows, cols], by name.
+        tuning: what it did; None where the recipe does not ask for it.
     """
 
     index: int
@@ -39,6 +43,9 @@ class Block:
     records: list[LayerRecord] = field(default_factory=list)
     sample: dict[str, Any] | None = None
     resident_bytes: int = 0
+    solved: dict[str, SolvedLinear] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    tuning: Tuning | None = None
     _queued: dict[str, Tensor] = field(default_factory=dict)
 
     def groups(self, timer: StageTimer) -> Iterator[tuple[int, GroupInputs | ExpertInputs]]:

@@ -54,18 +54,23 @@ class BlockWriter:
         """Take a solved linear: pack it, record it, and queue its new weight for the quantized stream."""
         name, result, path = solved.name, solved.result, block.path(solved.name)
         self._accounting.count_layer(result.codes.shape, solved.costs)
-        with self._clock.stage("pack"):
-            weight = self._stored_weight(block, name, result)
-            block.tensors |= self._packed(path, result)
+        if self._recipe.tune:
+            block.solved[name], block.originals[name] = solved, block.weight(name)
+        weight = self._pack(block, solved)
         self._record(block, solved)
         block.resident_bytes = max(block.resident_bytes, memory.resident_bytes())
         block.queue_weight(name, weight)
         self._progress.report("layer", block.index, layer=path, loss=block.records[-1].loss)
 
-    def commit(self, block: Block) -> Streams:
+    def replace(self, block: Block, solved: SolvedLinear) -> Tensor:
+        """Take other codes and another grid of a linear that was stored; what a reader multiplies by, [rows, cols]."""
+        if block.path(solved.name) == self._sampled:
+            self._sample(block, solved)
+        return self._pack(block, solved)
+
+    def commit(self, block: Block, streams: Streams) -> Streams:
         """Make the block durable, then the streams that leave it; returns these (of several ranks, this one's part)."""
         self._accounting.count_forward(block.index, block.walk.flops)
-        streams = block.walk.finished()
         whole = self._ranks.gather_streams(streams) if self._journal.keeps_states else streams
         if self._ranks.first:
             self._save(block, whole)
@@ -91,7 +96,20 @@ class BlockWriter:
         noted = replace(result, rescues=(*result.rescues, *self.reductions))
         block.records.append(LayerRecord.of(path, recipe, noted, solved.factor, solved.costs.seconds))
         if path == self._sampled:
-            block.sample = sample_row(path, block.weight(solved.name), result, solved.factor, recipe)
+            self._sample(block, solved)
+
+    def _sample(self, block: Block, solved: SolvedLinear) -> None:
+        """One row of the linear, for the report."""
+        path, weight = block.path(solved.name), block.originals.get(solved.name)
+        weight = block.weight(solved.name) if weight is None else weight
+        recipe = self._recipe.for_layer(path)
+        block.sample = sample_row(path, weight, solved.result, solved.factor, recipe)
+
+    def _pack(self, block: Block, solved: SolvedLinear) -> Tensor:
+        """Put the container's tensors of a linear into the block; what a reader multiplies by, [rows, cols]."""
+        with self._clock.stage("pack"):
+            block.tensors |= self._packed(block.path(solved.name), solved.result)
+            return self._stored_weight(block, solved.name, solved.result)
 
     def _stored_weight(self, block: Block, name: str, result: LinearResult) -> Tensor:
         """What a reader of the file multiplies by, [rows, cols]: rounded to the stored dtype, then computed in ours."""
@@ -123,4 +141,5 @@ class BlockWriter:
             "peak_ram_bytes": memory.peak_bytes(),
             "peak_gpu_bytes": peak_device_bytes(self._device),
             "sample": block.sample,
+            **({} if block.tuning is None else {"block": block.name, "tuning": block.tuning.to_json()}),
         }

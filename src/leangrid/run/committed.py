@@ -9,7 +9,8 @@ from leangrid.formats import FORMATS
 from leangrid.models.linears import rows_first
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.sizes import stored_schemes
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 from leangrid.storage.journal import Journal
 from leangrid.storage.safetensors import read_named
 

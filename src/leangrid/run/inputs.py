@@ -7,7 +7,7 @@ written, or takes back what was.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -158,6 +158,11 @@ def _locked_journal(request: Request, source: dict[str, Any]) -> Journal:
 
 def _placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal) -> Placement:
     """The one that was asked for, or with which the last finished block ended, or the first that fits."""
+    found = _found_placement(request, skeleton, recipe, journal)
+    return replace(found, windows=1) if recipe.tune else found  # a step of block tuning is taken by one window
+
+
+def _found_placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal) -> Placement:
     if request.placement is not None:
         if request.placement.host_block and flows_live(skeleton) and has_own_memory(request.device):
             what = "the blocks of this model cannot be on the CPU: its own forward is held at them, on the device"

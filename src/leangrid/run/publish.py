@@ -29,6 +29,7 @@ from leangrid.report.experts import expert_figures
 from leangrid.report.facts import RECORDS, RUN
 from leangrid.report.records import LayerRecord, to_lines, totals
 from leangrid.report.run_log import run_log
+from leangrid.report.tuning import tuning_figures
 from leangrid.report.views import TIMED, render_views
 from leangrid.run.inputs import RunInputs
 from leangrid.run.request import Request
@@ -118,7 +119,7 @@ def _manifest(
         "structure": describe_structure(inputs.skeleton),
         "kept": describe_kept(inputs.skeleton),
         **({"stored_as": stored_as} if (stored_as := describe_source(inputs.skeleton)) else {}),
-        "result": _figures(inputs, records, windows, sorted({info["kernels"] for info in infos})),
+        "result": _figures(inputs, records, windows, infos),
     }
 
 
@@ -149,11 +150,14 @@ def _determinism(infos: list[dict[str, Any]]) -> dict[str, Any]:
     return {"claim": "same bytes" if alike else "tolerance", "scope": scope, "except": sorted(TIMED)}
 
 
-def _figures(inputs: RunInputs, records: list[LayerRecord], windows: Windows, paths: list[str]) -> dict[str, Any]:
+def _figures(
+    inputs: RunInputs, records: list[LayerRecord], windows: Windows, infos: list[dict[str, Any]]
+) -> dict[str, Any]:
     """What the manifest keeps of the run: the same for every run of the same recipe, so no times and no memory."""
     real = [(record.name, r) for record in records for r in record.rescues if not r.is_note]
     notes = [r.kind for record in records for r in record.rescues if r.is_note]
     experts = expert_figures(records)
+    tuning = tuning_figures([(str(info["block"]), info["tuning"]) for info in infos if "tuning" in info])
     return {
         "scheme": inputs.recipe.scheme,
         "format": inputs.recipe.format,
@@ -165,7 +169,8 @@ def _figures(inputs: RunInputs, records: list[LayerRecord], windows: Windows, pa
         "rescue_lines": [f"{name}: {r.kind}: {r.detail}" for name, r in real],
         "notes": {kind: notes.count(kind) for kind in sorted(set(notes))},
         **({"experts": experts} if experts else {}),
-        "kernels": dict.fromkeys(("grid", "solve"), ", ".join(paths)),
+        **({"tuning": tuning} if tuning else {}),
+        "kernels": dict.fromkeys(("grid", "solve"), ", ".join(sorted({info["kernels"] for info in infos}))),
         "windows_sha256": hash_windows(windows),
     }
 

@@ -8,6 +8,7 @@
                 W~ = W + a W (G - H)(H + lambda I)^-1             targets      (solve/correction.py)
                 fit the grid, sweep, refine                       solve_linear (solve/layer.py)
             the quantized stream goes on with the new weights
+        tune the block: codes and grids together, if asked for    tune_block   (solve/tuning.py)
         commit the block                                          (run/block_writer.py)
 
 X is the input of the original model, X~ that of the model whose earlier linears are quantized already.
@@ -29,6 +30,7 @@ from leangrid.run.open_run import open_run
 from leangrid.run.request import Request
 from leangrid.run.result import QuantizeResult
 from leangrid.run.run import Run
+from leangrid.run.tuning import tune_block
 from leangrid.solve.layer import solve_linear
 
 
@@ -102,7 +104,7 @@ def quantize_block(run: Run, index: int, streams: Streams) -> Streams:
         for number, group in block.groups(run.stage):
             for algebra in algebras(run, block, number, group):  # one; in a mixture one for each expert
                 quantize_linears(run, block, algebra)
-        return run.writer.commit(block)
+        return run.writer.commit(block, tune_block(run, block, streams))
 
 
 def quantize_linears(run: Run, block: Block, algebra: GroupAlgebra) -> None:

@@ -78,23 +78,26 @@ class Ranks:
         if self.count == 1:
             return total
         failpoint("ranks.sum")
-        for part in total.parts():
-            for panel in part.view(-1).split(_PANEL):
-                host = panel.cpu()
-                if self.first:
-                    piece = torch.empty_like(host)
-                    for other in self._others:
-                        self._receive(piece, other)
-                        host += piece
-                    for other in self._others:
-                        self._send(host, other)
-                else:
-                    self._send(host, 0)
-                    self._receive(host, 0)
-                panel.copy_(host)
+        self.add(total.parts())
         counts = self.gather((total.tokens, total.dropped))
         total.tokens, total.dropped = sum(c[0] for c in counts), sum(c[1] for c in counts)
         return total
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Add to each contiguous tensor, in place, those of all other ranks, which get the same bits."""
+        for panel in (panel for tensor in tensors for panel in tensor.view(-1).split(_PANEL) if self.count > 1):
+            host = panel.cpu()
+            if self.first:
+                piece = torch.empty_like(host)
+                for other in self._others:
+                    self._receive(piece, other)
+                    host += piece
+                for other in self._others:
+                    self._send(host, other)
+            else:
+                self._send(host, 0)
+                self._receive(host, 0)
+            panel.copy_(host)
 
     def sum_for_owners(self, sums: Sequence[_Sum]) -> _Sum | None:
         """Of ``sums``, the i-th of which belongs to rank i, this rank's with the tokens of all ranks; None where there

@@ -28,6 +28,7 @@ class RepeatedWalk:
         batches: token ids, int64 [windows, length] each.
         weights_of: the new weights of the linears of a committed block, as its modules store them.
         places: puts hidden states where they wait, and gets them back.
+        held_out: how many batches, the last ones, are in no group's inputs.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class RepeatedWalk:
         batches: Sequence[Tensor],
         weights_of: WeightsOf,
         places: tuple[Put, Get],
+        held_out: int = 0,
     ) -> None:
         self._skeleton, self._index, self._module, self._flow = skeleton, index, module, flow
-        self._streams, self._batches, self._weights_of, self._places = streams, batches, weights_of, places
+        self._streams, self._weights_of, self._places = streams, weights_of, places
+        self._batches = batches[: len(batches) - held_out]
         self._device = next(module.parameters()).device
         self._originals: dict[str, Tensor] = {}
         self._new: dict[str, Tensor] = {}

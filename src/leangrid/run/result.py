@@ -17,8 +17,8 @@ class QuantizeResult(Result):
         layers: how many linears were quantized.
         bits_per_weight: of the quantized linears, codes and grids.
         bytes: size of all files of the directory.
-        loss: sum over the layers of tr(E H E^T)/2; ``loss_minmax`` and ``loss_rounding`` the same for min-max GPTQ and
-            for rounding, on the same Hessians.
+        loss: sum over the layers of tr(E H E^T)/2, before block tuning; ``loss_minmax`` and ``loss_rounding`` the same
+            for min-max GPTQ and for rounding, on the same Hessians.
         rescues: how many deviations from the method were recorded; ``rescued_layers`` in how many layers.
         notes: how many remarks that are no rescue were recorded, by kind (solve/rescue.py).
         seconds: time by stage, and ``total``.
@@ -29,6 +29,7 @@ class QuantizeResult(Result):
         max_rescued: share of rescued layers that is allowed.
         rescue_lines: one sentence for each rescue.
         experts: tokens per expert of a mixture (report/experts.py); empty for other models.
+        tuning: what block tuning did (report/tuning.py); empty where it was not asked for.
         quality: what the quality gate found (gate/quality.py): measure, value, limit, passed, top1_agreement,
             worst_layers, or error.
 
@@ -60,6 +61,7 @@ class QuantizeResult(Result):
     max_rescued: float = 0.01
     rescue_lines: list[str] = field(default_factory=list)
     experts: dict[str, Any] = field(default_factory=dict)
+    tuning: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=lambda: {"passed": True})
 
     @property

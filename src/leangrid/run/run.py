@@ -32,6 +32,7 @@ from leangrid.run.result import QuantizeResult
 from leangrid.run.run_progress import RunProgress
 from leangrid.run.states import StatePlaces
 from leangrid.solve.rescue import Rescue
+from leangrid.solve.tuning import count_held_out
 from leangrid.storage.mapped import MappedTensors
 
 _AGAIN = "the states before it are computed once more, since more than they flows between the blocks"
@@ -46,7 +47,8 @@ class Run:
         skeleton, recipe, journal: those of ``inputs``.
         windows: the calibration tokens of all ranks, int64 [samples, length], or rows with pictures.
         device: where blocks are computed, in torch's words.
-        strength: a, the share of the inputs' own error that is corrected (0: one stream is enough).
+        strength: a, the share of the inputs' own error that is corrected.
+        held_out: how many of this rank's windows, the last ones, neither Hessians nor tuning see (0 without tuning).
         precision: what the container keeps scales and levels in.
         states: where hidden states wait, by the present placement.
         writer: takes what was solved.
@@ -62,6 +64,7 @@ class Run:
             self.journal.keeps_states = False
         self.device, done = inputs.request.device, inputs.journal.find_resume_point()
         self.strength: float = self.recipe.correct or 0.0
+        self.held_out = count_held_out(len(ranks.share(windows))) if self.recipe.tune else 0
         self.precision = FORMATS[self.recipe.format].precision(self.skeleton.dtype)
         self.states = StatePlaces(inputs.placement, self.device, MappedTensors(self.journal.states))
         self.accounting = Accounting(clock, self.skeleton, self.recipe, windows.numel())
@@ -154,13 +157,13 @@ class Run:
     def _walk(self, index: int, module: nn.Module, streams: Streams) -> BlockWalk | RepeatedWalk:
         """The walk through block ``index``."""
         if is_repeated(self.skeleton, index):
-            batches = self.ranks.share(self.windows).split(self._entered)
+            batches, known = self.ranks.share(self.windows).split(self._entered), self._weights.of
             places = self.states.put, self.states.get
-            return RepeatedWalk(self.skeleton, index, module, self.flow, streams, batches, self._weights.of, places)
+            return RepeatedWalk(self.skeleton, index, module, self.flow, streams, batches, known, places, self.held_out)
         placement, states = self.states.placement, self.states
         found = self.skeleton.structure.blocks[index]
         ways = (placement.replay, placement.in_place)
-        return BlockWalk(module, found, self.flow, index, streams, *ways, states.get, states.put)
+        return BlockWalk(module, found, self.flow, index, streams, *ways, states.get, states.put, self.held_out)
 
     def finish(self) -> QuantizeResult:
         """Publish the result, on rank 0, and say on all ranks what the run did."""
@@ -193,10 +196,11 @@ class Run:
         """Run everything before the first block."""
         self._entered = self.states.placement.windows
         batches = self.ranks.share(self.windows).split(self._entered)
-        streams = ("quantized", "original") if self.strength > 0 else ("quantized",)
+        paired = self.recipe.streams == 2
+        streams = ("quantized", "original") if paired else ("quantized",)
         with self.stage("calibrate"):
             hidden = self.flow.enter(batches, self.states.put, *streams)
-        return Streams(hidden, list(hidden) if self.strength > 0 else None)
+        return Streams(hidden, list(hidden) if paired else None)
 
     def _reduce(self, index: int) -> None:
         """Use less memory from block ``index`` on, said and recorded."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from leangrid.errors import RecipeError, ShapeError
 from leangrid.grids import Grid, Precision, grid_class
 from leangrid.grids.base import FLOAT32, check_weight
-from leangrid.recipe import GRID_SCHEMES, Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import GRID_SCHEMES, Scheme
 from leangrid.solve.factor import Factor, factorize, relative_power
 from leangrid.solve.observer import NoObserver, Observer, Stage
 from leangrid.solve.refine import refine

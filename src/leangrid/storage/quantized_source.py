@@ -5,7 +5,7 @@ Nothing is dequantized here. Each weight gets a ``DequantizedInfo``, which says 
 zero points are no tensors of the checkpoint any more, and its config has no quantization entry."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,17 +100,7 @@ def open_quantized(
     if lone := scale_without_codes(stored, parts):
         plain = f"'{lone[0]}' is the scale of no codes: '{lone[1]}' is stored in plain {stored[lone[1]].dtype}"
         raise CheckpointError(plain, stored[lone[0]].file, DAMAGED)
-    tensors: dict[str, TensorInfo] = {}
-    at = {info.names["codes"]: (name, info) for name, info in found.items()}
-    for name, info in stored.items():
-        if name in at:
-            tensors[at[name][0]] = at[name][1]
-        elif name not in parts and not ACTIVATIONS.search(name):
-            if name in found:
-                raise CheckpointError(
-                    f"'{name}' is stored twice, plain and as codes", info.file, "Get another copy of the checkpoint"
-                )
-            tensors[name] = info
+    tensors = _dequantized(stored, found, parts)
     kinds = Counter(describe(info) for info in found.values())
     what = " and ".join(kind for kind, _ in kinds.most_common())
     if found:
@@ -124,6 +114,23 @@ def open_quantized(
             "of the key-value cache, which the result does not use, are left out"
         )
     return tensors, StoredAs(method, what, len(found), sum(info.nbytes for info in stored.values()), entry)
+
+
+def _dequantized(
+    stored: Mapping[str, TensorInfo], found: Mapping[str, DequantizedInfo], parts: Container[str]
+) -> dict[str, TensorInfo]:
+    """The tensors in the order of the files: those ``found`` in the place of their codes, plain ones as they are."""
+    tensors: dict[str, TensorInfo] = {}
+    at = {info.names["codes"]: (name, info) for name, info in found.items()}
+    for name, info in stored.items():
+        if name in at:
+            tensors[at[name][0]] = at[name][1]
+        elif name not in parts and not ACTIVATIONS.search(name):
+            if name in found:
+                what = f"'{name}' is stored twice, plain and as codes"
+                raise CheckpointError(what, info.file, "Get another copy of the checkpoint")
+            tensors[name] = info
+    return tensors
 
 
 def find_entry(config: Mapping[str, Any], directory: Path) -> tuple[str, str, Mapping[str, Any]] | None:

@@ -60,7 +60,7 @@ def test_a_text_that_ends_in_one_of_them_has_a_margin_too(interop: Any) -> None:
 
 def test_every_engine_has_its_packages_and_its_runner(interop: Any) -> None:
     from leangrid.exporters.export import targets
-    from leangrid.recipe import Scheme
+    from leangrid.schemes import Scheme
 
     for name, engine in interop.KNOWN.items():
         packages = interop.ENGINES / f"{name}.txt"

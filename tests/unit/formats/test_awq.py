@@ -9,7 +9,7 @@ from torch import Tensor
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS, format_of
 from leangrid.grids import AffineGrid, NonuniformGrid
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 awq = FORMATS["awq"]
 ROWS_WORD = 8

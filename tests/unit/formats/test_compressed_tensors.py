@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS, format_of
 from leangrid.grids import AffineGrid, NonuniformGrid
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 compressed_tensors = FORMATS["compressed-tensors"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

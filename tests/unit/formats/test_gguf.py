@@ -14,8 +14,9 @@ from leangrid.block_types import BLOCK_TYPES
 from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS, format_of
 from leangrid.grids import Precision, fit_minmax
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
 from leangrid.report.records import read_records
+from leangrid.schemes import Scheme
 from leangrid.solve.factor import factorize
 from leangrid.solve.layer import LinearResult, solve_linear
 

@@ -11,7 +11,7 @@ import torch
 from leangrid.errors import FormatError
 from leangrid.formats import gguf_repack
 from leangrid.grids import AffineGrid
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 ROWS, COLS = 6, 512
 

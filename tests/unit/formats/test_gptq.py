@@ -13,7 +13,7 @@ from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS, format_of
 from leangrid.formats.gptq import Gptq
 from leangrid.grids import AffineGrid, NonuniformGrid
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 BITS = [2, 3, 4, 8]
 V1, V2 = FORMATS["gptq_v1"], FORMATS["gptq"]

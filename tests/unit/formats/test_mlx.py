@@ -21,7 +21,8 @@ from leangrid.formats import FORMATS, format_of, schemes_of
 from leangrid.formats.mlx import BITS
 from leangrid.grids import AffineGrid, NonuniformGrid, OffsetGrid
 from leangrid.inference.layers import OffsetLinear
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 from leangrid.storage.config import add_older_rope_keys
 
 mlx = FORMATS["mlx"]

@@ -19,7 +19,8 @@ from leangrid.formats.base import Format, Layout
 from leangrid.formats.checks import affine_grid, cast_exactly, check_layout, check_scales
 from leangrid.grids import AffineGrid, Grid
 from leangrid.models.result_reader import ResultReader
-from leangrid.recipe import GRID_SCHEMES, OFFSET_FORMATS, Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import GRID_SCHEMES, OFFSET_FORMATS, Scheme
 
 
 class Bytes(Format):
@@ -98,6 +99,6 @@ def test_a_row_is_found_by_its_name_and_by_its_entry_in_config_json() -> None:
 
 
 def test_the_recipe_names_containers_that_are_rows() -> None:
-    """recipe.py imports no torch, so it cannot ask the rows."""
+    """schemes.py imports no torch, so it cannot ask the rows."""
     assert {name for name, container in FORMATS.items() if container.stores_offsets} == OFFSET_FORMATS
     assert {row.format for row in GRID_SCHEMES.values()} <= FORMATS.keys()

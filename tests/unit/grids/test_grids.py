@@ -20,7 +20,7 @@ from leangrid.grids import (
     fit_offset,
 )
 from leangrid.grids.affine import SHRINK
-from leangrid.recipe import AFFINE_BITS
+from leangrid.schemes import AFFINE_BITS
 
 KINDS = [("minmax", None), ("minmax", 8), ("affine", None), ("affine", 8), ("offset", 8), ("levels", None)]
 ONES = torch.ones(32, dtype=torch.float64)

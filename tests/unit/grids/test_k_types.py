@@ -21,7 +21,8 @@ from leangrid.grids import (
     fit_offset,
 )
 from leangrid.grids.k_types import Quadratic, _integers, _nearest
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 from leangrid.solve.factor import factorize
 from leangrid.solve.layer import LinearResult, solve_linear
 from leangrid.solve.refine import refine

@@ -12,7 +12,8 @@ from leangrid import kernels
 from leangrid.errors import RecipeError
 from leangrid.grids import KINDS, AffineGrid, GroupedGrid, Precision, grid_class
 from leangrid.grids.affine import round_scale, same_sign
-from leangrid.recipe import GRID_SCHEMES, GridScheme, Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import GRID_SCHEMES, GridScheme, Scheme
 from leangrid.solve.factor import factorize
 from leangrid.solve.in_place import concatenate_results
 from leangrid.solve.layer import LinearResult, quantize_linear, solve_linear

@@ -9,7 +9,8 @@ from leangrid.errors import ShapeError
 from leangrid.formats import FORMATS
 from leangrid.inference.layers import AffineLinear, LutLinear, PackedLinear
 from leangrid.kernels import packed
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 
 SCHEMES = ["NU2", "NU3", "NU4", "W2A16_G16", "W3A16", "W4A16_G24", "W8A16", "W3A16_G8_SYM", "W4A16_SYM"]
 

@@ -15,7 +15,7 @@ from leangrid.errors import CheckpointError, FormatError
 from leangrid.formats import FORMATS
 from leangrid.grids import NonuniformGrid
 from leangrid.inference import vllm_plugin
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 REGISTERED: dict[str, type] = {}
 SCHEME = Scheme.parse("NU3")

@@ -11,7 +11,7 @@ from described_tensors import described, empty, saved
 
 from leangrid.models.conversion import Conversion
 from leangrid.models.conversion_names import Kept, ResultNames, experts_apart
-from leangrid.recipe import Scheme
+from leangrid.schemes import Scheme
 
 SYMMETRIC, ASYMMETRIC = Scheme.parse("W4A16_SYM"), Scheme.parse("W4A16")
 

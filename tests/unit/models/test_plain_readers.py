@@ -8,7 +8,8 @@ import zoo_models
 from leangrid.models.plain_readers import plain_reading
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.readers import opened_in
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 from leangrid.storage.source import open_source
 
 SYMMETRIC, ASYMMETRIC = Scheme.parse("W4A16_SYM"), Scheme.parse("W4A16")

@@ -11,8 +11,9 @@ from live_bytes import LiveBytes
 from leangrid.planning.footprint import TOKENS_A_BATCH, Demand, Group, choose_placement, sum_footprint
 from leangrid.planning.placement import Placement
 from leangrid.planning.resolve import open_checkpoint
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
 from leangrid.run.quantize import quantize
+from leangrid.schemes import Scheme
 
 GIB = 2**30
 REPLAY = Placement(2, replay=True)

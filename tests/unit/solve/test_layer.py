@@ -9,7 +9,8 @@ from math_problems import generator, hessian, inputs, layer, losses, weight
 
 from leangrid.errors import NumericalError, RecipeError, ShapeError
 from leangrid.grids import AffineGrid, NonuniformGrid, OffsetGrid, Precision, fit_minmax, fit_nonuniform
-from leangrid.recipe import Recipe, Scheme
+from leangrid.recipe import Recipe
+from leangrid.schemes import Scheme
 from leangrid.solve.factor import factorize
 from leangrid.solve.layer import LinearResult, layer_loss, quantize_linear, solve_linear
 from leangrid.solve.sweep import sweep

@@ -1,0 +1,54 @@
+"""What block tuning did, from the journal's word on each block; for summary, manifest and model card."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SHOWN = 3  # blocks shown by name
+
+
+def tuning_figures(blocks: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The figures over all blocks; empty for a run without tuning.
+
+    Args:
+        blocks: (name, ``Tuning.to_json()`` of solve/tuning.py) of each block that was to be tuned.
+
+    Returns:
+        "tuned" and "kept": how many blocks got better on the held-out windows, and how many stay as they were solved;
+        "error" and "held_error": geometric means over the tuned blocks of after / before, on the windows that were
+        tuned on and on those held out; "moved": mean share of codes that changed; "trouble": a sentence for each block
+        that could not be tuned to its end; "blocks": all values by block.
+    """
+    if not blocks:
+        return {}
+    tuned = [one for _, one in blocks if one["best"]]
+    return {
+        "tuned": len(tuned),
+        "kept": len(blocks) - len(tuned),
+        "error": _mean_ratio([(one["before"], one["after"]) for one in tuned]),
+        "held_error": _mean_ratio([(one["held_before"], one["held_after"]) for one in tuned]),
+        "moved": round(sum(one["moved"] for one in tuned) / max(1, len(tuned)), 6),
+        "trouble": [f"{name}: {one['trouble']}" for name, one in blocks if one["trouble"]],
+        "blocks": [{"block": name, **one} for name, one in blocks],
+    }
+
+
+def describe_tuning(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures as (name, value) rows; no row without tuning."""
+    if not found:
+        return []
+    rows = []
+    if found["tuned"]:
+        words = f"{found['tuned']} blocks: their error fell to {found['held_error']:.2f} of what it was on held-out "
+        words += f"windows ({found['error']:.2f} on the others); {found['moved']:.1%} of their codes moved"
+        rows.append(("tuned", words))
+    if found["kept"]:
+        more = f"; {'; '.join(found['trouble'][:_SHOWN])}" if found["trouble"] else ""
+        rows.append(("not tuned", f"{found['kept']} blocks stay as they were solved{more}"))
+    return rows
+
+
+def _mean_ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    """The geometric mean of after / before; 1 for none."""
+    logs = [math.log(after / before) if after > 0 else -math.inf for before, after in pairs]
+    return round(math.exp(sum(logs) / len(logs)), 4) if logs else 1.0

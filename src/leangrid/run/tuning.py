@@ -1,0 +1,115 @@
+"""Block tuning in a run (solve/tuning.py): between the last linear that is solved and the commit.
+
+Both streams are there: the block is to give on the quantized stream what the original block gives on the original one.
+Every batch is one window. The last of them are held out: they go along in both streams, but no Hessian sums them and no
+step is taken by them; they choose the state that stays. A block that does not get better on them stays as it was
+solved, and the journal says so."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from leangrid.models.linears import rows_first
+from leangrid.models.streams import Streams
+from leangrid.run.block import Block
+from leangrid.run.repeated import RepeatedWalk
+from leangrid.run.run import Run
+from leangrid.solve.tuning import Steps, TunedLinear, Tuning, tune
+
+
+def tune_block(run: Run, block: Block, entered: Streams) -> Streams:
+    """Tune the linears of ``block``, if the recipe says so, and return the streams that leave it.
+
+    Args:
+        entered: the streams that entered it.
+    """
+    left = block.walk.finished()
+    if not run.recipe.tune or not block.solved:
+        return left
+    reason = _reason_against(run, block)
+    if reason or left.original is None:
+        return _untuned(run, block, Tuning(trouble=reason), left)
+    output = _Output(run, block, entered.quantized, left.original)
+    fitted = len(entered.quantized) - run.held_out
+    steps = Steps(run.recipe.tune, seed=run.recipe.seed)
+    with run.stage("tune"):
+        linears = {name: _tuned_linear(run, block, name, steps) for name in block.solved}
+        batches = range(len(entered.quantized))
+        block.tuning, state = tune(linears, output.error, batches[:fitted], batches[fitted:], steps, run.ranks.add)
+        del linears
+    if not block.tuning.best:
+        return _untuned(run, block, block.tuning, left)
+    weights = {}
+    for name, (codes, grid) in state.items():
+        solved = block.solved[name]
+        result = replace(solved.result, codes=codes, grid=grid)
+        weights[name] = run.writer.replace(block, replace(solved, result=result))
+    with run.stage("calibrate"):
+        quantized = [output.leave(batch, weights) for batch in batches]
+    return Streams(quantized, left.original)
+
+
+def _untuned(run: Run, block: Block, tuning: Tuning, left: Streams) -> Streams:
+    """The streams that ``left`` the block as it was solved; what kept it so is said and goes to the journal."""
+    block.tuning = tuning
+    why = tuning.trouble or "its error on held-out windows did not fall"
+    run.progress.report("notice", block.index, message=f"{block.name} is not tuned: {why}")
+    return left
+
+
+def _reason_against(run: Run, block: Block) -> str:
+    """Why the block cannot be tuned, as a sentence; "" where it can."""
+    if not run.held_out:
+        return f"{len(run.windows)} windows are too few to hold some out"
+    if isinstance(block.walk, RepeatedWalk):
+        return "the model calls the block more than once"
+    if not run.flow.waits and run.skeleton.structure.blocks[block.index].changes:
+        return "the block changes what it is called with"
+    return ""
+
+
+def _tuned_linear(run: Run, block: Block, name: str, steps: Steps) -> TunedLinear:
+    result = block.solved[name].result
+    scheme = run.recipe.for_layer(block.path(name)).scheme_for(result.codes.shape[1])
+    precision, target = run.precision.for_scheme(scheme), block.originals[name].float()
+    device = target.device
+    return TunedLinear(result.codes.to(device), result.grid.to(device), target, precision, steps)
+
+
+class _Output:
+    """The block's output on the quantized stream, and how far it is from the original's on the original stream."""
+
+    def __init__(self, run: Run, block: Block, entered: list[Tensor], wanted: list[Tensor]) -> None:
+        self._run, self._block, self._entered, self._wanted = run, block, entered, wanted
+        self._device = next(block.module.parameters()).device
+
+    def leave(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """Let a batch of the quantized stream leave the block with ``weights``; the states, where they wait."""
+        left = self._call(batch, weights, trial=False)
+        return self._run.states.put(left) if self._run.flow.waits else left
+
+    def _call(self, batch: int, weights: Mapping[str, Tensor], trial: bool) -> Tensor:
+        """The output [1, length, hidden] of a batch with ``weights`` [rows, cols] of linears by name."""
+        module, named = self._block.module, {}
+        for name, weight in weights.items():
+            linear = module.get_submodule(name)
+            named[f"{name}.weight"] = rows_first(linear, weight).to(linear.get_parameter("weight").dtype)
+
+        def block(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(module, named, args, kwargs)
+
+        hidden = self._entered[batch]
+        if self._run.flow.waits:  # else the flow gets it itself
+            hidden = self._run.states.get(hidden, self._device)
+        return self._run.flow.call("quantized", batch, self._block.index, block, hidden, trial)
+
+    def error(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """The mean over tokens of |given - wanted|^2 / |wanted|^2: a few tokens are a thousand times larger than the
+        others, and would else decide alone."""
+        wanted = self._run.states.get(self._wanted[batch], self._device).float()
+        off = self._call(batch, weights, trial=True).float() - wanted
+        return (off.square().sum(-1) / wanted.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
