@@ -1,7 +1,7 @@
 """Block tuning on tensors: the gradient it moves by, what it leaves, and when it leaves the solved state."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -157,7 +157,7 @@ def test_steps_of_several_ranks_are_those_of_one_that_has_all_their_batches() ->
     other, error, _ = _two_layers("W4A16")
     again = iter(log)
 
-    def add(tensors: list[Tensor]) -> None:
+    def add(tensors: Sequence[Tensor]) -> None:
         for mine, theirs in zip(tensors, next(again), strict=True):
             mine += theirs
 
