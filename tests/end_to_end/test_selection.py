@@ -81,7 +81,9 @@ def test_what_stays_is_the_sources_and_readers_open_it(run: str, tiny: Tiny, tmp
     export(tmp_path / "out", tmp_path / "dense", to="dense")
     dense, _ = leangrid.load(tmp_path / "dense")
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=WINDOWS[:1])[0], dense(input_ids=WINDOWS[:1])[0])
+        packed, plain = model(input_ids=WINDOWS[:1])[0], dense(input_ids=WINDOWS[:1])[0]
+    near = {"atol": 2e-3, "rtol": 1e-2} if packed.dtype == torch.float16 else {}  # products rounded in another order
+    torch.testing.assert_close(packed, plain, **near)
 
 
 def test_ignore_of_config_json_names_what_stays_and_plain_transformers_opens_it(tiny: Tiny, tmp_path: Path) -> None:

@@ -75,7 +75,9 @@ def test_a_stopped_run_ends_in_the_same_bytes(name: str, tiny: Tiny, tmp_path: P
     assert result.tuning == _tuning(tmp_path / "whole")
     assert result.tuning["tuned"] + result.tuning["kept"] == len(result.tuning["blocks"])
     assert result.tuning["tuned"] > 0
-    assert not result.tuning["trouble"]
+    # Two of Gemma 3n's blocks put keys and values into a dictionary that they are given.
+    changing = [one for one in result.tuning["trouble"] if "changes what it is called with" in one]
+    assert len(changing) == len(result.tuning["trouble"]) == (2 if name == "gemma3n" else 0)
 
 
 @pytest.mark.parametrize(

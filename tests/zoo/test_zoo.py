@@ -21,7 +21,7 @@ from zoo_server import Server
 
 # A hybrid with a vision tower and further layers, its mixture, a tower, keys shared between blocks, biased and
 # interleaved experts, compressed keys with grouped experts, experts in batches, Mamba beside attention, short
-# convolutions, an MLP beside attention, an encoder with a decoder, a linear called twice, Conv1D, blocks called again.
+# convolutions, an MLP beside attention, an encoder with a decoder, Conv1D, blocks called again.
 KINDS = {
     ("image-text", "qwen3_5"),
     ("causal", "qwen3_5_moe"),
@@ -30,12 +30,10 @@ KINDS = {
     ("causal", "gpt_oss"),
     ("causal", "deepseek_v3"),
     ("causal", "llama4"),
-    ("causal", "granitemoehybrid"),
     ("causal", "lfm2"),
     ("causal", "nemotron_h"),
     ("causal", "phi"),
     ("encoder", "t5"),
-    ("causal", "prophetnet"),
     ("causal", "gpt2"),
     ("encoder", "albert"),
 }

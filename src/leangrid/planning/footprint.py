@@ -328,7 +328,8 @@ def _outside(skeleton: Skeleton) -> int:
     inside = f"{skeleton.entry_path}." if skeleton.entry_path else ""
     names = (name for name in skeleton.parameter_names() if name.startswith(inside))
     used = (name for name in names if not name.startswith(skeleton.block_prefixes))
-    return sum(prod(skeleton.tensor_info(name).shape) for name in used if name not in skeleton.structure.unused)
+    stored = (skeleton.stored.place(name).stored[0] for name in used if name not in skeleton.structure.unused)
+    return sum(prod(skeleton.checkpoint.tensors[name].shape) for name in stored)
 
 
 def choose_placement(
