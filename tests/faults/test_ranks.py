@@ -319,3 +319,16 @@ def test_torchrun_itself(source: Path, expected: Path, tmp_path: Path) -> None:
     done = subprocess.run(typed, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert contents(out) == contents(expected)
+
+
+def test_two_ranks_tune_blocks_together_and_give_the_same_bytes_twice(source: Path, tmp_path: Path) -> None:
+    """Seventeen windows: nine on the first rank, eight on the second; of each one is held out."""
+    recipe, windows = Recipe(scheme="W3A16", tune=6), tiny_models.tokens(17, 32)
+    for out in ("one", "other"):
+        job = as_command(lambda rank, out=out: quantize(source, tmp_path / out, recipe, windows=windows, threads=1))
+        ended = forked_ranks.run(2, job)
+        assert all(one.status == 0 for one in ended), ended
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+    tuning = json.loads((tmp_path / "one" / "manifest.json").read_text())["result"]["tuning"]
+    assert tuning["tuned"] > 0 and not tuning["trouble"]
+    assert 0 < tuning["held_error"] < 1
