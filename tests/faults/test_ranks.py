@@ -321,6 +321,16 @@ def test_torchrun_itself(source: Path, expected: Path, tmp_path: Path) -> None:
     assert contents(out) == contents(expected)
 
 
+def test_ranks_of_which_one_has_too_few_windows_to_hold_some_out_all_say_so(source: Path, tmp_path: Path) -> None:
+    """Seven windows are four and three: the first rank alone could hold one out, and would wait for the other."""
+    recipe, windows = Recipe(scheme="W3A16", tune=1), tiny_models.tokens(7, 32)
+    job = as_command(lambda rank: quantize(source, tmp_path / "out", recipe, windows=windows, threads=1))
+    ended = forked_ranks.run(2, job)
+    assert all(one.status == 0 for one in ended), ended
+    tuning = json.loads((tmp_path / "out" / "manifest.json").read_text())["result"]["tuning"]
+    assert tuning["tuned"] == 0 and "7 windows for 2 ranks are too few" in tuning["trouble"][0]
+
+
 def test_two_ranks_tune_blocks_together_and_give_the_same_bytes_twice(source: Path, tmp_path: Path) -> None:
     """Seventeen windows: nine on the first rank, eight on the second; of each one is held out."""
     recipe, windows = Recipe(scheme="W3A16", tune=6), tiny_models.tokens(17, 32)

@@ -33,7 +33,7 @@ _SUMS_PANEL = 512  # columns of the squares in which Hessians are summed
 _DISK, _READ = 5e8, 2e9  # bytes/s that a commit reaches: written, hashed, synced; and that reading reaches
 _F32 = 4
 # Block tuning: forward passes that a pass and its gradient take, and seconds that rounding a weight, its gradient and
-# its step take on one CPU thread (benchmarks/tuning.py).
+# its step take on one CPU thread: a guess of some fifteen passes over memory, not measured.
 _BACKWARD, _TUNED_SECONDS = 3, 1.5e-8
 
 # Of a device that is only described. Products on 16-bit and TF32 units relative to float32: the ratios of NVIDIA's 48

@@ -64,7 +64,8 @@ class Run:
             self.journal.keeps_states = False
         self.device, done = inputs.request.device, inputs.journal.find_resume_point()
         self.strength: float = self.recipe.correct or 0.0
-        self.held_out = count_held_out(len(ranks.share(windows))) if self.recipe.tune else 0
+        # By the smallest share, so that all ranks hold out as many, or none.
+        self.held_out = count_held_out(len(windows) // ranks.count) if self.recipe.tune else 0
         self.precision = FORMATS[self.recipe.format].precision(self.skeleton.dtype)
         self.states = StatePlaces(inputs.placement, self.device, MappedTensors(self.journal.states))
         self.accounting = Accounting(clock, self.skeleton, self.recipe, windows.numel())

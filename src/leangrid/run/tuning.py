@@ -39,7 +39,8 @@ def tune_block(run: Run, block: Block, entered: Streams) -> Streams:
     with run.stage("tune"):
         linears = {name: _tuned_linear(run, block, name, steps) for name in block.solved}
         batches = range(len(entered.quantized))
-        block.tuning, state = tune(linears, output.error, batches[:fitted], batches[fitted:], steps, run.ranks.add)
+        together = run.ranks.add if run.ranks.count > 1 else None
+        block.tuning, state = tune(linears, output.error, batches[:fitted], batches[fitted:], steps, together)
         del linears
     if not block.tuning.best:
         return _untuned(run, block, block.tuning, left)
@@ -64,7 +65,8 @@ def _untuned(run: Run, block: Block, tuning: Tuning, left: Streams) -> Streams:
 def _reason_against(run: Run, block: Block) -> str:
     """Why the block cannot be tuned, as a sentence; "" where it can."""
     if not run.held_out:
-        return f"{len(run.windows)} windows are too few to hold some out"
+        each = f" for {run.ranks.count} ranks" if run.ranks.count > 1 else ""
+        return f"{len(run.windows)} windows{each} are too few to hold some out"
     if isinstance(block.walk, RepeatedWalk):
         return "the model calls the block more than once"
     if not run.flow.waits and run.skeleton.structure.blocks[block.index].changes:

@@ -207,6 +207,7 @@ class _Together:
     """Sums over all ranks."""
 
     def __init__(self, add: Add | None) -> None:
+        self._alone = add is None
         self._add: Add = add or (lambda tensors: None)
 
     def mean(self, linears: Mapping[str, TunedLinear], error: Error, batches: Sequence[int]) -> float:
@@ -226,6 +227,8 @@ class _Together:
 
     def average(self, tensors: list[Tensor], counted: bool) -> None:
         """Replace each tensor by its mean over the ranks that are ``counted``."""
+        if self._alone:
+            return
         count = torch.tensor([float(counted)])
         self._add([count, *tensors])
         for tensor in tensors:
