@@ -123,7 +123,8 @@ def _is_plain(value: Any) -> bool:
 def _digest(x: Tensor) -> tuple[float, ...]:
     if x.is_meta:
         return tuple(map(float, x.shape))
-    flat = torch.nan_to_num(x.detach().flatten().double(), 0.0, 1e9, -1e9)
+    numbers = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()  # rope of Llama 4
+    flat = torch.nan_to_num(numbers.flatten().double(), 0.0, 1e9, -1e9)
     weights = torch.cos(torch.arange(flat.numel(), dtype=torch.float64))
     return (*map(float, x.shape), float(flat.sum()), float(flat @ weights))
 
