@@ -10,6 +10,8 @@ KNOWN: dict[str, dict[str, str]] = {
     "nocorrect": {"correct": "0"},
     "norefine": {"refine": "0"},
     "neither": {"correct": "0", "refine": "0"},
+    "fast": {"effort": "fast"},
+    "best": {"effort": "best"},
     "paper": _PAPER,
     "paper-lloyd": _PAPER | {"search": "lloyd"},
 }
@@ -40,5 +42,5 @@ def parse(texts: list[str]) -> dict[str, dict[str, str]]:
 def does(recipe: Recipe) -> str:
     """A text that is equal for two resolved recipes that give the same result."""
     ignored = _GRID_FIELDS if Scheme.parse(recipe.scheme).method != "leanquant" else set()
-    ignored = ignored | ({"search"} if recipe.parsed.grid != "nonuniform" else {"steps"})
+    ignored = ignored | {"effort"} | ({"search"} if recipe.parsed.grid != "nonuniform" else {"steps"})
     return recipe.model_dump_json(exclude=ignored)

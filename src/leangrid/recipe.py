@@ -14,7 +14,15 @@ from leangrid.patterns import REGEX, Pattern, compile_regex
 from leangrid.schemes import GRID_SCHEMES, OFFSET_FORMATS, Scheme
 from leangrid.validation import ValidatedModel
 
-_UNSET: dict[str, tuple[Any, ...]] = {"tune": (0,), "text_field": (None,), "ignore": ((), []), "only": ((), [])}
+_UNSET: dict[str, tuple[Any, ...]] = {
+    "effort": ("good",),
+    "tune": (None,),
+    "text_field": (None,),
+    "ignore": ((), []),
+    "only": ((), []),
+}
+# What each effort sets, of a learned grid, where the recipe leaves it open; "good" are the defaults.
+EFFORTS: dict[str, dict[str, Any]] = {"fast": {"correct": 0.0, "refine": 0}, "good": {}, "best": {"tune": 4}}
 
 
 class Recipe(ValidatedModel):
@@ -52,6 +60,10 @@ class Recipe(ValidatedModel):
     samples: int = Field(default=128, ge=1, le=1_000_000, description="calibration windows")
     length: int = Field(default=2048, ge=8, le=1_000_000, description="tokens a window")
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    effort: Literal["fast", "good", "best"] = Field(
+        default="good",
+        description="fast: the paper's procedure; good: with correction and refit; best: with block tuning, too",
+    )
     p: float | None = Field(
         default=None, ge=0, le=16, description="exponent of the loss-error weights U_jj^-p; 4 non-uniform, 2 affine"
     )
@@ -65,7 +77,9 @@ class Recipe(ValidatedModel):
     refine: int | None = Field(
         default=None, ge=0, le=20, description="rounds of refit and descent after the sweep; 0 is the paper"
     )
-    tune: int = Field(default=0, ge=0, le=100, description="passes of block tuning over the windows; 0: none")
+    tune: int | None = Field(
+        default=None, ge=0, le=100, description="passes of block tuning over the windows; 0: none, as by default"
+    )
     guard: bool = Field(default=True, description="rows worse than min-max GPTQ try lower p")
     damping: float = Field(default=0.01, gt=0, le=10, description="lambda, in units of mean(diag H)")
     act_order: bool = Field(default=True, description="eliminate columns by descending diag H")
@@ -85,6 +99,12 @@ class Recipe(ValidatedModel):
         if isinstance(value, bool):  # which pydantic takes for 0 or 1
             raise ValueError("must be a number")
         return value
+
+    @field_validator("tune")
+    @classmethod
+    def _none_for_zero(cls, value: int | None, info: Any) -> int | None:
+        """None and 0 are the same, but where an effort would tune."""
+        return value or (0 if value == 0 and "tune" in EFFORTS[info.data.get("effort", "good")] else None)
 
     @field_validator("scheme")
     @classmethod
@@ -163,23 +183,28 @@ class Recipe(ValidatedModel):
             scheme: what replaces ``auto``; None: nothing.
 
         Raises:
-            RecipeError: the scheme is still ``auto``, or ``layers`` has a scheme of another kind or method.
+            RecipeError: the scheme is still ``auto``, ``layers`` has a scheme of another kind or method, or a baseline
+                is asked for an effort.
         """
         name = scheme if scheme and self.scheme == "auto" else self.scheme
         parsed = Scheme.parse(name)
         self._refuse_mixed_kinds(name, parsed)
+        if self.effort != "good" and parsed.method != "leanquant":
+            what = f"{name} is a baseline, which knows no effort '{self.effort}'"
+            raise RecipeError(what, "effort", "Leave it out, or choose a scheme such as W4A16_G64 or NU4")
         default = "gguf" if parsed.block else GRID_SCHEMES[parsed.grid].format
         container = default if self.format == "auto" else self.format
         return self.with_defaults(parsed).model_copy(update={"scheme": name, "format": container})
 
     def with_defaults(self, scheme: Scheme) -> "Recipe":
-        """This recipe with ``p``, ``correct`` and ``refine`` as ``scheme`` has them by default, where they are None."""
+        """This recipe with ``p``, ``correct``, ``refine`` and ``tune`` as its effort or else ``scheme`` has them by
+        default, where they are None."""
         learned = scheme.method == "leanquant"
         defaults = {
             "p": GRID_SCHEMES[scheme.grid].p,
             "correct": 0.5 if learned else 0.0,
             "refine": 1 if learned and not scheme.exact else 0,
-        }
+        } | (EFFORTS[self.effort] if learned else {})
         return self.model_copy(update={name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     @property

@@ -86,3 +86,36 @@ def test_patterns_are_part_of_the_fingerprint_where_there_are_any(tmp_path: Path
     assert Recipe.model_validate(named.model_dump()) == named == Recipe.model_validate_json(named.model_dump_json())
     (tmp_path / "r.toml").write_text('scheme = "NU4"\nignore = ["lm_head", "*.down_proj"]\n')
     assert Recipe.from_file(tmp_path / "r.toml") == named
+
+
+def test_an_effort_fills_in_what_the_recipe_leaves_open(tmp_path: Path) -> None:
+    def settings(**fields: Any) -> tuple[Any, ...]:
+        resolved = Recipe(scheme=fields.pop("scheme", "NU4"), **fields).resolved()
+        assert Recipe.model_validate(resolved.model_dump()) == resolved  # as the manifest holds it
+        return resolved.p, resolved.correct, resolved.refine, resolved.tune
+
+    assert settings(effort="fast") == (4, 0, 0, None)
+    assert settings(effort="fast", scheme="W4A16") == (2, 0, 0, None)
+    assert settings() == settings(effort="good") == settings(tune=0)
+    assert settings(effort="best") == (*settings()[:3], 4)
+    assert settings(effort="best", tune=2)[3] == 2 and not settings(effort="best", tune=0)[3]
+    assert settings(effort="fast", correct=0.25, refine=3) == (4, 0.25, 3, None)
+    (tmp_path / "r.toml").write_text('scheme = "NU4"\neffort = "best"\n')
+    assert Recipe.from_file(tmp_path / "r.toml").resolved().tune == 4
+
+
+def test_an_effort_is_part_of_the_fingerprint_where_it_is_asked_for() -> None:
+    prints = {recipe.fingerprint() for recipe in (Recipe(), Recipe(effort="good"), Recipe(tune=0))}
+    assert prints == {Recipe().fingerprint()} and "effort" not in Recipe().model_dump()
+    assert len({Recipe(effort="best").fingerprint(), Recipe(effort="best", tune=0).fingerprint(), *prints}) == 3
+
+
+@pytest.mark.parametrize("scheme", ["GPTQ4_G64", "RTN4", "GPTQ_Q4_1"])
+def test_a_baseline_has_no_effort(scheme: str) -> None:
+    with pytest.raises(RecipeError, match=f"{scheme} is a baseline, which knows no effort 'best'"):
+        Recipe(scheme=scheme, effort="best").resolved()
+
+
+def test_an_unknown_effort_is_refused_with_those_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"fast.*good.*best"):
+        Recipe(effort="better")  # pyright: ignore[reportArgumentType]

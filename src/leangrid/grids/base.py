@@ -56,6 +56,8 @@ class Grid(ABC):
     # Seconds that fitting takes for one weight on one CPU thread with the native kernels and AVX-512; AVX2 takes about
     # twice as long (benchmarks/cost_model.py). ``leangrid plan`` multiplies it.
     FIT_SECONDS_PER_WEIGHT: ClassVar[float]
+    # Steps of block tuning: of the parameters, in units of their root mean square, and of codes, in codes.
+    TUNING_STEPS: ClassVar[tuple[float, float]] = (0.002, 0.005)
 
     @classmethod
     @abstractmethod

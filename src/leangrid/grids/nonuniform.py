@@ -31,6 +31,7 @@ class NonuniformGrid(Grid):
     levels: Float[Tensor, "rows levels"]
 
     FIT_SECONDS_PER_WEIGHT: ClassVar[float] = 4.5e-8
+    TUNING_STEPS: ClassVar[tuple[float, float]] = (0.005, 0.002)  # levels gain more than codes (docs/log.md)
 
     def __post_init__(self) -> None:
         count = self.levels.shape[-1]

@@ -23,7 +23,7 @@ from leangrid.planning.groups import Group, groups_of
 from leangrid.planning.placement import Placement
 from leangrid.planning.sizes import LayerSize, state_bytes
 from leangrid.recipe import Recipe
-from leangrid.solve.tuning import count_held_out
+from leangrid.solve.tuning import count_held_out, count_step_windows
 
 _REPLAYED = 2.6  # forward passes that replaying takes instead of one: up to each group, and once to the end
 # Shares of a large product's rate that the stages reach (the same benchmark): sweeps in blocks with their descents, the
@@ -176,10 +176,12 @@ def estimate_seconds(
     factors = sum(-(-group.experts // rates.ranks) * flops.factor(group.cols, True) for group in groups)
     plain = [group for group in groups if group.experts == 1]
     corrected = sum(flops.correction(group.rows, group.cols, True) for group in plain) * (streams - 1)
-    steps = recipe.tune * (recipe.samples - count_held_out(recipe.samples))
-    if steps:
-        one_window = recipe.length * (2 * reached + attention) / forward
-        shared["tune"] = steps * (_BACKWARD * one_window + weights * _TUNED_SECONDS / rates.threads)
+    if recipe.tune:
+        together = count_step_windows(recipe.samples, recipe.length)
+        batches = recipe.samples // together
+        steps = recipe.tune * (batches - count_held_out(batches))
+        one_batch = together * recipe.length * (2 * reached + attention) / forward
+        shared["tune"] = steps * (_BACKWARD * one_batch + weights * _TUNED_SECONDS / rates.threads)
     alone = {
         "load": (before + again) / rates.read,
         "factor": factors / (_FACTOR * algebra) + corrected / (_CORRECT * algebra),

@@ -25,6 +25,7 @@ from leangrid.planning.sizes import GATE_LENGTH, GATE_WINDOWS
 from leangrid.recipe import Recipe
 from leangrid.schemes import Scheme
 from leangrid.solve.in_place import PANEL, TILE_BYTES
+from leangrid.solve.tuning import count_step_windows
 
 _F32 = 4
 TOKENS_A_BATCH = {"cpu": 1024, "cuda": 16384}  # full-speed products; on the CPU small enough for the cache
@@ -114,7 +115,7 @@ class Demand:
             max(_staying(skeleton)),
             flows_live(skeleton),
             itemsize * _outside(skeleton),
-            recipe.tune > 0,
+            bool(recipe.tune),
         )
 
     @property
@@ -201,13 +202,14 @@ def sum_footprint(demand: Demand, placement: Placement) -> Footprint:
 
 
 def _tuning(demand: Demand) -> dict[str, int]:
-    """One window forward and backward, with everything that a weight of the block carries along; the states that
+    """One batch forward and backward, with everything that a weight of the block carries along; the states that
     entered the block wait beside those that leave it."""
     numbers = sum(group.rows * group.cols for group in demand.groups)
     through = sum(group.rows + group.cols for group in demand.groups) + 2 * demand.hidden
+    tokens = count_step_windows(demand.samples, demand.length) * demand.length
     return {
         "codes, grids and their steps": numbers * (_TUNED + _TUNED_WEIGHTS * demand.itemsize),
-        "one window's gradient": _KEPT_FOR_GRADIENT * through * demand.length * demand.itemsize,
+        "one batch's gradient": _KEPT_FOR_GRADIENT * through * tokens * demand.itemsize,
         "states that entered": demand.states // demand.streams,
     }
 
@@ -352,7 +354,10 @@ def choose_placement(
     budget = usable_device_bytes(device) if budget is None else budget
     host_budget = usable_device_bytes("cpu") if host_budget is None else host_budget
     first = Placement(max(1, min(samples, TOKENS_A_BATCH["cuda" if demand.accelerated else "cpu"] // length)))
-    every = [(option, sum_footprint(demand, option)) for option in first.candidates()]
+    if recipe.tune:  # whatever the memory: steps are bytes of the result
+        first = Placement(count_step_windows(samples, length))
+    options = [option for option in first.candidates() if not recipe.tune or option.windows == first.windows]
+    every = [(option, sum_footprint(demand, option)) for option in options]
     here = [found for found in every if found[1].peak <= budget] or every[-1:]
     return next(
         (found for found in here if found[1].host_peak <= host_budget), min(here, key=lambda found: found[1].host_peak)

@@ -32,6 +32,7 @@ from leangrid.planning.structure import describe_choice, describe_left_over
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run.request import Request
+from leangrid.solve.tuning import count_step_windows
 from leangrid.storage import disk, files
 from leangrid.storage.hub import locate_stream
 from leangrid.storage.journal import Journal
@@ -159,7 +160,9 @@ def _locked_journal(request: Request, source: dict[str, Any]) -> Journal:
 def _placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal) -> Placement:
     """The one that was asked for, or with which the last finished block ended, or the first that fits."""
     found = _found_placement(request, skeleton, recipe, journal)
-    return replace(found, windows=1) if recipe.tune else found  # a step of block tuning is taken by one window
+    if not recipe.tune:
+        return found
+    return replace(found, windows=count_step_windows(*_windows_shape(request, recipe)))  # steps are bytes of the result
 
 
 def _found_placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal) -> Placement:

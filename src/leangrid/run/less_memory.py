@@ -1,6 +1,7 @@
 """What a run does when memory runs out in a block: the block begins again with the next smaller placement."""
 
 import gc
+from dataclasses import replace
 
 from leangrid.data.windows import Windows
 from leangrid.errors import Interrupted
@@ -35,7 +36,11 @@ def reduce_placement(
     release_cached_memory(device)
     name, group = stage
     failed = "forward" if name == "calibrate" else "algebra"
-    smaller = placement.next_smaller(failed, group, len(skeleton.groups(index)), has_own_memory(device))
+    steps = 1 if recipe.tune else placement.windows  # the windows of a step of tuning stay together
+    asked = replace(placement, windows=steps)
+    smaller = asked.next_smaller(failed, group, len(skeleton.groups(index)), has_own_memory(device))
+    if smaller is not None and recipe.tune:
+        smaller = replace(smaller[0], windows=placement.windows), smaller[1]
     if smaller is not None and smaller[0].host_block and flows_live(skeleton):
         smaller = None  # what the model's own forward holds stays on the device
     if smaller is None:

@@ -48,7 +48,7 @@ class Run:
         windows: the calibration tokens of all ranks, int64 [samples, length], or rows with pictures.
         device: where blocks are computed, in torch's words.
         strength: a, the share of the inputs' own error that is corrected.
-        held_out: how many of this rank's windows, the last ones, neither Hessians nor tuning see (0 without tuning).
+        held_out: how many of this rank's batches, the last ones, neither Hessians nor tuning see (0 without tuning).
         precision: what the container keeps scales and levels in.
         states: where hidden states wait, by the present placement.
         writer: takes what was solved.
@@ -65,7 +65,9 @@ class Run:
         self.device, done = inputs.request.device, inputs.journal.find_resume_point()
         self.strength: float = self.recipe.correct or 0.0
         # By the smallest share, so that all ranks hold out as many, or none.
-        self.held_out = count_held_out(len(windows) // ranks.count) if self.recipe.tune else 0
+        together = inputs.placement.windows if isinstance(windows, Tensor) else 1
+        batches = len(windows) // ranks.count // together
+        self.held_out = count_held_out(batches) if self.recipe.tune else 0
         self.precision = FORMATS[self.recipe.format].precision(self.skeleton.dtype)
         self.states = StatePlaces(inputs.placement, self.device, MappedTensors(self.journal.states))
         self.accounting = Accounting(clock, self.skeleton, self.recipe, windows.numel())

@@ -1,9 +1,9 @@
 """Block tuning in a run (solve/tuning.py): between the last linear that is solved and the commit.
 
 Both streams are there: the block is to give on the quantized stream what the original block gives on the original one.
-Every batch is one window. The last of them are held out: they go along in both streams, but no Hessian sums them and no
-step is taken by them; they choose the state that stays. A block that does not get better on them stays as it was
-solved, and the journal says so."""
+Every batch is one window, or several short ones. The last of them are held out: they go along in both streams, but no
+Hessian sums them and no step is taken by them; they choose the state that stays. A block that does not get better on
+them stays as it was solved, and the journal says so."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -95,7 +95,7 @@ class _Output:
         return self._run.states.put(left) if self._run.flow.waits else left
 
     def _call(self, batch: int, weights: Mapping[str, Tensor], trial: bool) -> Tensor:
-        """The output [1, length, hidden] of a batch with ``weights`` [rows, cols] of linears by name."""
+        """The output [windows, length, hidden] of a batch with ``weights`` [rows, cols] of linears by name."""
         module, named = self._block.module, {}
         for name, weight in weights.items():
             linear = module.get_submodule(name)

@@ -26,8 +26,10 @@ _WARM_UP = 4  # steps in which their size grows to its full value
 _NEAREST = 0.45  # a code begins less than half a step away from where it would change
 _PATIENCE = 3  # passes without a lower held-out error after which tuning ends
 
-_FEWEST = 4  # windows with which one can be held out
-_SHARE = 8  # one window of so many is held out
+_FEWEST = 4  # batches with which one can be held out
+_SHARE = 8  # one batch of so many is held out
+_STEP_TOKENS = 512  # of a batch, where a window has fewer
+_STEPS = 64  # batches that there are at least in a pass, before windows share one
 
 Error = Callable[[int, Mapping[str, Tensor]], Tensor]
 Add = Callable[[Sequence[Tensor]], None]
@@ -39,14 +41,15 @@ class Steps:
 
     Attributes:
         passes: how often every batch is seen.
-        grid: size of a step of scales, offsets and levels, in units of their root mean square.
-        codes: size of a step of codes, in codes; 0: codes stay.
+        grid: size of a step of scales, offsets and levels, in units of their root mean square; None: that of the kind
+            of grid.
+        codes: size of a step of codes, in codes; 0: codes stay; None: that of the kind of grid.
         seed: of the order of batches.
     """
 
     passes: int
-    grid: float = 0.002
-    codes: float = 0.005
+    grid: float | None = None
+    codes: float | None = None
     seed: int = 0
 
 
@@ -75,9 +78,15 @@ class Tuning:
         return asdict(self)
 
 
-def count_held_out(windows: int) -> int:
-    """How many of ``windows`` are held out; 0 where there are too few."""
-    return max(1, windows // _SHARE) if windows >= _FEWEST else 0
+def count_step_windows(windows: int, length: int) -> int:
+    """How many of ``windows`` windows of ``length`` tokens one step is taken by: one, or several where they are short
+    and many."""
+    return max(1, min(_STEP_TOKENS // length, windows // _STEPS))
+
+
+def count_held_out(batches: int) -> int:
+    """How many of ``batches`` are held out; 0 where there are too few."""
+    return max(1, batches // _SHARE) if batches >= _FEWEST else 0
 
 
 class TunedLinear:
@@ -100,10 +109,12 @@ class TunedLinear:
     ) -> None:
         self.codes, self.grid, self._precision = codes, grid, precision
         parameters, latent = grid.parameters.clone(), _latent(codes, grid, target)
-        self._parameters, self._latent = parameters.requires_grad_(), latent.requires_grad_(steps.codes > 0)
-        sizes = {self._parameters: steps.grid * float(parameters.detach().square().mean().sqrt())}
-        if steps.codes:
-            sizes[self._latent] = steps.codes
+        by_grid, by_codes = grid.TUNING_STEPS
+        by_grid, by_codes = steps.grid or by_grid, by_codes if steps.codes is None else steps.codes
+        self._parameters, self._latent = parameters.requires_grad_(), latent.requires_grad_(by_codes > 0)
+        sizes = {self._parameters: by_grid * float(parameters.detach().square().mean().sqrt())}
+        if by_codes:
+            sizes[self._latent] = by_codes
         self.leaves = list(sizes)
         self.groups = [{"params": [leaf], "size": size} for leaf, size in sizes.items()]
 

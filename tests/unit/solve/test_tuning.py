@@ -11,7 +11,7 @@ from leangrid.grids import Grid, grid_class
 from leangrid.grids.base import FLOAT32, Precision
 from leangrid.recipe import Recipe
 from leangrid.schemes import Scheme
-from leangrid.solve.tuning import Error, Steps, TunedLinear, count_held_out, tune
+from leangrid.solve.tuning import Error, Steps, TunedLinear, count_held_out, count_step_windows, tune
 
 SCHEMES = ["W4A16", "W3A16_G32", "W4A16_G32_SYM", "NU3", "Q4_K", "Q3_K", "Q4_1"]
 COLS = {"Q4_K": 256, "Q3_K": 256}
@@ -167,6 +167,14 @@ def test_steps_of_several_ranks_are_those_of_one_that_has_all_their_batches() ->
     assert math.isclose(tuning.held_before, float(error(7, {k: o.grid.dequantize(o.codes) for k, o in other.items()})))
 
 
-@pytest.mark.parametrize(("windows", "held"), [(1, 0), (3, 0), (4, 1), (15, 1), (16, 2), (128, 16)])
-def test_an_eighth_of_the_windows_is_held_out(windows: int, held: int) -> None:
-    assert count_held_out(windows) == held
+@pytest.mark.parametrize(("batches", "held"), [(1, 0), (3, 0), (4, 1), (15, 1), (16, 2), (128, 16)])
+def test_an_eighth_of_the_batches_is_held_out(batches: int, held: int) -> None:
+    assert count_held_out(batches) == held
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "together"),
+    [(128, 2048, 1), (64, 512, 1), (100, 16, 1), (256, 64, 4), (2048, 16, 32), (4, 8, 1)],
+)
+def test_short_windows_share_a_step_where_there_are_many(windows: int, length: int, together: int) -> None:
+    assert count_step_windows(windows, length) == together
