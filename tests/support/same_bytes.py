@@ -1,7 +1,7 @@
-"""``python same_bytes.py WORK [HALF]``: tiny runs, one a format and way of solving, and a sha256 of each result's
+"""``python same_bytes.py WORK [PART]``: tiny runs, one a format and way of solving, and a sha256 of each result's
 tensors and config.
 
-Printed as one JSON object, run -> file -> sha256, of all runs or of one half of them (0 or 1). The arithmetic is the
+Printed as one JSON object, run -> file -> sha256, of all runs or of one part of them ("quick" or "long"). The arithmetic is the
 one that every x86-64 processor has: torch's kernels without vector extensions, MKL's compatible branch, no oneDNN, one
 thread, our own loops as their torch twins. So the hashes that are committed beside tests/end_to_end/test_same_bytes.py
 hold on any such machine with the same torch: a change of them is a change of behaviour."""
@@ -48,13 +48,18 @@ EXPORTED = {
     "export compressed-tensors": ("awq", "compressed-tensors"),
     "export gguf": ("gguf", "gguf"),
 }
-HALVES = (0, 1)
+# Runs that take seconds: torch's twin of the affine search is slow where there are many groups or 8 bits.
+QUICK = (
+    "compressed-tensors", "lut", "lut, encoder", "lut, conv1d", "awq", "gguf, min-max", "gptq's own method", "rounding",
+    "uncorrected", "lean algebra",
+)  # fmt: skip
+PARTS = ("quick", "long")
 FILES = ("*.safetensors", "config.json", "*.gguf")
 
 
-def runs_of(half: int | None) -> list[str]:
-    """The names of one half of the runs, each export with the run that it starts from; None: of all."""
-    names = [name for number, name in enumerate(QUANTIZED | IN_PLACE) if half in (None, number % 2)]
+def runs_of(part: str | None) -> list[str]:
+    """The names of one part of the runs, each export with the run that it starts from; None: of all."""
+    names = [name for name in QUANTIZED | IN_PLACE if part in (None, PARTS[name not in QUICK])]
     return names + [name for name, (start, _) in EXPORTED.items() if start in names]
 
 
@@ -64,8 +69,8 @@ def hashes(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-def main(work: Path, half: int | None) -> None:
-    """Make the runs of one half, or all, and print their hashes."""
+def main(work: Path, part: str | None) -> None:
+    """Make the runs of one part, or all, and print their hashes."""
     import tiny_models
     import torch
 
@@ -75,7 +80,7 @@ def main(work: Path, half: int | None) -> None:
     torch.backends.mkldnn.enabled = False
     torch.set_num_threads(1)
     windows, found = tiny_models.tokens(4, 32), {}
-    for name in runs_of(half):
+    for name in runs_of(part):
         if name in EXPORTED:
             start, to = EXPORTED[name]
             leangrid.export(work / start, work / name, to)
@@ -97,4 +102,4 @@ def main(work: Path, half: int | None) -> None:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     os.environ.update(PINNED)  # before torch is imported: MKL and ATen read them once
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)

@@ -14,7 +14,10 @@ OPEN = "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); print(type(m.mode
     "imports",
     [
         "import leangrid; from transformers import AutoModelForCausalLM",
-        "import leangrid.inference.transformers_quantizer; from transformers import AutoModelForCausalLM",
+        pytest.param(
+            "import leangrid.inference.transformers_quantizer; from transformers import AutoModelForCausalLM",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("from transformers import AutoModelForCausalLM; import leangrid", marks=pytest.mark.slow),
         pytest.param(
             "import transformers.quantizers.auto; import leangrid; from transformers import AutoModelForCausalLM",
