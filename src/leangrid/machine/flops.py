@@ -44,11 +44,13 @@ def factor(cols: int, done: bool) -> float:
     return cols**3 / 3 + (cols**3 if done else cols**3 / 3)
 
 
-def correction(rows: int, cols: int, done: bool) -> float:
-    """The correction W (G - H)(H + lambda I)^-1 for all rows of a group.
+def correction(rows: int, cols: int, done: bool, measured: bool = False) -> float:
+    """The correction W (G - H)(H + lambda I)^-1 for all rows of a group; with its share of each layer, if ``measured``.
 
     ``done``: as computed, with two whole products where two triangular ones are enough; else the least."""
     few = min(rows, cols)
+    if measured:  # G - H and its noise times U^T; W times both; one of them times U, for the rows
+        return (3 if done else 2.5) * product(rows, cols, cols) + (2 if done else 1) * product(few, cols, cols)
     return product(rows, cols, cols) + (2 if done else 1) * product(few, cols, cols)
 
 

@@ -175,7 +175,8 @@ def estimate_seconds(
     # Not shared: every rank needs the factor and the correction whole, but those of experts, and one of them writes.
     factors = sum(-(-group.experts // rates.ranks) * flops.factor(group.cols, True) for group in groups)
     plain = [group for group in groups if group.experts == 1]
-    corrected = sum(flops.correction(group.rows, group.cols, True) for group in plain) * (streams - 1)
+    measured = recipe.measures_correction
+    corrected = sum(flops.correction(group.rows, group.cols, True, measured) for group in plain) * bool(recipe.correct)
     steps = recipe.tune * (recipe.samples - count_held_out(recipe.samples))
     if steps:
         one_window = recipe.length * (2 * reached + attention) / forward
@@ -187,7 +188,7 @@ def estimate_seconds(
         "check": (before + after) / rates.read,
     }
     if rates.ranks > 1:  # through rank 0, one rank after another: H and G there and back, and what was solved
-        moved = sum(2 * streams * _F32 * group.cols**2 for group in plain) + before
+        moved = sum(2 * (streams + measured) * _F32 * group.cols**2 for group in plain) + before
         moved += sum(group.experts * _F32 * group.cols**2 for group in groups if group.experts > 1)  # to their owners
         alone["exchange"] = moved * (rates.ranks - 1) / rates.link
     stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
