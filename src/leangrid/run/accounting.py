@@ -90,7 +90,8 @@ class Accounting:
         counts.add("hessian", *sums)
         measured = self._recipe.measures_correction
         moved = [flops.correction(rows, cols, done, measured) if corrected else 0.0 for done in (False, True)]
-        counts.add("factor", flops.factor(cols, False) + moved[0], flops.factor(cols, True) + moved[1])
+        halves = not hessian.matrix.is_cuda
+        counts.add("factor", flops.factor(cols, False) + moved[0], flops.factor(cols, True, halves) + moved[1])
 
     def count_layer(self, shape: Sequence[int], costs: LayerCosts) -> None:
         """A linear of ``shape`` was solved."""

@@ -36,6 +36,7 @@ from leangrid.solve.factor import (
     elimination_order,
     factorize,
     inversion_error,
+    invert_triangular_,
     scale_and_dead,
     split_cholesky_,
 )
@@ -248,9 +249,7 @@ def invert_lower_(lower: Float[Tensor, "cols cols"], panel: int = PANEL) -> Floa
     size = len(lower)
     for start in reversed(range(0, size, panel)):
         stop = min(start + panel, size)
-        identity = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
-        corner = torch.linalg.solve_triangular(lower[start:stop, start:stop], identity, upper=False)
-        lower[start:stop, start:stop] = corner
+        corner = invert_triangular_(lower[start:stop, start:stop])
         below = lower[stop:, start:stop]
         for top in reversed(range(stop, size, panel)):  # the last rows first: they read all rows above them
             bottom = min(top + panel, size)
