@@ -68,6 +68,7 @@ def measure_result(
         "loss",
         "loss_minmax",
         "loss_rounding",
+        "correction",
         "rescues",
         "notes",
         "seconds",

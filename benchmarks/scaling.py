@@ -172,8 +172,8 @@ def hessian_cost(at: Point, panel: int = PANEL, size: int = 4) -> Cost:
 
 
 def factor_cost(at: Point) -> Cost:
-    # Cholesky n^3/3, L^-1 as a triangular solve for n right-hand sides n^3, 8 probes through three matrices
-    return Cost(4 / 3 * at.cols**3 + 48.0 * at.cols**2, 4.0 * 8 * at.cols**2)
+    # Cholesky n^3/3 and L^-1 by halves n^3/3, 8 probes through three matrices
+    return Cost(2 / 3 * at.cols**3 + 48.0 * at.cols**2, 4.0 * 8 * at.cols**2)
 
 
 def _trailing(cols: int) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -71,8 +72,9 @@ class Recipe(ValidatedModel):
     search: Literal["optimal", "lloyd"] = Field(
         default="optimal", description="non-uniform grid: global optimum, or Lloyd"
     )
-    correct: float | None = Field(
-        default=None, ge=0, le=1, description="share of the inputs' own error that is corrected; 0 is the paper"
+    correct: float | Literal["auto"] | None = Field(
+        default=None,
+        description="share of the inputs' own error that is corrected, 0 to 1; auto: by its noise; 0 is the paper",
     )
     refine: int | None = Field(
         default=None, ge=0, le=20, description="rounds of refit and descent after the sweep; 0 is the paper"
@@ -93,7 +95,7 @@ class Recipe(ValidatedModel):
         description="operands of forward and Hessian products; auto: bfloat16 where model and processor have it",
     )
 
-    @field_validator("samples", "length", "seed", "p", "steps", "correct", "refine", "tune", "damping", mode="before")
+    @field_validator("samples", "length", "seed", "p", "steps", "refine", "tune", "damping", mode="before")
     @classmethod
     def _refuse_bool(cls, value: Any) -> Any:
         if isinstance(value, bool):  # which pydantic takes for 0 or 1
@@ -105,6 +107,19 @@ class Recipe(ValidatedModel):
     def _none_for_zero(cls, value: int | None, info: Any) -> int | None:
         """None and 0 are the same, but where an effort would tune."""
         return value or (0 if value == 0 and "tune" in EFFORTS[info.data.get("effort", "good")] else None)
+
+    @field_validator("correct", mode="before")
+    @classmethod
+    def _check_correct(cls, value: Any) -> Any:
+        if value is None or value == "auto":
+            return value
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0 <= number <= 1:
+            raise ValueError('must be a number from 0 to 1, or "auto"')
+        return number
 
     @field_validator("scheme")
     @classmethod
@@ -160,6 +175,11 @@ class Recipe(ValidatedModel):
         """Streams of activations that a run carries: the original's beside the quantized where inputs are corrected or
         blocks tuned."""
         return 2 if self.correct or self.tune else 1
+
+    @property
+    def measures_correction(self) -> bool:
+        """Whether the share of the inputs' own error that is corrected is measured for each linear."""
+        return self.correct == "auto"
 
     def for_layer(self, layer: str) -> "Recipe":
         """This recipe with the scheme of one layer, by its full name, and with no ``layers``."""

@@ -3,7 +3,7 @@
 from itertools import combinations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from leangrid.solve.sweep import Swept
@@ -97,3 +97,27 @@ def reference_kmeans(
         if objective < best:
             best, centres = objective, torch.tensor([*means, *means[-1:] * (levels - len(means))], dtype=torch.float64)
     return centres, best
+
+
+def reference_share(
+    weight: Float[Tensor, "rows cols"],
+    original: Float[Tensor, "tokens cols"],
+    quantized: Float[Tensor, "tokens cols"],
+    first: Bool[Tensor, " tokens"],
+    damping: float,
+) -> float:
+    """The share of the correction by halves, in whole matrices, from the mean G - H of each half's n and m tokens: the
+    noise of their mean over all N has the variance of the difference of the two, times n m / N^2.
+
+    Args:
+        first: which tokens are in the first half.
+        damping: lambda / mean(diag H).
+    """
+    w, x, y = weight.double(), original.double(), quantized.double()
+    halves = [(x[part] - y[part]).T @ y[part] * 2 / int(part.sum()) for part in (first, ~first)]
+    part = float(first.double().mean())
+    whole = part * halves[0] + (1 - part) * halves[1]
+    hessian = 2 / len(y) * y.T @ y
+    inverse = torch.linalg.inv(hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian)))
+    signal, noise = (float(((w @ d) @ inverse * (w @ d)).sum()) for d in (whole, halves[0] - halves[1]))
+    return min(0.5, max(0.0, 1 - part * (1 - part) * noise / signal))

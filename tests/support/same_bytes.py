@@ -1,10 +1,11 @@
 """``python same_bytes.py WORK [PART]``: tiny runs, one a format and way of solving, and a sha256 of each result's
 tensors and config.
 
-Printed as one JSON object, run -> file -> sha256, of all runs or of one part of them ("quick" or "long"). The arithmetic is the
-one that every x86-64 processor has: torch's kernels without vector extensions, MKL's compatible branch, no oneDNN, one
-thread, our own loops as their torch twins. So the hashes that are committed beside tests/end_to_end/test_same_bytes.py
-hold on any such machine with the same torch: a change of them is a change of behaviour."""
+Printed as one JSON object, run -> file -> sha256, of all runs or of one part of them ("quick" or "long"). The
+arithmetic is the one that every x86-64 processor has: torch's kernels without vector extensions, MKL's compatible
+branch, no oneDNN, one thread, our own loops as their torch twins. So the hashes that are committed beside
+tests/end_to_end/test_same_bytes.py hold on any such machine with the same torch: a change of them is a change of
+behaviour."""
 
 import hashlib
 import json

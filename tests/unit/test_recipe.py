@@ -28,6 +28,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"ignore": ("re:(",)}, "no pattern.*ignore"),
     ({"only": ("",)}, "an empty pattern.*only"),
     ({"ignore": 3}, "ignore must be a valid tuple"),
+    ({"correct": 1.5}, 'correct must be a number from 0 to 1, or "auto", not 1.5'),
+    ({"correct": -0.1}, 'correct must be a number from 0 to 1, or "auto"'),
+    ({"correct": float("nan")}, 'correct must be a number from 0 to 1, or "auto"'),
+    ({"correct": "automatic"}, "or \"auto\", not 'automatic'"),
+    ({"correct": True}, 'correct must be a number from 0 to 1, or "auto", not True'),
+    ({"correct": []}, 'correct must be a number from 0 to 1, or "auto"'),
 ]
 
 
@@ -75,6 +81,14 @@ def test_a_sound_recipe_is_copied_and_pickled_as_before() -> None:
     assert pickle.loads(pickle.dumps(recipe)) == recipe == copy.deepcopy(recipe) == Recipe.model_validate(recipe)  # noqa: S301
     assert Recipe.model_validate(recipe.model_dump()) == recipe == Recipe.model_validate_json(recipe.model_dump_json())
     assert recipe.model_copy(update={"samples": 3}).samples == 3 and leangrid.Recipe is Recipe
+
+
+def test_the_share_of_the_correction_is_a_number_or_auto() -> None:
+    assert [Recipe(correct=value).correct for value in (0, 0.25, "0.5", "auto", None)] == [0.0, 0.25, 0.5, "auto", None]  # pyright: ignore[reportArgumentType]
+    assert Recipe(correct=0.5).streams == Recipe(correct="auto").streams == 2
+    assert Recipe(correct="auto").fingerprint() != Recipe(correct=0.5).fingerprint()
+    assert Recipe(correct="auto").measures_correction
+    assert not Recipe(correct=0.5).measures_correction
 
 
 def test_patterns_are_part_of_the_fingerprint_where_there_are_any(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ Effort = Annotated[
 P = Annotated[float | None, typer.Option(metavar="X", help="exponent of loss-error weights [4 non-uniform, 2 affine]")]
 Steps = Annotated[int | None, typer.Option(metavar="T", help="steps of the affine search [2048]")]
 Correct = Annotated[
-    float | None, typer.Option(metavar="X", help="share of the inputs' error to correct; 0 is the paper [0.5]")
+    str | None, typer.Option(metavar="X", help="share of the inputs' error to correct, or auto; 0: the paper [0.5]")
 ]
 Refine = Annotated[int | None, typer.Option(metavar="N", help="rounds of refit after the sweep; 0 is the paper [1]")]
 Tune = Annotated[int | None, typer.Option(metavar="N", help="passes of block tuning by gradient; 0: none [0]")]

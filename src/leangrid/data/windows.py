@@ -45,7 +45,7 @@ class PictureRows(Sequence[RowInputs]):
         """Tokens of all rows."""
         return sum(row["input_ids"].numel() for row in self._rows)
 
-    def split(self, _windows: int) -> list[RowInputs]:
+    def split(self, _windows: int | list[int]) -> list[RowInputs]:
         """The batches for forward passes: one a row, whatever the number of windows that would fit."""
         return list(self._rows)
 

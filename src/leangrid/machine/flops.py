@@ -4,6 +4,8 @@ Only matrix products and factorizations are counted, not the search for grids (c
 
 from dataclasses import dataclass, field
 
+_WHOLE = 256  # columns up to which a triangle is inverted by a solve against the identity (solve/factor.py)
+
 
 @dataclass
 class FlopCounts:
@@ -37,18 +39,22 @@ def hessian(tokens: int, cols: int, streams: int, block: int = 1) -> float:
     return tokens * cols * (cols + block) + (2.0 * tokens * cols * cols if streams == 2 else 0.0)
 
 
-def factor(cols: int, done: bool) -> float:
+def factor(cols: int, done: bool, halves: bool = True) -> float:
     """The Cholesky factorization of [cols, cols] and the inverse of its factor.
 
-    ``done``: as computed, where the inverse is a solve with the whole identity; else the least that is needed."""
-    return cols**3 / 3 + (cols**3 if done else cols**3 / 3)
+    ``done``: as computed, where the inverse is a solve against the identity, for all columns at once or, by ``halves``
+    (on a CPU), for some hundred; else the least that is needed."""
+    whole = min(cols, _WHOLE) if halves else cols
+    return 2 / 3 * cols**3 + (2 / 3 * cols * whole**2 if done else 0.0)
 
 
-def correction(rows: int, cols: int, done: bool) -> float:
-    """The correction W (G - H)(H + lambda I)^-1 for all rows of a group.
+def correction(rows: int, cols: int, done: bool, measured: bool = False) -> float:
+    """The correction W (G - H)(H + lambda I)^-1 for all rows of a group; with its share of each layer, if ``measured``.
 
     ``done``: as computed, with two whole products where two triangular ones are enough; else the least."""
     few = min(rows, cols)
+    if measured:  # G - H and its noise times U^T; W times both; one of them times U, for the rows
+        return (3 if done else 2.5) * product(rows, cols, cols) + (2 if done else 1) * product(few, cols, cols)
     return product(rows, cols, cols) + (2 if done else 1) * product(few, cols, cols)
 
 

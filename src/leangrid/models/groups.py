@@ -48,16 +48,21 @@ def group_by_input(
 
 @dataclass
 class GroupInputs:
-    """What the linears of one group read: iterating gives (original, quantized) a batch and call, [..., cols] each.
+    """What the linears of one group read: iterating gives (original, quantized) a batch and call, [..., cols] each;
+    ``numbered`` gives (batch, original, quantized).
 
     ``original`` is None with one stream (``paired`` False). A replayed group is computed as it is read, every time it
     is."""
 
     names: tuple[str, ...]
     paired: bool
-    read: Callable[[], Iterator[tuple[Tensor | None, Tensor]]]
+    read: Callable[[], Iterator[tuple[int, Tensor | None, Tensor]]]
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor]]:
+        return ((theirs, ours) for _, theirs, ours in self.read())
+
+    def numbered(self) -> Iterator[tuple[int, Tensor | None, Tensor]]:
+        """With the number of the batch, which a group that is called several times reads several times."""
         return self.read()
 
 
@@ -75,7 +80,7 @@ class ExpertInputs:
 
     names: tuple[str, ...]
     experts: tuple[tuple[str, ...], ...]
-    read: Callable[[], Iterator[tuple[Any, Any]]]
+    read: Callable[[], Iterator[tuple[int, Any, Any]]]
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        return (ours for _, ours in self.read())
+        return (ours for _, _, ours in self.read())

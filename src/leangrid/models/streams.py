@@ -39,12 +39,30 @@ class Streams:
             if self.original is not None:
                 self.original[index] = self.quantized[index] if shared else change(self.original[index])
 
-    def rebatch(self, windows: int) -> None:
-        """Cut batches of more than ``windows`` windows."""
+    def rebatch(self, windows: int, edge: int = 0) -> None:
+        """Cut batches of more than ``windows`` windows, and the one that has windows before and after window number
+        ``edge`` (0: none)."""
         shared = self.original is not None and all(a is b for a, b in zip(self.quantized, self.original, strict=True))
-        self.quantized[:] = [part for x in self.quantized for part in x.split(windows)]
+        self.quantized[:] = _cut(self.quantized, windows, edge)
         if self.original is not None:
-            self.original[:] = self.quantized if shared else [part for x in self.original for part in x.split(windows)]
+            self.original[:] = self.quantized if shared else _cut(self.original, windows, edge)
+
+
+def cut_sizes(count: int, windows: int, edge: int = 0) -> list[int]:
+    """The sizes of batches of at most ``windows`` windows, ``count`` in all, none of which has windows before and
+    after window number ``edge``; all as large as they may be, in order."""
+    whole = [edge, count - edge] if 0 < edge < count else [count]
+    return [min(windows, part - start) for part in whole for start in range(0, part, windows)]
+
+
+def _cut(batches: list[Tensor], windows: int, edge: int) -> list[Tensor]:
+    """Parts of the batches, each on one side of ``edge`` and of at most ``windows`` windows."""
+    parts: list[Tensor] = []
+    start = 0
+    for batch in batches:
+        parts += batch.split(cut_sizes(len(batch), windows, edge - start))
+        start += len(batch)
+    return parts
 
 
 def _number(name: str) -> int:

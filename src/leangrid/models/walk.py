@@ -119,9 +119,10 @@ class BlockWalk:
 
     def gather(
         self, group: int, originals: Mapping[str, Tensor], new: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Any, Any]]:
-        """What ``group`` reads while every batch runs through the whole block, the original stream with the weights
-        ``originals``, the other with ``new``; afterwards the block has the originals, and the flow may go on."""
+    ) -> Iterator[tuple[int, Any, Any]]:
+        """What ``group`` reads, with the number of the batch, while every batch runs through the whole block, the
+        original stream with the weights ``originals``, the other with ``new``; afterwards the block has the originals,
+        and the flow may go on."""
         self._originals, self._new = dict(originals), dict(new)
         with self._stopping():
             yield from self._all_calls(group, self._shown, trial=False)
@@ -150,7 +151,7 @@ class BlockWalk:
                     mixture[1].before_stage = None
 
     def inputs(
-        self, group: int, paired: bool, read: Callable[[], Iterator[tuple[Any, Any]]]
+        self, group: int, paired: bool, read: Callable[[], Iterator[tuple[int, Any, Any]]]
     ) -> GroupInputs | ExpertInputs:
         """The inputs of ``group``, which ``read`` gives batch by batch."""
         mixture = experts.experts_of_group(self._block, self._groups[group])
@@ -181,10 +182,10 @@ class BlockWalk:
             for one in [*quantized, *(original or [])]:
                 _end(one)
         self._outputs = Streams(
-            [q for _, q in reached], None if original is None else [o for o, _ in reached if o is not None]
+            [q for *_, q in reached], None if original is None else [o for _, o, _ in reached if o is not None]
         )
 
-    def _together(self, original: list[_Pass] | None, quantized: list[_Pass], group: int) -> list[tuple[Any, Any]]:
+    def _together(self, original: list[_Pass] | None, quantized: list[_Pass], group: int) -> list[tuple[int, Any, Any]]:
         """Let the original stream run to ``group`` with the weights that are there, then the other one with the new
         ones."""
         self._set(self._originals)
@@ -197,9 +198,10 @@ class BlockWalk:
         else:
             self._set(self._replacements)
         self._replacements.clear()
-        return list(zip(originals, [self._resume(p, group) for p in quantized], strict=True))
+        ours = [self._resume(p, group) for p in quantized]
+        return list(zip(range(len(ours)), originals, ours, strict=True))
 
-    def _all_calls(self, group: int, batches: int, trial: bool = True) -> Iterator[tuple[Any, Any]]:
+    def _all_calls(self, group: int, batches: int, trial: bool = True) -> Iterator[tuple[int, Any, Any]]:
         """What ``group`` reads in each of its calls: the first ``batches`` run through the whole block for it."""
         new, before = dict(self._new), dict(self._originals)
         if self._replay:
@@ -208,14 +210,14 @@ class BlockWalk:
         for batch, hidden in enumerate(self._streams.quantized[:batches]):
             ours = self._calls_of(group, self._start("quantized", batch, hidden, trial), new)
             if self._streams.original is None:
-                yield from ((None, x) for x in ours)
+                yield from ((batch, None, x) for x in ours)
                 continue
             theirs = self._start("original", batch, self._streams.original[batch], trial)
             for pair in zip_longest(self._calls_of(group, theirs, before), ours):
                 if pair[0] is None or pair[1] is None:
                     what = f"{self._groups[group][0]} is called more often in one stream than in the other"
                     raise ArchitectureError(what, self._path, f"How often {_FOLLOWS_TEXT}")
-                yield pair
+                yield batch, *pair
         self._set(before if self._replay else new)
 
     def _calls_of(self, group: int, one: _Pass, weights: Mapping[str, Any]) -> Iterator[Any]:
@@ -242,12 +244,12 @@ class BlockWalk:
                 self._replacements.clear()
         quantized: list[Tensor] = []
         original: list[Tensor] = []
-        for theirs, ours in self._pairs(len(self._groups), len(self._streams.quantized)):
+        for _, theirs, ours in self._pairs(len(self._groups), len(self._streams.quantized)):
             quantized.append(ours)
             original += [] if theirs is None else [theirs]
         self._outputs = Streams(quantized, original if paired else None)
 
-    def _pairs(self, group: int, batches: int) -> Iterator[tuple[Any, Any]]:
+    def _pairs(self, group: int, batches: int) -> Iterator[tuple[int, Any, Any]]:
         """Run one of the first ``batches`` after the other from the block's input to ``group``."""
         before = {name: self._block.get_submodule(name).weight.data for name in self._replacements}
         new = {name: weight.to(self._device, non_blocking=True) for name, weight in self._replacements.items()}
@@ -256,7 +258,7 @@ class BlockWalk:
                 theirs = None
                 if self._streams.original is not None:
                     theirs = self._once("original", index, self._streams.original[index], group, before)
-                yield theirs, self._once("quantized", index, hidden, group, new)
+                yield index, theirs, self._once("quantized", index, hidden, group, new)
                 del theirs
         finally:
             self._set(before)

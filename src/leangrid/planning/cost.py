@@ -60,6 +60,7 @@ class Rates:
         threads: CPU threads' worth of speed at the grids.
         disk, read: bytes/s of commits and of reading. link: bytes/s between ranks. ranks: how many share the work.
         assumed: whether they are stated, not measured.
+        halves: whether a triangle is inverted by halves: on a CPU.
     """
 
     forward: float
@@ -71,6 +72,7 @@ class Rates:
     link: float = _LINK
     ranks: int = 1
     assumed: bool = False
+    halves: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -119,7 +121,7 @@ class Described:
         half, attained = recipe.products == "bfloat16", _ATTAINED * self.flops
         fast = _TF32 * attained if recipe.products != "float32" else attained
         return Rates(_HALF * attained if half else fast, fast, attained, attained * _GRID_SHARE / _THREAD,
-                     ranks=self.count, assumed=True)  # fmt: skip
+                     ranks=self.count, assumed=True, halves=False)  # fmt: skip
 
 
 def measure_rates(skeleton: Skeleton, recipe: Recipe, device: str) -> Rates:
@@ -128,7 +130,7 @@ def measure_rates(skeleton: Skeleton, recipe: Recipe, device: str) -> Rates:
         forward, sums = _gemm_rate(device, skeleton.compute_dtype), _gemm_rate(device)
     algebra = _gemm_rate(device)
     threads = algebra * _GRID_SHARE / _THREAD if has_own_memory(device) else float(torch.get_num_threads())
-    return Rates(forward, sums, algebra, threads)
+    return Rates(forward, sums, algebra, threads, halves=not has_own_memory(device))
 
 
 def _gemm_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
@@ -173,9 +175,10 @@ def estimate_seconds(
         exact = sum(count * flops.exact(*shape) for shape, count in shapes.items())
         shared["solve"] += exact / (_EXACT * algebra)
     # Not shared: every rank needs the factor and the correction whole, but those of experts, and one of them writes.
-    factors = sum(-(-group.experts // rates.ranks) * flops.factor(group.cols, True) for group in groups)
+    factors = sum(-(-group.experts // rates.ranks) * flops.factor(group.cols, True, rates.halves) for group in groups)
     plain = [group for group in groups if group.experts == 1]
-    corrected = sum(flops.correction(group.rows, group.cols, True) for group in plain) * (streams - 1)
+    measured = recipe.measures_correction
+    corrected = sum(flops.correction(group.rows, group.cols, True, measured) for group in plain) * bool(recipe.correct)
     if recipe.tune:
         together = count_step_windows(recipe.samples, recipe.length)
         batches = recipe.samples // together
@@ -189,7 +192,7 @@ def estimate_seconds(
         "check": (before + after) / rates.read,
     }
     if rates.ranks > 1:  # through rank 0, one rank after another: H and G there and back, and what was solved
-        moved = sum(2 * streams * _F32 * group.cols**2 for group in plain) + before
+        moved = sum(2 * (streams + measured) * _F32 * group.cols**2 for group in plain) + before
         moved += sum(group.experts * _F32 * group.cols**2 for group in groups if group.experts > 1)  # to their owners
         alone["exchange"] = moved * (rates.ranks - 1) / rates.link
     stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone

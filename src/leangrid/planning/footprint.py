@@ -88,6 +88,7 @@ class Demand:
     live: bool = False  # whether the model's own forward is held at its blocks (models/flow.py)
     outside: int = 0  # bytes of the weights outside of the blocks, which stay loaded then
     tuned: bool = False
+    measured: bool = False  # the share of the correction: one matrix more, its noise
 
     @classmethod
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Demand":
@@ -116,6 +117,7 @@ class Demand:
             flows_live(skeleton),
             itemsize * _outside(skeleton),
             bool(recipe.tune),
+            recipe.measures_correction,
         )
 
     @property
@@ -186,7 +188,7 @@ def sum_footprint(demand: Demand, placement: Placement) -> Footprint:
         result.phases[f"forward {number}"] = moving
         if number in placement.host_groups and demand.accelerated:
             continue
-        square, both = _F32 * group.cols**2, max(demand.streams, group.sums)
+        square, both = _F32 * group.cols**2, max(demand.streams + demand.measured, group.sums)
         converted = tokens * group.cols * _F32 * demand.streams if demand.itemsize < _F32 and not demand.tiled else 0
         held = moving if placement.replay else waiting
         result.phases[f"hessian {number}"] = held | {"H and G": both * square, "batch in float32": converted}
@@ -268,17 +270,18 @@ def _moving(demand: Demand, placement: Placement, number: int, tokens: int) -> d
 def _algebra(demand: Demand, placement: Placement, group: Group) -> dict[str, dict[str, int]]:
     """The phases of one group's algebra after its sums."""
     square, layer = _F32 * group.cols**2, _F32 * group.tallest * group.cols
-    cross = demand.streams - 1
+    cross = demand.streams - 1 + demand.measured
     copies = _LAYER if demand.refined else _LAYER_SWEPT
     if placement.in_place:
-        moves = cross * (group.rows >= group.cols)  # M stays; W (G - H) waits on the host
+        whole = group.rows >= group.cols  # then M stays, and the noise until the shares are known; else W (G - H) waits
+        moves, stays = cross * whole, (demand.streams - 1) * whole
         panels = max(_IN_PLACE_PANELS * _F32 * min(PANEL, group.cols) * group.cols, square)
         new = group.rows * group.cols * (1 + demand.itemsize)
         tile = min(layer, max(TILE_BYTES, _F32 * group.cols))
         return {
             "factor": {"H, U": (_IN_PLACE_FACTOR + moves) * square, "panels, then H damped": panels},
             "solve": {
-                "H, U, damped": (_IN_PLACE_SOLVE + moves) * square,
+                "H, U, damped": (_IN_PLACE_SOLVE + stays) * square,
                 "tile": copies * tile,
                 "codes, new weights": new,
             }
@@ -315,7 +318,8 @@ def _host(demand: Demand, placement: Placement) -> dict[str, int]:
         parts["algebra"] = max(sum(p.values()) for g in demand.groups for p in _algebra(demand, alone, g).values())
     if placement.in_place and demand.streams == 2:
         parts["new weights"] = _new_weights(demand, len(demand.groups))
-        parts["folded"] = max((_F32 * g.rows * g.cols for g in demand.groups if g.rows < g.cols), default=0)
+        folded = max((_F32 * g.rows * g.cols for g in demand.groups if g.rows < g.cols), default=0)
+        parts["folded"] = folded * (1 + demand.measured)
     return parts
 
 

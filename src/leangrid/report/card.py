@@ -14,6 +14,7 @@ from leangrid.report.experts import expert_figures
 from leangrid.report.facts import Facts, finite
 from leangrid.report.records import LayerRecord
 from leangrid.report.serving import snippet
+from leangrid.report.shares import describe_shares
 from leangrid.report.tuning import describe_tuning
 
 log = logging.getLogger("leangrid")
@@ -200,6 +201,7 @@ def _made(facts: Facts) -> str:
             f"{recipe.samples} x {recipe.length} tokens: {_plain(describe_calibration(recipe))}, seed {recipe.seed}",
         ),
         ("settings", f"p {recipe.p}, correct {recipe.correct}, refine {recipe.refine}, damping {recipe.damping}"),
+        *describe_shares(facts.result.get("correction") or {}),
         *describe_tuning(facts.result.get("tuning") or {}),
         ("made with", f"leangrid {version}".strip()),
     ]

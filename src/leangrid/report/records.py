@@ -29,6 +29,8 @@ class LayerRecord:
         rescues: deviations from the method: kind, detail, count (solve/rescue.py).
         seconds: wall time by stage: grid, solve, refine.
         tokens: calibration tokens that its Hessian is a sum over.
+        correct: share of its inputs' own error that was corrected, as asked for or as measured; None in the records of
+            older versions, which do not say.
     """
 
     name: str
@@ -41,6 +43,7 @@ class LayerRecord:
     rescues: tuple[Rescue, ...]
     seconds: dict[str, float]
     tokens: int
+    correct: float | None = None
 
     @classmethod
     def of(
@@ -50,6 +53,7 @@ class LayerRecord:
         result: LinearResult,
         factor: FactorSummary,
         seconds: Mapping[str, float],
+        correct: float = 0.0,
     ) -> "LayerRecord":
         """The record of one solved layer. A rescue that is reported more than once appears once."""
         every = (*factor.rescues, *result.rescues)
@@ -65,6 +69,7 @@ class LayerRecord:
             tuple(dict.fromkeys(every)),
             {key: round(value, 4) for key, value in seconds.items()},
             factor.tokens,
+            round(correct, 6),
         )
 
     @property
@@ -86,7 +91,7 @@ class LayerRecord:
             key: math.nan if value[key] is None else value[key] for key in ("loss", "loss_minmax", "loss_rounding")
         }
         fields = {key: value[key] for key in ("name", "scheme", "damping", "seconds", "tokens")}
-        return cls(shape=(rows, cols), rescues=rescues, **losses, **fields)
+        return cls(shape=(rows, cols), rescues=rescues, correct=value.get("correct"), **losses, **fields)
 
 
 def to_lines(records: Iterable[LayerRecord]) -> str:

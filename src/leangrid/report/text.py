@@ -6,6 +6,7 @@ from typing import Any
 
 from leangrid.report.experts import describe_experts
 from leangrid.report.found import describe_found
+from leangrid.report.shares import describe_shares
 from leangrid.report.tuning import describe_tuning
 from leangrid.report.units import format_duration, format_size
 
@@ -54,6 +55,7 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
         ("loss", None if loss is None else f"{loss:.4g}{better}"),
         ("rescues", result.get("rescues")),
         *describe_experts(result.get("experts") or {}),
+        *describe_shares(result.get("correction") or {}),
         *describe_tuning(result.get("tuning") or {}),
         *_quality(result.get("quality") or {}),
         ("time", total),

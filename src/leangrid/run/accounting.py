@@ -60,13 +60,14 @@ class LayerCosts:
 
 @dataclass(frozen=True, eq=False)
 class SolvedLinear:
-    """A linear of a block, whole: its path from the block, the result, what it was solved with, and what it cost on all
-    ranks."""
+    """A linear of a block, whole: its path from the block, the result, what it was solved with, what it cost on all
+    ranks, and the share of its inputs' own error that was corrected."""
 
     name: str
     result: LinearResult
     factor: FactorSummary
     costs: LayerCosts
+    share: float = 0.0
 
 
 class Accounting:
@@ -87,8 +88,10 @@ class Accounting:
         block = min(kernels.outer_block(hessian.matrix.device), cols)
         sums = [flops.hessian(hessian.tokens, cols, streams), flops.hessian(hessian.tokens, cols, streams, block)]
         counts.add("hessian", *sums)
-        moved = [flops.correction(rows, cols, done) if corrected else 0.0 for done in (False, True)]
-        counts.add("factor", flops.factor(cols, False) + moved[0], flops.factor(cols, True) + moved[1])
+        measured = self._recipe.measures_correction
+        moved = [flops.correction(rows, cols, done, measured) if corrected else 0.0 for done in (False, True)]
+        halves = not hessian.matrix.is_cuda
+        counts.add("factor", flops.factor(cols, False) + moved[0], flops.factor(cols, True, halves) + moved[1])
 
     def count_layer(self, shape: Sequence[int], costs: LayerCosts) -> None:
         """A linear of ``shape`` was solved."""

@@ -52,6 +52,7 @@ class _Part:
     result: LinearResult
     factor: FactorSummary
     costs: LayerCosts
+    share: float
 
 
 class GroupAlgebra(ABC):
@@ -71,6 +72,7 @@ class GroupAlgebra(ABC):
         self._device = run.states.algebra_device(number)
         self._watching = LayerCosts(self._device)
         self._solved: dict[str, list[_Part]] = {name: [] for name in names}
+        self._shares: dict[str, float] = {}  # of the correction, by linear; none where the input is not corrected
 
     @abstractmethod
     def collect(self) -> Hessian:
@@ -93,7 +95,7 @@ class GroupAlgebra(ABC):
         """Take what was solved for the next rows of the linear ``name``."""
         if self._summary is None:
             raise RuntimeError("factorize comes before add")
-        self._solved[name].append(_Part(result, self._summary, self._watching))
+        self._solved[name].append(_Part(result, self._summary, self._watching, self._shares.get(name, 0.0)))
 
     def results(self) -> Iterator[SolvedLinear]:
         """Each linear whole, from all ranks."""
@@ -111,7 +113,7 @@ class GroupAlgebra(ABC):
         for other in parts[1:]:
             first.costs.add(other.costs)
         result = concatenate_results([part.result.to(self._device) for part in parts])
-        return SolvedLinear(name, result, first.factor, first.costs)
+        return SolvedLinear(name, result, first.factor, first.costs, first.share)
 
     def _cols(self) -> int:
         """Input features, which all the linears share."""
@@ -139,7 +141,7 @@ class _OnDevice(GroupAlgebra):
         with self._run.stage("factor", self._number):
             factor = factorize(hessian.matrix, recipe.damping, recipe.act_order)
             if hessian.cross is not None and not factor.is_diagonal:
-                self._correction = Correction.of(hessian.matrix, hessian.cross, factor, self._rows())
+                self._correction = Correction.of(hessian.matrix, hessian.cross, factor, self._rows(), hessian.noise)
         self._run.accounting.count_group(hessian, self._rows(), self._correction is not None)
         self._summary = FactorSummary.of(hessian, factor)
         return factor
@@ -149,7 +151,7 @@ class _OnDevice(GroupAlgebra):
             return
         with self._run.stage("factor", self._number):
             weight = self._block.weight(name).to(self._device, torch.float32).contiguous()
-            target = correct(weight, self._correction, self._run.strength)
+            target, self._shares[name] = correct(weight, self._correction, self._run.strength)
             del weight
         yield target
 
@@ -167,11 +169,11 @@ class PlainAlgebra(_OnDevice):
         self._group = group
 
     def collect(self) -> Hessian:
-        total = HessianSum(self._cols(), self._device, cross=self._group.paired)
+        total = HessianSum(self._cols(), self._device, *_sums(self._run, self._group))
         total = _sum_tokens(self._run, self._number, self._group, total)
         with self._run.stage("hessian", self._number):
             self._hessian = total.finish()
-        return replace(self._hessian, cross=None)  # G is let go once the correction is made
+        return replace(self._hessian, cross=None, noise=None)  # these are let go once the correction is made
 
 
 class ExpertAlgebra(_OnDevice):
@@ -204,18 +206,19 @@ class InPlaceAlgebra(GroupAlgebra):
 
     def collect(self) -> Hessian:
         run = self._run
-        total = InPlaceHessianSum(self._cols(), self._device, cross=self._group.paired)
+        total = InPlaceHessianSum(self._cols(), self._device, *_sums(run, self._group))
         total = _sum_tokens(run, self._number, self._group, total)
         weights = {name: self._block.weight(name) for name in self.names}
         with run.stage("factor", self._number):  # the factor takes the place of a copy of H, so both are made at once
             self._in_place = InPlaceGroup(total, weights, run.recipe, run.strength)
+        self._shares = self._in_place.shares
         return self._in_place.hessian
 
     def factorize(self) -> Factor:
         if self._in_place is None:
             raise RuntimeError("collect comes before factorize")
         hessian, factor = self._in_place.hessian, self._in_place.factor
-        self._run.accounting.count_group(hessian, self._rows(), self._group.paired)
+        self._run.accounting.count_group(hessian, self._rows(), self._in_place.corrects)
         self._summary = FactorSummary.of(hessian, factor)
         return factor
 
@@ -228,15 +231,22 @@ class InPlaceAlgebra(GroupAlgebra):
 
 def _sum_tokens(run: Run, number: int, group: GroupInputs, total: _Sum) -> _Sum:
     """H (and, with two streams, G) of the group's input, batch by batch as the walk gives them, over all ranks."""
-    pairs = iter(group)
+    batches = group.numbered()
     while True:
         with run.stage("calibrate"):
-            original, quantized = next(pairs, (None, None))
+            batch, original, quantized = next(batches, (0, None, None))
         if quantized is None:
             return run.ranks.sum_hessians(total)
         with run.stage("hessian", number):
+            total.begin_half(run.is_in_first_half(batch))
             if original is None:
                 total.add(quantized)
             else:
                 total.add_pair(original, quantized)
         del original, quantized  # or they would wait for the next batch's pass to end
+
+
+def _sums(run: Run, group: GroupInputs) -> tuple[bool, bool]:
+    """Whether G is summed, and whether in halves: with two streams, unless they are there for block tuning alone."""
+    corrected = group.paired and run.strength != 0
+    return corrected, corrected and run.strength is None

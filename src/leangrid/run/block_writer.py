@@ -94,7 +94,7 @@ class BlockWriter:
         path, result = block.path(solved.name), solved.result
         recipe = self._recipe.for_layer(path)
         noted = replace(result, rescues=(*result.rescues, *self.reductions))
-        block.records.append(LayerRecord.of(path, recipe, noted, solved.factor, solved.costs.seconds))
+        block.records.append(LayerRecord.of(path, recipe, noted, solved.factor, solved.costs.seconds, solved.share))
         if path == self._sampled:
             self._sample(block, solved)
 

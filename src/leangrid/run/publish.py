@@ -29,6 +29,7 @@ from leangrid.report.experts import expert_figures
 from leangrid.report.facts import RECORDS, RUN
 from leangrid.report.records import LayerRecord, to_lines, totals
 from leangrid.report.run_log import run_log
+from leangrid.report.shares import share_figures
 from leangrid.report.tuning import tuning_figures
 from leangrid.report.views import TIMED, render_views
 from leangrid.run.inputs import RunInputs
@@ -169,6 +170,7 @@ def _figures(
         "rescue_lines": [f"{name}: {r.kind}: {r.detail}" for name, r in real],
         "notes": {kind: notes.count(kind) for kind in sorted(set(notes))},
         **({"experts": experts} if experts else {}),
+        **({"correction": shares} if (shares := share_figures(inputs.recipe, records)) else {}),
         **({"tuning": tuning} if tuning else {}),
         "kernels": dict.fromkeys(("grid", "solve"), ", ".join(sorted({info["kernels"] for info in infos}))),
         "windows_sha256": hash_windows(windows),

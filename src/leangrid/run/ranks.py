@@ -73,14 +73,18 @@ class Ranks:
             )
         return windows.tensor_split(self.count)[self.rank]
 
+    def count_before(self, windows: int) -> int:
+        """How many of ``windows`` windows are in the parts of the ranks before this one."""
+        each, more = divmod(windows, self.count)
+        return self.rank * each + min(self.rank, more)
+
     def sum_hessians(self, total: _Sum) -> _Sum:
         """``total`` with the tokens of all ranks: rank 0 adds 0, 1, 2, ... and everyone gets its bits."""
         if self.count == 1:
             return total
         failpoint("ranks.sum")
         self.add(total.parts())
-        counts = self.gather((total.tokens, total.dropped))
-        total.tokens, total.dropped = sum(c[0] for c in counts), sum(c[1] for c in counts)
+        total.counts = [sum(each) for each in zip(*self.gather(total.counts), strict=True)]
         return total
 
     def add(self, tensors: Sequence[Tensor]) -> None:
@@ -119,7 +123,7 @@ class Ranks:
                 if piece is not None:
                     piece += received.to(piece.device)
         if own is not None:
-            own.tokens, own.dropped = mine[0].tolist()
+            own.counts = mine[0].tolist()
         return own
 
     def _swap(self, sent: Tensor | None, after: int, like: Tensor | None, before: int) -> Any:
@@ -256,12 +260,12 @@ class Ranks:
 
 
 def _pieces(total: HessianSum) -> list[Tensor]:
-    """What a sum is sent as: its tokens and dropped tokens, int64 [2], then views of the upper triangle of H, some rows
+    """What a sum is sent as: its counts of tokens, int64 [4], then views of the upper triangle of H, some rows
     each from the diagonal on."""
     matrix = total.parts()[0]
     rows = max(1, min(_ROWS, _PANEL // len(matrix)))
     panels = [matrix[start : start + rows, start:] for start in range(0, len(matrix), rows)]
-    return [torch.tensor([total.tokens, total.dropped]), *panels]
+    return [torch.tensor(total.counts), *panels]
 
 
 def _receive_soon(tensor: Tensor, other: int) -> None:

@@ -75,8 +75,8 @@ class RepeatedWalk:
         calls = enumerate(states)
         return [self._flow.call(stream, batch, self._index, self._module, hidden) for batch, hidden in calls]
 
-    def _read(self, group: int) -> Iterator[tuple[Any, Any]]:
-        """What ``group`` reads in all calls of the block, call after call."""
+    def _read(self, group: int) -> Iterator[tuple[int, Any, Any]]:
+        """What ``group`` reads in all calls of the block, call after call, with the number of the batch."""
         names = ("quantized",) if self._streams.original is None else ("quantized", "original")
         put, get = self._places
         again = LiveFlow(self._skeleton, self._device, get, beside=True)

@@ -3,8 +3,10 @@
 ``open_run`` makes it; quantize.py asks it for one block after another.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from leangrid.machine.arithmetic import use_products
 from leangrid.machine.devices import DeviceClock, has_own_memory, is_out_of_memory
 from leangrid.models.flow import ChainedFlow, LiveFlow, open_flow
 from leangrid.models.prefetch import Prefetch
-from leangrid.models.streams import Streams
+from leangrid.models.streams import Streams, cut_sizes
 from leangrid.models.walk import BlockWalk
 from leangrid.run.accounting import Accounting
 from leangrid.run.block import Block
@@ -31,11 +33,13 @@ from leangrid.run.repeated import RepeatedWalk, is_repeated
 from leangrid.run.result import QuantizeResult
 from leangrid.run.run_progress import RunProgress
 from leangrid.run.states import StatePlaces
+from leangrid.solve.correction import LARGEST
 from leangrid.solve.rescue import Rescue
 from leangrid.solve.tuning import count_held_out
 from leangrid.storage.mapped import MappedTensors
 
 _AGAIN = "the states before it are computed once more, since more than they flows between the blocks"
+_ONE_WINDOW = f"one calibration window: how much of the correction it bears cannot be measured, {LARGEST} is taken"
 _FAST_PRODUCTS = ("calibrate", "hessian")  # stages in the recipe's arithmetic; everything that is solved is in float32
 
 
@@ -47,7 +51,7 @@ class Run:
         skeleton, recipe, journal: those of ``inputs``.
         windows: the calibration tokens of all ranks, int64 [samples, length], or rows with pictures.
         device: where blocks are computed, in torch's words.
-        strength: a, the share of the inputs' own error that is corrected.
+        strength: a, the share of the inputs' own error that is corrected; None: measured, for each linear.
         held_out: how many of this rank's batches, the last ones, neither Hessians nor tuning see (0 without tuning).
         precision: what the container keeps scales and levels in.
         states: where hidden states wait, by the present placement.
@@ -63,7 +67,7 @@ class Run:
             self.skeleton.see_pictures()
             self.journal.keeps_states = False
         self.device, done = inputs.request.device, inputs.journal.find_resume_point()
-        self.strength: float = self.recipe.correct or 0.0
+        self.strength, self._edge = self._choose_strength()
         # By the smallest share, so that all ranks hold out as many, or none.
         together = inputs.placement.windows if isinstance(windows, Tensor) else 1
         batches = len(windows) // ranks.count // together
@@ -77,12 +81,20 @@ class Run:
         self.flow = open_flow(self.skeleton, self.device, self.states.get)
         self._weights = CommittedWeights(self.skeleton, self.recipe, self.journal)
         self.onward = Onward(self.skeleton, self.flow, self._weights, self.device, self.stage)
+        if self.recipe.measures_correction and self.strength is not None:
+            self.progress.report("notice", done, message=_ONE_WINDOW)
+        self._first_batches = 0  # batches of this rank in the first half
         self._entered = 0  # windows of a batch in the passes that are held
         self._begin_again = False  # since a block that was not finished may have changed what the passes hold
         self._stage = ("calibrate", 0)  # the last that began, and its group
         self._prefetch: Prefetch | None = None
         if has_own_memory(self.device):
             self._prefetch = Prefetch(self.skeleton, self.device, to_device=not inputs.placement.in_place)
+
+    def is_in_first_half(self, batch: int) -> bool:
+        """Whether batch number ``batch`` of this rank is in the first half of the calibration windows of all ranks, by
+        which the correction's noise is measured."""
+        return batch < self._first_batches
 
     def close(self) -> None:
         """End the thread that reads weights ahead."""
@@ -160,9 +172,9 @@ class Run:
     def _walk(self, index: int, module: nn.Module, streams: Streams) -> BlockWalk | RepeatedWalk:
         """The walk through block ``index``."""
         if is_repeated(self.skeleton, index):
-            batches, known = self.ranks.share(self.windows).split(self._entered), self._weights.of
-            places = self.states.put, self.states.get
-            return RepeatedWalk(self.skeleton, index, module, self.flow, streams, batches, known, places, self.held_out)
+            known, places = self._weights.of, (self.states.put, self.states.get)
+            ways = (self._batches(), known, places, self.held_out)
+            return RepeatedWalk(self.skeleton, index, module, self.flow, streams, *ways)
         placement, states = self.states.placement, self.states
         found = self.skeleton.structure.blocks[index]
         ways = (placement.replay, placement.in_place)
@@ -183,8 +195,10 @@ class Run:
 
     def _rebatch(self, streams: Streams) -> None:
         """Cut and move the streams, where they are, to what the placement asks for."""
+        sizes = None
         if isinstance(self.flow, ChainedFlow) and isinstance(self.windows, Tensor):
-            streams.rebatch(self.states.placement.windows)
+            streams.rebatch(self.states.placement.windows, self._edge)
+            sizes = [len(batch) for batch in streams.quantized]
             streams.move(self.states.put)
             with self.stage("calibrate"):
                 self.flow.prepare(self.windows, {len(batch) for batch in streams.quantized})
@@ -194,16 +208,33 @@ class Run:
             streams.quantized[:], streams.original = again.quantized, again.original
         elif isinstance(self.flow, LiveFlow):
             self.flow.put_away()
+        if sizes is None:
+            sizes = [len(batch) if isinstance(batch, Tensor) else 1 for batch in self._batches()]
+        self._first_batches = sum(start < self._edge for start in accumulate(sizes, initial=0))
 
     def _enter(self) -> Streams:
         """Run everything before the first block."""
         self._entered = self.states.placement.windows
-        batches = self.ranks.share(self.windows).split(self._entered)
+        batches = self._batches()
         paired = self.recipe.streams == 2
         streams = ("quantized", "original") if paired else ("quantized",)
         with self.stage("calibrate"):
             hidden = self.flow.enter(batches, self.states.put, *streams)
         return Streams(hidden, list(hidden) if paired else None)
+
+    def _batches(self) -> Sequence[Any]:
+        """This rank's windows, cut into batches none of which is in both halves."""
+        mine = self.ranks.share(self.windows)
+        return mine.split(cut_sizes(len(mine), self._entered, self._edge))
+
+    def _choose_strength(self) -> tuple[float | None, int]:
+        """``strength``, and how many of this rank's windows are in the first half: none where nothing is measured."""
+        if not isinstance(self.recipe.correct, str):
+            return self.recipe.correct or 0.0, 0
+        half, before = len(self.windows) // 2, self.ranks.count_before(len(self.windows))
+        if not half:
+            return LARGEST, 0
+        return None, min(max(half - before, 0), len(self.ranks.share(self.windows)))
 
     def _reduce(self, index: int) -> None:
         """Use less memory from block ``index`` on, said and recorded."""

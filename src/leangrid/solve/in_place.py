@@ -6,12 +6,15 @@ has 10.6 GiB; the plain functions hold about nine such matrices for a moment, an
 * H and G are finished in the memory in which they were summed.
 * Where the group has fewer rows than columns, W (G - H) is formed, waits in host memory, and G is freed. Otherwise
   (G - H)(H + lambda I)^-1 is formed in the place of G.
+* Where the share of the correction is measured, the noise of G - H goes the same way, until the shares are known; of
+  the correction itself the last product, with U, waits until then.
 * One permuted copy of H becomes its Cholesky factor, the inverse of that, and U, in place and in panels of columns.
 * A layer is solved some rows at a time (rows never interact), with H, H + lambda I and U in memory."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -19,7 +22,13 @@ from torch import Tensor
 
 from leangrid.errors import ShapeError
 from leangrid.recipe import Recipe
-from leangrid.solve.correction import multiply_by_inverse
+from leangrid.solve.correction import (
+    LARGEST,
+    bearable_share,
+    multiply_by_inverse,
+    multiply_by_upper,
+    squares,
+)
 from leangrid.solve.factor import (
     TOLERANCE,
     Factor,
@@ -27,6 +36,7 @@ from leangrid.solve.factor import (
     elimination_order,
     factorize,
     inversion_error,
+    invert_triangular_,
     scale_and_dead,
     split_cholesky_,
 )
@@ -44,15 +54,15 @@ class InPlaceHessianSum(HessianSum):
 
     def finish(self) -> Hessian:
         """As HessianSum.finish, bit for bit and with its errors."""
-        checked = HessianSum(1)  # the checks (tokens lost, overflow) are in its finish
-        checked.tokens, checked.dropped = self.tokens, self.dropped
-        checked._matrix += self._matrix.sum().cpu() + (0.0 if self._cross is None else self._cross.sum().cpu())
-        checked.finish()
+        self._check_tokens()
+        self.begin_half(False)
         mirror_(self._matrix).mul_(2.0 / self.tokens)
         if self._cross is not None:
             self._cross.mul_(2.0 / self.tokens)
-        cross, self._cross = self._cross, None  # the caller owns G now, and may free it
-        return Hessian(self._matrix, cross, self.tokens, self.dropped)
+        self._check_sums(self._matrix, self._cross)
+        found = self._finished(self._matrix, self._cross, self._first if self._measures_noise else None)
+        self._cross = self._first = None  # the caller owns G and the noise now, and may free them
+        return found
 
 
 class InPlaceGroup:
@@ -61,12 +71,13 @@ class InPlaceGroup:
     Args:
         total: sums over the group's tokens; they are finished here.
         weights: every linear of the group, any float dtype and device, [rows, cols].
-        strength: a, the share of the inputs' own error that is corrected.
+        strength: a, the share of the inputs' own error that is corrected; None: measured, for each linear.
         panel: columns of a panel; any number gives the same results up to rounding.
 
     Attributes:
         hessian: H, without G.
         factor: of H.
+        shares: a of each linear.
 
     Raises:
         CalibrationError, NumericalError: as HessianSum.finish.
@@ -77,26 +88,44 @@ class InPlaceGroup:
         total: InPlaceHessianSum,
         weights: Mapping[str, Tensor],
         recipe: Recipe,
-        strength: float,
+        strength: float | None,
         panel: int = PANEL,
     ) -> None:
-        self._strength, self._panel = strength, panel
+        self._panel = panel
         self._weights = dict(weights)
-        self._differences: dict[str, Tensor] = {}  # W (G - H) of each linear, in host memory
-        self._correction: Tensor | None = None  # (G - H)(H + lambda I)^-1
-        summed, cols = total.finish(), total.cols
-        self.hessian, cross = replace(summed, cross=None), summed.cross
+        self._differences: dict[str, Tensor] = {}  # W (G - H) of each linear, in host memory; whitened with its noise
+        self._correction: Tensor | None = None  # (G - H)(H + lambda I)^-1, or whitened (G - H) U^T
+        summed = total.finish()
+        self.hessian, cross, noise = replace(summed, cross=None, noise=None), summed.cross, summed.noise
         del summed  # or it would keep G
+        self._whitened, noises = noise is not None, {}
         if cross is not None:
             cross.sub_(self.hessian.matrix)
-            if sum(len(weight) for weight in weights.values()) < cols:
+            if sum(len(weight) for weight in weights.values()) < total.cols:
                 self._differences = {name: self._multiply(weight, cross) for name, weight in weights.items()}
-                cross = None
+                if noise is not None:
+                    noises = {name: self._multiply(weight, noise) for name, weight in weights.items()}
+                cross = noise = None
         self.factor = factorize_in_place(self.hessian.matrix, recipe.damping, recipe.act_order, panel)
+        fixed = LARGEST if strength is None else strength
+        corrected = not self.factor.is_diagonal and (cross is not None or bool(self._differences))
+        self.shares = dict.fromkeys(weights, fixed if corrected else 0.0)
+        if not corrected:
+            return
         if cross is not None:
-            for start in range(0, cols, panel):
-                cross[start : start + panel] = multiply_by_inverse(self.factor, cross[start : start + panel])
+            multiply = self._whiten if self._whitened else partial(multiply_by_inverse, self.factor)
+            for matrix in (cross, *(() if noise is None else (noise,))):
+                for start in range(0, total.cols, panel):
+                    matrix[start : start + panel] = multiply(matrix[start : start + panel])
             self._correction = cross
+        if self._whitened:
+            of_group = {} if noise is None else dict.fromkeys(weights, noise)
+            self.shares = {name: self._measure(name, found) for name, found in (noises or of_group).items()}
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the inputs' error is corrected in any of the linears."""
+        return self._correction is not None or bool(self._differences)
 
     def targets(self, name: str, tile: int | None = None, share: tuple[int, int] = (0, 1)) -> Iterator[Tensor]:
         """W~ of one linear, float32 on the device of H, ``tile`` rows after another (None: as TILE_BYTES allows).
@@ -118,17 +147,43 @@ class InPlaceGroup:
             out[start : start + self._panel] = rows @ difference
         return out
 
+    def _whiten(self, rows: Tensor) -> Tensor:
+        """rows U^T, columns in original order before, and in elimination order after."""
+        return rows.index_select(1, self.factor.order) @ self.factor.upper.T
+
+    def _measure(self, name: str, noise: Tensor) -> float:
+        """The share of one linear, by the whitened noise of G - H, or by W times that noise: then it is whitened here,
+        and so is the linear's W (G - H)."""
+        signal, off, differences = 0.0, 0.0, self._differences.get(name)
+        device = self.hessian.matrix.device
+        for start in range(0, len(self._weights[name]), self._panel):
+            part = slice(start, start + self._panel)
+            if differences is not None:
+                mine, other = (self._whiten(rows[part].to(device)) for rows in (differences, noise))
+                differences[part] = mine
+            elif self._correction is not None:
+                rows = self._weights[name][part].to(device, torch.float32)
+                mine, other = rows @ self._correction, rows @ noise
+            else:
+                return 0.0
+            signal, off = signal + squares(mine), off + squares(other)
+        return bearable_share(signal, off)
+
     def _target(self, name: str, start: int, stop: int) -> Tensor:
         """W~ = W + a W (G - H)(H + lambda I)^-1, rows ``start`` to ``stop``."""
-        weight = self._weights[name][start:stop].to(self.hessian.matrix.device, torch.float32)
-        if self.factor.is_diagonal:
+        weight, share = self._weights[name][start:stop].to(self.hessian.matrix.device, torch.float32), self.shares[name]
+        if share == 0:
             return weight
         if name in self._differences:
-            difference = self._differences[name][start:stop].to(weight.device)
-            return weight.add(multiply_by_inverse(self.factor, difference), alpha=self._strength)
-        return (
-            weight if self._correction is None else torch.addmm(weight, weight, self._correction, alpha=self._strength)
-        )
+            product = self._differences[name][start:stop].to(weight.device)
+        elif self._correction is None:
+            return weight
+        elif not self._whitened:
+            return torch.addmm(weight, weight, self._correction, alpha=share)
+        else:
+            product = weight @ self._correction
+        finish = multiply_by_upper if self._whitened else multiply_by_inverse
+        return weight.add(finish(self.factor, product), alpha=share)
 
 
 def factorize_in_place(
@@ -194,9 +249,7 @@ def invert_lower_(lower: Float[Tensor, "cols cols"], panel: int = PANEL) -> Floa
     size = len(lower)
     for start in reversed(range(0, size, panel)):
         stop = min(start + panel, size)
-        identity = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
-        corner = torch.linalg.solve_triangular(lower[start:stop, start:stop], identity, upper=False)
-        lower[start:stop, start:stop] = corner
+        corner = invert_triangular_(lower[start:stop, start:stop])
         below = lower[stop:, start:stop]
         for top in reversed(range(stop, size, panel)):  # the last rows first: they read all rows above them
             bottom = min(top + panel, size)

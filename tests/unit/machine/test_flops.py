@@ -20,17 +20,20 @@ WINDOWS = tiny_models.tokens(6, 48)
 
 def test_a_factor_and_its_inverse_need_two_thirds_of_a_cube() -> None:
     assert flops.factor(30, done=False) == pytest.approx(2 / 3 * 30**3)
-    assert flops.factor(30, done=True) > flops.factor(30, done=False)
+    assert flops.factor(30, done=True) == pytest.approx(4 / 3 * 30**3) == pytest.approx(flops.factor(30, True, False))
+    assert flops.factor(4096, True) < 0.51 * flops.factor(4096, True, halves=False)
     assert flops.hessian(100, 10, streams=1) == pytest.approx(2 * 100 * 55)  # the triangle has 55 entries
     assert flops.hessian(100, 10, streams=2) == pytest.approx(2 * 100 * 155)
     assert flops.refine(4, 8, 0) == 0
+    assert flops.correction(4, 20, True, measured=True) == 5 * 2 * 4 * 20 * 20  # D and noise, each by U^T, and by U
+    assert flops.correction(40, 20, True, measured=True) == 2 * 2 * 20**3 + 3 * 2 * 40 * 20 * 20
 
 
 @pytest.mark.parametrize("scheme", ["W4A16_G32", "NU4"])
-@pytest.mark.parametrize("correct", [0.0, 0.5])
-def test_a_run_says_what_it_needed_and_what_it_did(scheme: str, correct: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("correct", [0.0, 0.5, "auto"])
+def test_a_run_says_what_it_needed_and_what_it_did(scheme: str, correct: float | str, tmp_path: Path) -> None:
     source = tiny_models.save(tiny_models.NAMES[0], tmp_path / "source")
-    recipe = Recipe(scheme=scheme, correct=correct, guard=False)
+    recipe = Recipe.model_validate({"scheme": scheme, "correct": correct, "guard": False})
     once = quantize(source, tmp_path / "once", recipe, windows=WINDOWS).flops
     again = quantize(
         source, tmp_path / "again", recipe, windows=WINDOWS, placement=Placement(windows=6, replay=True)

@@ -12,7 +12,7 @@ from leangrid.errors import ArchitectureError, CalibrationError
 from leangrid.models.discovery import FoundBlock
 from leangrid.models.flow import ChainedFlow
 from leangrid.models.skeleton import Skeleton
-from leangrid.models.streams import Streams
+from leangrid.models.streams import Streams, cut_sizes
 from leangrid.models.walk import BlockWalk
 from leangrid.storage.source import open_source
 
@@ -133,10 +133,28 @@ def test_streams_are_cut_and_moved_where_they_are() -> None:
     fresh.rebatch(1)
     fresh.move(torch.clone)
     assert fresh.original is not None and all(a is b for a, b in zip(fresh.quantized, fresh.original, strict=True))
+    edged = Streams(list(hidden), [-x for x in hidden])
+    edged.rebatch(3, edge=4)  # three before it, then one and one
+    assert [len(x) for x in edged.quantized] == [3, 1, 1]
+    assert edged.original is not None
+    assert torch.equal(torch.cat(edged.original), -torch.cat(hidden))
     alone = Streams(list(hidden), None)
     alone.rebatch(1)
     alone.move(torch.clone)
     assert len(alone.quantized) == 5 and alone.original is None
+
+
+@pytest.mark.parametrize(("count", "windows", "edge", "sizes"), [
+    (9, 4, 0, [4, 4, 1]),
+    (9, 4, 4, [4, 4, 1]),
+    (9, 4, 5, [4, 1, 4]),
+    (9, 4, 9, [4, 4, 1]),
+    (9, 4, -3, [4, 4, 1]),
+    (9, 20, 2, [2, 7]),
+    (1, 1, 0, [1]),
+])  # fmt: skip
+def test_batches_end_at_the_edge(count: int, windows: int, edge: int, sizes: list[int]) -> None:
+    assert cut_sizes(count, windows, edge) == sizes
 
 
 @torch.no_grad()

@@ -73,6 +73,24 @@ def test_the_sum_is_the_peak_of_live_tensors(
     assert planned.peak == pytest.approx(alive.peak, rel=0.15), planned.phases[planned.peak_phase]
 
 
+@pytest.mark.parametrize("placement", [Placement(4), replace(REPLAY, in_place=True)])
+def test_the_noise_of_the_correction_is_counted(placement: Placement, tmp_path: Path) -> None:
+    """Where matrices decide, a share that is measured takes one matrix more, or in place none at the peak."""
+    source = tiny_models.synthetic(tmp_path / "source", blocks=2, hidden=384)
+    planned = {}
+    for correct in ("auto", 0.5):
+        recipe = Recipe.model_validate({"scheme": "W4A16_G64", "correct": correct})
+        _, skeleton, settled = open_checkpoint(source, recipe)
+        planned[correct] = sum_footprint(Demand.of(skeleton, settled, 4, 64, "cpu"), placement)
+    recipe = Recipe(scheme="W4A16_G64", correct="auto")
+    with LiveBytes() as alive:
+        quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(4, 64), placement=placement)
+    assert planned["auto"].peak == pytest.approx(alive.peak, rel=0.15), planned["auto"].phases
+    sums = [planned[correct].phases["hessian 3"]["H and G"] for correct in ("auto", 0.5)]
+    assert sums[0] == 1.5 * sums[1]
+    assert (planned["auto"].peak > planned[0.5].peak) or placement.in_place
+
+
 def _smallest(work: Demand) -> tuple[Placement, int]:
     peaks = ((option, sum_footprint(work, option).peak) for option in Placement(8).candidates())
     return min(peaks, key=lambda pair: pair[1])

@@ -58,7 +58,15 @@ def test_a_record_says_what_the_solver_did() -> None:
     kinds = [rescue.kind for rescue in record.rescues]
     assert kinds.count("nonfinite_tokens") == 1 and kinds.count("dead_columns") == 1
     assert record.rescued  # lost tokens count
+    assert record.correct == 0
     assert record.seconds == {"grid": 0.1235, "solve": 0.5, "refine": 0.25}
+
+
+def test_records_of_older_versions_say_no_share() -> None:
+    line = replace(RECORD, correct=0.25).to_json()
+    assert LayerRecord.from_json(line).correct == 0.25
+    del line["correct"]
+    assert LayerRecord.from_json(line) == RECORD
 
 
 def test_notes_are_no_rescues() -> None:

@@ -22,6 +22,7 @@ def algebra_of(names: tuple[str, ...], rank: int, count: int, gathered: list[dic
     ranks = SimpleNamespace(rank=rank, count=count, gather=lambda mine: gathered or [mine])
     algebra._run = SimpleNamespace(ranks=ranks)  # pyright: ignore[reportAttributeAccessIssue]
     algebra._solved, algebra._summary = {name: [] for name in names}, SUMMARY
+    algebra._shares = {"k": 0.25}
     return algebra
 
 
@@ -39,6 +40,7 @@ def test_one_rank_gives_each_linear_back_with_its_costs() -> None:
     assert [one.name for one in whole] == ["q", "k"]
     assert all(torch.equal(one.result.codes, results[one.name].codes) for one in whole)
     assert whole[0].costs is not whole[1].costs and whole[0].factor is SUMMARY
+    assert [one.share for one in whole] == [0.0, 0.25]
 
 
 def test_tiles_of_rows_stand_in_the_order_of_ranks_and_of_their_rows() -> None:
@@ -46,12 +48,16 @@ def test_tiles_of_rows_stand_in_the_order_of_ranks_and_of_their_rows() -> None:
     costs = [LayerCosts(CPU) for _ in tiles]
     for number, one in enumerate(costs):
         one.seconds["solve"] = 1.0 + number
-    parts = [_Part(tile, SUMMARY, cost) for tile, cost in zip(tiles, costs, strict=True)]
+    parts = [_Part(tile, SUMMARY, cost, 0.25) for tile, cost in zip(tiles, costs, strict=True)]
     gathered = [{"down": parts[:2]}, {"down": parts[2:]}]
     algebra = algebra_of(("down",), 0, 2, gathered)
     (whole,) = algebra.results()
     assert torch.equal(whole.result.codes, torch.cat([tile.codes for tile in tiles]))
-    assert whole.result.loss == sum(tile.loss for tile in tiles) and whole.costs.seconds["solve"] == 6.0
+    assert (
+        whole.result.loss == sum(tile.loss for tile in tiles)
+        and whole.share == 0.25
+        and whole.costs.seconds["solve"] == 6.0
+    )
 
 
 def test_of_two_ranks_each_solves_every_second_linear() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from math_problems import generator, hessian, inputs, spd
 
 from leangrid.errors import NumericalError
-from leangrid.solve.factor import factorize, split_cholesky_
+from leangrid.solve.factor import factorize, invert_triangular_, split_cholesky_
 
 
 def identity_error(matrix: torch.Tensor, damping: float, act_order: bool = True) -> float:
@@ -126,7 +126,7 @@ def test_loss_error_weights_follow_the_cholesky_diagonal() -> None:
 
 
 @pytest.mark.fault("N14")
-@pytest.mark.parametrize("cols", [1, 33, 64, 65, 200, 333])
+@pytest.mark.parametrize("cols", [1, 33, 64, 65, 200, 333, 900])
 def test_the_factor_knows_no_threads(cols: int) -> None:
     matrix, before, found = spd(cols, 1e3), torch.get_num_threads(), []
     try:
@@ -146,6 +146,25 @@ def test_the_split_factorization_is_lapacks(cols: int) -> None:
     torch.testing.assert_close(found, torch.linalg.cholesky(matrix.double()).float(), rtol=1e-3, atol=1e-4)
     matrix[cols // 2, cols // 2] = -1.0
     assert not split_cholesky_(matrix)
+
+
+@pytest.mark.parametrize("cols", [1, 64, 256, 320, 577, 832])
+def test_a_triangle_is_inverted_by_halves(cols: int) -> None:
+    lower = torch.linalg.cholesky(spd(cols, 1e4, 0).double() if cols > 1 else torch.tensor([[4.0]]).double())
+    found = invert_triangular_(lower.float())
+    expected = torch.linalg.inv(lower)
+    assert torch.equal(found, found.tril())
+    assert float((found.double() - expected).norm() / expected.norm()) < 1e-5
+    exact = invert_triangular_(lower.clone())
+    assert float((exact - expected).norm() / expected.norm()) < 1e-13
+
+
+def test_what_is_above_the_diagonal_is_not_read() -> None:
+    matrix = spd(640, 1e3, 0)
+    one, other = matrix.clone(), matrix.tril() + torch.full_like(matrix, 7.0).triu(1)
+    assert split_cholesky_(one)
+    assert split_cholesky_(other)
+    assert torch.equal(one, other)
 
 
 def test_what_cannot_be_factored_is_refused() -> None:
