@@ -20,7 +20,7 @@ from leangrid.planning.groups import groups_of
 from leangrid.planning.sizes import compute_sizes, stored_schemes
 from leangrid.recipe import Recipe
 from leangrid.schemes import GRID_SCHEMES, Scheme
-from leangrid.solve.knapsack import Option, spend
+from leangrid.solve.knapsack import Option, spend, spend_roughly
 
 _K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 _NARROW_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -28,6 +28,7 @@ _NARROW_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 # tiny models 61 kB with 14 linears, 93 kB with 35.
 _FILES, _FILES_OF_LAYER = 1 << 16, 1 << 11
 
+EXPERTS = 8  # of a mixture whose losses are measured; they stand for all
 PROBED_WINDOWS, PROBED_LENGTH = 8, 256  # on which the distance of each unit is measured, at most
 _LITTLE = 1 << 26  # bytes of their hidden states that are never too many
 _LEAST_TOKENS, _TOKENS_OF_COLUMN = 8192, 4  # of the Hessians that losses are measured by
@@ -52,6 +53,12 @@ class Unit:
     weights: int
     sizes: tuple[int, ...]
     experts: bool = False
+
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """As many of the ``names`` as losses are measured of."""
+        leaves = len({name.rpartition(".")[2] for name in self.names})
+        return self.names[: EXPERTS * leaves] if self.experts else self.names
 
 
 @dataclass(frozen=True)
@@ -112,14 +119,12 @@ class Budget:
         """A recipe within the budget, chosen by sizes alone: a weight of b bits is taken to cost 4^-b."""
         bits = [scheme.bits for scheme in self.candidates]
         losses = [[unit.weights * 4.0**-one for one in bits] for unit in self.units]
-        return self.chosen(self.choose(losses))
+        return self.chosen(spend_roughly(self._items(losses), self.room))
 
     def choose(self, losses: Sequence[Sequence[float]]) -> list[int]:
         """Of each unit the number of its candidate, by the loss of each candidate of each unit: the least sum of losses
         that fits."""
-        pairs = zip(self.units, losses, strict=True)
-        items = [[Option(*each) for each in zip(unit.sizes, loss, strict=True)] for unit, loss in pairs]
-        return spend(items, self.room)
+        return spend(self._items(losses), self.room)
 
     def chosen(self, numbers: Sequence[int]) -> Recipe:
         """The recipe without a budget in which each unit has the candidate of this number: the one of most weights as
@@ -156,6 +161,10 @@ class Budget:
             "bits_from": round(8 * self.least / weights, 4),
             "bits_to": round(8 * self.most / weights, 4),
         }
+
+    def _items(self, losses: Sequence[Sequence[float]]) -> list[list[Option]]:
+        pairs = zip(self.units, losses, strict=True)
+        return [[Option(*each) for each in zip(unit.sizes, loss, strict=True)] for unit, loss in pairs]
 
     def _refuse_out_of_range(self, weights: int, beside: int) -> None:
         if self.least <= self.room <= self.most:

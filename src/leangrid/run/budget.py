@@ -11,6 +11,7 @@ journal: a pass that was stopped goes on with what only forward passes have to m
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from leangrid.models.flow import LiveFlow
 from leangrid.models.groups import ExpertInputs
 from leangrid.models.model_inputs import Inputs
 from leangrid.models.streams import Streams
-from leangrid.planning.budget import PROBED_LENGTH, Budget, asked, count_measured, count_probed, without_budget
+from leangrid.planning.budget import EXPERTS, PROBED_LENGTH, Budget, asked, count_measured, count_probed, without_budget
 from leangrid.progress import Event
 from leangrid.run.algebra import algebras
 from leangrid.run.block import Block
@@ -37,7 +38,6 @@ from leangrid.solve.trial import trial_losses
 
 _WIDTHS = "widths"  # the artifact of the journal
 _REFERENCE_BITS = 4  # a unit is rounded to about so many bits: the error is small, and larger than that of bfloat16
-_EXPERTS = 8  # of a mixture that are tried
 
 
 def choose_widths(inputs: RunInputs, windows: Windows, clock: Clock, ranks: Ranks) -> None:
@@ -149,7 +149,7 @@ class _Measuring:
             probes = Probes(run, self._budget.units, self._batches())
             losses: list[_Losses] = []
             for index in range(len(run.skeleton.blocks)):
-                streams = run.attempt_block(lambda *args: self._block(*args, probes, losses), index, streams)
+                streams = run.attempt_block(partial(self._block, probes, losses), index, streams)
                 streams = run.onward.advance(index, streams)
                 self._say(index)
             sums, tokens = probes.distances()
@@ -172,7 +172,7 @@ class _Measuring:
         """This rank's windows for the distances, one a batch."""
         return list(self._ranks.share(self._probed).split(1))
 
-    def _block(self, run: Run, index: int, streams: Streams, probes: Probes, losses: list[_Losses]) -> Streams:
+    def _block(self, probes: Probes, losses: list[_Losses], run: Run, index: int, streams: Streams) -> Streams:
         """Measure block ``index``, and let everything go through it."""
         numbers = [number for number, unit in enumerate(self._budget.units) if unit.block == index]
         with run.open_block(index, streams) as block:
@@ -235,8 +235,8 @@ class _Measuring:
             counts += torch.tensor([len(x) for x in inputs])
         counts = sum(self._ranks.gather(counts), torch.zeros_like(counts))
         seen = counts.nonzero().squeeze(1).tolist() or list(range(len(group.experts)))
-        step = max(1, len(seen) // _EXPERTS)
-        some = seen[::step][:_EXPERTS]
+        step = max(1, len(seen) // EXPERTS)
+        some = seen[::step][:EXPERTS]
         experts = tuple(group.experts[expert] for expert in some)
 
         def read() -> Iterator[tuple[Any, Any]]:

@@ -63,13 +63,7 @@ def spend(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
         >>> spend([[small, large], [small, Option(4, 3.0)]], 6)
         [1, 0]
     """
-    if not all(abs(option.loss) < float("inf") for options in items for option in options):
-        raise RecipeError("a loss is NaN or infinite", "the budget")
-    useful = [_useful(options) for options in items]
-    least = sum(options[kept[0]].size for options, kept in zip(items, useful, strict=True))
-    if least > budget:
-        raise RecipeError(f"the smallest choice takes {least}, the budget is {budget}", "the budget")
-    hulls = [_hull(options, kept) for options, kept in zip(items, useful, strict=True)]
+    useful, hulls = _prepared(items, budget)
     chosen = _greedy(items, hulls, budget)
     best = sum(options[number].loss for options, number in zip(items, chosen, strict=True))
     slack = _ROUNDING * sum(max(abs(option.loss) for option in options) for options in items)
@@ -91,6 +85,22 @@ def spend(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
         numbers.append(int(numbered[state]))
         state = int(before[state])
     return numbers[::-1]
+
+
+def spend_roughly(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
+    """As ``spend``, but not the least: the largest saving for its size first, as long as it fits. It takes no time."""
+    return _greedy(items, _prepared(items, budget)[1], budget)
+
+
+def _prepared(items: Sequence[Sequence[Option]], budget: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Of each item the options that are not dominated, and those on its hull; RecipeError for what ``spend`` refuses."""
+    if not all(abs(option.loss) < float("inf") for options in items for option in options):
+        raise RecipeError("a loss is NaN or infinite", "the budget")
+    useful = [_useful(options) for options in items]
+    least = sum(options[kept[0]].size for options, kept in zip(items, useful, strict=True))
+    if least > budget:
+        raise RecipeError(f"the smallest choice takes {least}, the budget is {budget}", "the budget")
+    return useful, [_hull(options, kept) for options, kept in zip(items, useful, strict=True)]
 
 
 def _useful(options: Sequence[Option]) -> list[int]:
