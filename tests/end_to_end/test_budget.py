@@ -144,9 +144,7 @@ def test_the_whole_directory_is_no_larger_than_its_budget(size: int, tiny: Tiny,
     assert 0.85 * size < taken <= size
 
 
-def test_a_distance_that_is_not_finite_is_named(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_distance_that_is_not_finite_is_named(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spending, "trial_losses", lambda *args: torch.full((6, 2), float("nan"), dtype=torch.float64))
     with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj.*Use a scheme for all layers"):
         quantize(tiny("llama2"), tmp_path / "out", RECIPE, windows=WINDOWS[:2])

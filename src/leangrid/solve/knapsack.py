@@ -93,7 +93,7 @@ def spend_roughly(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
 
 
 def _prepared(items: Sequence[Sequence[Option]], budget: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Of each item the options that are not dominated, and those on its hull; RecipeError for what ``spend`` refuses."""
+    """Of each item the options not dominated, and those on its hull; RecipeError for what ``spend`` refuses."""
     if not all(abs(option.loss) < float("inf") for options in items for option in options):
         raise RecipeError("a loss is NaN or infinite", "the budget")
     useful = [_useful(options) for options in items]

@@ -19,7 +19,9 @@ Tiny = Callable[..., Path]
 
 def _budget(source: Path, **fields: object) -> tuple[Skeleton, Budget]:
     skeleton = Skeleton(open_source(source))
-    return skeleton, Budget.of(skeleton, resolve_recipe(Recipe(**{"scheme": "W4A16_G32", "bits": 5.0, **fields}), skeleton))
+    return skeleton, Budget.of(
+        skeleton, resolve_recipe(Recipe(**{"scheme": "W4A16_G32", "bits": 5.0, **fields}), skeleton)
+    )
 
 
 def _leaves(budget: Budget) -> list[set[str]]:

@@ -18,9 +18,7 @@ def _items(draw: random.Random) -> list[list[Option]]:
     """Few sizes and losses, so that many sums are equal, options are dominated and some lie above the hull."""
     losses = [draw.random() if draw.random() < 0.5 else round(draw.random(), 1) for _ in range(24)]
     count = draw.randint(1, 5)
-    return [
-        [Option(draw.randint(1, 9), draw.choice(losses)) for _ in range(draw.randint(1, 4))] for _ in range(count)
-    ]
+    return [[Option(draw.randint(1, 9), draw.choice(losses)) for _ in range(draw.randint(1, 4))] for _ in range(count)]
 
 
 @pytest.mark.parametrize("seed", range(150))
