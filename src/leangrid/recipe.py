@@ -5,17 +5,20 @@ import json
 import math
 import re
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_serializer
+from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from leangrid.errors import RecipeError
 from leangrid.patterns import REGEX, Pattern, compile_regex
 from leangrid.schemes import GRID_SCHEMES, OFFSET_FORMATS, Scheme
-from leangrid.validation import ValidatedModel
+from leangrid.validation import ValidatedModel, read_size
 
 _UNSET: dict[str, tuple[Any, ...]] = {
+    "bits": (None,),
+    "size": (None,),
     "effort": ("good",),
     "tune": (None,),
     "text_field": (None,),
@@ -24,6 +27,7 @@ _UNSET: dict[str, tuple[Any, ...]] = {
 }
 # What each effort sets, of a learned grid, where the recipe leaves it open; "good" are the defaults.
 EFFORTS: dict[str, dict[str, Any]] = {"fast": {"correct": 0.0, "refine": 0}, "good": {}, "best": {"tune": 4}}
+_NUMBERS = ("bits", "size", "samples", "length", "seed", "p", "steps", "refine", "tune", "damping")
 
 
 class Recipe(ValidatedModel):
@@ -49,6 +53,12 @@ class Recipe(ValidatedModel):
 
     scheme: str = Field(
         default="auto", description="scheme string, or auto: W4A16_G128 where the shapes allow, else W4A16"
+    )
+    bits: float | None = Field(
+        default=None, gt=0, le=16, description="a budget: mean bits a weight of the linears; each layer's are chosen"
+    )
+    size: int | None = Field(
+        default=None, gt=0, description="a budget: bytes of the whole directory, or such as 5GB or 700MiB"
     )
     format: str = Field(default="auto", description="container: auto, compressed-tensors, lut, gptq, awq, mlx, gguf")
     calibration: str = Field(
@@ -95,7 +105,7 @@ class Recipe(ValidatedModel):
         description="operands of forward and Hessian products; auto: bfloat16 where model and processor have it",
     )
 
-    @field_validator("samples", "length", "seed", "p", "steps", "refine", "tune", "damping", mode="before")
+    @field_validator(*_NUMBERS, mode="before")
     @classmethod
     def _refuse_bool(cls, value: Any) -> Any:
         if isinstance(value, bool):  # which pydantic takes for 0 or 1
@@ -121,6 +131,11 @@ class Recipe(ValidatedModel):
             raise ValueError('must be a number from 0 to 1, or "auto"')
         return number
 
+    @field_validator("size", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        return read_size(value) if isinstance(value, str) else value
+
     @field_validator("scheme")
     @classmethod
     def _check_scheme(cls, value: str) -> str:
@@ -145,6 +160,15 @@ class Recipe(ValidatedModel):
             Pattern(text, info.field_name).check()
         return tuple(dict.fromkeys(value))
 
+    @model_validator(mode="after")
+    def _check_budget(self) -> "Recipe":
+        if self.bits is not None and self.size is not None:
+            raise RecipeError("bits and size are two budgets", "recipe", "Give one of them")
+        if self.has_budget and self.layers:
+            what = "a budget chooses the scheme of every layer, and layers chooses some of them"
+            raise RecipeError(what, "recipe", "Give bits or size, or layers")
+        return self
+
     @model_serializer(mode="wrap")
     def _without_unused(self, inner: Any) -> dict[str, Any]:
         """JSON values, without younger fields that are not set: older recipes keep their fingerprints."""
@@ -160,15 +184,17 @@ class Recipe(ValidatedModel):
 
     @property
     def schemes(self) -> list[Scheme]:
-        """The parsed scheme, then those of ``layers``."""
-        return [self.parsed, *(Scheme.parse(scheme) for scheme in self.layers.values())]
+        """The parsed scheme, then those of ``layers``, each once."""
+        return list(dict.fromkeys((self.parsed, *map(Scheme.parse, dict.fromkeys(self.layers.values())))))
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the bits of each layer are to be chosen."""
+        return self.bits is not None or self.size is not None
 
     def find_key(self, layer: str) -> str | None:
         """The first key of ``layers`` that names the layer: the end of its name, cut at a dot, or all of it by re:."""
-        for key in self.layers:
-            if re.fullmatch(key[3:], layer) if key.startswith(REGEX) else f".{layer}".endswith(f".{key}"):
-                return key
-        return None
+        return _find_key(tuple(self.layers), layer) if self.layers else None
 
     @property
     def streams(self) -> int:
@@ -238,10 +264,10 @@ class Recipe(ValidatedModel):
     def _refuse_mixed_kinds(self, name: str, scheme: Scheme) -> None:
         for key, value in self.layers.items():
             other = Scheme.parse(value)
-            same = (other.grid, other.method, other.exact) == (scheme.grid, scheme.method, scheme.exact)
-            if not GRID_SCHEMES[scheme.grid].mixes or not same:
+            if not scheme.mixes_with(other):
                 what = f"layers mix schemes of one kind only, but '{key}' asks for {value} beside {name}"
-                raise RecipeError(what, "layers", "Use affine schemes of one method, such as W4A16_G64 with W8A16")
+                way_out = "Use affine schemes of one method, such as W4A16_G64 with W8A16, or Q4_K with Q6_K"
+                raise RecipeError(what, "layers", way_out)
 
     def fingerprint(self) -> str:
         """The sha256, in hexadecimal, of the recipe's canonical JSON; equal recipes have equal fingerprints."""
@@ -263,3 +289,11 @@ class Recipe(ValidatedModel):
             way_out = 'A recipe is TOML such as: scheme = "NU4"'
             raise RecipeError(f"the recipe cannot be read: {error}", path, way_out) from None
         return cls(**{**fields, **overrides})
+
+
+@lru_cache(maxsize=1 << 17)  # a budget names hundreds of layers, and a mixture has tens of thousands
+def _find_key(keys: tuple[str, ...], layer: str) -> str | None:
+    for key in keys:
+        if re.fullmatch(key[3:], layer) if key.startswith(REGEX) else f".{layer}".endswith(f".{key}"):
+            return key
+    return None

@@ -180,6 +180,19 @@ class Scheme(ValidatedModel):
         head = GRID_SCHEMES[self.grid].head or "" if method == "leanquant" else method.upper() + "{bits}"
         return head.format(bits=self.bits)
 
+    def mixes_with(self, other: "Scheme") -> bool:
+        """Whether one model may have layers of this scheme and of the other: both of one method, and either of one kind
+        that mixes, or both llama.cpp's block types."""
+        if (self.method, self.exact) != (other.method, other.exact):
+            return False
+        if self.block is not None and other.block is not None:
+            return True
+        return GRID_SCHEMES[self.grid].mixes and self.grid == other.grid
+
+    def with_bits(self, bits: int) -> "Scheme":
+        """The same scheme with other ``bits``; RecipeError where its kind does not have them."""
+        return Scheme(**{**self.model_dump(), "bits": bits})
+
     @property
     def levels(self) -> int:
         """How many values a weight can take: 2^bits."""

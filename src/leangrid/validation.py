@@ -1,5 +1,6 @@
 """Frozen pydantic models whose errors are RecipeError, in one sentence for people."""
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from leangrid.errors import RecipeError
 
 _Model = TypeVar("_Model", bound=BaseModel)
+_SIZE = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]?i?)b?\s*", re.IGNORECASE)
 
 
 class ValidatedModel(BaseModel):
@@ -34,6 +36,17 @@ class ValidatedModel(BaseModel):
     def model_copy(self: _Model, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _Model:
         """A copy with the fields of ``update`` changed, validated as a new object is."""
         return type(self)(**{**dict(self), **(update or {})})
+
+
+def read_size(text: str) -> int:
+    """Bytes of a size such as 5GB (powers of 1000), 700MiB (powers of 1024) or 123456789; ValueError for another
+    text."""
+    match = _SIZE.fullmatch(text)
+    if match is None or match["unit"].lower() == "i":
+        raise ValueError("must be bytes, or such as 5GB or 700MiB")
+    unit = match["unit"].lower()
+    base = 1024 if unit.endswith("i") else 1000
+    return int(float(match["number"]) * base ** (" kmgt".index(unit[0]) if unit else 0))
 
 
 def _recipe_error(error: ValidationError, model: type[BaseModel]) -> RecipeError:

@@ -342,3 +342,15 @@ def test_two_ranks_tune_blocks_together_and_give_the_same_bytes_twice(source: Pa
     tuning = json.loads((tmp_path / "one" / "manifest.json").read_text())["result"]["tuning"]
     assert tuning["tuned"] > 0 and not tuning["trouble"]
     assert 0 < tuning["held_error"] < 1
+
+
+def test_two_ranks_choose_the_same_widths_within_a_budget(source: Path, tmp_path: Path) -> None:
+    recipe, windows = Recipe(scheme="W4A16_G32", bits=4.7, steps=64), tiny_models.tokens(4, 32)
+    job = as_command(lambda rank: quantize(source, tmp_path / "two", recipe, windows=windows, threads=1))
+    ended = forked_ranks.run(2, job)
+    assert all(one.status == 0 for one in ended), ended
+    quantize(source, tmp_path / "one", recipe, windows=windows, threads=1)
+    two, one = (json.loads((tmp_path / out / "manifest.json").read_text()) for out in ("two", "one"))
+    assert two["recipe"] == one["recipe"] and len(one["budget"]["widths"]) > 1
+    pairs = zip(two["budget"]["units"], one["budget"]["units"], strict=True)
+    assert all(a["distance"] == pytest.approx(b["distance"], rel=1e-3) for a, b in pairs)

@@ -103,6 +103,23 @@ def test_transformers_refuses_asymmetric_mixtures_aloud(mixed: Made) -> None:
         hf.AutoModelForCausalLM.from_pretrained(mixed(""))
 
 
+def test_transformers_and_the_library_read_what_a_budget_chose(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    recipe, out = Recipe(scheme="W4A16_G32_SYM", bits=4.6, steps=64), tmp_path / "out"
+    result = leangrid.quantize(tiny("llama2", torch.bfloat16), out, recipe, windows=tiny_models.tokens(2, 16))
+    loaded, finished, tokens = (
+        hf.AutoModelForCausalLM.from_pretrained(out),
+        ResultReader.verified(out),
+        tiny_models.tokens(2, 40),
+    )
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert len(groups) == len(result.budget["widths"]) > 1
+    with torch.no_grad():
+        logits = loaded(tokens).logits  # unpacks at the first forward pass
+        assert torch.equal(logits, leangrid.load(out)[0](tokens).logits)
+    for name in finished.layers:
+        assert torch.equal(loaded.get_submodule(name).weight, finished.weight_in_model_dtype(name)), name
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -18,6 +18,10 @@ RecipeFile = Annotated[
 Scheme = Annotated[
     str | None, typer.Option(help="W4A16_G64 in groups, W4A16 whole rows, NU4 NU3 NU2 non-uniform, _SYM, _EXACT [auto]")
 ]
+Bits = Annotated[
+    float | None, typer.Option(metavar="X", help="mean bits a weight, such as 4.25: each layer's are chosen by data")
+]
+Size = Annotated[str | None, typer.Option(metavar="5GB", help="the same by the size of the whole directory")]
 Format = Annotated[str | None, typer.Option(help="compressed-tensors, lut, gptq, awq, mlx, gguf [by scheme]")]
 Calibration = Annotated[str | None, typer.Option(help="c4, wikitext2, self, embedded, a file, hf:org/name [c4]")]
 TextField = Annotated[

@@ -91,7 +91,10 @@ def _model_name(result: ResultReader) -> str:
 def _block_types(result: ResultReader) -> dict[str, BlockType]:
     """Layer -> block type; FormatError for the first layer that no type holds exactly, its scales included."""
     if result.format.BLOCKS:
-        return {name: BLOCK_TYPES[result.scheme.block or ""].fitting(cols) for name, (_, cols) in result.layers.items()}
+        return {
+            name: BLOCK_TYPES[result.schemes[name].block or ""].fitting(cols)
+            for name, (_, cols) in result.layers.items()
+        }
     block_types = {}
     for name, (rows, cols) in result.layers.items():
         reason = gguf_repack.refuse(result.schemes[name], name, rows, cols, result.kinds[name])
@@ -184,7 +187,7 @@ class _BlockBytes:
     def __call__(self) -> Tensor:
         codes, grid = self.result.layer(self.name)
         if self.result.format.BLOCKS:
-            packed = self.result.format.pack(codes, grid, self.result.dtype, self.result.scheme)["weight"]
+            packed = self.result.format.pack(codes, grid, self.result.dtype, self.result.schemes[self.name])["weight"]
             return packed if self.order is None else packed[self.order]
         if not isinstance(grid, AffineGrid):
             raise FormatError(f"{type(grid).__name__} is no affine grid", self.name)

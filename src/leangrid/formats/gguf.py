@@ -1,11 +1,13 @@
 """llama.cpp's blocks in a Hugging Face directory: each layer's rows as the bytes that a GGUF file of the model will
 hold.
 
-``leangrid export --to gguf`` copies them into one file, unchanged. Layers whose columns 256 does not divide hold the
-narrow type of their width (block_types.py), so the one name in config.json says the type of every layer. ``weight`` is
-uint8 [rows, bytes of a row]: a reader that expects weights finds another dtype and shape, and stops."""
+``leangrid export --to gguf`` copies them into one file, unchanged. config.json says the commonest type and, by name,
+those of layers that have another (version 2). Layers whose columns 256 does not divide hold the narrow type of their
+width (block_types.py), which the type that is said stands for. ``weight`` is uint8 [rows, bytes of a row]:
+a reader that expects weights finds another dtype and shape, and stops."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from leangrid.formats.gguf_blocks import Parts
 from leangrid.grids import AffineGrid, Grid, GroupedGrid, KTypeGrid, OffsetGrid, Precision
 from leangrid.schemes import Scheme
 
-VERSION = 1
+VERSION = 1  # one type for all layers
+VERSION_OF_SEVERAL = 2  # with "types"
 
 
 class Gguf(Format):
@@ -85,12 +88,19 @@ class Gguf(Format):
         return torch.float32
 
     def config(self, schemes: Mapping[str, Scheme], ignore: list[str]) -> dict[str, Any]:
-        """The type that was asked for, and the layers by name, so that a lost one is noticed."""
+        """The type that was asked for, of several the commonest, and the layers of each other one as ``types``; and the
+        layers by name, so that a lost one is noticed."""
+        common = Counter(schemes.values()).most_common(1)[0][0]
+        others: dict[str, list[str]] = {}
+        for name, scheme in schemes.items():
+            if scheme != common:
+                others.setdefault(str(scheme.block), []).append(name)
         return {
             "quant_method": self.QUANT_METHOD,
             "format": self.NAME,
-            "version": VERSION,
-            "type": self.only_scheme(schemes).block,
+            "version": VERSION_OF_SEVERAL if others else VERSION,
+            "type": common.block,
+            **({"types": others} if others else {}),
             "layers": list(schemes),
         }
 
@@ -99,14 +109,28 @@ class Gguf(Format):
         return super().is_config(config) and config.get("format") == self.NAME
 
     def scheme_of(self, config: dict[str, Any]) -> Scheme:
-        """The block type as a scheme."""
+        """The block type as a scheme; of several types the commonest."""
         name, layers = config.get("type"), config.get("layers")
-        if config.get("version") != VERSION or not isinstance(name, str) or name not in BLOCK_TYPES:
+        version = VERSION_OF_SEVERAL if "types" in config else VERSION
+        if config.get("version") != version or not isinstance(name, str) or name not in BLOCK_TYPES:
             what = f"type {name!r} of version {config.get('version')!r} is not known"
             raise FormatError(what, CONFIG, "Upgrade leangrid")
         if not isinstance(layers, list) or not layers or not all(isinstance(layer, str) for layer in layers):
             raise FormatError("layers must list the quantized layers", CONFIG, DAMAGED_CONFIG)
         return Scheme.of_block(BLOCK_TYPES[name])
+
+    def schemes(self, config: dict[str, Any], names: Iterable[str]) -> dict[str, Scheme]:
+        """Each layer's own type, or the commonest."""
+        common, types, others = self.scheme_of(config), config.get("types", {}), dict[str, Scheme]()
+        if not isinstance(types, dict):
+            raise FormatError("types must give the layers of each type", CONFIG, DAMAGED_CONFIG)
+        for block, layers in types.items():
+            if block not in BLOCK_TYPES:
+                raise FormatError(f"type {block!r} is not known", CONFIG, "Upgrade leangrid")
+            if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+                raise FormatError(f"types must list the layers of {block}", CONFIG, DAMAGED_CONFIG)
+            others |= dict.fromkeys(layers, Scheme.of_block(BLOCK_TYPES[block]))
+        return {name: others.get(name, common) for name in names}
 
     def covers(self, config: dict[str, Any], name: str) -> bool:
         """Whether ``name`` is listed."""

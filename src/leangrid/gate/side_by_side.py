@@ -1,7 +1,7 @@
 """The gate's two models walked block by block, side by side, and what comes out of them."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from leangrid.formats import FORMATS
-from leangrid.grids import grid_class
+from leangrid.grids import Precision, grid_class
 from leangrid.machine import memory
 from leangrid.models.calls import fill
 from leangrid.models.flow import Flow, open_flow
@@ -103,7 +103,7 @@ class _Walker:
 
 
 def outputs(
-    skeleton: Skeleton, windows: Sequence[Inputs], ends: Sequence[Any], device: str
+    skeleton: Skeleton, windows: Iterable[Inputs], ends: Iterable[Any], device: str
 ) -> Iterator[Float[Tensor, "length out"]]:
     """What the model computes after its blocks, window by window: logits, or the last hidden states of a model without
     a language-model head.
@@ -156,12 +156,18 @@ def _round(original: Skeleton, block: nn.Module, index: int, names: Sequence[str
     stored = FORMATS[recipe.format].precision(original.dtype)
     for name in names:
         module = block.get_submodule(name)
-        weight: Any = module.weight
-        values = rows_first(module, weight).float().contiguous()
-        scheme = recipe.for_layer(original.linear_name(index, name)).scheme_for(values.shape[1])
-        grid = grid_class(scheme).fit_minmax(values, scheme, stored.for_scheme(scheme))
-        rounded = grid.dequantize(grid.nearest(values))
-        weight.data = rows_first(module, rounded).to(weight.dtype).contiguous()
+        own = recipe.for_layer(original.linear_name(index, name))
+        module.get_parameter("weight").data = rounded_weight(module, own, stored)
+
+
+def rounded_weight(module: nn.Module, recipe: Recipe, precision: Precision) -> Tensor:
+    """The weight of a linear, as the module stores it, on the nearest levels of the min-max grid of the recipe's
+    scheme, whose parameters ``precision`` rounds."""
+    weight = module.get_parameter("weight")
+    values = rows_first(module, weight.data).float().contiguous()
+    scheme = recipe.scheme_for(values.shape[1])
+    grid = grid_class(scheme).fit_minmax(values, scheme, precision.for_scheme(scheme))
+    return rows_first(module, grid.dequantize(grid.nearest(values))).to(weight.dtype).contiguous()
 
 
 @contextmanager

@@ -19,10 +19,12 @@ from leangrid.machine.arithmetic import use_products
 from leangrid.machine.devices import has_own_memory, synchronize, usable_part
 from leangrid.machine.stopwatch import STAGES
 from leangrid.models.skeleton import Skeleton
+from leangrid.planning.budget import EXPERTS, PROBED_LENGTH, Budget, count_measured, count_probed
 from leangrid.planning.groups import Group, groups_of
 from leangrid.planning.placement import Placement
 from leangrid.planning.sizes import LayerSize, state_bytes
 from leangrid.recipe import Recipe
+from leangrid.solve.trial import ROWS
 from leangrid.solve.tuning import count_held_out, count_step_windows
 
 _REPLAYED = 2.6  # forward passes that replaying takes instead of one: up to each group, and once to the end
@@ -148,9 +150,14 @@ def _gemm_rate(device: str, dtype: torch.dtype = torch.float32) -> float:
 
 
 def estimate_seconds(
-    skeleton: Skeleton, recipe: Recipe, layers: list[LayerSize], placement: Placement, rates: Rates
+    skeleton: Skeleton,
+    recipe: Recipe,
+    layers: list[LayerSize],
+    placement: Placement,
+    rates: Rates,
+    budget: Budget | None = None,
 ) -> dict[str, float]:
-    """Estimated seconds by stage and ``total``; with several ranks also ``exchange``."""
+    """Estimated seconds by stage and ``total``; with several ranks also ``exchange``, with a ``budget`` ``measure``."""
     streams, tokens, blocks = recipe.streams, recipe.samples * recipe.length, len(skeleton.blocks)
     weights, states = sum(layer.rows * layer.cols for layer in layers), state_bytes(skeleton, recipe, tokens)
     before, after = sum(layer.bytes_before for layer in layers), sum(layer.bytes_after for layer in layers)
@@ -185,6 +192,8 @@ def estimate_seconds(
         steps = recipe.tune * (batches - count_held_out(batches))
         one_batch = together * recipe.length * (2 * reached + attention) / forward
         shared["tune"] = steps * (_BACKWARD * one_batch + weights * _TUNED_SECONDS / rates.threads)
+    if budget is not None:
+        shared["measure"] = _measuring(skeleton, recipe, budget, groups, reached, attention, rates)
     alone = {
         "load": (before + again) / rates.read,
         "factor": factors / (_FACTOR * algebra) + corrected / (_CORRECT * algebra),
@@ -197,6 +206,33 @@ def estimate_seconds(
         alone["exchange"] = moved * (rates.ranks - 1) / rates.link
     stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
+
+
+def _measuring(
+    skeleton: Skeleton,
+    recipe: Recipe,
+    budget: Budget,
+    groups: list[Group],
+    reached: int,
+    attention: int,
+    rates: Rates,
+) -> float:
+    """Seconds in which the losses of all widths and the distances of all units are measured (run/budget.py)."""
+    measured = count_measured(skeleton, recipe.samples, recipe.length)
+    probed = count_probed(skeleton, budget, recipe.samples, recipe.length, measured)
+    tokens, short = measured * recipe.length, probed * min(recipe.length, PROBED_LENGTH)
+    # A unit's stream goes through the blocks from its own on: half of them.
+    passes = tokens + short * (1 + len(budget.units) / 2)
+    head = 2 * skeleton.vocabulary * skeleton.hidden_size * short * (1 + len(budget.units)) * skeleton.has_lm_head
+    forward = (passes * (2 * reached + attention) + head) / (_FORWARD * rates.forward)
+    sums = sum(_sums(group, tokens, 1) for group in groups) / rates.sums
+    factors = sum(min(group.experts, EXPERTS) * flops.factor(group.cols, True) for group in groups)
+    shapes = (skeleton.shape(name) for unit in budget.units for name in unit.tried)
+    tried = [(min(ROWS, rows), cols) for rows, cols in shapes]
+    sweeps = len(budget.candidates) * sum(flops.sweep(*each) + 2 * flops.layer_loss(*each) for each in tried)
+    weights = len(budget.candidates) * sum(rows * cols for rows, cols in tried)
+    grids = weights * grid_class(recipe.parsed).FIT_SECONDS_PER_WEIGHT / rates.threads
+    return forward + sums + factors / (_FACTOR * rates.algebra) + sweeps / (_SOLVE * rates.algebra) + grids
 
 
 def _sums(group: Group, tokens: int, streams: int) -> float:

@@ -17,6 +17,7 @@ from leangrid.models.gguf import dequantizing_bytes, describe, is_gguf
 from leangrid.models.naming import Weights
 from leangrid.models.shapes import SHAPES, describe_shape
 from leangrid.models.skeleton import Skeleton
+from leangrid.planning.budget import Budget
 from leangrid.planning.cost import Described, estimate_seconds, measure_rates
 from leangrid.planning.footprint import Demand, Footprint, choose_placement, sum_footprint
 from leangrid.planning.readers import opened_in
@@ -65,6 +66,9 @@ class Plan(Result):
         kept: what stays as it is stored: names with ``*`` for numbers, why, and how many.
         stored_as: what a source in fewer bits than 16 is stored in; None for others. Its ``bytes_before`` are those of
             the dequantized weights.
+        budget: ``bits`` or ``size`` as asked for, the candidate schemes, how many units of linears choose among them,
+            and the range ``bits_from`` to ``bits_to``; empty without one. The run chooses from data: schemes and sizes
+            here are those of an even choice within the budget.
 
     Example:
         >>> planned = leangrid.plan("model", leangrid.Recipe(scheme="NU4", samples=16, length=64))
@@ -96,6 +100,7 @@ class Plan(Result):
     structure: dict[str, Any] = field(default_factory=dict)
     kept: list[dict[str, Any]] = field(default_factory=list)
     stored_as: dict[str, Any] | None = None
+    budget: dict[str, Any] = field(default_factory=dict)
 
 
 def plan(
@@ -148,6 +153,8 @@ def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, abse
     resolved = resolve_recipe(recipe, skeleton, kind)
     skeleton.compute_dtype = choose_compute_dtype(resolved.products, skeleton.dtype)
     refuse_impossible(resolved, skeleton)
+    budget = Budget.of(skeleton, resolved) if resolved.has_budget else None
+    resolved = resolved if budget is None else budget.spread()
     sized, tokens = compute_sizes(skeleton, resolved), resolved.samples * resolved.length
     ranks, budgets = (1, (None, None)) if absent is None else (absent.count, (absent.usable, 1 << 62))
     windows = -(-resolved.samples // ranks)
@@ -159,7 +166,7 @@ def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, abse
     here = _PROCESS if absent else memory.resident_bytes()
     ram, ram_on_disk = (ranks * (here + _peak_ram(skeleton, resolved, one, kind)) for one in (held, on_disk))
     rates = measure_rates(skeleton, resolved, kind) if absent is None else absent.rates(resolved)
-    times = estimate_seconds(skeleton, resolved, sized.layers, placement, rates)
+    times = estimate_seconds(skeleton, resolved, sized.layers, placement, rates, budget)
     available = None if absent else here + memory.available_bytes()  # both of the whole process
     return Plan(
         source=source,
@@ -195,6 +202,7 @@ def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, abse
         structure=describe_structure(skeleton),
         kept=describe_kept(skeleton),
         stored_as=describe_source(skeleton),
+        budget={} if budget is None else budget.to_json(),
     )
 
 

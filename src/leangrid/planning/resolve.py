@@ -7,6 +7,7 @@ from leangrid.formats import FORMATS
 from leangrid.formats.base import Format
 from leangrid.machine.arithmetic import choose_compute_dtype, choose_products
 from leangrid.models.skeleton import Skeleton
+from leangrid.planning.budget import estimated_recipe
 from leangrid.planning.sizes import layers_alike, stored_schemes
 from leangrid.recipe import Recipe
 from leangrid.storage.remote import Remote
@@ -27,6 +28,7 @@ def open_checkpoint(
     resolved = resolve_recipe(recipe, skeleton, device)
     skeleton.compute_dtype = choose_compute_dtype(resolved.products, skeleton.dtype)
     refuse_impossible(resolved, skeleton)
+    _ = estimated_recipe(resolved, skeleton)  # refuses a budget that is out of range
     return checkpoint, skeleton, resolved
 
 

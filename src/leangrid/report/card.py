@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from leangrid.grids import grid_class
 from leangrid.recipe import Recipe
+from leangrid.report.budget import describe_budget
 from leangrid.report.experts import expert_figures
 from leangrid.report.facts import Facts, finite
 from leangrid.report.records import LayerRecord
@@ -201,6 +202,7 @@ def _made(facts: Facts) -> str:
             f"{recipe.samples} x {recipe.length} tokens: {_plain(describe_calibration(recipe))}, seed {recipe.seed}",
         ),
         ("settings", f"p {recipe.p}, correct {recipe.correct}, refine {recipe.refine}, damping {recipe.damping}"),
+        *describe_budget(facts.result.get("budget") or {}),
         *describe_shares(facts.result.get("correction") or {}),
         *describe_tuning(facts.result.get("tuning") or {}),
         ("made with", f"leangrid {version}".strip()),

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from leangrid.report.budget import describe_budget
 from leangrid.report.experts import describe_experts
 from leangrid.report.found import describe_found
 from leangrid.report.shares import describe_shares
@@ -54,6 +55,7 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
         ("size", _size(result, "bytes")),
         ("loss", None if loss is None else f"{loss:.4g}{better}"),
         ("rescues", result.get("rescues")),
+        *describe_budget(result.get("budget") or {}),
         *describe_experts(result.get("experts") or {}),
         *describe_shares(result.get("correction") or {}),
         *describe_tuning(result.get("tuning") or {}),

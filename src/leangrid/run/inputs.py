@@ -23,6 +23,7 @@ from leangrid.machine.devices import has_own_memory, parse_device
 from leangrid.models.flow import flows_live
 from leangrid.models.gguf import all_files, dequantize, describe, is_gguf
 from leangrid.models.skeleton import Skeleton
+from leangrid.planning.budget import estimated_recipe
 from leangrid.planning.footprint import choose_placement
 from leangrid.planning.placement import Placement
 from leangrid.planning.readers import describe_readers
@@ -55,6 +56,7 @@ class RunInputs:
         placement: what is on the device and what waits elsewhere.
         notices: sentences that the user has been told.
         calibration: what the manifest says of the windows, once they are there.
+        budget: what it says of a budget and of what was chosen within it (budget.py); empty without one.
     """
 
     request: Request
@@ -65,6 +67,7 @@ class RunInputs:
     placement: Placement
     notices: list[str] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] = field(default_factory=dict)
 
 
 def open_inputs(request: Request) -> RunInputs:
@@ -103,12 +106,13 @@ def open_inputs(request: Request) -> RunInputs:
         journal = _locked_journal(request, checkpoint.identity | {"side_files": side})  # another tokenizer: another run
     journal.keeps_states = not skeleton.structure.flows and journal.load_artifact(PICTURES) is None
     with _discarded_on_error(journal):
-        placement = _placement(request, skeleton, resolved, journal)
-        _require_disk(request, skeleton, resolved, journal, placement)
+        estimated = estimated_recipe(resolved, skeleton)
+        placement = _placement(request, skeleton, estimated, journal)
+        _require_disk(request, skeleton, estimated, journal, placement)
     notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
     notices += [*checkpoint.notices, *skeleton.notices, *journal.notices]
-    notices += [*describe_left_over(skeleton), *describe_narrow_types(resolved, skeleton), *describe_choice(skeleton)]
-    notices += describe_readers(skeleton, resolved)
+    notices += [*describe_left_over(skeleton), *describe_narrow_types(estimated, skeleton), *describe_choice(skeleton)]
+    notices += describe_readers(skeleton, estimated)
     notices += [f"scheme: {resolved.scheme}"] if recipe.scheme == "auto" else []
     for notice in notices:
         if request.progress is not None:

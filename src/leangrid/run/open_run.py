@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from leangrid.errors import LeangridError
 from leangrid.machine.devices import DeviceClock, parse_device, reset_peak_device_bytes, set_threads
+from leangrid.run.budget import choose_widths
 from leangrid.run.inputs import check_values
 from leangrid.run.open_on_ranks import open_inputs_on_ranks
 from leangrid.run.publish import result_of_finished_run
@@ -56,6 +57,8 @@ def _open(request: Request, ranks: Ranks) -> Iterator[Run]:
             if not writes_own_text:  # a text that is refused waits for no weights
                 check_values(inputs)
         ranks.share(windows)  # refuses fewer windows than ranks, before any work
+        if inputs.recipe.has_budget:
+            choose_widths(inputs, windows, clock, ranks)
         run = Run(inputs, windows, clock, ranks)
         yield run
     except LeangridError as error:

@@ -25,6 +25,7 @@ from leangrid.models.gguf import is_gguf
 from leangrid.planning.readers import merges_experts, opened_in
 from leangrid.planning.sizes import compute_sizes
 from leangrid.planning.structure import describe_kept, describe_source, describe_structure
+from leangrid.report.budget import budget_figures
 from leangrid.report.experts import expert_figures
 from leangrid.report.facts import RECORDS, RUN
 from leangrid.report.records import LayerRecord, to_lines, totals
@@ -119,6 +120,7 @@ def _manifest(
         "opened_in": opened_in(inputs.skeleton, recipe),
         "structure": describe_structure(inputs.skeleton),
         "kept": describe_kept(inputs.skeleton),
+        **({"budget": inputs.budget} if inputs.budget else {}),
         **({"stored_as": stored_as} if (stored_as := describe_source(inputs.skeleton)) else {}),
         "result": _figures(inputs, records, windows, infos),
     }
@@ -172,6 +174,7 @@ def _figures(
         **({"experts": experts} if experts else {}),
         **({"correction": shares} if (shares := share_figures(inputs.recipe, records)) else {}),
         **({"tuning": tuning} if tuning else {}),
+        **({"budget": budget_figures(inputs.budget)} if inputs.budget else {}),
         "kernels": dict.fromkeys(("grid", "solve"), ", ".join(sorted({info["kernels"] for info in infos}))),
         "windows_sha256": hash_windows(windows),
     }

@@ -29,6 +29,7 @@ class QuantizeResult(Result):
         max_rescued: share of rescued layers that is allowed.
         rescue_lines: one sentence for each rescue.
         experts: tokens per expert of a mixture (report/experts.py); empty for other models.
+        budget: what was chosen within a budget (report/budget.py); empty without one.
         correction: min, median and max of the shares of the inputs' own error that were corrected; empty where the
             recipe gives one for all.
         tuning: what block tuning did (report/tuning.py); empty where it was not asked for.
@@ -63,6 +64,7 @@ class QuantizeResult(Result):
     max_rescued: float = 0.01
     rescue_lines: list[str] = field(default_factory=list)
     experts: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] = field(default_factory=dict)
     correction: dict[str, float] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=lambda: {"passed": True})

@@ -138,3 +138,37 @@ def test_a_whole_model_keeps_its_types_from_the_plan_to_the_file(
             found = theirs[f"blk.{block}.{there}.weight"]
             assert found[0] == kind
             assert np.array_equal(found[1], ours[f"model.layers.{block}.{here}.weight"].numpy())
+
+
+def test_of_several_types_the_config_lists_the_layers_of_each_other_one() -> None:
+    schemes = {"a.b": Scheme.parse("Q4_K"), "a.c": Scheme.parse("Q6_K"), "a.d": Scheme.parse("Q4_K")}
+    config = gguf.config(schemes, [])
+    assert (config["version"], config["type"], config["types"]) == (2, "Q4_K", {"Q6_K": ["a.c"]})
+    assert gguf.schemes(config, schemes) == schemes
+    for change in ({"version": 1}, {"types": {"Q4_9": ["a.c"]}}, {"types": {"Q6_K": "a.c"}}, {"types": []}):
+        with pytest.raises(FormatError):
+            gguf.schemes(config | change, schemes)
+
+
+def test_a_budget_of_block_types_is_in_the_file_tensor_by_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny_models.CONFIGS, "llama2", lambda: tiny_models._llama(intermediate_size=256))
+    tiny_models.save("llama2", tmp_path / "source", torch.bfloat16)
+    recipe = leangrid.Recipe(scheme="Q4_K", bits=5.0)
+    result = leangrid.quantize(tmp_path / "source", tmp_path / "out", recipe, windows=tiny_models.tokens(4, 32))
+    assert result.bits_per_weight <= 5.0 and len(result.budget["widths"]) > 1
+    records = {record.name: record for record in read_records(tmp_path / "out" / "records.jsonl")}
+    model, _ = leangrid.load(tmp_path / "out", dtype=torch.float32)
+    ours = {name: p.detach() for name, p in model.named_parameters()}
+    leangrid.export(tmp_path / "out", tmp_path / "file", to="gguf")
+    theirs = {
+        t.name: (t.tensor_type.name, reader.dequantize(t.data, t.tensor_type))
+        for t in reader.GGUFReader(tmp_path / "file/model.gguf").tensors
+    }
+    for block in range(2):
+        for there, here in (("ffn_down", "mlp.down_proj"), ("ffn_up", "mlp.up_proj"), ("attn_v", "self_attn.v_proj")):
+            kind, found = theirs[f"blk.{block}.{there}.weight"]
+            name = f"model.layers.{block}.{here}"
+            assert kind == records[name].scheme, name
+            assert np.array_equal(found, ours[f"{name}.weight"].numpy())
