@@ -14,7 +14,7 @@ import zoo_uses
 from odd_models import WIDTH, Layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from transformers import AutoModelForCausalLM, RwkvConfig, RwkvForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 from zoo_adapter import Walked, ends_watched, hessians_watched
@@ -307,28 +307,18 @@ class _Chooses(LlamaModel):
         return x
 
 
-class _Skips(_Chooses):
-    loud = (0, 22)
+def _that_goes(*loud: int) -> type[_Chooses]:
+    return type("_Goes" + "_".join(map(str, loud)), (_Chooses,), {"loud": loud})
 
 
-class _SkipsTheLast(_Chooses):
-    loud = (0, 11)
+_Skips, _SkipsTheLast, _Swaps = _that_goes(0, 22), _that_goes(0, 11), _that_goes(0, 12, 21)
+_Again, _AgainAtTheEnd = _that_goes(0, 11, 11, 22), _that_goes(0, 11, 22, 20)
 
 
-class _Again(_Chooses):
+class _LiveAgain(_Chooses):
+    """More than hidden states flows, and a block is called again."""
+
     loud = (0, 11, 11, 22)
-
-
-class _AgainAtTheEnd(_Chooses):
-    loud = (0, 11, 22, 20)
-
-
-class _Swaps(_Chooses):
-    loud = (0, 12, 21)
-
-
-class _LiveAgain(_Again):
-    """As before, where more than hidden states flows."""
 
     def others(self, embedded: Tensor) -> dict[str, Any]:
         return {"seen": []}
@@ -406,38 +396,3 @@ def test_texts_that_go_the_same_way_are_walked(layer: type[Layer], base: type[Ll
         leangrid.quantize(tmp_path / "source", tmp_path / "out", RECIPE, windows=QUIET)
     end = model.model(QUIET).last_hidden_state
     torch.testing.assert_close(model.model.norm(seen.ends["original"]), end, rtol=0, atol=1e-4)
-
-
-def _save_rwkv(rescale_every: int, directory: Path) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": WIDTH, "attention_hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 4}
-    config = RwkvConfig(vocab_size=tiny_models.VOCAB, context_length=128, **sizes, rescale_every=rescale_every)
-    model = RwkvForCausalLM(config).eval()
-    model.save_pretrained(directory)
-    return model
-
-
-def test_rwkv_whose_layers_are_rescaled_while_it_runs_is_refused(tmp_path: Path) -> None:
-    """At its first pass it halves the weights of every second layer that follow the first ones."""
-    model = _save_rwkv(2, tmp_path / "source")
-    before = [block.attention.output.weight.clone() for block in model.rwkv.blocks]
-    with torch.no_grad():
-        model(IDS, use_cache=False)
-    after = [block.attention.output.weight for block in model.rwkv.blocks]
-    assert [torch.equal(one, other) for one, other in zip(before, after, strict=True)] == [True, True, False, False]
-    with pytest.raises(ArchitectureError) as caught:
-        leangrid.quantize(tmp_path / "source", tmp_path / "out", RECIPE, windows=IDS)
-    words = "its forward pass changes the weight rwkv.blocks.2.attention.output.weight in place (div_)"
-    assert words in str(caught.value) and "config.json" in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("rescale_every", [0, 4])
-def test_rwkv_whose_rescaling_changes_no_weight_is_quantized(rescale_every: int, tmp_path: Path) -> None:
-    model = _save_rwkv(rescale_every, tmp_path / "source")
-    leangrid.quantize(tmp_path / "source", tmp_path / "out", RECIPE, windows=IDS)
-    expected = model(IDS, use_cache=False).logits
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    for found in (leangrid.load(tmp_path / "out", dtype=torch.float32)[0], plain):
-        torch.testing.assert_close(found(IDS, use_cache=False).logits, expected, rtol=0, atol=0.02)
