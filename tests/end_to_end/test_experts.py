@@ -16,6 +16,7 @@ import leangrid
 from leangrid.errors import CheckpointError
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.streams import Streams
+from leangrid.planning.structure import describe_fused
 from leangrid.recipe import Recipe
 from leangrid.report.records import read_records
 from leangrid.report.text import quantize_summary
@@ -195,7 +196,8 @@ def test_fused_experts_are_read_one_by_one(name: str, tmp_path: Path) -> None:
     assert sorted(ours.parameter_names()) == sorted(theirs.parameter_names())
     assert ours.all_linear_names() == theirs.all_linear_names()
     assert all(torch.equal(ours.read(n), theirs.read(n)) for n in theirs.parameter_names())
-    assert any("one by one" in notice for notice in ours.notices) and not theirs.notices
+    said = "the experts of a mixture are stored in one tensor: they are read one by one, and written so"
+    assert describe_fused(ours, merge=True) == [said] and not describe_fused(theirs, merge=True)
 
 
 def test_fused_experts_give_the_same_result(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from odd_models import WIDTH, Layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers import AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 from zoo_adapter import Walked, ends_watched, hessians_watched
 
@@ -272,3 +273,126 @@ def test_what_cannot_be_followed_is_refused_before_work(
         leangrid.quantize(tmp_path / "source", tmp_path / "out", RECIPE, windows=IDS)
     assert words in str(caught.value) and caught.value.exit_code == 2 and "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+# ---------------------------------------------------------------- another way for some texts
+
+LOUD = 400  # a token with large numbers; the model is looked at with others
+QUIET = IDS.where(IDS != LOUD, 7)
+WITH_LOUD = torch.cat([QUIET[:-1], QUIET[-1:].index_fill(1, torch.tensor([5]), LOUD)])
+
+
+class _Grows(Layer):
+    def forward(self, hidden_states: Tensor, **given: Any) -> Tensor:
+        return 3 * super().forward(hidden_states, **given)
+
+
+class _Chooses(LlamaModel):
+    """Which block it calls next depends on how large the numbers are that the block before it made."""
+
+    loud = (0, 11, 22)  # the second digit: which block is called in place of that of the first
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        x = self.embed_tokens(input_ids)
+        rope, others = self.rotary_emb(x, torch.arange(x.shape[1])[None]), self.others(x)
+        for number in range(len(self.layers)):
+            for chosen in [n for n in self.loud if n // 10 == number] if x.abs().max() > 100 else [number]:
+                x = self.layers[chosen % 10](self.between(x), position_embeddings=rope, **others)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
+
+    def others(self, embedded: Tensor) -> dict[str, Any]:
+        return {}
+
+    def between(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _that_goes(*loud: int) -> type[_Chooses]:
+    return type("_Goes" + "_".join(map(str, loud)), (_Chooses,), {"loud": loud})
+
+
+_Skips, _SkipsTheLast, _Swaps = _that_goes(0, 22), _that_goes(0, 11), _that_goes(0, 12, 21)
+_Again, _AgainAtTheEnd = _that_goes(0, 11, 11, 22), _that_goes(0, 11, 22, 20)
+
+
+class _LiveAgain(_Chooses):
+    """More than hidden states flows, and a block is called again."""
+
+    loud = (0, 11, 11, 22)
+
+    def others(self, embedded: Tensor) -> dict[str, Any]:
+        return {"seen": []}
+
+
+class _Doubles(_Chooses):
+    """Does something else with the states between two blocks."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return 2 * x if x.abs().max() > 100 else x
+
+
+class _Masks(_Chooses):
+    """What it gives its blocks beside the states depends on a token."""
+
+    def others(self, embedded: Tensor) -> dict[str, Any]:
+        windows, length, _ = embedded.shape
+        return {"attention_mask": torch.zeros(windows, 1, length, length) - 1.0 * (embedded.abs().max() > 50)}
+
+
+class _GrowsAndAppends(_Appends, _Grows):
+    pass
+
+
+ORDERS: list[Any] = [
+    pytest.param(_Grows, _Skips, "another order than when it was looked at: model.layers.2 is next", 1, id="skips"),
+    pytest.param(_Grows, _SkipsTheLast, "the end of its blocks is next", 2, id="skips-last"),
+    pytest.param(_Grows, _Again, "model.layers.1 is next", 2, id="again"),
+    pytest.param(_Grows, _AgainAtTheEnd, "model.layers.0 is next", 3, id="again-at-the-end"),
+    pytest.param(_Grows, _Swaps, "model.layers.2 is next", 1, id="swaps"),
+    pytest.param(_GrowsAndAppends, _LiveAgain, "model.layers.1 is next", 2, id="live-again"),
+    pytest.param(_Grows, _Doubles, "what enters it is not what the block before it returned", 1, id="doubles"),
+    pytest.param(_Grows, _Masks, "its arguments beside the hidden states depend on the text", 0, id="masks"),
+]
+
+
+def _loud_source(name: str, layer: type[Layer], base: type[LlamaModel], directory: Path) -> Any:
+    model = odd_models.build(name.replace("-", "_"), layer, base)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[LOUD] = 60.0
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize(("layer", "base", "words", "done"), ORDERS)
+def test_texts_that_go_another_way_through_the_blocks_are_refused(
+    layer: type[Layer],
+    base: type[LlamaModel],
+    words: str,
+    done: int,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    _loud_source(f"odd_{request.node.callspec.id}", layer, base, tmp_path / "source")
+    mapped = request.node.callspec.id in ("skips", "swaps")
+    placement = leangrid.Placement(1, replay=True, disk_streams=True) if mapped else leangrid.Placement(2)
+
+    def run(**given: Any) -> Any:
+        out = tmp_path / "out"
+        return leangrid.quantize(tmp_path / "source", out, RECIPE, windows=WITH_LOUD, placement=placement, **given)
+
+    for _ in range(2):  # the second goes on where the first was stopped
+        with pytest.raises(ArchitectureError) as caught:
+            run()
+        assert words in str(caught.value) and caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.glob("out.partial/blocks/*.safetensors"))) == done
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("layer", "base"), [(_Grows, _Skips), (_GrowsAndAppends, _LiveAgain), (_Grows, _Masks)])
+def test_texts_that_go_the_same_way_are_walked(layer: type[Layer], base: type[LlamaModel], tmp_path: Path) -> None:
+    model = _loud_source(f"odd_quiet{base.__name__}".lower(), layer, base, tmp_path / "source")
+    with ends_watched() as seen:
+        leangrid.quantize(tmp_path / "source", tmp_path / "out", RECIPE, windows=QUIET)
+    end = model.model(QUIET).last_hidden_state
+    torch.testing.assert_close(model.model.norm(seen.ends["original"]), end, rtol=0, atol=1e-4)

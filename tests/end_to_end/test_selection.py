@@ -117,6 +117,27 @@ def test_experts_that_stay_open_in_plain_transformers(run: str, tiny: Tiny, tmp_
             assert torch.equal(model.get_parameter(name), parameter), name
 
 
+@pytest.mark.parametrize(
+    ("run", "of"),
+    [
+        ("experts stay", None),
+        ("fused experts stay", None),
+        ("a block's fused experts stay", "those of 1 of 2 mixtures"),
+    ],
+)
+def test_a_notice_says_in_which_form_experts_are_written(run: str, of: str | None, tiny: Tiny, tmp_path: Path) -> None:
+    name, dtype, fields = RUNS[run]
+    said: list[str] = []
+    recipe = Recipe(samples=4, length=32, **fields)
+    quantize(
+        tiny(name, dtype=dtype), tmp_path / "out", recipe, windows=WINDOWS, progress=lambda e: said.append(e.message)
+    )
+    about = [sentence for sentence in said if "one by one" in sentence]
+    assert len(about) == (of is not None) and all(f": {of} are read one by one, and written so" in s for s in about)
+    written = {".".join(n.split(".")[:3]) for n in _tensors(tmp_path / "out") if ".experts.0." in n}
+    assert written == ({"model.layers.0"} if of else set())
+
+
 @pytest.mark.parametrize(("run", "merged"), [("experts stay", True), ("experts stay, lut", False)])
 def test_experts_are_merged_only_where_plain_transformers_reads_the_container(
     run: str, merged: bool, tiny: Tiny, tmp_path: Path

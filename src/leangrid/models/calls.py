@@ -98,6 +98,20 @@ def digest(value: Any) -> dict[str, tuple[float, ...]]:
     return {path: _digest(x) for path, x in _nested(value)}
 
 
+def is_alike(one: Any, other: Any) -> bool:
+    """Whether two nests have the same tensors, number for number, at the same places."""
+    first, second = dict(_nested(one)), dict(_nested(other))
+    return first.keys() == second.keys() and all(_same_numbers(x, second[path]) for path, x in first.items())
+
+
+def _same_numbers(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
 def copied(value: Any, depth: int = 0) -> Any:
     """The same nest of containers and plain objects, such as caches, with copies of its tensors."""
     if isinstance(value, Tensor):

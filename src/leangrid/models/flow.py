@@ -15,17 +15,16 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent, greenlet
-from torch import Tensor, nn
+from greenlet import GreenletExit
+from torch import Tensor
 
 from leangrid.errors import ArchitectureError
-from leangrid.models.calls import copied, fill, first_tensor, hidden_argument, moved
+from leangrid.models.calls import copied, fill, first_tensor, hidden_argument, is_alike, moved
 from leangrid.models.model_inputs import Inputs, moved_inputs, token_ids
+from leangrid.models.model_pass import END, Get, ModelPass, Put, other_order, require_order, run_of, stop_in
+from leangrid.models.order_check import OrderCheck
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.streams import Streams
-
-Put = Callable[[Tensor], Tensor]
-Get = Callable[[Tensor, torch.device], Tensor]
 
 
 class Flow(ABC):
@@ -75,7 +74,7 @@ class Flow(ABC):
             return following, Streams(quantized, None)
         theirs, original = self.advance("original", streams.original)
         if theirs != following:
-            raise _other_order(self._skeleton, min(theirs or 0, following or 0))
+            raise other_order(self._skeleton, following or 0, theirs or 0)
         return following, Streams(quantized, original)
 
     def finals(self, stream: str) -> list[Any]:
@@ -87,22 +86,36 @@ class Flow(ABC):
 
 
 class ChainedFlow(Flow):
-    """Each block alone."""
+    """Each block alone, and beside it the model's own forward, which says whether it goes on as it was seen to.
+
+    Args:
+        get: gives states that were put elsewhere on the device.
+    """
 
     waits = True
 
-    def __init__(self, skeleton: Skeleton, device: torch.device | str = "cpu") -> None:
+    def __init__(self, skeleton: Skeleton, device: torch.device | str = "cpu", get: Get = Tensor.to) -> None:
         super().__init__(skeleton, device)
         # windows of a batch -> the other arguments (masks, rotary tables) of each block
         self._calls: dict[int, list[tuple[str | int, tuple[Any, ...], dict[str, Any]]]] = {}
+        self._check = OrderCheck(skeleton, self._device, get)
 
     def enter(self, batches: Sequence[Inputs], put: Put, *streams: str) -> list[Tensor]:
-        return self._run_to_first_block(batches, put)
+        self.close()
+        with self._skeleton.load_outside_blocks(self._device):
+            self._take_arguments(batches)
+            return self._check.begin(batches, put, streams)
 
-    def prepare(self, windows: Tensor, sizes: set[int]) -> None:
-        """Take the arguments for batches of ``sizes`` windows, where they are not known."""
-        for size in sizes - self._calls.keys():
-            self._run_to_first_block([windows[:size]], lambda hidden: hidden)
+    def prepare(self, windows: Tensor, streams: Streams, index: int) -> None:
+        """Be ready for ``streams``, which stand before block ``index``, where they have other batches than those that
+        entered the model: take the arguments for these, and let the model's own forward come to where they are."""
+        states = {"quantized": streams.quantized} | ({"original": streams.original} if streams.original else {})
+        if not self._check.stands_at(index, states):
+            self.close()
+            batches = windows.split([len(hidden) for hidden in streams.quantized])
+            with self._skeleton.load_outside_blocks(self._device):
+                self._take_arguments(batches)
+                self._check.resume(batches, index, states)
 
     def call(
         self, stream: str, batch: int, index: int, block: Callable[..., Any], hidden: Tensor, trial: bool = False
@@ -114,42 +127,51 @@ class ChainedFlow(Flow):
         args, kwargs = _with_hidden(key, moved(args, device), moved(kwargs, device), hidden)
         return first_tensor(block(*args, **kwargs))
 
-    def _run_to_first_block(self, batches: Sequence[Inputs], put: Put) -> list[Tensor]:
-        skeleton, entered = self._skeleton, list[Tensor]()
-        arguments: list[tuple[str | int, tuple[Any, ...], dict[str, Any]]] = []
+    def advance(self, stream: str, states: list[Tensor]) -> tuple[int | None, list[Tensor]]:
+        self._check.go_on(stream, states)
+        return None, states
+
+    def close(self) -> None:
+        self._check.close()
+
+    def _take_arguments(self, batches: Sequence[Inputs]) -> None:
+        """Take the blocks' other arguments for batches of new sizes; ArchitectureError where a batch is given others
+        than another one of its size."""
+        for inputs in batches:
+            size, found = len(token_ids(inputs)), self._arguments_for(inputs)
+            for index, (one, other) in enumerate(zip(self._calls.setdefault(size, found), found, strict=True)):
+                if one is not other and not is_alike(one, other):
+                    what = "its arguments beside the hidden states depend on the text, as they did not when the model"
+                    where = self._skeleton.block_name(index)
+                    raise ArchitectureError(f"{what} was looked at", where, "leangrid cannot follow that")
+
+    def _arguments_for(self, inputs: Inputs) -> list[tuple[str | int, tuple[Any, ...], dict[str, Any]]]:
+        """What a pass through blocks that do nothing gives each of them beside the hidden states."""
+        skeleton, found = self._skeleton, list[tuple[str | int, tuple[Any, ...], dict[str, Any]]]()
         last = len(skeleton.blocks) - 1
 
-        def record(index: int, want_all: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             key, states = hidden_argument(args, kwargs)
-            if states is None or index != len(arguments):
-                raise _other_order(skeleton, index)
-            if index == 0:
-                entered.append(put(states))
+            if states is None or index != len(found):
+                raise other_order(skeleton, len(found), index)
             without = tuple(None if number == key else value for number, value in enumerate(args))
-            arguments.append((key, without, {name: value for name, value in kwargs.items() if name != key}))
-            if index == last or not want_all:
+            found.append((key, without, {name: value for name, value in kwargs.items() if name != key}))
+            if index == last:
                 raise _Captured
             return fill(skeleton.structure.blocks[index].returns, states)
 
-        with skeleton.load_outside_blocks(self._device):
-            for inputs in batches:
-                size = len(token_ids(inputs))
-                new_size = size not in self._calls
-                arguments = []
-                for index, block in enumerate(skeleton.blocks):
-                    block.forward = _bind(record, index, new_size)
-                try:
-                    skeleton.run(moved_inputs(inputs, self._device, skeleton.compute_dtype))
-                except _Captured:
-                    pass  # the only way out of a recorded pass
-                finally:
-                    for block in skeleton.blocks:
-                        del block.forward
-                if new_size:
-                    if len(arguments) <= last:
-                        raise _other_order(skeleton, len(arguments))
-                    self._calls[size] = arguments
-        return entered
+        for index, block in enumerate(skeleton.blocks):
+            block.forward = _bind(record, index)
+        try:
+            skeleton.run(moved_inputs(inputs, self._device, skeleton.compute_dtype))
+        except _Captured:
+            pass  # the only way out of a recorded pass
+        finally:
+            for block in skeleton.blocks:
+                del block.forward
+        if len(found) <= last:
+            raise other_order(skeleton, len(found), END)
+        return found
 
 
 class LiveFlow(Flow):
@@ -171,7 +193,7 @@ class LiveFlow(Flow):
         super().__init__(skeleton, device)
         self._beside, self._get = beside, get
         self._put: Put = _as_they_are
-        self._passes: dict[str, list[_ModelPass]] = {}
+        self._passes: dict[str, list[ModelPass]] = {}
         self._outside: AbstractContextManager[Any] | None = None
 
     def enter(self, batches: Sequence[Inputs], put: Put, *streams: str) -> list[Tensor]:
@@ -181,12 +203,11 @@ class LiveFlow(Flow):
             self._outside = skeleton.load_outside_blocks(self._device)
             self._outside.__enter__()
             for index, block in enumerate(skeleton.blocks):
-                _stop_in(block, index)
+                stop_in(block, index)
         states: list[Tensor] = []
         for stream in streams:
-            passes = self._passes[stream] = [_ModelPass(_run_of(skeleton, inputs, self._device)) for inputs in batches]
+            passes = self._passes[stream] = [ModelPass(run_of(skeleton, inputs, self._device)) for inputs in batches]
             states = [self._reach(one) for one in passes]
-            self._require_together(passes, skeleton.structure.order[0])
         return states
 
     def call(
@@ -194,7 +215,7 @@ class LiveFlow(Flow):
     ) -> Tensor:
         one = self._passes[stream][batch]
         if one.index != index:
-            raise _other_order(self._skeleton, one.index)
+            raise other_order(self._skeleton, index, one.index)
         given = one.args, one.kwargs
         if trial:  # the pass goes on from another call, which has to be given what this one was given
             hidden = self._get(hidden, self._device)
@@ -211,7 +232,6 @@ class LiveFlow(Flow):
     def advance(self, stream: str, states: list[Tensor]) -> tuple[int | None, list[Tensor]]:
         passes = self._passes[stream]
         entered = [self._reach(one) for one in passes]
-        self._require_together(passes, passes[0].index)
         return passes[0].index, entered
 
     def put_away(self) -> None:
@@ -219,20 +239,18 @@ class LiveFlow(Flow):
         for one in (one for passes in self._passes.values() for one in passes):
             one.put_away(self._put)
 
-    def _reach(self, one: "_ModelPass") -> Tensor:
-        """Let a pass go on to its next block; the states that enter it, put away."""
+    def _reach(self, one: "ModelPass") -> Tensor:
+        """Let a pass go on to its next block; the states that enter it, put away. ArchitectureError where it goes on to
+        another than it was seen to."""
+        before = one.calls
         one.fetch(None, self._get, self._device)
         entered = one.reach_block(one.returned)
+        require_order(self._skeleton, one, before)
         one.held.clear()
         if not one.dead:
             one.hold(entered)
             one.put_away(self._put)
         return entered
-
-    def _require_together(self, passes: list["_ModelPass"], index: int) -> None:
-        """ArchitectureError unless all batches stand at block ``index``."""
-        if strayed := next((one for one in passes if one.index != index), None):
-            raise _other_order(self._skeleton, min(strayed.index, index))
 
     def finals(self, stream: str) -> list[Any]:
         return [one.final for one in self._passes.get(stream, [])]
@@ -251,87 +269,12 @@ class LiveFlow(Flow):
 
 def open_flow(skeleton: Skeleton, device: torch.device | str = "cpu", get: Get = Tensor.to) -> Flow:
     """The flow for what was discovered of the model; ``get``: gives states that were put elsewhere on the device."""
-    return LiveFlow(skeleton, device, get) if flows_live(skeleton) else ChainedFlow(skeleton, device)
+    return LiveFlow(skeleton, device, get) if flows_live(skeleton) else ChainedFlow(skeleton, device, get)
 
 
 def flows_live(skeleton: Skeleton) -> bool:
     """Whether the model's own forward is held at its blocks, since hidden states are not all that there is."""
     return bool(skeleton.structure.flows) or skeleton.sees_pictures  # rows differ in length and arguments
-
-
-class _ModelPass(greenlet):
-    """One batch's pass through the model, and the call of a block at which it stands.
-
-    Attributes:
-        index: the block's number; the number of blocks at the end.
-        args, kwargs: what it is called with, ``key`` says as what the hidden states are.
-        returned: what the block returned, for the model to go on with.
-        final: what the model returned, at the end.
-        held: the states that may be put away while it stands: each with what was put away of it (None: nothing is), and
-            how often it had been changed then.
-    """
-
-    index: int = -1
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}  # noqa: RUF012  # replaced at each stop, never changed
-    key: str | int = 0
-    returned: Any = None
-    final: Any = None
-
-    def __init__(self, run: Callable[[], Any]) -> None:
-        super().__init__(run)
-        self.held: list[tuple[Tensor, Tensor | None, int]] = []
-
-    def hold(self, states: Tensor) -> None:
-        """Let ``states`` be put away from now on."""
-        if not any(x is states for x, _, _ in self.held):
-            self.held.append((states, None, 0))
-
-    def put_away(self, put: Put) -> None:
-        """Let the states have no memory but that of what ``put`` gives. The model's own code holds the same tensors."""
-        for number, (x, away, version) in enumerate(self.held):
-            x.data = put(x.data if away is None or x._version != version else away)
-            self.held[number] = (x, x.data, x._version)
-
-    def fetch(self, only: Tensor | None, get: Get, device: torch.device) -> None:
-        """Bring the states that are held, or one of them, back to the device."""
-        for x, away, _ in self.held:
-            if away is not None and (only is None or x is only):
-                x.data = get(away, device)
-
-    def reach_block(self, returned: Any) -> Tensor:
-        """Go on from the present block with what it ``returned``, to the next; the states that enter it (at the end an
-        empty tensor)."""
-        reached = self.switch() if self.index < 0 else self.switch(returned)
-        self.returned = None
-        if self.dead:
-            self.index, self.final, self.args, self.kwargs = _END, reached, (), {}
-            return torch.empty(0)
-        self.index, self.args, self.kwargs = reached
-        self.key, hidden = hidden_argument(self.args, self.kwargs)
-        if hidden is None:
-            raise RuntimeError(f"block {self.index} is called without hidden states")
-        return hidden
-
-
-_END = 1 << 30  # the index at which a pass stands that ran to its end
-
-
-def _run_of(skeleton: Skeleton, inputs: Inputs, device: torch.device | str) -> Callable[[], Any]:
-    return lambda: skeleton.run(moved_inputs(inputs, device, skeleton.compute_dtype))
-
-
-def _stop_in(block: nn.Module, index: int) -> None:
-    """Let a pass through the model stop where it calls ``block``; anyone else calls it as it is."""
-    own = type(block).forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        current = getcurrent()
-        if isinstance(current, _ModelPass) and current.parent is not None:
-            return current.parent.switch((index, args, kwargs))
-        return own(block, *args, **kwargs)
-
-    block.forward = forward
 
 
 def _as_they_are(hidden: Tensor) -> Tensor:
@@ -343,12 +286,6 @@ def _called(
 ) -> Any:
     args, kwargs = _with_hidden(key, *given, hidden)
     return block(*args, **kwargs)
-
-
-def _other_order(skeleton: Skeleton, index: int) -> ArchitectureError:
-    where = skeleton.block_name(index) if index < len(skeleton.blocks) else "the end of its blocks"
-    what = "its blocks are called in another order than when it was looked at, or without hidden states"
-    return ArchitectureError(what, where, "Which blocks are called depends on the text, which leangrid cannot follow")
 
 
 def _with_hidden(
@@ -363,5 +300,5 @@ class _Captured(Exception):
     """The forward pass went as far as it was needed."""
 
 
-def _bind(record: Any, index: int, want_all: bool) -> Any:
-    return lambda *args, **kwargs: record(index, want_all, args, kwargs)
+def _bind(record: Any, index: int) -> Any:
+    return lambda *args, **kwargs: record(index, args, kwargs)

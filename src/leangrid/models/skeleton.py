@@ -74,9 +74,6 @@ class Skeleton:
         self.base: nn.Module = self.model.get_submodule(self.prefix) if self.prefix else self.model
         self.stored = StoredTensors(self.model, self.naming, checkpoint, self.model.base_model_prefix)
         self.notices = list(self.naming.notices)
-        if any(place.expert is not None for place in self.stored.places.values()):
-            fused = "the experts of a block are stored in one tensor: they are read one by one, and written so"
-            self.notices.append(fused)
         self.entry, self.structure = find_entry(self.model, self.base)
         self.blocks = [self.model.get_submodule(block.path) for block in self.structure.blocks]
         self._aliases = self._find_aliases()

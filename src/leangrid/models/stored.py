@@ -187,6 +187,12 @@ class StoredTensors:
                 found += [(place.name, name)] if place.is_whole else [(stored, None) for stored in place.stored]
         return found
 
+    @property
+    def fused_mixtures(self) -> list[str]:
+        """The paths of the mixtures whose experts are stored in tensors of all experts."""
+        read_in_parts = {name.rsplit(".", 3)[0] for name, place in self.places.items() if place.expert is not None}
+        return [path for path in self._forms if path in read_in_parts]
+
     def _kept(self, name: str, packed: Collection[str], gone: Set[str]) -> list[tuple[str, str | None]]:
         """What ``copied`` gives for one tensor, beside the ``packed`` linears made of the stored tensors ``gone``."""
         place = self.places[name]

@@ -58,6 +58,19 @@ def describe_choice(skeleton: Skeleton) -> Iterator[str]:
             yield f"{by}: {entry['count']} linears stay as they are stored"
 
 
+def describe_fused(skeleton: Skeleton, merge: bool) -> list[str]:
+    """A sentence where experts that are stored in one tensor are written one by one: in the mixtures of which some are
+    quantized, or of whose tensors of all experts plain transformers finds none. ``merge``: what
+    ``Skeleton.plain_tensors`` is asked with for the result."""
+    fused = skeleton.stored.fused_mixtures
+    packed = {skeleton.path(name).rsplit(".", 2)[0] for name in skeleton.all_linear_names()}
+    apart = [path for path in fused if path in packed or skeleton.stored.kept_whole(path, merge) is None]
+    if not apart:
+        return []
+    which = "they" if len(apart) == len(fused) else f"those of {len(apart)} of {len(fused)} mixtures"
+    return [f"the experts of a mixture are stored in one tensor: {which} are read one by one, and written so"]
+
+
 def describe_source(skeleton: Skeleton) -> dict[str, Any] | None:
     """What a source in fewer bits than 16 is stored in: ``method``, ``what`` in words, how many ``tensors``, and the
     ``bytes`` of its files' tensors. None for other sources."""

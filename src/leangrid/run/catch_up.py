@@ -38,7 +38,7 @@ class Onward:
     def advance(self, index: int, streams: Streams) -> Streams:
         """The streams that enter the next block that is not committed; ``streams`` left block ``index``, which is."""
         if self._flow.waits:
-            return streams
+            return self._step(streams)[0]
         return self._to_next(index, *self._step(streams))
 
     def catch_up(self, committed: int, streams: Streams) -> Streams:

@@ -26,10 +26,10 @@ from leangrid.models.skeleton import Skeleton
 from leangrid.planning.budget import estimated_recipe
 from leangrid.planning.footprint import choose_placement
 from leangrid.planning.placement import Placement
-from leangrid.planning.readers import describe_readers
+from leangrid.planning.readers import describe_readers, merges_experts
 from leangrid.planning.resolve import describe_narrow_types, open_checkpoint, resolve_recipe
 from leangrid.planning.sizes import GATE_WINDOWS, disk_bytes
-from leangrid.planning.structure import describe_choice, describe_left_over
+from leangrid.planning.structure import describe_choice, describe_fused, describe_left_over
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run.request import Request
@@ -111,6 +111,7 @@ def open_inputs(request: Request) -> RunInputs:
         _require_disk(request, skeleton, estimated, journal, placement)
     notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
     notices += [*checkpoint.notices, *skeleton.notices, *journal.notices]
+    notices += describe_fused(skeleton, merges_experts(estimated))
     notices += [*describe_left_over(skeleton), *describe_narrow_types(estimated, skeleton), *describe_choice(skeleton)]
     notices += describe_readers(skeleton, estimated)
     notices += [f"scheme: {resolved.scheme}"] if recipe.scheme == "auto" else []

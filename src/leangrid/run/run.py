@@ -201,7 +201,7 @@ class Run:
             sizes = [len(batch) for batch in streams.quantized]
             streams.move(self.states.put)
             with self.stage("calibrate"):
-                self.flow.prepare(self.windows, {len(batch) for batch in streams.quantized})
+                self.flow.prepare(self.ranks.share(self.windows), streams, self.journal.count_committed())
         elif self._begin_again or self._entered > self.states.placement.windows:
             done, self._begin_again = self.journal.count_committed(), False
             again = self.onward.catch_up(done, self._enter())  # new passes, perhaps of fewer windows

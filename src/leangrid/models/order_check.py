@@ -1,0 +1,144 @@
+"""Whether a model calls its blocks for these texts as it did when it was looked at, while each block is run alone.
+
+Which blocks are called may depend on the numbers in the hidden states, which nobody knows before they are computed. So
+one pass through the model's own forward for each batch and stream stands beside the blocks that are called alone
+(ChainedFlow in flow.py): it is handed what a block made, and must call the next block with just that. Nothing is
+computed twice, and the states are those of the streams. The weights outside of the blocks are not in memory meanwhile:
+what is computed with them between two blocks is not looked at."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from greenlet import GreenletExit
+from torch import Tensor
+
+from leangrid.errors import ArchitectureError
+from leangrid.models.calls import fill, place_of
+from leangrid.models.model_inputs import Inputs
+from leangrid.models.model_pass import (
+    END,
+    FOLLOWS_TEXT,
+    Get,
+    ModelPass,
+    Put,
+    expected_call,
+    require_order,
+    run_of,
+    stop_in,
+)
+from leangrid.models.shape_pass import ShapePass
+from leangrid.models.skeleton import Skeleton
+
+
+class _Beside(ModelPass):
+    """One batch's pass.
+
+    Attributes:
+        waiting: the states with which it was stopped, as the model's own code has them.
+        stored: the stream's, of which they are.
+    """
+
+    waiting: Tensor
+    stored: Tensor
+
+
+class OrderCheck:
+    """The model's own passes beside blocks that are run alone.
+
+    Args:
+        skeleton: the model, in which hidden states are all that flows from block to block.
+        device: where the model's own code finds the states.
+        get: gives states that wait elsewhere on the device.
+    """
+
+    def __init__(self, skeleton: Skeleton, device: torch.device, get: Get) -> None:
+        self._skeleton, self._device, self._get = skeleton, device, get
+        self._passes: dict[str, list[_Beside]] = {}
+        self._modules = [*skeleton.blocks, *(skeleton.model.get_submodule(path) for path in skeleton.structure.idle)]
+
+    def begin(self, batches: Sequence[Inputs], put: Put, streams: Iterable[str]) -> list[Tensor]:
+        """Let a pass for each batch and stream run to its first block, while the weights outside of the blocks are
+        loaded; the states that enter it, where ``put`` puts them, which the streams share."""
+        self.close()
+        for index, module in enumerate(self._modules):  # those that were not called come last
+            stop_in(module, index)
+        entered: list[Tensor] = []
+        for stream in streams:
+            self._passes[stream] = []
+            for batch, inputs in enumerate(batches):
+                one = _Beside(run_of(self._skeleton, inputs, self._device))
+                self._passes[stream].append(one)
+                states = one.reach_block(None)
+                require_order(self._skeleton, one, 0)
+                if batch == len(entered):
+                    entered.append(put(states.detach()))
+                _wait(one, states, entered[batch])
+        return entered
+
+    def resume(self, batches: Sequence[Inputs], index: int, streams: Mapping[str, list[Tensor]]) -> None:
+        """As ``begin``, for ``streams`` that stand before block ``index``: the blocks before it return those states."""
+        self.begin(batches, _without_memory, streams)
+        for stream, states in streams.items():
+            for one, hidden in zip(self._passes[stream], states, strict=True):
+                for _ in range(index):
+                    self._go_on(one, hidden)
+                _wait(one, one.waiting, hidden)
+
+    def stands_at(self, index: int, streams: Mapping[str, list[Tensor]]) -> bool:
+        """Whether passes of these streams and batches stand before block ``index``."""
+        at = {stream: [(one.index, len(one.stored)) for one in passes] for stream, passes in self._passes.items()}
+        return at == {stream: [(index, len(hidden)) for hidden in states] for stream, states in streams.items()}
+
+    def go_on(self, stream: str, left: Sequence[Tensor]) -> None:
+        """Hand the passes of ``stream`` what their block made, batch by batch; ArchitectureError where the model's own
+        code does not go on to the next block with it."""
+        for one, hidden in zip(self._passes[stream], left, strict=True):
+            self._go_on(one, hidden)
+
+    def close(self) -> None:
+        """End the passes."""
+        for one in (one for passes in self._passes.values() for one in passes):
+            if not one.dead:
+                one.throw(GreenletExit)
+        self._passes.clear()
+        for module in self._modules:
+            module.__dict__.pop("forward", None)
+
+    def _go_on(self, one: _Beside, left: Tensor) -> None:
+        skeleton, before = self._skeleton, one.calls
+        waiting, given = one.waiting, self._here(left)
+        waiting.data = self._here(one.stored)
+        last = expected_call(skeleton, before) == END
+        with _UpToWeights() if last else ShapePass():
+            entered = one.reach_block(fill(skeleton.structure.blocks[one.index].returns, given))
+        waiting.data = _without_memory(waiting)  # the model's own code may hold it to its end
+        require_order(skeleton, one, before)
+        if not last:
+            if place_of(entered) != place_of(given):
+                what = "what enters it is not what the block before it returned, as it was when the model was looked at"
+                raise ArchitectureError(what, skeleton.block_name(one.index), FOLLOWS_TEXT)
+            _wait(one, entered, left)
+
+    def _here(self, states: Tensor) -> Tensor:
+        """A tensor of its own that shows ``states`` on the device."""
+        return states.detach() if states.device.type == self._device.type else self._get(states, self._device)
+
+
+class _UpToWeights(ShapePass):
+    """Ends a pass where it would compute with a weight that is not there: behind the last block that says that no other
+    block is called."""
+
+    def note(self, func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> None:
+        if any(x.is_meta for x in given):
+            raise GreenletExit
+
+
+def _wait(one: _Beside, states: Tensor, away: Tensor) -> None:
+    """Let the ``states`` that a pass was stopped with be those of the stream, in no memory of their own."""
+    states.data = away.reshape(states.shape)
+    one.waiting, one.stored = states, away
+
+
+def _without_memory(states: Tensor) -> Tensor:
+    return states.new_zeros(()).expand(states.shape)
