@@ -1,10 +1,11 @@
 """Whether a model calls its blocks for these texts as it did when it was looked at, while each block is run alone.
 
 Which blocks are called may depend on the numbers in the hidden states, which nobody knows before they are computed. So
-one pass through the model's own forward for each batch and stream stands beside the blocks that are called alone
-(ChainedFlow in flow.py): it is handed what a block made, and must call the next block with just that. Nothing is
-computed twice, and the states are those of the streams. The weights outside of the blocks are not in memory meanwhile:
-what is computed with them between two blocks is not looked at."""
+one pass through the model's own forward for each of the first batches and each stream stands beside the blocks that are
+called alone (ChainedFlow in flow.py): it is handed what a block made, and must call the next block with just that. A
+few batches are enough, since each pass holds masks and rotary tables of its own. Nothing is computed twice, and the
+states are those of the streams. The weights outside of the blocks are not in memory meanwhile: what is computed with
+them between two blocks is not looked at."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from leangrid.models.model_pass import (
 )
 from leangrid.models.shape_pass import ShapePass
 from leangrid.models.skeleton import Skeleton
+
+_BATCHES = 4  # that are looked at
 
 
 class _Beside(ModelPass):
@@ -55,45 +58,53 @@ class OrderCheck:
     def __init__(self, skeleton: Skeleton, device: torch.device, get: Get) -> None:
         self._skeleton, self._device, self._get = skeleton, device, get
         self._passes: dict[str, list[_Beside]] = {}
+        self._sizes: list[int] = []  # windows of every batch that entered the model
         self._modules = [*skeleton.blocks, *(skeleton.model.get_submodule(path) for path in skeleton.structure.idle)]
 
     def begin(self, batches: Sequence[Inputs], put: Put, streams: Iterable[str]) -> list[Tensor]:
         """Let a pass for each batch and stream run to its first block, while the weights outside of the blocks are
-        loaded; the states that enter it, where ``put`` puts them, which the streams share."""
+        loaded; the states that enter it, where ``put`` puts them, which the streams share. The passes of the first
+        batches stay."""
         self.close()
         for index, module in enumerate(self._modules):  # those that were not called come last
             stop_in(module, index)
         entered: list[Tensor] = []
-        for stream in streams:
+        for number, stream in enumerate(streams):
             self._passes[stream] = []
-            for batch, inputs in enumerate(batches):
+            for batch, inputs in enumerate(batches[:_BATCHES] if number else batches):
                 one = _Beside(run_of(self._skeleton, inputs, self._device))
-                self._passes[stream].append(one)
                 states = one.reach_block(None)
                 require_order(self._skeleton, one, 0)
-                if batch == len(entered):
+                if not number:
                     entered.append(put(states.detach()))
-                _wait(one, states, entered[batch])
+                if batch < _BATCHES:
+                    self._passes[stream].append(one)
+                    _wait(one, states, entered[batch])
+                else:
+                    one.throw(GreenletExit)
+        self._sizes = [len(states) for states in entered]
         return entered
 
     def resume(self, batches: Sequence[Inputs], index: int, streams: Mapping[str, list[Tensor]]) -> None:
         """As ``begin``, for ``streams`` that stand before block ``index``: the blocks before it return those states."""
-        self.begin(batches, _without_memory, streams)
+        self.begin(batches[:_BATCHES], _without_memory, streams)
         for stream, states in streams.items():
-            for one, hidden in zip(self._passes[stream], states, strict=True):
+            self._sizes = [len(hidden) for hidden in states]
+            for one, hidden in zip(self._passes[stream], states, strict=False):
                 for _ in range(index):
                     self._go_on(one, hidden)
                 _wait(one, one.waiting, hidden)
 
     def stands_at(self, index: int, streams: Mapping[str, list[Tensor]]) -> bool:
         """Whether passes of these streams and batches stand before block ``index``."""
-        at = {stream: [(one.index, len(one.stored)) for one in passes] for stream, passes in self._passes.items()}
-        return at == {stream: [(index, len(hidden)) for hidden in states] for stream, states in streams.items()}
+        same = all([len(hidden) for hidden in states] == self._sizes for states in streams.values())
+        stand = all(one.index == index for passes in self._passes.values() for one in passes)
+        return same and stand and self._passes.keys() == streams.keys()
 
     def go_on(self, stream: str, left: Sequence[Tensor]) -> None:
         """Hand the passes of ``stream`` what their block made, batch by batch; ArchitectureError where the model's own
         code does not go on to the next block with it."""
-        for one, hidden in zip(self._passes[stream], left, strict=True):
+        for one, hidden in zip(self._passes[stream], left, strict=False):
             self._go_on(one, hidden)
 
     def close(self) -> None:
