@@ -104,7 +104,7 @@ def test_what_is_chosen_is_the_best_and_its_recipe_gives_it_again(tiny: Tiny, tm
     assert _weights(tmp_path / "again") == _weights(tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["llama2", "qwen3_moe", "gemma3n"])
+@pytest.mark.parametrize("name", ["llama2", "qwen3_moe", pytest.param("gemma3n", marks=pytest.mark.slow)])
 def test_a_run_stopped_while_it_measures_or_afterwards_ends_in_the_same_bytes(
     name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
