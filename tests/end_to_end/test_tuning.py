@@ -67,10 +67,11 @@ def test_a_stopped_run_ends_in_the_same_bytes(name: str, tiny: Tiny, tmp_path: P
         if event.stage == "block" and event.block == 0:
             raise KeyboardInterrupt
 
-    quantize(tiny(name), tmp_path / "whole", LEVELS, windows=WINDOWS)
+    windows = tiny_models.tokens(17, 32)
+    quantize(tiny(name), tmp_path / "whole", LEVELS, windows=windows)
     with pytest.raises(KeyboardInterrupt):
-        quantize(tiny(name), tmp_path / "out", LEVELS, windows=WINDOWS, progress=stop)
-    result = quantize(tiny(name), tmp_path / "out", LEVELS, windows=WINDOWS)
+        quantize(tiny(name), tmp_path / "out", LEVELS, windows=windows, progress=stop)
+    result = quantize(tiny(name), tmp_path / "out", LEVELS, windows=windows)
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
     assert result.tuning == _tuning(tmp_path / "whole")
     assert result.tuning["tuned"] + result.tuning["kept"] == len(result.tuning["blocks"])
