@@ -239,8 +239,8 @@ class _Measuring:
         some = seen[::step][:EXPERTS]
         experts = tuple(group.experts[expert] for expert in some)
 
-        def read() -> Iterator[tuple[Any, Any]]:
-            return ((None, [inputs[expert] for expert in some]) for inputs in group)
+        def read() -> Iterator[tuple[int, Any, Any]]:
+            return ((batch, None, [inputs[expert] for expert in some]) for batch, inputs in enumerate(group))
 
         return ExpertInputs(tuple(name for names in experts for name in names), experts, read)
 
