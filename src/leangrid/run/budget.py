@@ -164,7 +164,7 @@ class _Measuring:
         solved, rounded = (torch.cat([getattr(one, kind) for one in losses]) for kind in ("solved", "rounded"))
         reference = torch.tensor([self._reference(each) for each in rounded])
         by = rounded.gather(1, reference[:, None])
-        ratio = torch.where(by > 0, solved / by, torch.zeros_like(solved))  # no error at any scheme: nothing to lose
+        ratio = torch.where(by == 0, torch.zeros_like(solved), solved / by)  # no error at any scheme: nothing to lose
         counted = torch.tensor([self._windows.numel(), tokens])
         return {"distance": distance, "reference": reference, "ratio": ratio, "tokens": counted}
 
