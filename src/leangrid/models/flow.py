@@ -22,7 +22,7 @@ from leangrid.errors import ArchitectureError
 from leangrid.models.calls import copied, fill, first_tensor, hidden_argument, is_alike, moved
 from leangrid.models.model_inputs import Inputs, moved_inputs, token_ids
 from leangrid.models.model_pass import END, Get, ModelPass, Put, other_order, require_order, run_of, stop_in
-from leangrid.models.order_check import OrderCheck
+from leangrid.models.order_check import LOOKED_AT, OrderCheck
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.streams import Streams
 
@@ -90,15 +90,22 @@ class ChainedFlow(Flow):
 
     Args:
         get: gives states that were put elsewhere on the device.
+        looked_at: how many batches of each stream have the model's own forward beside them.
     """
 
     waits = True
 
-    def __init__(self, skeleton: Skeleton, device: torch.device | str = "cpu", get: Get = Tensor.to) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        device: torch.device | str = "cpu",
+        get: Get = Tensor.to,
+        looked_at: int = LOOKED_AT,
+    ) -> None:
         super().__init__(skeleton, device)
         # windows of a batch -> the other arguments (masks, rotary tables) of each block
         self._calls: dict[int, list[tuple[str | int, tuple[Any, ...], dict[str, Any]]]] = {}
-        self._check = OrderCheck(skeleton, self._device, get)
+        self._check = OrderCheck(skeleton, self._device, get, looked_at)
 
     def enter(self, batches: Sequence[Inputs], put: Put, *streams: str) -> list[Tensor]:
         self.close()

@@ -31,7 +31,7 @@ from leangrid.models.model_pass import (
 from leangrid.models.shape_pass import ShapePass
 from leangrid.models.skeleton import Skeleton
 
-_BATCHES = 4  # that are looked at
+LOOKED_AT = 4  # batches
 
 
 class _Beside(ModelPass):
@@ -53,10 +53,11 @@ class OrderCheck:
         skeleton: the model, in which hidden states are all that flows from block to block.
         device: where the model's own code finds the states.
         get: gives states that wait elsewhere on the device.
+        looked_at: how many batches, the first ones, have passes beside them.
     """
 
-    def __init__(self, skeleton: Skeleton, device: torch.device, get: Get) -> None:
-        self._skeleton, self._device, self._get = skeleton, device, get
+    def __init__(self, skeleton: Skeleton, device: torch.device, get: Get, looked_at: int) -> None:
+        self._skeleton, self._device, self._get, self._looked_at = skeleton, device, get, looked_at
         self._passes: dict[str, list[_Beside]] = {}
         self._sizes: list[int] = []  # windows of every batch that entered the model
         self._modules = [*skeleton.blocks, *(skeleton.model.get_submodule(path) for path in skeleton.structure.idle)]
@@ -71,13 +72,13 @@ class OrderCheck:
         entered: list[Tensor] = []
         for number, stream in enumerate(streams):
             self._passes[stream] = []
-            for batch, inputs in enumerate(batches[:_BATCHES] if number else batches):
+            for batch, inputs in enumerate(batches[: self._looked_at] if number else batches):
                 one = _Beside(run_of(self._skeleton, inputs, self._device))
                 states = one.reach_block(None)
                 require_order(self._skeleton, one, 0)
                 if not number:
                     entered.append(put(states.detach()))
-                if batch < _BATCHES:
+                if batch < self._looked_at:
                     self._passes[stream].append(one)
                     _wait(one, states, entered[batch])
                 else:
@@ -87,7 +88,7 @@ class OrderCheck:
 
     def resume(self, batches: Sequence[Inputs], index: int, streams: Mapping[str, list[Tensor]]) -> None:
         """As ``begin``, for ``streams`` that stand before block ``index``: the blocks before it return those states."""
-        self.begin(batches[:_BATCHES], _without_memory, streams)
+        self.begin(batches[: self._looked_at], _without_memory, streams)
         for stream, states in streams.items():
             self._sizes = [len(hidden) for hidden in states]
             for one, hidden in zip(self._passes[stream], states, strict=False):

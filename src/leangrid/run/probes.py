@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from leangrid.gate.side_by_side import outputs, rounded_weight
 from leangrid.metrics.divergence import divergence
-from leangrid.models.flow import Flow, LiveFlow, open_flow
+from leangrid.models.flow import ChainedFlow, Flow, LiveFlow
 from leangrid.models.model_inputs import Inputs
 from leangrid.planning.budget import Unit
 from leangrid.recipe import Recipe
@@ -37,7 +37,7 @@ class Probes:
         self._flow: Flow = (
             LiveFlow(skeleton, run.device, places.get, beside=True)
             if isinstance(run.flow, LiveFlow)
-            else open_flow(skeleton, run.device)
+            else ChainedFlow(skeleton, run.device, looked_at=0)  # there are many streams; the run's own are looked at
         )
         self._names = [_ORIGINAL, *map(str, range(len(units)))]
         entered = self._flow.enter(windows, places.put, *self._names)
