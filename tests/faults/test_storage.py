@@ -542,6 +542,7 @@ def test_another_recipe_is_another_run(fast: Path, field: str) -> None:
         "calibration": "self",
         "search": "lloyd",
         "products": "float32",
+        "effort": "fast",
         "layers": {"fc1": "W8A16"},
         "text_field": "body",
         "ignore": ["lm_head"],

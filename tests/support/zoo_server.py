@@ -77,6 +77,9 @@ def _died(status: int, limit: int) -> dict[str, Any]:
 
 
 def _child(told: dict[str, Any], answer: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # makes torch's pool of threads anew, before several threads of a reader do so at once
     try:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         signal.alarm(told["limit"])
