@@ -116,7 +116,8 @@ class Recipe(ValidatedModel):
     @classmethod
     def _none_for_zero(cls, value: int | None, info: Any) -> int | None:
         """None and 0 are the same, but where an effort would tune."""
-        return value or (0 if value == 0 and "tune" in EFFORTS[info.data.get("effort", "good")] else None)
+        tunes = "tune" in EFFORTS[info.data.get("effort", "good")]
+        return None if value == 0 and not tunes else value
 
     @field_validator("correct", mode="before")
     @classmethod

@@ -226,7 +226,7 @@ def _measuring(
     head = 2 * skeleton.vocabulary * skeleton.hidden_size * short * (1 + len(budget.units)) * skeleton.has_lm_head
     forward = (passes * (2 * reached + attention) + head) / (_FORWARD * rates.forward)
     sums = sum(_sums(group, tokens, 1) for group in groups) / rates.sums
-    factors = sum(min(group.experts, EXPERTS) * flops.factor(group.cols, True) for group in groups)
+    factors = sum(min(group.experts, EXPERTS) * flops.factor(group.cols, True, rates.halves) for group in groups)
     shapes = (skeleton.shape(name) for unit in budget.units for name in unit.tried)
     tried = [(min(ROWS, rows), cols) for rows, cols in shapes]
     sweeps = len(budget.candidates) * sum(flops.sweep(*each) + 2 * flops.layer_loss(*each) for each in tried)

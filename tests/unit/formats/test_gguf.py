@@ -1,6 +1,7 @@
 """The container of block bytes: every type there and back, and the weights of llama.cpp's own Python reader."""
 
 from pathlib import Path
+from typing import Any
 
 import gguf as reader
 import numpy as np
@@ -28,6 +29,12 @@ def solved(scheme: str, cols: int) -> LinearResult:
     return solve_linear(
         weight(6, cols), factorize(matrix), matrix, Recipe(scheme=scheme).resolved(), Precision(torch.bfloat16)
     )
+
+
+def _as_llama_cpp_reads(file: Path) -> dict[str, tuple[str, Any]]:
+    """Type and weights of every tensor, by llama.cpp's own reader."""
+    tensors = reader.GGUFReader(file).tensors
+    return {t.name: (t.tensor_type.name, reader.dequantize(t.data, t.tensor_type)) for t in tensors}
 
 
 @pytest.mark.parametrize("cols", [512, 96])
@@ -125,10 +132,7 @@ def test_a_whole_model_keeps_its_types_from_the_plan_to_the_file(
     model, _ = leangrid.load(tmp_path / "out", dtype=torch.float32)
     ours = {name: p.detach() for name, p in model.named_parameters()}
     leangrid.export(tmp_path / "out", tmp_path / "file", to="gguf")
-    theirs = {
-        t.name: (t.tensor_type.name, reader.dequantize(t.data, t.tensor_type))
-        for t in reader.GGUFReader(tmp_path / "file/model.gguf").tensors
-    }
+    theirs = _as_llama_cpp_reads(tmp_path / "file/model.gguf")
     for block in range(2):
         for there, here, kind in (
             ("ffn_down", "mlp.down_proj", "Q4_K"),
@@ -162,10 +166,7 @@ def test_a_budget_of_block_types_is_in_the_file_tensor_by_tensor(
     model, _ = leangrid.load(tmp_path / "out", dtype=torch.float32)
     ours = {name: p.detach() for name, p in model.named_parameters()}
     leangrid.export(tmp_path / "out", tmp_path / "file", to="gguf")
-    theirs = {
-        t.name: (t.tensor_type.name, reader.dequantize(t.data, t.tensor_type))
-        for t in reader.GGUFReader(tmp_path / "file/model.gguf").tensors
-    }
+    theirs = _as_llama_cpp_reads(tmp_path / "file/model.gguf")
     for block in range(2):
         for there, here in (("ffn_down", "mlp.down_proj"), ("ffn_up", "mlp.up_proj"), ("attn_v", "self_attn.v_proj")):
             kind, found = theirs[f"blk.{block}.{there}.weight"]
