@@ -21,13 +21,14 @@ _UNSET: dict[str, tuple[Any, ...]] = {
     "size": (None,),
     "effort": ("good",),
     "tune": (None,),
+    "finish": (None,),
     "text_field": (None,),
     "ignore": ((), []),
     "only": ((), []),
 }
 # What each effort sets, of a learned grid, where the recipe leaves it open; "good" are the defaults.
 EFFORTS: dict[str, dict[str, Any]] = {"fast": {"correct": 0.0, "refine": 0}, "good": {}, "best": {"tune": 4}}
-_NUMBERS = ("bits", "size", "samples", "length", "seed", "p", "steps", "refine", "tune", "damping")
+_NUMBERS = ("bits", "size", "samples", "length", "seed", "p", "steps", "refine", "tune", "finish", "damping")
 
 
 class Recipe(ValidatedModel):
@@ -92,6 +93,9 @@ class Recipe(ValidatedModel):
     tune: int | None = Field(
         default=None, ge=0, le=100, description="passes of block tuning over the windows; 0: none, as by default"
     )
+    finish: int | None = Field(
+        default=None, ge=0, le=100, description="passes of tuning all grids by the whole model's output; 0: none"
+    )
     guard: bool = Field(default=True, description="rows worse than min-max GPTQ try lower p")
     damping: float = Field(default=0.01, gt=0, le=10, description="lambda, in units of mean(diag H)")
     act_order: bool = Field(default=True, description="eliminate columns by descending diag H")
@@ -112,12 +116,12 @@ class Recipe(ValidatedModel):
             raise ValueError("must be a number")
         return value
 
-    @field_validator("tune")
+    @field_validator("tune", "finish")
     @classmethod
     def _none_for_zero(cls, value: int | None, info: Any) -> int | None:
-        """None and 0 are the same, but where an effort would tune."""
-        tunes = "tune" in EFFORTS[info.data.get("effort", "good")]
-        return None if value == 0 and not tunes else value
+        """None and 0 are the same, but where an effort would tune, or finish."""
+        is_set = info.field_name in EFFORTS[info.data.get("effort", "good")]
+        return None if value == 0 and not is_set else value
 
     @field_validator("correct", mode="before")
     @classmethod
@@ -204,6 +208,11 @@ class Recipe(ValidatedModel):
         return 2 if self.correct or self.tune else 1
 
     @property
+    def holds_out(self) -> bool:
+        """Whether some windows are kept from the Hessians, to judge tuning by."""
+        return bool(self.tune or self.finish)
+
+    @property
     def measures_correction(self) -> bool:
         """Whether the share of the inputs' own error that is corrected is measured for each linear."""
         return self.correct == "auto"
@@ -244,8 +253,8 @@ class Recipe(ValidatedModel):
         return self.with_defaults(parsed).model_copy(update={"scheme": name, "format": container})
 
     def with_defaults(self, scheme: Scheme) -> "Recipe":
-        """This recipe with ``p``, ``correct``, ``refine`` and ``tune`` as its effort or else ``scheme`` has them by
-        default, where they are None."""
+        """This recipe with ``p``, ``correct``, ``refine``, ``tune`` and ``finish``, where they are None, as its
+        effort or else ``scheme`` has them by default."""
         learned = scheme.method == "leanquant"
         defaults = {
             "p": GRID_SCHEMES[scheme.grid].p,

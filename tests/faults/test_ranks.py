@@ -344,6 +344,15 @@ def test_two_ranks_tune_blocks_together_and_give_the_same_bytes_twice(source: Pa
     assert 0 < tuning["held_error"] < 1
 
 
+def test_two_ranks_finish_the_model_by_all_their_windows(source: Path, tmp_path: Path) -> None:
+    recipe, windows = Recipe(scheme="W3A16", finish=4), tiny_models.tokens(17, 32)
+    job = as_command(lambda rank: quantize(source, tmp_path / "out", recipe, windows=windows, threads=1))
+    ended = forked_ranks.run(2, job)
+    assert all(one.status == 0 for one in ended), ended
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())["result"]["finish"]
+    assert found["best"] > 0 and found["held_after"] < found["held_before"]
+
+
 def test_two_ranks_choose_the_same_widths_within_a_budget(source: Path, tmp_path: Path) -> None:
     recipe, windows = Recipe(scheme="W4A16_G32", bits=4.7, steps=64), tiny_models.tokens(4, 32)
     job = as_command(lambda rank: quantize(source, tmp_path / "two", recipe, windows=windows, threads=1))

@@ -1,4 +1,5 @@
-"""What a run does on disk, without its mathematics, for the fault tests: start or resume, commit two blocks, publish.
+"""What a run does on disk, without its mathematics, for the fault tests: start or resume, commit two blocks, finish
+them, publish.
 
 ``python tiny_run.py SOURCE WORK`` is the crash test: for n = 1, 2, ... a forked child makes the run and is killed at
 its n-th failpoint; then the result must be absent or complete, and a second child must finish it with the bytes of an
@@ -71,6 +72,8 @@ def run(source: Path, out: Path, overwrite: bool = False, restart: bool = False,
                 index, {f"blocks.{index}.weight": weight.round(), f"blocks.{index}.x": state["x"]}, {"loss": 0.5}
             )
             journal.save_state(index + 1, state)
+        if journal.read_finished_info() is None:
+            journal.commit_finished({f"blocks.{BLOCKS - 1}.x": 2 * state["x"]}, {"passes": 1})
         head = [("embed.weight", checkpoint.tensors["embed.weight"]), ("norm.weight", torch.ones(8))]
         records = "".join(json.dumps(journal.read_block_info(i)) + "\n" for i in range(BLOCKS))
         return write_result(

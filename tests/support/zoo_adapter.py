@@ -37,7 +37,7 @@ class Watched:
 @contextmanager
 def ends_watched() -> Iterator[Watched]:
     """Context: note where the streams of a run end: what the last call of a block returned, batch by batch."""
-    seen, batches, own_finish = Watched(), dict[str, dict[int, Tensor]](), Run.finish
+    seen, batches, own_publish = Watched(), dict[str, dict[int, Tensor]](), Run.publish
 
     def watched(own: Any) -> Any:
         def call(self: Any, stream: str, batch: int, index: int, *given: Any, **options: Any) -> Tensor:
@@ -49,17 +49,17 @@ def ends_watched() -> Iterator[Watched]:
 
         return call
 
-    def finish(self: Any) -> Any:  # the gate goes through the blocks again, with other texts
+    def publish(self: Any) -> Any:  # the gate goes through the blocks again, with other texts
         for stream in batches.keys() & named.keys():
             found = batches[stream]
             seen.ends[named[stream]] = torch.cat([found[batch] for batch in sorted(found)])
-        return own_finish(self)
+        return own_publish(self)
 
     named = {"quantized": "walked", "original": "original"}
     with (
         patch.object(ChainedFlow, "call", watched(ChainedFlow.call)),
         patch.object(LiveFlow, "call", watched(LiveFlow.call)),
-        patch.object(Run, "finish", finish),
+        patch.object(Run, "publish", publish),
     ):
         yield seen
 
@@ -78,14 +78,14 @@ def hessians_watched() -> Iterator[Watched]:
     def queue_original(self: Any, name: str, weight: Tensor) -> None:
         queue(self, name, self.weight(name))
 
-    def finish(self: Any) -> None:
+    def publish(self: Any) -> None:
         raise Walked
 
     with (
         patch.object(Block, "groups", watched),
         patch.object(Block, "queue_weight", queue_original),
         patch.object(CommittedWeights, "of", lambda self, index, block: {}),
-        patch.object(Run, "finish", finish),
+        patch.object(Run, "publish", publish),
     ):
         yield seen
 

@@ -122,6 +122,8 @@ def test_an_effort_is_part_of_the_fingerprint_where_it_is_asked_for() -> None:
     prints = {recipe.fingerprint() for recipe in (Recipe(), Recipe(effort="good"), Recipe(tune=0))}
     assert prints == {Recipe().fingerprint()} and "effort" not in Recipe().model_dump()
     assert len({Recipe(effort="best").fingerprint(), Recipe(effort="best", tune=0).fingerprint(), *prints}) == 3
+    assert Recipe(finish=0).fingerprint() == Recipe().fingerprint() != Recipe(finish=1).fingerprint()
+    assert Recipe(finish=1).holds_out and Recipe(tune=1).holds_out and not Recipe().holds_out
 
 
 @pytest.mark.parametrize("scheme", ["GPTQ4_G64", "RTN4", "GPTQ_Q4_1"])

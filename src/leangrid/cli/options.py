@@ -39,6 +39,9 @@ Correct = Annotated[
     str | None, typer.Option(metavar="X", help="share of the inputs' error to correct, or auto; 0: the paper [0.5]")
 ]
 Refine = Annotated[int | None, typer.Option(metavar="N", help="rounds of refit after the sweep; 0 is the paper [1]")]
+Finish = Annotated[
+    int | None, typer.Option(metavar="N", help="passes of tuning all grids by the whole model's output; 0: none [0]")
+]
 Tune = Annotated[int | None, typer.Option(metavar="N", help="passes of block tuning by gradient; 0: none [0]")]
 Ignore = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="linears that stay: '*.down_proj', re:REGEX; repeat")

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from leangrid.errors import CheckpointError
-from leangrid.gate.side_by_side import result_of
 from leangrid.machine import memory
 from leangrid.machine.devices import has_own_memory, is_out_of_memory, usable_device_bytes
 from leangrid.models.dequantized import is_dequantized
@@ -25,6 +24,7 @@ from leangrid.models.experts import mixtures_in, modules_outside_experts
 from leangrid.models.model_inputs import Inputs, arguments_of, moved_inputs
 from leangrid.models.original import open_original, original_on_disk, tensors_of
 from leangrid.models.skeleton import Skeleton
+from leangrid.models.whole import result_of
 
 _SMALL = 1 << 27  # bytes that the gate may use however little memory the run needed
 _CHUNK = 1 << 24  # values that are compared at once

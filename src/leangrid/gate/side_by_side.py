@@ -19,6 +19,7 @@ from leangrid.models.flow import Flow, open_flow
 from leangrid.models.linears import rows_first
 from leangrid.models.model_inputs import Inputs, moved_inputs
 from leangrid.models.skeleton import Skeleton
+from leangrid.models.whole import result_of
 from leangrid.recipe import Recipe
 
 _PROBED = 64  # tokens of a window on which linears are compared one by one
@@ -136,13 +137,6 @@ def _handing(skeleton: Skeleton, end: Any) -> Iterator[None]:
     finally:
         for module in held:
             del module.forward
-
-
-def result_of(output: Any, has_lm_head: bool) -> Tensor:
-    """The logits of a model's output, or its last hidden states."""
-    wanted = ("logits", "last_hidden_state") if has_lm_head else ("last_hidden_state", "logits")
-    found = next((getattr(output, name) for name in wanted if isinstance(getattr(output, name, None), Tensor)), None)
-    return output[0] if found is None else found
 
 
 def _by_text(states: list[Any], texts: Sequence[Sequence[Inputs]]) -> list[list[Any]]:

@@ -4,6 +4,7 @@ models."""
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -56,6 +57,36 @@ def divergence(
         kls.append((expected.exp() * (expected - found)).sum(-1, dtype=torch.float64))
         agreements.append(expected.argmax(-1) == found.argmax(-1))
     return Divergence(torch.cat(kls), torch.cat(agreements))
+
+
+def mean_divergence(
+    reference: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, ""]:
+    """The mean over positions of KL(reference || model) in nats, float32, of logits of both; differentiable by
+    ``logits`` alone. One tensor as large as they are is made, none where no gradient is asked for."""
+    return _MeanDivergence.apply(logits, reference)  # pyright: ignore[reportReturnType]
+
+
+class _MeanDivergence(torch.autograd.Function):
+    """The gradient by the logits of a position is (q - p) / positions, p and q the two distributions."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, reference: Tensor) -> Tensor:
+        given, wanted = logits.flatten(0, -2), reference.flatten(0, -2)
+        slope = torch.empty_like(given) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float64, device=given.device)
+        for start in range(0, len(given), CHUNK):
+            part = slice(start, start + CHUNK)
+            p, q = (torch.log_softmax(one[part].float(), -1) for one in (wanted, given))
+            total += (p.exp() * (p - q)).sum(dtype=torch.float64)
+            if slope is not None:
+                slope[part] = q.exp_().sub_(p.exp_()).div_(len(given))
+        ctx.slope = None if slope is None else slope.view_as(logits)
+        return (total / len(given)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return ctx.slope.mul_(gradients[0]), None
 
 
 class ReferenceLogits:

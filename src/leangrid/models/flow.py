@@ -223,14 +223,14 @@ class LiveFlow(Flow):
         one = self._passes[stream][batch]
         if one.index != index:
             raise other_order(self._skeleton, index, one.index)
-        given = one.args, one.kwargs
         if trial:  # the pass goes on from another call, which has to be given what this one was given
-            hidden = self._get(hidden, self._device)
+            args, kwargs = _with_hidden(one.key, one.args, one.kwargs, self._get(hidden, self._device))
             if self._skeleton.structure.blocks[index].changes:
-                hidden, given = hidden.clone(), copied(given)
-            return first_tensor(_called(block, one.key, given, hidden))
+                args, kwargs = copied((args, kwargs))
+            return first_tensor(block(*args, **kwargs))
         one.fetch(hidden, self._get, self._device)
-        one.returned = _called(block, one.key, given, hidden)
+        args, kwargs = _with_hidden(one.key, one.args, one.kwargs, hidden)
+        one.returned = block(*args, **kwargs)
         left = first_tensor(one.returned)
         one.hold(left)
         one.put_away(self._put)
@@ -288,16 +288,17 @@ def _as_they_are(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _called(
-    block: Callable[..., Any], key: str | int, given: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor
-) -> Any:
-    args, kwargs = _with_hidden(key, *given, hidden)
-    return block(*args, **kwargs)
-
-
 def _with_hidden(
     key: str | int, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with ``hidden`` as argument ``key``, and as every other that is the same tensor (Funnel's blocks
+    are given queries, keys and values)."""
+    own = args[key] if isinstance(key, int) else kwargs.get(key)
+
+    def given(value: Any) -> Any:
+        return hidden if value is own and own is not None else value
+
+    args, kwargs = tuple(map(given, args)), {name: given(value) for name, value in kwargs.items()}
     if isinstance(key, int):
         return (*args[:key], hidden, *args[key + 1 :]), kwargs
     return args, {**kwargs, key: hidden}

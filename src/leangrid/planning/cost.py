@@ -34,9 +34,10 @@ _SOLVE, _BASELINE, _FACTOR, _CORRECT, _FORWARD, _EXACT = 0.4, 0.6, 0.36, 0.8, 0.
 _SUMS_PANEL = 512  # columns of the squares in which Hessians are summed
 _DISK, _READ = 5e8, 2e9  # bytes/s that a commit reaches: written, hashed, synced; and that reading reaches
 _F32 = 4
-# Block tuning: forward passes that a pass and its gradient take, and seconds that rounding a weight, its gradient and
-# its step take on one CPU thread: a guess of some fifteen passes over memory, not measured.
-_BACKWARD, _TUNED_SECONDS = 3, 1.5e-8
+# Tuning: forward passes that a pass and its gradient take, of a whole model also the original's; and seconds that
+# rounding a weight, its gradient and its step take on one CPU thread: a guess of some fifteen passes over memory, not
+# measured.
+_BACKWARD, _ORIGINAL, _TUNED_SECONDS = 3, 1, 1.5e-8
 
 # Of a device that is only described. Products on 16-bit and TF32 units relative to float32: the ratios of NVIDIA's 48
 # GB cards (RTX A6000 38.7, 77, 155 TFLOP/s; L40S 91.6, 183, 362: their data sheets, dense); larger ratios on A100 and
@@ -186,15 +187,21 @@ def estimate_seconds(
     plain = [group for group in groups if group.experts == 1]
     measured = recipe.measures_correction
     corrected = sum(flops.correction(group.rows, group.cols, True, measured) for group in plain) * bool(recipe.correct)
+    together = count_step_windows(recipe.samples, recipe.length)
+    batches = recipe.samples // together
+    steps = batches - count_held_out(batches)
+    of_a_step = together * recipe.length * (2 * reached + attention) / forward
+    of_grids = weights * _TUNED_SECONDS / rates.threads
     if recipe.tune:
-        together = count_step_windows(recipe.samples, recipe.length)
-        batches = recipe.samples // together
-        steps = recipe.tune * (batches - count_held_out(batches))
-        one_batch = together * recipe.length * (2 * reached + attention) / forward
-        shared["tune"] = steps * (_BACKWARD * one_batch + weights * _TUNED_SECONDS / rates.threads)
+        shared["tune"] = recipe.tune * steps * (_BACKWARD * of_a_step + of_grids)
     if budget is not None:
         shared["measure"] = _measuring(skeleton, recipe, budget, groups, reached, attention, rates)
-    alone = {
+    alone = {}
+    if recipe.finish:  # rank 0, while the others wait
+        head = together * recipe.length * 2 * skeleton.vocabulary * skeleton.hidden_size * skeleton.has_lm_head
+        whole = of_a_step + head / forward
+        alone["finish"] = recipe.finish * steps * ((_BACKWARD + _ORIGINAL) * whole + of_grids)
+    alone |= {
         "load": (before + again) / rates.read,
         "factor": factors / (_FACTOR * algebra) + corrected / (_CORRECT * algebra),
         "save": (2 * after + (1 + placement.disk_streams) * blocks * states) / rates.disk,

@@ -39,6 +39,10 @@ _LAYER, _LAYER_SWEPT = 9, 5
 # Bytes a weight of block tuning: the code with a fraction, Adam's two means, both gradients and the weight in float32,
 # and the code; the original and the tuned weight as they are computed come on top.
 _TUNED, _TUNED_WEIGHTS = 6 * 4 + 1, 2
+# The same while the whole model is finished, where codes stay: the weight in float32, and the code; of one weight at a
+# time its gradient and two tensors made of it.
+_FINISHED, _GRADIENT = 4 + 1, 3
+_LOGITS = 4  # tensors as large as the logits: two models', a gradient, one on its way
 _KEPT_FOR_GRADIENT = 3  # numbers of each input and output of a linear that a pass keeps for its gradient
 _NORM = 3  # float32 copies of a batch's hidden states inside a norm
 
@@ -89,6 +93,9 @@ class Demand:
     outside: int = 0  # bytes of the weights outside of the blocks, which stay loaded then
     tuned: bool = False
     measured: bool = False  # the share of the correction: one matrix more, its noise
+    finished: int = 0  # numbers of all quantized linears of a model that is finished as a whole
+    whole: int = 0  # bytes of that model as it is computed
+    blocks: int = 1
 
     @classmethod
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Demand":
@@ -118,6 +125,7 @@ class Demand:
             itemsize * _outside(skeleton),
             bool(recipe.tune),
             recipe.measures_correction,
+            *(_whole(skeleton, itemsize) if recipe.finish else ()),
         )
 
     @property
@@ -198,6 +206,8 @@ def sum_footprint(demand: Demand, placement: Placement) -> Footprint:
     result.phases["forward out"] = base | _moving(demand, placement, len(demand.groups), tokens)
     if demand.tuned:
         result.phases["tune"] = base | _tuning(demand)
+    if demand.finished:
+        result.phases["finish"] = _finishing(demand)
     if demand.has_lm_head and not demand.accelerated:
         result.phases["check"] = _check(demand)
     return result
@@ -213,6 +223,20 @@ def _tuning(demand: Demand) -> dict[str, int]:
         "codes, grids and their steps": numbers * (_TUNED + _TUNED_WEIGHTS * demand.itemsize),
         "one batch's gradient": _KEPT_FOR_GRADIENT * through * tokens * demand.itemsize,
         "states that entered": demand.states // demand.streams,
+    }
+
+
+def _finishing(demand: Demand) -> dict[str, int]:
+    """One batch forward and backward through the whole model, beside its own weights; no streams wait any more."""
+    through = sum(group.rows + group.cols for group in demand.groups) + 2 * demand.hidden
+    tokens = count_step_windows(demand.samples, demand.length) * demand.length
+    logits = _LOGITS * tokens * demand.vocabulary * demand.itemsize if demand.has_lm_head else 0
+    return {
+        "the whole model": demand.whole,
+        "codes, grids and weights": demand.finished * (_FINISHED + (demand.itemsize if demand.itemsize < _F32 else 0)),
+        "one batch's gradient": demand.blocks * _KEPT_FOR_GRADIENT * through * tokens * demand.itemsize,
+        "a weight's gradient": _GRADIENT * _F32 * max(group.tallest * group.cols for group in demand.groups),
+        "logits": logits,
     }
 
 
@@ -338,6 +362,13 @@ def _outside(skeleton: Skeleton) -> int:
     return sum(prod(skeleton.checkpoint.tensors[name].shape) for name in stored)
 
 
+def _whole(skeleton: Skeleton, itemsize: int) -> tuple[int, int, int]:
+    """Numbers of all quantized linears, bytes of the whole model with ``itemsize`` a number, and how many blocks."""
+    numbers = sum(prod(skeleton.shape(name)) for name in skeleton.all_linear_names())
+    staying = list(_staying(skeleton))
+    return numbers, itemsize * (numbers + sum(staying) + _outside(skeleton)), len(staying)
+
+
 def choose_placement(
     skeleton: Skeleton,
     recipe: Recipe,
@@ -358,9 +389,9 @@ def choose_placement(
     budget = usable_device_bytes(device) if budget is None else budget
     host_budget = usable_device_bytes("cpu") if host_budget is None else host_budget
     first = Placement(max(1, min(samples, TOKENS_A_BATCH["cuda" if demand.accelerated else "cpu"] // length)))
-    if recipe.tune:  # whatever the memory: steps are bytes of the result
+    if recipe.holds_out:  # whatever the memory: steps are bytes of the result
         first = Placement(count_step_windows(samples, length))
-    options = [option for option in first.candidates() if not recipe.tune or option.windows == first.windows]
+    options = [option for option in first.candidates() if not recipe.holds_out or option.windows == first.windows]
     every = [(option, sum_footprint(demand, option)) for option in options]
     here = [found for found in every if found[1].peak <= budget] or every[-1:]
     return next(

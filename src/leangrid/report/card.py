@@ -16,7 +16,7 @@ from leangrid.report.facts import Facts, finite
 from leangrid.report.records import LayerRecord
 from leangrid.report.serving import snippet
 from leangrid.report.shares import describe_shares
-from leangrid.report.tuning import describe_tuning
+from leangrid.report.tuning import describe_finish, describe_tuning
 
 log = logging.getLogger("leangrid")
 
@@ -205,6 +205,7 @@ def _made(facts: Facts) -> str:
         *describe_budget(facts.result.get("budget") or {}),
         *describe_shares(facts.result.get("correction") or {}),
         *describe_tuning(facts.result.get("tuning") or {}),
+        *describe_finish(facts.result.get("finish") or {}),
         ("made with", f"leangrid {version}".strip()),
     ]
     return _table(("", ""), rows)

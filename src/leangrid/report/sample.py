@@ -7,10 +7,11 @@ are taken when the layer is solved: at most ``POINTS`` columns, some 20 kB."""
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leangrid.grids import Precision, grid_class
+from leangrid.grids.base import Grid
 from leangrid.models.skeleton import Skeleton
 from leangrid.recipe import Recipe
 from leangrid.solve.factor import FactorSummary
@@ -30,7 +31,7 @@ def choose_sampled_layer(skeleton: Skeleton) -> str:
 def sample_row(
     name: str, weight: Float[Tensor, "rows cols"], result: LinearResult, factor: FactorSummary, recipe: Recipe
 ) -> dict[str, Any]:
-    """The sample of a solved layer, as JSON values.
+    """The sample of a solved layer, as JSON values; ``update_sample`` brings it up to date when its grid changes.
 
     The row is the one whose range of weights is the layer's median; of a grid with groups, the group with the costliest
     column. Of more than ``POINTS`` columns the costliest ``POINTS`` / 4 are shown, and an even choice of the others.
@@ -44,7 +45,7 @@ def sample_row(
     Returns:
         name, row, columns (first, last and how many), p; for each shown column ``weights``, ``stored`` (the value in
         the file) and ``costs``: U_jj^-p divided by its largest value in the layer; ``levels`` and ``levels_minmax``,
-        ascending.
+        ascending; ``shown``, the numbers of the shown columns, only where ``recipe`` will change the grid later.
     """
     cols, span = weight.shape[1], weight.amax(1).float() - weight.amin(1).float()
     row = int(span.argsort()[len(span) // 2])
@@ -71,7 +72,18 @@ def sample_row(
         "costs": _short(costs[shown]),
         "levels": _short(levels.unique()),
         "levels_minmax": _short(minmax.levels[0, int(group[inside[0]])].unique()),
+        **({"shown": shown.tolist()} if recipe.finish else {}),
     }
+
+
+def update_sample(sample: dict[str, Any], codes: UInt8[Tensor, "rows cols"], grid: Grid) -> dict[str, Any]:
+    """The ``sample`` of a layer whose ``codes`` and ``grid`` are others now."""
+    row, shown = torch.tensor([sample["row"]], device=codes.device), torch.tensor(sample["shown"])
+    own = grid.select_rows(row)
+    group = int(grid.group_of(codes.shape[1])[shown[0]])
+    levels = own.levels.cpu().reshape(-1, own.levels.shape[-1])[group]
+    stored = own.dequantize(codes[row])[0].float().cpu()
+    return sample | {"stored": _short(stored[shown]), "levels": _short(levels.unique())}
 
 
 def _choose_columns(costs: Float[Tensor, " cols"]) -> Tensor:

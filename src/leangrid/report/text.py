@@ -8,7 +8,7 @@ from leangrid.report.budget import describe_budget
 from leangrid.report.experts import describe_experts
 from leangrid.report.found import describe_found
 from leangrid.report.shares import describe_shares
-from leangrid.report.tuning import describe_tuning
+from leangrid.report.tuning import describe_finish, describe_tuning
 from leangrid.report.units import format_duration, format_size
 
 
@@ -59,6 +59,7 @@ def quantize_summary(result: Mapping[str, Any]) -> str:
         *describe_experts(result.get("experts") or {}),
         *describe_shares(result.get("correction") or {}),
         *describe_tuning(result.get("tuning") or {}),
+        *describe_finish(result.get("finish") or {}),
         *_quality(result.get("quality") or {}),
         ("time", total),
         ("bound by", result.get("bound")),

@@ -1,4 +1,4 @@
-"""What block tuning did, from the journal's word on each block; for summary, manifest and model card."""
+"""What tuning did, of blocks and of the whole model, from the journal's word; for summary, manifest and model card."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -46,6 +46,30 @@ def describe_tuning(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         more = f"; {'; '.join(found['trouble'][:_SHOWN])}" if found["trouble"] else ""
         rows.append(("not tuned", f"{found['kept']} blocks stay as they were solved{more}"))
     return rows
+
+
+def finish_figures(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's entry ``finish`` from what the journal notes of a finished model; empty without.
+
+    "measure": "kl", the mean divergence of the next-token distributions in nats, or "relative squared error" of the
+    last hidden states; then the fields of ``Tuning`` in solve/tuning.py that are of use where codes stay.
+    """
+    if not found:
+        return {}
+    kept = ("before", "after", "held_before", "held_after", "best", "trouble")
+    return {"finish": {"measure": found["measure"], **{name: found["tuning"][name] for name in kept}}}
+
+
+def describe_finish(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures as one (name, value) row; no row where no model was to be finished."""
+    if not found:
+        return []
+    if not found["best"]:
+        return [("not finished", found["trouble"] or "its error on held-out windows did not fall")]
+    what = "KL" if found["measure"] == "kl" else "error"
+    words = f"{what} on held-out windows {found['held_before']:.4g} before, {found['held_after']:.4g} after pass "
+    words += f"{found['best']} ({found['before']:.4g} and {found['after']:.4g} on the others)"
+    return [("finished", words + (f"; {found['trouble']}" if found["trouble"] else ""))]
 
 
 def _mean_ratio(pairs: Sequence[tuple[float, float]]) -> float:

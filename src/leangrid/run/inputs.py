@@ -19,12 +19,12 @@ from leangrid.data.files import read_rows
 from leangrid.data.picture_windows import picture_files
 from leangrid.errors import CalibrationError, RecipeError
 from leangrid.machine import memory
-from leangrid.machine.devices import has_own_memory, parse_device
+from leangrid.machine.devices import has_own_memory, parse_device, usable_device_bytes
 from leangrid.models.flow import flows_live
 from leangrid.models.gguf import all_files, dequantize, describe, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.budget import estimated_recipe
-from leangrid.planning.footprint import choose_placement
+from leangrid.planning.footprint import Demand, choose_placement, sum_footprint
 from leangrid.planning.placement import Placement
 from leangrid.planning.readers import describe_readers, merges_experts
 from leangrid.planning.resolve import describe_narrow_types, open_checkpoint, resolve_recipe
@@ -108,6 +108,7 @@ def open_inputs(request: Request) -> RunInputs:
     with _discarded_on_error(journal):
         estimated = estimated_recipe(resolved, skeleton)
         placement = _placement(request, skeleton, estimated, journal)
+        _refuse_to_finish(request, skeleton, estimated, placement)
         _require_disk(request, skeleton, estimated, journal, placement)
     notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
     notices += [*checkpoint.notices, *skeleton.notices, *journal.notices]
@@ -165,9 +166,21 @@ def _locked_journal(request: Request, source: dict[str, Any]) -> Journal:
 def _placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal) -> Placement:
     """The one that was asked for, or with which the last finished block ended, or the first that fits."""
     found = _found_placement(request, skeleton, recipe, journal)
-    if not recipe.tune:
+    if not recipe.holds_out:
         return found
     return replace(found, windows=count_step_windows(*_windows_shape(request, recipe)))  # steps are bytes of the result
+
+
+def _refuse_to_finish(request: Request, skeleton: Skeleton, recipe: Recipe, placement: Placement) -> None:
+    """RecipeError where the whole model, which is tuned at the end, will not fit in memory."""
+    if not recipe.finish:
+        return
+    demand = Demand.of(skeleton, recipe, *_windows_shape(request, recipe), request.device)
+    needed = sum(sum_footprint(demand, placement).phases.get("finish", {}).values())
+    usable = usable_device_bytes(request.device)
+    if needed > usable:
+        what = f"finish holds the whole model: about {needed / 2**30:.1f} GiB, {usable / 2**30:.1f} GiB can be used"
+        raise RecipeError(what, "finish", "Leave it out, use a shorter --length, or free memory")
 
 
 def _found_placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal) -> Placement:

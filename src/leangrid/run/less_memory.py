@@ -36,10 +36,10 @@ def reduce_placement(
     release_cached_memory(device)
     name, group = stage
     failed = "forward" if name == "calibrate" else "algebra"
-    steps = 1 if recipe.tune else placement.windows  # the windows of a step of tuning stay together
+    steps = 1 if recipe.holds_out else placement.windows  # the windows of a step of tuning stay together
     asked = replace(placement, windows=steps)
     smaller = asked.next_smaller(failed, group, len(skeleton.groups(index)), has_own_memory(device))
-    if smaller is not None and recipe.tune:
+    if smaller is not None and recipe.holds_out:
         smaller = replace(smaller[0], windows=placement.windows), smaller[1]
     if smaller is not None and smaller[0].host_block and flows_live(skeleton):
         smaller = None  # what the model's own forward holds stays on the device

@@ -31,7 +31,7 @@ from leangrid.report.facts import RECORDS, RUN
 from leangrid.report.records import LayerRecord, to_lines, totals
 from leangrid.report.run_log import run_log
 from leangrid.report.shares import share_figures
-from leangrid.report.tuning import tuning_figures
+from leangrid.report.tuning import finish_figures, tuning_figures
 from leangrid.report.views import TIMED, render_views
 from leangrid.run.inputs import RunInputs
 from leangrid.run.request import Request
@@ -54,6 +54,9 @@ def publish(inputs: RunInputs, windows: Windows, clock: Clock, judged_on: str) -
     skeleton, recipe, journal, request = inputs.skeleton, inputs.recipe, inputs.journal, inputs.request
     infos = [journal.read_block_info(index) for index in range(len(skeleton.blocks))]
     records = [LayerRecord.from_json(record) for info in infos for record in info["records"]]
+    finished = journal.read_finished_info() or {}
+    for name, sample in finished.get("samples", {}).items():
+        infos[int(name)]["sample"] = sample
 
     def judge(staged: Path) -> dict[str, Any]:
         began = clock.elapsed()
@@ -83,7 +86,7 @@ def publish(inputs: RunInputs, windows: Windows, clock: Clock, judged_on: str) -
             make_config(inputs.skeleton, inputs.recipe),
             inputs.checkpoint.side_files(),
             {RECORDS: to_lines(records)},
-            _manifest(inputs, records, windows, infos),
+            _manifest(inputs, records, windows, infos, finished),
             overwrite=request.overwrite,
             judge=judge,
             views=pages,
@@ -101,9 +104,14 @@ def result_of_finished_run(request: Request) -> QuantizeResult | None:
 
 
 def _manifest(
-    inputs: RunInputs, records: list[LayerRecord], windows: Windows, infos: list[dict[str, Any]]
+    inputs: RunInputs,
+    records: list[LayerRecord],
+    windows: Windows,
+    infos: list[dict[str, Any]],
+    finished: dict[str, Any],
 ) -> dict[str, Any]:
-    """What manifest.json says before files and quality are added; ``infos`` is the journal's word on each block."""
+    """What manifest.json says before files and quality are added; ``infos`` is the journal's word on each block,
+    ``finished`` on what followed all blocks."""
     recipe = inputs.recipe
     return {
         "recipe": recipe.model_dump(),
@@ -122,7 +130,7 @@ def _manifest(
         "kept": describe_kept(inputs.skeleton),
         **({"budget": inputs.budget} if inputs.budget else {}),
         **({"stored_as": stored_as} if (stored_as := describe_source(inputs.skeleton)) else {}),
-        "result": _figures(inputs, records, windows, infos),
+        "result": _figures(inputs, records, windows, infos) | finish_figures(finished),
     }
 
 

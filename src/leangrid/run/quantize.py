@@ -10,6 +10,7 @@
             the quantized stream goes on with the new weights
         tune the block: codes and grids together, if asked for    tune_block   (solve/tuning.py)
         commit the block                                          (run/block_writer.py)
+    tune the grids of the whole model, if asked for               finish_model (run/finishing.py)
 
 X is the input of the original model, X~ that of the model whose earlier linears are quantized already.
 """
@@ -26,6 +27,7 @@ from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run.algebra import GroupAlgebra, algebras
 from leangrid.run.block import Block
+from leangrid.run.finishing import finish_model
 from leangrid.run.open_run import open_run
 from leangrid.run.request import Request
 from leangrid.run.result import QuantizeResult
@@ -95,7 +97,9 @@ def run_request(request: Request) -> QuantizeResult:
         streams = run.streams()
         for index in run.remaining_blocks():
             streams = run.onward.advance(index, run.attempt_block(quantize_block, index, streams))
-        return run.finish()
+        del streams
+        finish_model(run)
+        return run.publish()
 
 
 def quantize_block(run: Run, index: int, streams: Streams) -> Streams:

@@ -73,11 +73,6 @@ class Ranks:
             )
         return windows.tensor_split(self.count)[self.rank]
 
-    def count_before(self, windows: int) -> int:
-        """How many of ``windows`` windows are in the parts of the ranks before this one."""
-        each, more = divmod(windows, self.count)
-        return self.rank * each + min(self.rank, more)
-
     def sum_hessians(self, total: _Sum) -> _Sum:
         """``total`` with the tokens of all ranks: rank 0 adds 0, 1, 2, ... and everyone gets its bits."""
         if self.count == 1:

@@ -33,6 +33,7 @@ class QuantizeResult(Result):
         correction: min, median and max of the shares of the inputs' own error that were corrected; empty where the
             recipe gives one for all.
         tuning: what block tuning did (report/tuning.py); empty where it was not asked for.
+        finish: what tuning the grids of the whole model did (report/tuning.py); empty where it was not asked for.
         quality: what the quality gate found (gate/quality.py): measure, value, limit, passed, top1_agreement,
             worst_layers, or error.
 
@@ -67,6 +68,7 @@ class QuantizeResult(Result):
     budget: dict[str, Any] = field(default_factory=dict)
     correction: dict[str, float] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
+    finish: dict[str, Any] = field(default_factory=dict)
     quality: dict[str, Any] = field(default_factory=lambda: {"passed": True})
 
     @property

@@ -52,7 +52,7 @@ class Run:
         windows: the calibration tokens of all ranks, int64 [samples, length], or rows with pictures.
         device: where blocks are computed, in torch's words.
         strength: a, the share of the inputs' own error that is corrected; None: measured, for each linear.
-        held_out: how many of this rank's batches, the last ones, neither Hessians nor tuning see (0 without tuning).
+        held_out: how many of this rank's batches, the last ones, neither Hessians nor tuning see; 0 without tuning.
         precision: what the container keeps scales and levels in.
         states: where hidden states wait, by the present placement.
         writer: takes what was solved.
@@ -71,7 +71,7 @@ class Run:
         # By the smallest share, so that all ranks hold out as many, or none.
         together = inputs.placement.windows if isinstance(windows, Tensor) else 1
         batches = len(windows) // ranks.count // together
-        self.held_out = count_held_out(batches) if self.recipe.tune else 0
+        self.held_out = count_held_out(batches) if self.recipe.holds_out else 0
         self.precision = FORMATS[self.recipe.format].precision(self.skeleton.dtype)
         self.states = StatePlaces(inputs.placement, self.device, MappedTensors(self.journal.states))
         self.accounting = Accounting(clock, self.skeleton, self.recipe, windows.numel())
@@ -180,18 +180,38 @@ class Run:
         ways = (placement.replay, placement.in_place)
         return BlockWalk(module, found, self.flow, index, streams, *ways, states.get, states.put, self.held_out)
 
-    def finish(self) -> QuantizeResult:
+    def publish(self) -> QuantizeResult:
         """Publish the result, on rank 0, and say on all ranks what the run did."""
         result = None
-        self.flow.close()
         if self.ranks.first:
             self.progress.report("save", len(self.skeleton.blocks) - 1)
             memory.return_freed_memory()  # what the blocks left: writing the result needs pieces of other sizes
-            judged_on = "cpu" if self.states.placement.host_block else self.device
-            result = publish(self.inputs, self.windows, self.clock, judged_on)
+            result = publish(self.inputs, self.windows, self.clock, self.whole_device)
             for warning in result.quality.get("warnings", []):
                 self.progress.report("notice", len(self.skeleton.blocks), message=f"warning: {warning}")
         return self.ranks.broadcast(result)
+
+    @property
+    def whole_device(self) -> str:
+        """Where the model is run as a whole, in torch's words."""
+        return "cpu" if self.states.placement.host_block else self.device
+
+    @property
+    def weights(self) -> CommittedWeights:
+        """The new weights of committed blocks."""
+        return self._weights
+
+    def batches_of_all_ranks(self) -> tuple[list[Any], list[Any]]:
+        """The calibration windows in batches as they are tuned by: those of every rank that Hessians saw, and those
+        that were held out."""
+        seen: list[Any] = []
+        held: list[Any] = []
+        for rank in range(self.ranks.count):
+            part = self.windows.tensor_split(self.ranks.count)[rank]
+            batches = list(part.split(cut_sizes(len(part), self.states.placement.windows, self._edge_of(rank))))
+            cut = len(batches) - self.held_out
+            seen, held = seen + batches[:cut], held + batches[cut:]
+        return seen, held
 
     def _rebatch(self, streams: Streams) -> None:
         """Cut and move the streams, where they are, to what the placement asks for."""
@@ -231,10 +251,13 @@ class Run:
         """``strength``, and how many of this rank's windows are in the first half: none where nothing is measured."""
         if not isinstance(self.recipe.correct, str):
             return self.recipe.correct or 0.0, 0
-        half, before = len(self.windows) // 2, self.ranks.count_before(len(self.windows))
-        if not half:
-            return LARGEST, 0
-        return None, min(max(half - before, 0), len(self.ranks.share(self.windows)))
+        return (None, self._edge_of(self.ranks.rank)) if len(self.windows) > 1 else (LARGEST, 0)
+
+    def _edge_of(self, rank: int) -> int:
+        """How many of the windows of ``rank`` are in the first half of all; 0 where no share is measured."""
+        parts = [len(part) for part in self.windows.tensor_split(self.ranks.count)]
+        measured = self.recipe.measures_correction
+        return min(max(len(self.windows) // 2 - sum(parts[:rank]), 0), parts[rank]) * measured
 
     def _reduce(self, index: int) -> None:
         """Use less memory from block ``index`` on, said and recorded."""

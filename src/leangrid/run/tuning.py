@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.func import functional_call
 
@@ -18,7 +17,7 @@ from leangrid.models.streams import Streams
 from leangrid.run.block import Block
 from leangrid.run.repeated import RepeatedWalk
 from leangrid.run.run import Run
-from leangrid.solve.tuning import Steps, TunedLinear, Tuning, tune
+from leangrid.solve.tuning import Steps, TunedLinear, Tuning, relative_error, tune
 
 
 def tune_block(run: Run, block: Block, entered: Streams) -> Streams:
@@ -110,8 +109,6 @@ class _Output:
         return self._run.flow.call("quantized", batch, self._block.index, block, hidden, trial)
 
     def error(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
-        """The mean over tokens of |given - wanted|^2 / |wanted|^2: a few tokens are a thousand times larger than the
-        others, and would else decide alone."""
-        wanted = self._run.states.get(self._wanted[batch], self._device).float()
-        off = self._call(batch, weights, trial=True).float() - wanted
-        return (off.square().sum(-1) / wanted.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)).mean()
+        """How far the block's output on a batch is from what is wanted, with ``weights`` of its linears."""
+        wanted = self._run.states.get(self._wanted[batch], self._device)
+        return relative_error(self._call(batch, weights, trial=True), wanted)

@@ -8,11 +8,13 @@ as in AutoRound, Cheng et al. 2024, arXiv 2309.05516). The step of each number i
 
 Tokens that are few fit the block and not the model. Some batches are therefore held out, from the Hessians too: after
 each pass over the others the error on them is measured, and the state with the least of it is the result.
+
+The same moves the grids of a whole model, whose codes stay (run/finishing.py).
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -89,12 +91,21 @@ def count_held_out(batches: int) -> int:
     return max(1, batches // _SHARE) if batches >= _FEWEST else 0
 
 
+def relative_error(given: Float[Tensor, "*batch width"], wanted: Float[Tensor, "*batch width"]) -> Float[Tensor, ""]:
+    """The mean over tokens of |given - wanted|^2 / |wanted|^2: a few tokens are a thousand times larger than the
+    others, and would else decide alone."""
+    wanted, smallest = wanted.float(), torch.finfo(torch.float32).tiny
+    off = given.float() - wanted
+    return (off.square().sum(-1) / wanted.square().sum(-1).clamp(min=smallest)).mean()
+
+
 class TunedLinear:
     """One linear whose codes and grid are to be moved.
 
     Args:
         codes, grid: as solved.
         target: the weight that was to be met, float32 [rows, cols]. A code begins as near to its neighbour as this is.
+            None: codes stay.
         precision: of the container, which rounds the grid's parameters.
         steps: without a step of codes they stay.
     """
@@ -103,28 +114,28 @@ class TunedLinear:
         self,
         codes: UInt8[Tensor, "rows cols"],
         grid: Grid,
-        target: Float[Tensor, "rows cols"],
+        target: Float[Tensor, "rows cols"] | None,
         precision: Precision,
         steps: Steps,
     ) -> None:
         self.codes, self.grid, self._precision = codes, grid, precision
-        parameters, latent = grid.parameters.clone(), _latent(codes, grid, target)
         by_grid, by_codes = grid.TUNING_STEPS
         by_grid, by_codes = steps.grid or by_grid, by_codes if steps.codes is None else steps.codes
-        self._parameters, self._latent = parameters.requires_grad_(), latent.requires_grad_(by_codes > 0)
-        sizes = {self._parameters: by_grid * float(parameters.detach().square().mean().sqrt())}
-        if by_codes:
+        self._parameters = grid.parameters.clone().requires_grad_()
+        self._latent = None if target is None or not by_codes else _latent(codes, grid, target).requires_grad_()
+        sizes = {self._parameters: by_grid * float(grid.parameters.square().mean().sqrt())}
+        if self._latent is not None:
             sizes[self._latent] = by_codes
         self.leaves = list(sizes)
         self.groups = [{"params": [leaf], "size": size} for leaf, size in sizes.items()]
 
     def weight(self) -> Float[Tensor, "rows cols"]:
         """The weight that a file would hold, float32, differentiable by the leaves."""
-        return _Stored.apply(self._parameters, self._latent, self.grid, self._precision)
+        return _Stored.apply(self._parameters, self._latent, self.codes, self.grid, self._precision)
 
     def state(self) -> tuple[UInt8[Tensor, "rows cols"], Any]:
         """The present codes and grid."""
-        codes = _codes_of(self._latent.detach(), self.grid)
+        codes = self.codes if self._latent is None else _codes_of(self._latent.detach(), self.grid)
         return self.grid.with_tuned(self._parameters.detach(), codes, self._precision)
 
 
@@ -135,6 +146,7 @@ def tune(
     held_out: Sequence[int],
     steps: Steps,
     add: Add | None = None,
+    watch: Callable[[int, float], None] = lambda turn, held: None,
 ) -> tuple[Tuning, dict[str, tuple[UInt8[Tensor, "rows cols"], Any]]]:
     """Move codes and grids of all ``linears`` together; the state with the least error on ``held_out`` is the result.
 
@@ -146,6 +158,7 @@ def tune(
         steps: how often and how far.
         add: adds to each of some tensors, in place, those of the other ranks, which tune the same linears by other
             batches: a step is then taken by one batch of each. None: there are no others.
+        watch: is told each pass that was made, counted from 1, and the mean error on ``held_out`` after it.
 
     Returns:
         What was done, and codes and grid of each linear. Where a number stops being finite, tuning ends with the best
@@ -156,7 +169,7 @@ def tune(
     start, best = (together.mean(linears, error, batches) for batches in (fitted, held_out))
     tuning, state = Tuning(start, start, best, best), solved
     if not 0 < start < math.inf or not best < math.inf:
-        nothing = "the block's error is 0 as it was solved" if start == 0 else "the block's error is not finite"
+        nothing = "the error is 0 as it was solved" if start == 0 else "the error is not finite"
         return Tuning(trouble=nothing), solved
     rounds = together.most(len(fitted))
     mover = _Mover(linears, error, start, rounds * steps.passes, together)
@@ -164,15 +177,18 @@ def tune(
     for turn in range(1, steps.passes + 1):
         batches = [fitted[number] for number in torch.randperm(len(fitted), generator=order).tolist()]
         if not all(mover.step(batch) for batch in [*batches, *[None] * (rounds - len(batches))]):
-            trouble = f"an error or a gradient was not finite in pass {turn}"
-            return _changed(tuning, solved, state, trouble), state
+            tuning = replace(tuning, trouble=f"an error or a gradient was not finite in pass {turn}")
+            break
         held = together.mean(linears, error, held_out)
+        watch(turn, held)
         if held < tuning.held_after:
             state = {name: one.state() for name, one in linears.items()}
-            tuning = Tuning(start, together.mean(linears, error, fitted), best, held, turn)
+            tuning = replace(tuning, held_after=held, best=turn)
         elif turn - tuning.best >= _PATIENCE:
             break
-    return _changed(tuning, solved, state), state
+    if tuning.best:
+        tuning = replace(tuning, after=together.mean(state, error, fitted), moved=_moved(solved, state))
+    return tuning, state
 
 
 class _Mover:
@@ -221,10 +237,13 @@ class _Together:
         self._alone = add is None
         self._add: Add = add or (lambda tensors: None)
 
-    def mean(self, linears: Mapping[str, TunedLinear], error: Error, batches: Sequence[int]) -> float:
-        """The mean error over the batches of all ranks, with the linears as they are."""
+    def mean(self, linears: Mapping[str, Any], error: Error, batches: Sequence[int]) -> float:
+        """The mean error over the batches of all ranks, with the linears as they are, or with (codes, grid) of each."""
         with torch.no_grad():
-            weights = {name: one.weight() for name, one in linears.items()}
+            weights = {
+                name: one.weight() if isinstance(one, TunedLinear) else one[1].dequantize(one[0])
+                for name, one in linears.items()
+            }
             errors = [float(error(batch, weights)) for batch in batches]
         total = torch.tensor([sum(errors), len(errors)]).double()
         self._add([total])
@@ -247,11 +266,13 @@ class _Together:
 
 
 class _Stored(torch.autograd.Function):
-    """Weights of parameters and codes with a fraction, as a file holds them."""
+    """Weights of parameters and codes (of those with a fraction, where there are such), as a file holds them."""
 
     @staticmethod
-    def forward(ctx: Any, parameters: Tensor, latent: Tensor, grid: Grid, precision: Precision) -> Tensor:
-        codes = _codes_of(latent, grid)
+    def forward(
+        ctx: Any, parameters: Tensor, latent: Tensor | None, codes: Tensor, grid: Grid, precision: Precision
+    ) -> Tensor:
+        codes = codes if latent is None else _codes_of(latent, grid)
         ctx.save_for_backward(codes)
         ctx.grid = grid
         return grid.dequantize_at(parameters, codes, precision)
@@ -260,7 +281,7 @@ class _Stored(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (codes,), (gradient,) = ctx.saved_tensors, gradients
         by_codes = gradient * ctx.grid.spacing(codes) if ctx.needs_input_grad[1] else None
-        return ctx.grid.parameter_gradient(codes, gradient), by_codes, None, None
+        return ctx.grid.parameter_gradient(codes, gradient), by_codes, None, None, None
 
 
 def _latent(codes: Tensor, grid: Grid, target: Tensor) -> Tensor:
@@ -273,8 +294,7 @@ def _codes_of(latent: Tensor, grid: Grid) -> Tensor:
     return latent.round().clamp_(0, 2**grid.bits - 1).to(torch.uint8)
 
 
-def _changed(tuning: Tuning, solved: Mapping[str, Any], state: Mapping[str, Any], trouble: str = "") -> Tuning:
-    """``tuning`` with the share of codes by which the two states differ."""
+def _moved(solved: Mapping[str, Any], state: Mapping[str, Any]) -> float:
+    """The share of the codes by which the two states differ."""
     changed = sum(int((state[name][0] != codes).sum()) for name, (codes, _) in solved.items())
-    moved = changed / sum(codes.numel() for codes, _ in solved.values())
-    return Tuning(**(tuning.to_json() | {"moved": round(moved, 6), "trouble": trouble}))
+    return round(changed / sum(codes.numel() for codes, _ in solved.values()), 6)

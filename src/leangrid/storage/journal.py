@@ -5,6 +5,7 @@
     OUT.partial/                    its name and its lack of a config.json show that this is no model
       LOCK  identity.json           the process that uses it; source, recipe and settings of the run
       named/windows.safetensors     tensors of the whole run, such as the calibration windows (+ .json)
+      named/finished.safetensors    what takes the place of tensors of the blocks (+ .json, the commit)
       blocks/0007.safetensors       the packed tensors of block 7
       blocks/0007.json              their sha256 and what the run noted of the block; written second: the commit
       state/0008.safetensors        the hidden states that enter block 8 (+ .json); replaced by those of later blocks
@@ -64,6 +65,7 @@ class Journal:
         self.states = partial / "state" if state_dir is None else state_dir / f"{output_of(partial).name}.partial.state"
         self._lock = files.FileLock(partial / "LOCK")
         self._committed: int | None = None
+        self._is_finished: bool | None = None
 
     @classmethod
     def for_output(cls, out: Path, state_dir: Path | None = None) -> "Journal":
@@ -158,6 +160,7 @@ class Journal:
         if index > done:
             raise ValueError(f"block {index} cannot be committed before block {done}")
         self._drop_blocks(index)
+        self._remove_finished()
         self._store(self._block(index), tensors, {"info": dict(info)})
         failpoint("journal.after_block")
         self._committed = index + 1
@@ -180,7 +183,21 @@ class Journal:
 
     def locate_block_tensors(self, index: int) -> dict[str, safetensors.TensorInfo]:
         """Where the tensors of a committed block are stored, so that they can be copied without loading them."""
-        return safetensors.read_tensor_infos(self._block(index))
+        infos = safetensors.read_tensor_infos(self._block(index))
+        others = safetensors.read_tensor_infos(self._finished) if self.read_finished_info() is not None else {}
+        return {name: others.get(name, info) for name, info in infos.items()}
+
+    def commit_finished(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Store durably what takes the places of tensors of all committed blocks, and what the run notes of it."""
+        self._store(self._finished, tensors, {"info": dict(info)})
+        self._is_finished = True
+
+    def read_finished_info(self) -> dict[str, Any] | None:
+        """What ``commit_finished`` was given as ``info``; None before it was called. The first call looks whether what
+        it stored is intact."""
+        if self._is_finished is None:
+            self._is_finished = self._is_intact(self._finished)
+        return json.loads(self._finished.with_suffix(".json").read_bytes())["info"] if self._is_finished else None
 
     # Hidden states and tensors of the whole run
 
@@ -208,7 +225,8 @@ class Journal:
         none. Afterwards ``count_committed()`` is the same number. Where no states are kept it is the first block that
         is not committed."""
         done = self.count_committed()
-        if self.keeps_states and done and not self._is_intact(self._state(done)):
+        ended = self.read_finished_info() is not None  # then no block reads states any more
+        if self.keeps_states and done and not ended and not self._is_intact(self._state(done)):
             point = done - 1
             while point and not self._is_intact(self._state(point)):
                 point -= 1
@@ -233,6 +251,10 @@ class Journal:
 
     def _block(self, index: int) -> Path:
         return self.partial / "blocks" / f"{index:04d}.safetensors"
+
+    @property
+    def _finished(self) -> Path:
+        return self.partial / "named" / "finished.safetensors"
 
     def _state(self, index: int) -> Path:
         return self.states / f"{index:04d}.safetensors"
@@ -275,7 +297,14 @@ class Journal:
     def _drop_blocks(self, first: int) -> None:
         for path in sorted((self.partial / "blocks").glob("[0-9]*"), reverse=True):
             if int(path.stem) >= first:
+                self._remove_finished()
                 files.remove(path)
+
+    def _remove_finished(self) -> None:
+        """What was made of blocks of which one is made again."""
+        if self._is_finished is not False:
+            self._remove(self._finished)
+            self._is_finished = False
 
     # The directory as a whole
 
@@ -316,7 +345,7 @@ class Journal:
         files.sync_names(self.partial)  # a power cut must not leave blocks without the identity they belong to
         for name in ("identity.json", "sealed.json"):
             files.remove(self.partial / name)
-        self._committed = None
+        self._committed = self._is_finished = None
 
     def acquire_lock(self) -> None:
         """Take the lock without starting the run. Does nothing if this journal holds it."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from leangrid.errors import ShapeError
-from leangrid.metrics.divergence import ReferenceLogits, divergence
+from leangrid.metrics.divergence import ReferenceLogits, divergence, mean_divergence
 
 WINDOWS = torch.randint(0, 40, (2, 300), generator=torch.Generator().manual_seed(0))
 
@@ -62,3 +62,21 @@ def test_agreement_is_of_the_likeliest_token() -> None:
 def test_vocabularies_must_match() -> None:
     with pytest.raises(ShapeError, match="4 against the reference's 3"):
         divergence(torch.zeros(2, 3), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_mean_divergence_and_its_gradient_are_those_of_the_definition(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(3)
+    reference, logits = (torch.randn(2, 300, 40, generator=draw).to(dtype) * 3 for _ in range(2))
+    logits.requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    p, q = reference.double().log_softmax(-1), exact.log_softmax(-1)
+    wanted = (p.exp() * (p - q)).sum(-1).mean()
+    found = mean_divergence(reference, logits)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    ((found * 3).backward(), (wanted * 3).backward())
+    assert logits.grad is not None and exact.grad is not None
+    torch.testing.assert_close(
+        logits.grad.double(), exact.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-9
+    )
+    assert mean_divergence(reference, logits.detach()) == found.detach()

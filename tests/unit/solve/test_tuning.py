@@ -178,3 +178,19 @@ def test_an_eighth_of_the_batches_is_held_out(batches: int, held: int) -> None:
 )
 def test_short_windows_share_a_step_where_there_are_many(windows: int, length: int, together: int) -> None:
     assert count_step_windows(windows, length) == together
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEMES if name not in COLS])
+def test_without_a_target_codes_stay_and_the_grid_alone_moves(name: str) -> None:
+    linears, error, _ = _two_layers(name)
+    steps, turns = Steps(4, codes=0.0), []
+    apart = {key: TunedLinear(one.codes, one.grid, None, FLOAT32, steps) for key, one in linears.items()}
+    tuning, state = tune(apart, error, range(8), [8], steps, watch=lambda turn, held: turns.append((turn, held)))
+    assert tuning.best and tuning.held_after < tuning.held_before and tuning.after < tuning.before
+    assert [turn for turn, _ in turns] == list(range(1, len(turns) + 1))
+    assert min(held for _, held in turns) == tuning.held_after
+    for key, (codes, grid) in state.items():
+        moved = (grid.dequantize(codes) - linears[key].grid.dequantize(linears[key].codes)).abs()
+        assert float(moved.max()) > 0
+        if not name.startswith("NU"):  # levels that change places renumber codes
+            assert torch.equal(codes, linears[key].codes)

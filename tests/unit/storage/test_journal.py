@@ -137,3 +137,28 @@ def test_first_difference_names_the_field() -> None:
     assert first_difference({"a": None}, {}) == ("a", None, "absent")
     assert first_difference({"a": 1}, {"a": True}) == ("a", 1, True)
     assert first_difference({"a": {"x": 1}}, {"a": 3}) == ("a", {"x": 1}, 3)
+
+
+def test_what_is_finished_takes_the_places_of_tensors_until_a_block_is_made_again(tmp_path: Path) -> None:
+    def stored(journal: Journal, index: int) -> dict[str, list[float]]:
+        infos = journal.locate_block_tensors(index)
+        return {name: tensor.tolist() for name, tensor in safetensors.read_named(infos, infos).items()}
+
+    with opened(tmp_path) as journal:
+        for index in range(2):
+            journal.commit_block(index, {f"{index}.codes": torch.ones(1), f"{index}.scale": torch.ones(1)}, {})
+        assert journal.read_finished_info() is None
+        journal.commit_finished({"1.scale": torch.full((1,), 2.0)}, {"passes": 3})
+        assert stored(journal, 0) == {"0.codes": [1.0], "0.scale": [1.0]}
+        assert stored(journal, 1) == {"1.codes": [1.0], "1.scale": [2.0]}
+    with opened(tmp_path) as journal:
+        assert journal.find_resume_point() == 2  # no states are missed: no block reads any
+        assert journal.read_finished_info() == {"passes": 3} and stored(journal, 1)["1.scale"] == [2.0]
+        path = journal.partial / "named" / "finished.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with opened(tmp_path) as journal:
+        assert journal.read_finished_info() is None and any("finished" in notice for notice in journal.notices)
+        assert stored(journal, 1)["1.scale"] == [1.0]
+        journal.commit_finished({"1.scale": torch.full((1,), 2.0)}, {})
+        journal.commit_block(1, {"1.codes": torch.zeros(1), "1.scale": torch.zeros(1)}, {})
+        assert journal.read_finished_info() is None and stored(journal, 1)["1.scale"] == [0.0]

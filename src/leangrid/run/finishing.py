@@ -1,0 +1,113 @@
+"""The end of a run where the recipe asks for it (``finish``): the grids of all layers move together, by gradient, until
+the whole model's predictions are nearest to the original's. Codes stay.
+
+A block was solved, and perhaps tuned, for its own output. What counts is what the model predicts, so here the error is
+KL(original || result) of the next-token distributions over the calibration text; of a model without a language-model
+head the relative squared error of its last hidden states. The batches that the Hessians did not see choose the state
+that stays, which may be the one before. mlx-lm does the same with affine grids under the name of distilled weight
+quantization (DWQ). The model has to fit in memory, in its compute dtype and once more in float32; rank 0 does it alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leangrid.errors import Interrupted
+from leangrid.machine.devices import is_out_of_memory
+from leangrid.metrics.divergence import mean_divergence
+from leangrid.models.whole import WholeModel, load_whole
+from leangrid.report.sample import update_sample
+from leangrid.run.run import Run
+from leangrid.solve.tuning import Steps, TunedLinear, Tuning, relative_error, tune
+
+
+def finish_model(run: Run) -> None:
+    """Tune the grids of the whole model, if the recipe says so, and commit what changed.
+
+    Raises:
+        Interrupted: out of memory.
+    """
+    run.flow.close()
+    if not run.recipe.finish or not run.ranks.first or run.journal.read_finished_info() is not None:
+        return
+    seen, held = run.batches_of_all_ranks()
+    if not held:
+        tuning = Tuning(trouble=f"{len(run.windows)} windows are too few to hold some out")
+        return _commit(run, tuning, {})
+    _say(run, f"finishing: {run.recipe.finish} passes over {len(seen)} batches of the calibration text")
+    try:
+        with run.stage("finish"):
+            steps = Steps(run.recipe.finish, codes=0.0, seed=run.recipe.seed)
+            linears = _tuned_linears(run, steps)
+            with load_whole(run.skeleton, run.whole_device) as model:
+                error = _Error(model, [*seen, *held], run.skeleton.has_lm_head)
+                numbers = range(len(seen) + len(held))
+                groups = numbers[: len(seen)], numbers[len(seen) :]
+                tuning, state = tune(linears, error, *groups, steps, watch=lambda turn, at: _say_pass(run, turn, at))
+    except RuntimeError as failure:
+        if not is_out_of_memory(failure):
+            raise
+        way_out = "Finished blocks are kept: free memory, or go on with more of it"
+        raise Interrupted("out of memory while the whole model is finished", run.journal.partial, way_out) from None
+    _commit(run, tuning, state if tuning.best else {})
+
+
+@dataclass
+class _Error:
+    """The mean error of a batch of ``batches``, with weights of linears by their paths in the model."""
+
+    model: WholeModel
+    batches: list[Any]
+    has_lm_head: bool
+
+    def __call__(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        inputs = self.batches[batch]
+        with torch.no_grad():
+            wanted = self.model(inputs)
+        given = self.model.with_weights(weights, inputs)
+        return mean_divergence(wanted, given) if self.has_lm_head else relative_error(given, wanted)
+
+
+def _tuned_linears(run: Run, steps: Steps) -> dict[str, TunedLinear]:
+    """Every quantized linear as it is committed, by its path in the model."""
+    found = {}
+    for index in range(len(run.skeleton.blocks)):
+        for name, codes, grid in run.weights.solved(index):
+            recipe = run.recipe.for_layer(run.skeleton.linear_name(index, name))
+            precision = run.precision.for_scheme(recipe.scheme_for(codes.shape[1]))
+            device = run.whole_device
+            path = f"{run.skeleton.block_name(index)}.{name}"
+            found[path] = TunedLinear(codes.to(device), grid.to(device), None, precision, steps)
+    return found
+
+
+def _commit(run: Run, tuning: Tuning, state: Mapping[str, tuple[Tensor, Any]]) -> None:
+    """Store the tensors that changed, and what was done."""
+    changed: dict[str, Tensor] = {}
+    samples: dict[str, Any] = {}
+    with run.stage("save"):
+        for index in range(len(run.skeleton.blocks) if state else 0):
+            block = f"{run.skeleton.block_name(index)}."
+            own = {path.removeprefix(block): state[path] for path in state if path.startswith(block)}
+            own = {name: (codes.cpu(), grid.to("cpu")) for name, (codes, grid) in own.items()}
+            changed |= run.weights.differing(index, own)
+            sample = run.journal.read_block_info(index)["sample"]
+            if sample is not None:
+                name = next(name for name in own if run.skeleton.linear_name(index, name) == sample["name"])
+                samples[str(index)] = update_sample(sample, *own[name])
+        measure = "kl" if run.skeleton.has_lm_head else "relative squared error"
+        info = {"tuning": tuning.to_json(), "measure": measure, "samples": samples}
+        run.journal.commit_finished(changed, info)
+    if not tuning.best:
+        _say(run, f"the model is not finished: {tuning.trouble or 'its error on held-out windows did not fall'}")
+
+
+def _say_pass(run: Run, turn: int, held: float) -> None:
+    _say(run, f"finishing: after pass {turn} of {run.recipe.finish} the error on held-out windows is {held:.4g}")
+
+
+def _say(run: Run, message: str) -> None:
+    run.progress.report("notice", len(run.skeleton.blocks), message=message)
