@@ -27,7 +27,11 @@ _UNSET: dict[str, tuple[Any, ...]] = {
     "only": ((), []),
 }
 # What each effort sets, of a learned grid, where the recipe leaves it open; "good" are the defaults.
-EFFORTS: dict[str, dict[str, Any]] = {"fast": {"correct": 0.0, "refine": 0}, "good": {}, "best": {"tune": 4}}
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"correct": 0.0, "refine": 0},
+    "good": {},
+    "best": {"tune": 4, "finish": 4},
+}
 _NUMBERS = ("bits", "size", "samples", "length", "seed", "p", "steps", "refine", "tune", "finish", "damping")
 
 
@@ -74,7 +78,7 @@ class Recipe(ValidatedModel):
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     effort: Literal["fast", "good", "best"] = Field(
         default="good",
-        description="fast: the paper's procedure; good: with correction and refit; best: with block tuning, too",
+        description="fast: the paper's procedure; good: with correction and refit; best: with tuning, of blocks and of the whole",
     )
     p: float | None = Field(
         default=None, ge=0, le=16, description="exponent of the loss-error weights U_jj^-p; 4 non-uniform, 2 affine"

@@ -106,14 +106,15 @@ def test_an_effort_fills_in_what_the_recipe_leaves_open(tmp_path: Path) -> None:
     def settings(**fields: Any) -> tuple[Any, ...]:
         resolved = Recipe(scheme=fields.pop("scheme", "NU4"), **fields).resolved()
         assert Recipe.model_validate(resolved.model_dump()) == resolved  # as the manifest holds it
-        return resolved.p, resolved.correct, resolved.refine, resolved.tune
+        return resolved.p, resolved.correct, resolved.refine, resolved.tune, resolved.finish
 
-    assert settings(effort="fast") == (4, 0, 0, None)
-    assert settings(effort="fast", scheme="W4A16") == (2, 0, 0, None)
+    assert settings(effort="fast") == (4, 0, 0, None, None)
+    assert settings(effort="fast", scheme="W4A16") == (2, 0, 0, None, None)
     assert settings() == settings(effort="good") == settings(tune=0)
-    assert settings(effort="best") == (*settings()[:3], 4)
+    assert settings(effort="best") == (*settings()[:3], 4, 4)
     assert settings(effort="best", tune=2)[3] == 2 and not settings(effort="best", tune=0)[3]
-    assert settings(effort="fast", correct=0.25, refine=3) == (4, 0.25, 3, None)
+    assert settings(effort="best", finish=2)[3:] == (4, 2) and not settings(effort="best", finish=0)[4]
+    assert settings(effort="fast", correct=0.25, refine=3) == (4, 0.25, 3, None, None)
     (tmp_path / "r.toml").write_text('scheme = "NU4"\neffort = "best"\n')
     assert Recipe.from_file(tmp_path / "r.toml").resolved().tune == 4
 

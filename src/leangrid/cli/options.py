@@ -31,7 +31,8 @@ Samples = Annotated[int | None, typer.Option(metavar="N", help="calibration wind
 Length = Annotated[int | None, typer.Option(metavar="N", help="tokens a window [2048]")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="chooses the windows [0]")]
 Effort = Annotated[
-    str | None, typer.Option(help="fast is the paper, good corrects and refits, best tunes blocks too [good]")
+    str | None,
+    typer.Option(help="fast is the paper, good corrects and refits, best tunes blocks and the whole model, too [good]"),
 ]
 P = Annotated[float | None, typer.Option(metavar="X", help="exponent of loss-error weights [4 non-uniform, 2 affine]")]
 Steps = Annotated[int | None, typer.Option(metavar="T", help="steps of the affine search [2048]")]

@@ -23,6 +23,10 @@ from leangrid.report.sample import update_sample
 from leangrid.run.run import Run
 from leangrid.solve.tuning import Steps, TunedLinear, Tuning, relative_error, tune
 
+# Of scales, offsets and levels, in units of their root mean square: half of the smaller step of block tuning and less
+# (docs/log.md).
+_STEP = 0.001
+
 
 def finish_model(run: Run) -> None:
     """Tune the grids of the whole model, if the recipe says so, and commit what changed.
@@ -40,7 +44,7 @@ def finish_model(run: Run) -> None:
     _say(run, f"finishing: {run.recipe.finish} passes over {len(seen)} batches of the calibration text")
     try:
         with run.stage("finish"):
-            steps = Steps(run.recipe.finish, codes=0.0, seed=run.recipe.seed)
+            steps = Steps(run.recipe.finish, _STEP, codes=0.0, seed=run.recipe.seed)
             linears = _tuned_linears(run, steps)
             with load_whole(run.skeleton, run.whole_device) as model:
                 error = _Error(model, [*seen, *held], run.skeleton.has_lm_head)

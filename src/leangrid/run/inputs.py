@@ -180,7 +180,7 @@ def _refuse_to_finish(request: Request, skeleton: Skeleton, recipe: Recipe, plac
     usable = usable_device_bytes(request.device)
     if needed > usable:
         what = f"finish holds the whole model: about {needed / 2**30:.1f} GiB, {usable / 2**30:.1f} GiB can be used"
-        raise RecipeError(what, "finish", "Leave it out, use a shorter --length, or free memory")
+        raise RecipeError(what, "finish", "Use --finish 0 or a shorter --length, or free memory")
 
 
 def _found_placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal) -> Placement:
