@@ -78,7 +78,7 @@ class Recipe(ValidatedModel):
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     effort: Literal["fast", "good", "best"] = Field(
         default="good",
-        description="fast: the paper's procedure; good: with correction and refit; best: with tuning, of blocks and of the whole",
+        description="fast: the paper's procedure; good: with correction and refit; best: with tuning",
     )
     p: float | None = Field(
         default=None, ge=0, le=16, description="exponent of the loss-error weights U_jj^-p; 4 non-uniform, 2 affine"

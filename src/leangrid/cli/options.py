@@ -32,17 +32,15 @@ Length = Annotated[int | None, typer.Option(metavar="N", help="tokens a window [
 Seed = Annotated[int | None, typer.Option(metavar="N", help="chooses the windows [0]")]
 Effort = Annotated[
     str | None,
-    typer.Option(help="fast is the paper, good corrects and refits, best tunes blocks and the whole model, too [good]"),
+    typer.Option(help="fast is the paper, good corrects and refits, best tunes, too [good]"),
 ]
-P = Annotated[float | None, typer.Option(metavar="X", help="exponent of loss-error weights [4 non-uniform, 2 affine]")]
+P = Annotated[float | None, typer.Option(metavar="X", help="exponent of loss-error weights [NU 4, affine 2]")]
 Steps = Annotated[int | None, typer.Option(metavar="T", help="steps of the affine search [2048]")]
 Correct = Annotated[
     str | None, typer.Option(metavar="X", help="share of the inputs' error to correct, or auto; 0: the paper [0.5]")
 ]
 Refine = Annotated[int | None, typer.Option(metavar="N", help="rounds of refit after the sweep; 0 is the paper [1]")]
-Finish = Annotated[
-    int | None, typer.Option(metavar="N", help="passes of tuning all grids by the whole model's output; 0: none [0]")
-]
+Finish = Annotated[int | None, typer.Option(metavar="N", help="passes of tuning the whole model's grids [0]")]
 Tune = Annotated[int | None, typer.Option(metavar="N", help="passes of block tuning by gradient; 0: none [0]")]
 Ignore = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="linears that stay: '*.down_proj', re:REGEX; repeat")

@@ -187,21 +187,12 @@ def estimate_seconds(
     plain = [group for group in groups if group.experts == 1]
     measured = recipe.measures_correction
     corrected = sum(flops.correction(group.rows, group.cols, True, measured) for group in plain) * bool(recipe.correct)
-    together = count_step_windows(recipe.samples, recipe.length)
-    batches = recipe.samples // together
-    steps = batches - count_held_out(batches)
-    of_a_step = together * recipe.length * (2 * reached + attention) / forward
-    of_grids = weights * _TUNED_SECONDS / rates.threads
-    if recipe.tune:
-        shared["tune"] = recipe.tune * steps * (_BACKWARD * of_a_step + of_grids)
+    tuned, finished = _tuning(skeleton, recipe, 2 * reached + attention, weights, rates)
+    shared |= {"tune": tuned} if recipe.tune else {}
     if budget is not None:
         shared["measure"] = _measuring(skeleton, recipe, budget, groups, reached, attention, rates)
-    alone = {}
-    if recipe.finish:  # rank 0, while the others wait
-        head = together * recipe.length * 2 * skeleton.vocabulary * skeleton.hidden_size * skeleton.has_lm_head
-        whole = of_a_step + head / forward
-        alone["finish"] = recipe.finish * steps * ((_BACKWARD + _ORIGINAL) * whole + of_grids)
-    alone |= {
+    alone = {
+        **({"finish": finished} if recipe.finish else {}),  # rank 0, while the others wait
         "load": (before + again) / rates.read,
         "factor": factors / (_FACTOR * algebra) + corrected / (_CORRECT * algebra),
         "save": (2 * after + (1 + placement.disk_streams) * blocks * states) / rates.disk,
@@ -213,6 +204,17 @@ def estimate_seconds(
         alone["exchange"] = moved * (rates.ranks - 1) / rates.link
     stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
+
+
+def _tuning(skeleton: Skeleton, recipe: Recipe, flops_a_token: int, weights: int, rates: Rates) -> tuple[float, float]:
+    """Seconds in which all blocks are tuned, and in which the whole model is finished."""
+    together = count_step_windows(recipe.samples, recipe.length)
+    batches, tokens, forward = recipe.samples // together, together * recipe.length, _FORWARD * rates.forward
+    steps, grids = batches - count_held_out(batches), weights * _TUNED_SECONDS / rates.threads
+    head = 2 * skeleton.vocabulary * skeleton.hidden_size * skeleton.has_lm_head
+    blocks, whole = (tokens * each / forward for each in (flops_a_token, flops_a_token + head))
+    tuned = (recipe.tune or 0) * steps * (_BACKWARD * blocks + grids)
+    return tuned, (recipe.finish or 0) * steps * ((_BACKWARD + _ORIGINAL) * whole + grids)
 
 
 def _measuring(
