@@ -32,7 +32,7 @@ Length = Annotated[int | None, typer.Option(metavar="N", help="tokens a window [
 Seed = Annotated[int | None, typer.Option(metavar="N", help="chooses the windows [0]")]
 Effort = Annotated[
     str | None,
-    typer.Option(help="fast is the paper, good corrects and refits, best tunes, too [good]"),
+    typer.Option(help="fast (the paper), good, or best, which also tunes [good]"),
 ]
 P = Annotated[float | None, typer.Option(metavar="X", help="exponent of loss-error weights [NU 4, affine 2]")]
 Steps = Annotated[int | None, typer.Option(metavar="T", help="steps of the affine search [2048]")]
