@@ -55,7 +55,7 @@ def test_the_distance_on_held_out_windows_is_that_of_the_written_result(name: st
         assert found["held_after"] < found["held_before"]
         assert found["after"] < found["before"]
     encoder = name in ("bert", "albert")
-    for windows, figure in ((WINDOWS[-1:], "held_after"), (WINDOWS[:-1], "after")):
+    for windows, figure in ((WINDOWS[-1:], "held_after"), (WINDOWS[:1], "after")):
         measured = _distance(tmp_path / "out", tiny(name), windows, encoder)
         assert measured == pytest.approx(found[figure], rel=0.01), figure
 

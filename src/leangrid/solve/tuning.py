@@ -60,7 +60,8 @@ class Tuning:
     """What tuning did to one block.
 
     Attributes:
-        before, after: the block's mean error on the batches that were tuned on.
+        before, after: the mean error on the first of the batches that were tuned on, as many as are held out (all of
+            them would take as long as half a pass).
         held_before, held_after: the same on those that were held out.
         best: the pass after which the held-out error was least; 0: it never fell, and the block is as it was solved.
         moved: share of the codes that changed.
@@ -166,7 +167,8 @@ def tune(
     """
     solved = {name: (one.codes, one.grid) for name, one in linears.items()}
     together = _Together(add)
-    start, best = (together.mean(linears, error, batches) for batches in (fitted, held_out))
+    shown = fitted[: len(held_out)]
+    start, best = (together.mean(linears, error, batches) for batches in (shown, held_out))
     tuning, state = Tuning(start, start, best, best), solved
     if not 0 < start < math.inf or not best < math.inf:
         nothing = "the error is 0 as it was solved" if start == 0 else "the error is not finite"
@@ -187,7 +189,7 @@ def tune(
         elif turn - tuning.best >= _PATIENCE:
             break
     if tuning.best:
-        tuning = replace(tuning, after=together.mean(state, error, fitted), moved=_moved(solved, state))
+        tuning = replace(tuning, after=together.mean(state, error, shown), moved=_moved(solved, state))
     return tuning, state
 
 
