@@ -166,8 +166,8 @@ def first_pass(model: nn.Module, entry: nn.Module, run: Run, look: Callable[[], 
         except MemoryError:
             raise
         except Exception as error:  # the model's own code may raise anything
-            at = f" in {first.stack[-1]}" if any(first.stack) else ""
-            what = f"its forward pass cannot be followed on text alone: {first_line(error)}{at}"
+            at = f", in module {first.stack[-1]}" if any(first.stack) else ""
+            what = f"its forward pass cannot be followed on text alone: {first_line(error).rstrip('.')}{at}"
             raise ArchitectureError(what, type(model).__name__, WAY_OUT) from error
     return first.log, first.looking
 
