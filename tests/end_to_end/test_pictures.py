@@ -219,3 +219,9 @@ def test_two_ranks_share_the_rows(source_of: Callable[[str], Path], tmp_path: Pa
         assert [ended.status for ended in forked_ranks.run(count, job)] == [0] * count
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() and all(abs(two[key] / one[key] - 1) < TOLERANCE for key in one)
+
+
+def test_the_whole_model_is_finished_on_its_rows(source_of: Callable[[str], Path], tmp_path: Path) -> None:
+    wanted = recipe(written(tmp_path), "RTN4_G32", finish=2)
+    found = quantize(source_of("qwen3_vl"), tmp_path / "out", wanted).finish
+    assert found["best"] > 0 and found["held_after"] < found["held_before"]
