@@ -216,7 +216,7 @@ def _tiny(
     given = given or {}
     mine = EXCEPTIONS.get(kind.model_type, {}) | overrides
     fields: dict[str, Any] = {}
-    for key, spec in kind.sub_configs_defaults.items():
+    for key, spec in getattr(kind, "sub_configs_defaults", {}).items():  # older transformers have none
         own = {k.removeprefix(f"{key}."): v for k, v in mine.items() if k.startswith(f"{key}.")}
         if key in mine:
             fields[key] = mine[key]

@@ -23,9 +23,9 @@ from leangrid.report.sample import update_sample
 from leangrid.run.run import Run
 from leangrid.solve.tuning import Steps, TunedLinear, Tuning, relative_error, tune
 
-# Of scales, offsets and levels, in units of their root mean square: half of the smaller step of block tuning and less
-# (docs/log.md).
-_STEP = 0.001
+# Of scales, offsets and levels of 4 bits, in units of their root mean square; at every bit less twice as large, as the
+# distance between two levels is (docs/log.md).
+_STEP, _STEP_BITS = 0.001, 4
 
 
 def finish_model(run: Run) -> None:
@@ -44,8 +44,7 @@ def finish_model(run: Run) -> None:
     _say(run, f"finishing: {run.recipe.finish} passes over {len(seen)} batches of the calibration text")
     try:
         with run.stage("finish"):
-            steps = Steps(run.recipe.finish, _STEP, codes=0.0, seed=run.recipe.seed)
-            linears = _tuned_linears(run, steps)
+            steps, linears = Steps(run.recipe.finish, seed=run.recipe.seed), _tuned_linears(run)
             with load_whole(run.skeleton, run.whole_device) as model:
                 error = _Error(model, [*seen, *held], run.skeleton.has_lm_head)
                 numbers = range(len(seen) + len(held))
@@ -75,14 +74,14 @@ class _Error:
         return mean_divergence(wanted, given) if self.has_lm_head else relative_error(given, wanted)
 
 
-def _tuned_linears(run: Run, steps: Steps) -> dict[str, TunedLinear]:
+def _tuned_linears(run: Run) -> dict[str, TunedLinear]:
     """Every quantized linear as it is committed, by its path in the model."""
     found = {}
     for index in range(len(run.skeleton.blocks)):
         for name, codes, grid in run.weights.solved(index):
             recipe = run.recipe.for_layer(run.skeleton.linear_name(index, name))
             precision = run.precision.for_scheme(recipe.scheme_for(codes.shape[1]))
-            device = run.whole_device
+            device, steps = run.whole_device, Steps(run.recipe.finish or 0, _STEP * 2.0 ** (_STEP_BITS - grid.bits))
             path = f"{run.skeleton.block_name(index)}.{name}"
             found[path] = TunedLinear(codes.to(device), grid.to(device), None, precision, steps)
     return found

@@ -439,7 +439,8 @@ def test_a_failing_pass_names_the_module_at_work() -> None:
         def forward(self, x: Tensor, **_: Any) -> Tensor:
             return self.down(x)
 
-    assert "cannot be followed on text alone: " in (words := refused_block(Fails)) and "in module layers.0.down" in words
+    words = refused_block(Fails)
+    assert "cannot be followed on text alone: " in words and "in module layers.0.down" in words
 
 
 def test_values_of_activations_may_be_looked_at() -> None:
