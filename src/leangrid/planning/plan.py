@@ -232,11 +232,17 @@ def _peak_ram(skeleton: Skeleton, recipe: Recipe, held: Footprint, device: str) 
 def _refuse_small_device(result: Plan, device: str, free: int) -> None:
     if result.peak_gpu_bytes > free:
         needed, usable = result.peak_gpu_bytes / 2**30, free / 2**30
+        way_out = "Describe a larger one" if result.rates["assumed"] else "Free the device, or use --device cpu"
         raise OutputError(
             f"the run needs {needed:.1f} GiB on {device} at the least, {usable:.1f} GiB can be used",
             result.source,
-            "Describe a larger one" if result.rates["assumed"] else "Free the device, or use --device cpu",
+            _way_out(result, way_out),
         )
+
+
+def _way_out(result: Plan, otherwise: str) -> str:
+    """What to do about too little memory: finishing holds the whole model, everything else one block."""
+    return "Use --finish 0" if result.memory["peak_phase"] == "finish" else otherwise
 
 
 def _refuse_what_is_not_here(result: Plan, out: Path) -> None:
@@ -246,7 +252,7 @@ def _refuse_what_is_not_here(result: Plan, out: Path) -> None:
         raise OutputError(
             f"the run needs {needed:.1f} GiB of memory, {available:.1f} GiB can be had",
             result.source,
-            f"Try --samples {fewer}, or a machine with more memory",
+            _way_out(result, f"Try --samples {fewer}, or a machine with more memory"),
         )
     existing = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free

@@ -94,6 +94,12 @@ def test_a_device_too_small_is_refused_with_what_is_needed() -> None:
         plan(None, shape="llama-3.1-405b", device="2x8GB")
 
 
+def test_a_device_too_small_for_the_whole_model_alone_is_told_to_leave_finishing_out() -> None:
+    with pytest.raises(OutputError, match=r"at the least, .* Use --finish 0"):
+        plan(None, Recipe(effort="best"), shape="llama-3-8b", device="48GB")
+    assert plan(None, Recipe(effort="best", finish=0), shape="llama-3-8b", device="48GB").layers == 224
+
+
 @pytest.mark.parametrize(
     "device", ["2x", "48", "0x48GB", "2x48", "48GB@", "0GB", "48GB@0TF", "2x48GB@fast", "-1x48GB", "99999x1GB"]
 )
