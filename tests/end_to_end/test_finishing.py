@@ -68,8 +68,12 @@ def _stop_when(words: str) -> Callable[[Event], None]:
     return stop
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gpt2", "bert", "qwen3_moe", "gemma3n"])
-@pytest.mark.parametrize("words", ["finishing: 4 passes", "after pass 2"])
+_BEGUN, _HALF = "finishing: 4 passes", "after pass 2"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("qwen2", _BEGUN), ("bert", _HALF), ("qwen3_moe", _BEGUN), ("gemma3n", _HALF)]
+)
 def test_a_stopped_run_ends_in_the_same_bytes(name: str, words: str, tiny: Tiny, tmp_path: Path) -> None:
     quantize(tiny(name), tmp_path / "whole", LEVELS, windows=WINDOWS)
     with pytest.raises(KeyboardInterrupt):
