@@ -17,6 +17,7 @@ from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run import inputs
 from leangrid.run.quantize import quantize
+from leangrid.storage import failpoints
 from leangrid.storage.safetensors import load as load_tensors
 
 Tiny = Callable[..., Path]
@@ -79,6 +80,23 @@ def test_a_stopped_run_ends_in_the_same_bytes(name: str, words: str, tiny: Tiny,
     with pytest.raises(KeyboardInterrupt):
         quantize(tiny(name), tmp_path / "out", LEVELS, windows=WINDOWS, progress=_stop_when(words))
     quantize(tiny(name), tmp_path / "out", LEVELS, windows=WINDOWS)
+    stored = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "whole")]
+    assert stored[0] == stored[1]
+    assert _finish(tmp_path / "out") == _finish(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3n"])
+def test_a_run_that_is_stopped_while_it_is_published_is_not_finished_again(
+    name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(tiny(name), tmp_path / "whole", LEVELS, windows=WINDOWS)
+    failpoints.reset()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setenv("LEANGRID_FAILPOINT", "publish.before_manifest:1:raise:SIGINT")
+        quantize(tiny(name), tmp_path / "out", LEVELS, windows=WINDOWS)
+    told: list[str] = []
+    quantize(tiny(name), tmp_path / "out", LEVELS, windows=WINDOWS, progress=lambda event: told.append(event.message))
+    assert "resuming after the last block" in told and not any("finishing" in words for words in told)
     stored = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "whole")]
     assert stored[0] == stored[1]
     assert _finish(tmp_path / "out") == _finish(tmp_path / "whole")

@@ -114,8 +114,11 @@ class Run:
         return range(self.journal.count_committed(), len(self.skeleton.blocks))
 
     def streams(self) -> Streams:
-        """The hidden states that enter the first block that is not committed yet."""
+        """The hidden states that enter the first block that is not committed yet; none where all are."""
         done = self.journal.count_committed()
+        if done == len(self.skeleton.blocks):  # stopped after its last block, whose states nothing reads
+            self.progress.report("notice", done, message="resuming after the last block")
+            return Streams([], None)
         if not done or not self.flow.waits:
             streams = self._enter()
             if done:
