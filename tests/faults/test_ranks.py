@@ -345,7 +345,7 @@ def test_two_ranks_tune_blocks_together_and_give_the_same_bytes_twice(source: Pa
 
 
 def test_two_ranks_finish_the_model_by_all_their_windows(source: Path, tmp_path: Path) -> None:
-    recipe, windows = Recipe(scheme="W3A16", finish=4), tiny_models.tokens(17, 32)
+    recipe, windows = Recipe(scheme="RTN3", finish=4), tiny_models.tokens(17, 32)
     job = as_command(lambda rank: quantize(source, tmp_path / "out", recipe, windows=windows, threads=1))
     ended = forked_ranks.run(2, job)
     assert all(one.status == 0 for one in ended), ended
