@@ -64,6 +64,7 @@ def run(source: Path, out: Path, overwrite: bool = False, restart: bool = False,
             journal.save_artifact("windows", {"tokens": torch.arange(8)})
         first = journal.find_resume_point()
         state = journal.load_state(first) if first else {"x": torch.ones(2, 8)}
+        state = {} if state is None and journal.read_finished_info() is not None else state  # nothing reads it then
         assert state is not None
         for index in range(first, BLOCKS):
             weight = checkpoint.read(f"blocks.{index}.weight")
