@@ -40,7 +40,7 @@ def describe_tuning(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     if found["tuned"]:
         words = f"{found['tuned']} blocks: their error fell to {found['held_error']:.2f} of what it was on held-out "
-        words += f"windows ({found['error']:.2f} on the others); {found['moved']:.1%} of their codes moved"
+        words += f"windows ({found['error']:.2f} on as many others); {found['moved']:.1%} of their codes moved"
         rows.append(("tuned", words))
     if found["kept"]:
         more = f"; {'; '.join(found['trouble'][:_SHOWN])}" if found["trouble"] else ""
@@ -68,7 +68,7 @@ def describe_finish(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [("not finished", found["trouble"] or "its error on held-out windows did not fall")]
     what = "KL" if found["measure"] == "kl" else "error"
     words = f"{what} on held-out windows {found['held_before']:.4g} before, {found['held_after']:.4g} after pass "
-    words += f"{found['best']} ({found['before']:.4g} and {found['after']:.4g} on the others)"
+    words += f"{found['best']} ({found['before']:.4g} and {found['after']:.4g} on as many others)"
     return [("finished", words + (f"; {found['trouble']}" if found["trouble"] else ""))]
 
 

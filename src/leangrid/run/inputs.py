@@ -108,7 +108,8 @@ def open_inputs(request: Request) -> RunInputs:
     with _discarded_on_error(journal):
         estimated = estimated_recipe(resolved, skeleton)
         placement = _placement(request, skeleton, estimated, journal)
-        _refuse_to_finish(request, skeleton, estimated, placement)
+        if estimated.finish and journal.read_finished_info() is None:
+            _refuse_to_finish(request, skeleton, estimated, placement)
         _require_disk(request, skeleton, estimated, journal, placement)
     notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
     notices += [*checkpoint.notices, *skeleton.notices, *journal.notices]
@@ -173,8 +174,6 @@ def _placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Jo
 
 def _refuse_to_finish(request: Request, skeleton: Skeleton, recipe: Recipe, placement: Placement) -> None:
     """RecipeError where the whole model, which is tuned at the end, will not fit in memory."""
-    if not recipe.finish:
-        return
     demand = Demand.of(skeleton, recipe, *_windows_shape(request, recipe), request.device)
     needed = sum(sum_footprint(demand, placement).phases.get("finish", {}).values())
     usable = usable_device_bytes(request.device)

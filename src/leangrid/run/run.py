@@ -56,6 +56,7 @@ class Run:
         precision: what the container keeps scales and levels in.
         states: where hidden states wait, by the present placement.
         writer: takes what was solved.
+        weights: the new weights of committed blocks.
         flow, onward: how the streams get to the next block.
         clock, accounting, progress: seconds, operations, and what watchers are told.
     """
@@ -79,8 +80,8 @@ class Run:
         self.progress = RunProgress(watcher, clock, blocks, done, windows.numel())
         self.writer = BlockWriter(inputs, self.states, clock, self.accounting, self.progress, ranks)
         self.flow = open_flow(self.skeleton, self.device, self.states.get)
-        self._weights = CommittedWeights(self.skeleton, self.recipe, self.journal)
-        self.onward = Onward(self.skeleton, self.flow, self._weights, self.device, self.stage)
+        self.weights = CommittedWeights(self.skeleton, self.recipe, self.journal)
+        self.onward = Onward(self.skeleton, self.flow, self.weights, self.device, self.stage)
         if self.recipe.measures_correction and self.strength is not None:
             self.progress.report("notice", done, message=_ONE_WINDOW)
         self._first_batches = 0  # batches of this rank in the first half
@@ -175,7 +176,7 @@ class Run:
     def _walk(self, index: int, module: nn.Module, streams: Streams) -> BlockWalk | RepeatedWalk:
         """The walk through block ``index``."""
         if is_repeated(self.skeleton, index):
-            known, places = self._weights.of, (self.states.put, self.states.get)
+            known, places = self.weights.of, (self.states.put, self.states.get)
             ways = (self._batches(), known, places, self.held_out)
             return RepeatedWalk(self.skeleton, index, module, self.flow, streams, *ways)
         placement, states = self.states.placement, self.states
@@ -198,11 +199,6 @@ class Run:
     def whole_device(self) -> str:
         """Where the model is run as a whole, in torch's words."""
         return "cpu" if self.states.placement.host_block else self.device
-
-    @property
-    def weights(self) -> CommittedWeights:
-        """The new weights of committed blocks."""
-        return self._weights
 
     def batches_of_all_ranks(self) -> tuple[list[Any], list[Any]]:
         """The calibration windows in batches as they are tuned by: those of every rank that Hessians saw, and those

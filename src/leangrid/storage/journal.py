@@ -295,10 +295,11 @@ class Journal:
         files.remove(path)
 
     def _drop_blocks(self, first: int) -> None:
-        for path in sorted((self.partial / "blocks").glob("[0-9]*"), reverse=True):
-            if int(path.stem) >= first:
-                self._remove_finished()
-                files.remove(path)
+        dropped = [path for path in (self.partial / "blocks").glob("[0-9]*") if int(path.stem) >= first]
+        if dropped:
+            self._remove_finished()
+        for path in sorted(dropped, reverse=True):
+            files.remove(path)
 
     def _remove_finished(self) -> None:
         """What was made of blocks of which one is made again."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -70,38 +71,22 @@ def test_garbage_is_collected_again_afterwards() -> None:
     assert gc.isenabled() == was
 
 
-def test_a_plan_counts_the_time_of_tuning_by_its_passes(tiny: Tiny) -> None:
-    def seconds(passes: int) -> dict[str, float]:
-        _, skeleton, recipe = open_checkpoint(tiny("llama2"), Recipe(scheme="NU4", samples=16, tune=passes))
-        layers = compute_sizes(skeleton, recipe).layers
-        return estimate_seconds(skeleton, recipe, layers, Placement(1), Rates(1e6, 1e6, 1e6, 1.0))
+def _planned_seconds(source: Path, **fields: Any) -> dict[str, float]:
+    _, skeleton, recipe = open_checkpoint(source, Recipe(scheme="NU4", samples=16, **fields))
+    layers = compute_sizes(skeleton, recipe).layers
+    return estimate_seconds(skeleton, recipe, layers, Placement(1), Rates(1e6, 1e6, 1e6, 1.0))
 
-    none, two, four = seconds(0), seconds(2), seconds(4)
+
+def test_a_plan_counts_the_time_of_tuning_by_its_passes(tiny: Tiny) -> None:
+    none, two, four = (_planned_seconds(tiny("llama2"), tune=passes) for passes in (0, 2, 4))
     assert "tune" not in none
     assert four["tune"] == pytest.approx(2 * two["tune"], rel=1e-3)
     forward = none["calibrate"] / 2  # two streams, 16 windows
     assert two["tune"] == pytest.approx(2 * 14 / 16 * 3 * forward, rel=0.02)
 
 
-@pytest.mark.fault("R3")
-def test_the_memory_of_tuning_is_that_of_a_run(tmp_path: Path) -> None:
-    source = tiny_models.synthetic(tmp_path / "source", blocks=2, hidden=256, dtype=torch.float32)
-    recipe = Recipe(scheme="W4A16_G64", tune=1)
-    with LiveBytes() as alive:
-        quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(4, 64))
-    _, skeleton, settled = open_checkpoint(source, recipe)
-    planned = sum_footprint(Demand.of(skeleton, settled, 4, 64, "cpu"), Placement(1))
-    assert planned.peak_phase == "tune"
-    assert planned.peak == pytest.approx(alive.peak, rel=0.2), planned.phases["tune"]
-
-
 def test_a_plan_counts_the_time_of_finishing_by_its_passes(tiny: Tiny) -> None:
-    def seconds(passes: int) -> dict[str, float]:
-        _, skeleton, recipe = open_checkpoint(tiny("llama2"), Recipe(scheme="NU4", samples=16, finish=passes))
-        layers = compute_sizes(skeleton, recipe).layers
-        return estimate_seconds(skeleton, recipe, layers, Placement(1), Rates(1e6, 1e6, 1e6, 1.0))
-
-    none, two, four = seconds(0), seconds(2), seconds(4)
+    none, two, four = (_planned_seconds(tiny("llama2"), finish=passes) for passes in (0, 2, 4))
     assert "finish" not in none
     assert four["finish"] == pytest.approx(2 * two["finish"], rel=1e-3)
     head = 2 * 16 * Recipe().length * tiny_models.VOCAB * tiny_models.HIDDEN / (0.7 * 1e6)
@@ -109,13 +94,16 @@ def test_a_plan_counts_the_time_of_finishing_by_its_passes(tiny: Tiny) -> None:
 
 
 @pytest.mark.fault("R3")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_of_finishing_is_that_of_a_run(dtype: torch.dtype, tmp_path: Path) -> None:
-    source = tiny_models.synthetic(tmp_path / "source", blocks=4, hidden=256, dtype=dtype)
-    recipe = Recipe(scheme="W4A16_G64", finish=1)
+@pytest.mark.parametrize(
+    ("phase", "blocks", "dtype"),
+    [("tune", 2, torch.float32), ("finish", 4, torch.float32), ("finish", 4, torch.bfloat16)],
+)
+def test_the_memory_of_tuning_is_that_of_a_run(phase: str, blocks: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    source = tiny_models.synthetic(tmp_path / "source", blocks=blocks, hidden=256, dtype=dtype)
+    recipe = Recipe.model_validate({"scheme": "W4A16_G64", phase: 1})
     with LiveBytes() as alive:
         quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(4, 64))
     _, skeleton, settled = open_checkpoint(source, recipe)
     planned = sum_footprint(Demand.of(skeleton, settled, 4, 64, "cpu"), Placement(1))
-    assert planned.peak_phase == "finish"
-    assert planned.peak == pytest.approx(alive.peak, rel=0.2), planned.phases["finish"]
+    assert planned.peak_phase == phase
+    assert planned.peak == pytest.approx(alive.peak, rel=0.2), planned.phases[phase]
