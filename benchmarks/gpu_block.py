@@ -34,7 +34,8 @@ import leangrid
 from common import lines
 from common.machine import provenance
 from common.random_model import MODELS, checkpoint
-from leangrid.planning.footprint import Demand, Footprint, choose_placement, sum_footprint
+from leangrid.planning.demand import Demand
+from leangrid.planning.footprint import Footprint, choose_placement, sum_footprint
 from leangrid.planning.placement import Placement
 from leangrid.planning.resolve import open_checkpoint
 from leangrid.progress import Event

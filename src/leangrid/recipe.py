@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_serializer, model_validator
 
 from leangrid.errors import RecipeError
+from leangrid.mixture import Part, sources_of, split_mixture
 from leangrid.patterns import REGEX, Pattern, compile_regex
 from leangrid.schemes import GRID_SCHEMES, OFFSET_FORMATS, Scheme
 from leangrid.validation import ValidatedModel, read_size
@@ -68,12 +69,15 @@ class Recipe(ValidatedModel):
     format: str = Field(default="auto", description="container: auto, compressed-tensors, lut, gptq, awq, mlx, gguf")
     calibration: str = Field(
         default="c4",
-        description="c4, wikitext2, self, embedded, a .txt/.jsonl/.csv/.parquet file, or hf:org/name:split:column",
+        description="c4, wikitext2, self, embedded, a .txt/.jsonl/.csv/.parquet file, hf:org/name:split:column, or so "
+        "many windows of several: c4:64,self:64",
     )
     text_field: str | None = Field(
         default=None, description="the column of the calibration's rows; None: text, or conversations"
     )
-    samples: int = Field(default=128, ge=1, le=1_000_000, description="calibration windows")
+    samples: int = Field(
+        default=128, ge=1, le=1_000_000, description="calibration windows; of several sources the sum of theirs"
+    )
     length: int = Field(default=2048, ge=8, le=1_000_000, description="tokens a window")
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     effort: Literal["fast", "good", "best"] = Field(
@@ -169,6 +173,30 @@ class Recipe(ValidatedModel):
             Pattern(text, info.field_name).check()
         return tuple(dict.fromkeys(value))
 
+    @model_validator(mode="before")
+    @classmethod
+    def _count_windows(cls, fields: Any) -> Any:
+        """A mixture's windows are counted by its parts."""
+        if not isinstance(fields, dict) or not isinstance(fields.get("calibration"), str) or "samples" in fields:
+            return fields
+        parts = split_mixture(fields["calibration"])
+        return {**fields, "samples": sum(part.windows for part in parts)} if parts else fields
+
+    @model_validator(mode="after")
+    def _check_mixture(self) -> "Recipe":
+        parts = self.parts
+        if parts and self.samples != (total := sum(part.windows for part in parts)):
+            what = f"samples is {self.samples}, and the sources of the calibration give {total} windows"
+            raise RecipeError(what, "recipe", "Leave out samples")
+        if not all(part.windows for part in parts):
+            raise RecipeError(f"a source of '{self.calibration}' gives no windows", "recipe", "Leave it out")
+        if len({part.source for part in parts}) < len(parts):
+            raise RecipeError(f"'{self.calibration}' names a source twice", "recipe", "Name it once, with all windows")
+        if parts and self.text_field is not None:
+            what = "text_field is the column of one source, and the calibration has several"
+            raise RecipeError(what, "recipe", "Name the column behind the data set (hf:org/name:split:column)")
+        return self
+
     @model_validator(mode="after")
     def _check_budget(self) -> "Recipe":
         if self.bits is not None and self.size is not None:
@@ -195,6 +223,20 @@ class Recipe(ValidatedModel):
     def schemes(self) -> list[Scheme]:
         """The parsed scheme, then those of ``layers``, each once."""
         return list(dict.fromkeys((self.parsed, *map(Scheme.parse, dict.fromkeys(self.layers.values())))))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The sources of the calibration and the windows of each; none where there is one source."""
+        return split_mixture(self.calibration)
+
+    def of_part(self, part: Part) -> "Recipe":
+        """This recipe with one source of its mixture alone."""
+        return self.model_copy(update={"calibration": part.source, "samples": part.windows})
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether the model writes calibration text, or some of it."""
+        return "self" in sources_of(self.calibration)
 
     @property
     def has_budget(self) -> bool:

@@ -61,6 +61,18 @@ def test_the_distance_on_held_out_windows_is_that_of_the_written_result(name: st
         assert measured == pytest.approx(found[figure], rel=0.01), figure
 
 
+@pytest.mark.parametrize("name", ["llama2", "gpt2", "qwen3_moe", "albert"])
+def test_one_block_at_once_gives_the_same_bytes(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    outs, recipe = [], FINISHED if name == "llama2" else LEVELS
+    for replay in (False, True):
+        outs.append(tmp_path / f"out-{replay}")
+        quantize(tiny(name), outs[-1], recipe, windows=WINDOWS, placement=Placement(1, replay=replay))
+    stored = [(out / "model.safetensors").read_bytes() for out in outs]
+    assert stored[0] == stored[1]
+    assert _finish(outs[0]) == _finish(outs[1])
+    assert _finish(outs[0])["best"] > 0
+
+
 def _stop_when(words: str) -> Callable[[Event], None]:
     def stop(event: Event) -> None:
         if words in event.message:

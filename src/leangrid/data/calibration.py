@@ -17,6 +17,7 @@ from leangrid.data.documents import Document, Reading, join_documents
 from leangrid.data.hub import PREFIX
 from leangrid.data.windows import PictureRows, Windows
 from leangrid.errors import CalibrationError
+from leangrid.mixture import spread
 from leangrid.recipe import Recipe
 
 log = logging.getLogger("leangrid")
@@ -60,7 +61,8 @@ def make_windows(
     From a file: its documents in order, joined by blank lines and tokenized once; the first samples x length tokens, as
     other tools take them. Conversations go through the tokenizer's chat template, one after the other. From C4 and data
     sets of the hub: the same with documents shuffled by the seed. From WikiText-2 and the embedded text: windows of the
-    whole corpus, chosen by the seed. From ``self``: ``sampler(samples, length, seed)`` draws them from the model. A
+    whole corpus, chosen by the seed. From ``self``: ``sampler(samples, length, seed)`` draws them from the model. Of a
+    mixture every source gives its own windows so, and they are spread (mixture.py). A
     tokenizer that also closes its texts (BERT's [SEP]) has its special tokens in every window.
 
     Args:
@@ -69,12 +71,17 @@ def make_windows(
         vocab_rows: rows of the model's embedding, to recognise another model's tokenizer; None: not checked.
         max_positions: the longest window that the model takes; None: not checked.
         reading: counts what is read and left out; None: it is not needed.
-        extra: how many more windows to add at the end, as far as the corpus has them; none for ``self``.
+        extra: how many more windows to add at the end, as far as the corpus has them; none for ``self``; of a mixture
+            those of the first source that is read.
 
     Raises:
         CalibrationError: there is no tokenizer, the text cannot be read or is empty or too short (the message has both
             numbers of tokens), a token is not in the embedding, or a window is too long.
     """
+    reading = Reading(recipe.calibration) if reading is None else reading
+    if recipe.parts:
+        known = {"vocab_rows": vocab_rows, "max_positions": max_positions}
+        return _from_parts(recipe, tokenizer, sampler, reading, extra, known)
     if max_positions is not None and recipe.length > max_positions:
         what = f"windows of {recipe.length} tokens, but the model takes {max_positions}"
         raise CalibrationError(what, "--length", f"Use --length {max_positions}")
@@ -91,7 +98,7 @@ def make_windows(
         if tokenizer is None:
             way_out = "Add its tokenizer files, or use --calibration self"
             raise CalibrationError("the checkpoint has no tokenizer", recipe.calibration, way_out)
-        result = _from_corpus(recipe, tokenizer, Reading(recipe.calibration) if reading is None else reading, extra)
+        result = _from_corpus(recipe, tokenizer, reading, extra)
     check_vocabulary(result, vocab_rows)
     return result
 
@@ -175,6 +182,26 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, around: Affixes
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
     encoded: Any = tokenizer(text, add_special_tokens=special, verbose=False)
     return list(encoded["input_ids"])
+
+
+def _from_parts(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    sampler: Sampler | None,
+    reading: Reading,
+    extra: int,
+    known: dict[str, int | None],
+) -> Tensor:
+    parts, unseen = [], []
+    read = [part.source for part in recipe.parts if part.source != "self"]
+    for part in recipe.parts:
+        reading.parts.append(Reading(part.source))
+        more = extra if read and part.source == read[0] else 0
+        found = make_windows(recipe.of_part(part), tokenizer, sampler, **known, reading=reading.parts[-1], extra=more)
+        parts.append(iter(found[: part.windows]))
+        unseen += found[part.windows :]
+    order = spread(tuple(part.windows for part in recipe.parts))
+    return torch.stack([*(next(parts[source]) for source in order), *unseen])
 
 
 def _from_corpus(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, reading: Reading, extra: int) -> Tensor:

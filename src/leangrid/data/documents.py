@@ -40,6 +40,7 @@ class Reading:
         long: rows left out because they have more than ``length`` tokens, pictures counted with them.
         merged: system messages that were put into the user's, because the template rejects them.
         notes: further sentences for the user.
+        parts: of a mixture, what was read of each source.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Reading:
     why_strange: str = ""
     complaint: str = ""
     notes: list[str] = field(default_factory=list)
+    parts: "list[Reading]" = field(default_factory=list)
 
     def describe_source(self) -> str:
         """Where the text comes from, as "column 'messages' in the chat template of the model"; "" for a plain text."""
@@ -83,7 +85,8 @@ class Reading:
             found.append(f"parts of messages that are no text, such as pictures, left out: {self.media:,}")
         if self.merged:
             found.append(f"system messages put before the user's, for the chat template takes none: {self.merged:,}")
-        return [f"{self.source}: {sentence}" for sentence in found]
+        of_parts = [sentence for part in self.parts for sentence in part.list_notices()]
+        return [f"{self.source}: {sentence}" for sentence in found] + of_parts
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest says about the corpus."""
@@ -96,6 +99,7 @@ class Reading:
             "rows": self.rows,
             "rows_left_out": left_out,
             **({"pictures": self.pictures} if self.pictures else {}),
+            **({"parts": [part.to_json() for part in self.parts]} if self.parts else {}),
         }
 
 

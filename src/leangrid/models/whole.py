@@ -1,12 +1,14 @@
 """A model with all its weights in memory, run with other weights in some of its linears."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from leangrid.models.linears import rows_first
 from leangrid.models.model_inputs import Inputs, moved_inputs
@@ -30,12 +32,60 @@ class WholeModel(nn.Module):
     def with_weights(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """As ``forward``, with ``weights`` [rows, cols] of linears, by their paths in the model; differentiable by
         them."""
-        named = {}
-        for path, weight in weights.items():
-            linear = self.model.get_submodule(path)
-            own = linear.get_parameter("weight")
-            named[f"model.{path}.weight"] = rows_first(linear, weight).to(own.device, own.dtype)
+        named = {f"model.{path}.weight": self._as_held(path, weights) for path in weights}
         return functional_call(self, named, (inputs,))
+
+    def with_weights_by_blocks(self, weights: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+        """The same, but each block reads its weights when it is called, and again for its gradient, for which it runs
+        a second time (Chen et al. 2016, arXiv 1604.06174): one block's are there at once.
+
+        For models in which nothing but hidden states flows between the blocks: what a block leaves elsewhere would be
+        left twice."""
+        paths = [self._skeleton.block_name(index) for index in range(len(self._skeleton.blocks))]
+        own = {path: [name for name in weights if name.startswith(f"{path}.")] for path in paths}
+        with ExitStack() as replaced:
+            for path in dict.fromkeys(paths):
+                block = self.model.get_submodule(path)
+                replaced.callback(block.__dict__.pop, "forward")
+                block.forward = partial(self._call_block, block.forward, path, own[path], weights)
+            return self(inputs)
+
+    def _call_block(
+        self,
+        forward: Callable[..., Any],
+        path: str,
+        names: list[str],
+        weights: Mapping[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """``forward`` of the block at ``path`` with ``weights`` of its linears ``names``."""
+        called = _Called(self.model.get_submodule(path), forward)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            named = {f"block{name.removeprefix(path)}.weight": self._as_held(name, weights) for name in names}
+            return functional_call(called, named, args, kwargs)
+
+        if not torch.is_grad_enabled():
+            return call(*args, **kwargs)
+        return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def _as_held(self, path: str, weights: Mapping[str, Tensor]) -> Tensor:
+        """The weight of the linear at ``path`` as the model holds it: its order of rows, device and dtype."""
+        linear = self.model.get_submodule(path)
+        own = linear.get_parameter("weight")
+        return rows_first(linear, weights[path]).to(own.device, own.dtype)
+
+
+class _Called(nn.Module):
+    """A block, called by ``forward``, which was its own before another took its place."""
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.block, self._forward = block, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
 
 
 @contextmanager

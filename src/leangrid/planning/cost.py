@@ -18,8 +18,10 @@ from leangrid.machine import flops
 from leangrid.machine.arithmetic import use_products
 from leangrid.machine.devices import has_own_memory, synchronize, usable_part
 from leangrid.machine.stopwatch import STAGES
+from leangrid.models.flow import flows_live
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.budget import EXPERTS, PROBED_LENGTH, Budget, count_measured, count_probed
+from leangrid.planning.gradients import finishes_by_blocks
 from leangrid.planning.groups import Group, groups_of
 from leangrid.planning.placement import Placement
 from leangrid.planning.sizes import LayerSize, state_bytes
@@ -187,7 +189,8 @@ def estimate_seconds(
     plain = [group for group in groups if group.experts == 1]
     measured = recipe.measures_correction
     corrected = sum(flops.correction(group.rows, group.cols, True, measured) for group in plain) * bool(recipe.correct)
-    tuned, finished = _tuning(skeleton, recipe, 2 * reached + attention, weights, rates)
+    by_blocks = finishes_by_blocks(placement, flows_live(skeleton))
+    tuned, finished = _tuning(skeleton, recipe, 2 * reached + attention, weights, rates, by_blocks)
     shared |= {"tune": tuned} if recipe.tune else {}
     if budget is not None:
         shared["measure"] = _measuring(skeleton, recipe, budget, groups, reached, attention, rates)
@@ -206,7 +209,9 @@ def estimate_seconds(
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
 
 
-def _tuning(skeleton: Skeleton, recipe: Recipe, flops_a_token: int, weights: int, rates: Rates) -> tuple[float, float]:
+def _tuning(
+    skeleton: Skeleton, recipe: Recipe, flops_a_token: int, weights: int, rates: Rates, by_blocks: bool
+) -> tuple[float, float]:
     """Seconds in which all blocks are tuned, and in which the whole model is finished."""
     together = count_step_windows(recipe.samples, recipe.length)
     batches, tokens, forward = recipe.samples // together, together * recipe.length, _FORWARD * rates.forward
@@ -214,7 +219,9 @@ def _tuning(skeleton: Skeleton, recipe: Recipe, flops_a_token: int, weights: int
     head = 2 * skeleton.vocabulary * skeleton.hidden_size * skeleton.has_lm_head
     blocks, whole = (tokens * each / forward for each in (flops_a_token, flops_a_token + head))
     tuned = (recipe.tune or 0) * steps * (_BACKWARD * blocks + grids)
-    return tuned, (recipe.finish or 0) * steps * ((_BACKWARD + _ORIGINAL) * whole + grids)
+    finished = (_BACKWARD + _ORIGINAL) * whole + grids
+    finished += by_blocks * (_ORIGINAL * blocks + grids)  # each block runs once more for its gradient
+    return tuned, (recipe.finish or 0) * steps * finished
 
 
 def _measuring(

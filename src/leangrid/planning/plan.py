@@ -19,7 +19,8 @@ from leangrid.models.shapes import SHAPES, describe_shape
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.budget import Budget
 from leangrid.planning.cost import Described, estimate_seconds, measure_rates
-from leangrid.planning.footprint import Demand, Footprint, choose_placement, sum_footprint
+from leangrid.planning.demand import Demand
+from leangrid.planning.footprint import Footprint, choose_placement, sum_footprint
 from leangrid.planning.readers import opened_in
 from leangrid.planning.resolve import refuse_impossible, resolve_recipe
 from leangrid.planning.sizes import LayerSize, compute_sizes, disk_bytes
@@ -222,7 +223,7 @@ def _peak_ram(skeleton: Skeleton, recipe: Recipe, held: Footprint, device: str) 
     """Host bytes that the run adds to the process: everything on the CPU; beside a device what is moved to it later,
     and the runtime of the device."""
     parameters = sum(t.nbytes for t in skeleton.checkpoint.tensors.values()) // skeleton.dtype.itemsize
-    sampling = _F32 * parameters if recipe.calibration == "self" else 0
+    sampling = _F32 * parameters if recipe.samples_itself else 0
     counts = (t.nbytes // skeleton.dtype.itemsize for t in skeleton.checkpoint.tensors.values())
     dequantizing = dequantizing_bytes(counts) if is_gguf(skeleton.checkpoint.directory) else 0
     needed = held.host_peak + _CUDA_RUNTIME if has_own_memory(device) else held.peak

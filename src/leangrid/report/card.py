@@ -106,6 +106,9 @@ def describe_calibration(recipe: Recipe) -> str:
         "self": "text sampled from the model itself",
         "embedded": "Python's documentation (a smoke test, not a quality recipe)",
     }
+    if recipe.parts:
+        named = [f"{part.windows} windows of {words.get(part.source, _last(part.source))}" for part in recipe.parts]
+        return ", ".join(named[:-1]) + f" and {named[-1]}"
     return words.get(recipe.calibration, _last(recipe.calibration))
 
 

@@ -5,11 +5,13 @@ A block was solved, and perhaps tuned, for its own output. What counts is what t
 KL(original || result) of the next-token distributions over the calibration text; of a model without a language-model
 head the relative squared error of its last hidden states. The batches that the Hessians did not see choose the state
 that stays, which may be the one before. mlx-lm does the same with affine grids under the name of distilled weight
-quantization (DWQ). The model has to fit in memory, in its compute dtype and once more in float32; rank 0 does it alone.
+quantization (DWQ). The model has to fit in memory in its compute dtype, beside its codes and, unless the placement
+replays, its weights once more in float32; rank 0 does it alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from leangrid.errors import Interrupted
 from leangrid.machine.devices import is_out_of_memory
 from leangrid.metrics.divergence import mean_divergence
 from leangrid.models.whole import WholeModel, load_whole
+from leangrid.planning.gradients import finishes_by_blocks
 from leangrid.report.sample import update_sample
 from leangrid.run.run import Run
 from leangrid.solve.tuning import Steps, TunedLinear, Tuning, relative_error, tune
@@ -42,20 +45,34 @@ def finish_model(run: Run) -> None:
         tuning = Tuning(trouble=f"{len(run.windows)} windows are too few to hold some out")
         return _commit(run, tuning, {})
     _say(run, f"finishing: {run.recipe.finish} passes over {len(seen)} batches of the calibration text")
+    by_blocks = finishes_by_blocks(run.states.placement, live=not run.flow.waits)
+    found = _finished(run, seen, held, by_blocks)
+    if found is None and not by_blocks and run.flow.waits:
+        _say(run, "out of memory: the model is finished with one block's weights at once")
+        found = _finished(run, seen, held, by_blocks=True)
+    if found is None:
+        way_out = "Finished blocks are kept: free memory, or go on with more of it"
+        raise Interrupted("out of memory while the whole model is finished", run.journal.partial, way_out)
+    tuning, state = found
+    _commit(run, tuning, state if tuning.best else {})
+
+
+def _finished(
+    run: Run, seen: Sequence[Any], held: Sequence[Any], by_blocks: bool
+) -> tuple[Tuning, Mapping[str, tuple[Tensor, Any]]] | None:
+    """What was done, and the codes and grid of each linear, by its path in the model; None: memory ran out."""
+    numbers = range(len(seen) + len(held))
+    fitted, held_out = numbers[: len(seen)], numbers[len(seen) :]
     try:
-        with run.stage("finish"):
-            steps, linears = Steps(run.recipe.finish, seed=run.recipe.seed), _tuned_linears(run)
-            with load_whole(run.skeleton, run.whole_device) as model:
-                error = _Error(model, [*seen, *held], run.skeleton.has_lm_head)
-                numbers = range(len(seen) + len(held))
-                groups = numbers[: len(seen)], numbers[len(seen) :]
-                tuning, state = tune(linears, error, *groups, steps, watch=lambda turn, at: _say_pass(run, turn, at))
+        with run.stage("finish"), load_whole(run.skeleton, run.whole_device) as model:
+            error = _Error(model, [*seen, *held], run.skeleton.has_lm_head, by_blocks)
+            steps, watch = Steps(run.recipe.finish or 0, seed=run.recipe.seed), partial(_say_pass, run)
+            linears = _tuned_linears(run)
+            return tune(linears, error, fitted, held_out, steps, watch=watch, hold=not by_blocks)
     except RuntimeError as failure:
         if not is_out_of_memory(failure):
             raise
-        way_out = "Finished blocks are kept: free memory, or go on with more of it"
-        raise Interrupted("out of memory while the whole model is finished", run.journal.partial, way_out) from None
-    _commit(run, tuning, state if tuning.best else {})
+        return None
 
 
 @dataclass
@@ -65,12 +82,14 @@ class _Error:
     model: WholeModel
     batches: list[Any]
     has_lm_head: bool
+    by_blocks: bool
 
     def __call__(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         inputs = self.batches[batch]
         with torch.no_grad():
             wanted = self.model(inputs)
-        given = self.model.with_weights(weights, inputs)
+        run = self.model.with_weights_by_blocks if self.by_blocks else self.model.with_weights
+        given = run(weights, inputs)
         return mean_divergence(wanted, given) if self.has_lm_head else relative_error(given, wanted)
 
 

@@ -20,11 +20,13 @@ from leangrid.data.picture_windows import picture_files
 from leangrid.errors import CalibrationError, RecipeError
 from leangrid.machine import memory
 from leangrid.machine.devices import has_own_memory, parse_device, usable_device_bytes
+from leangrid.mixture import sources_of
 from leangrid.models.flow import flows_live
 from leangrid.models.gguf import all_files, dequantize, describe, is_gguf
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.budget import estimated_recipe
-from leangrid.planning.footprint import Demand, choose_placement, sum_footprint
+from leangrid.planning.demand import Demand
+from leangrid.planning.footprint import choose_placement, sum_footprint
 from leangrid.planning.placement import Placement
 from leangrid.planning.readers import describe_readers, merges_experts
 from leangrid.planning.resolve import describe_narrow_types, open_checkpoint, resolve_recipe
@@ -82,12 +84,13 @@ def open_inputs(request: Request) -> RunInputs:
     parse_device(request.device)
     memory.avoid_heap_holes()
     path, remote = locate_stream(str(request.source))
-    if remote is not None and recipe.calibration == "self":
+    if remote is not None and recipe.samples_itself:
         what = "a model that is streamed cannot write its own text"
         raise CalibrationError(what, "--calibration self", "Give a text, or download the model")
     check_output_path(request.out, path, request.overwrite)
     if request.windows is None:
-        check_corpus(recipe.calibration, recipe.text_field)
+        for source in sources_of(recipe.calibration):
+            check_corpus(source, recipe.text_field)
     if is_gguf(path):
         described = Skeleton(describe(path))  # what is asked for is refused before a weight is read
         described.select(recipe.ignore, recipe.only)
@@ -141,6 +144,8 @@ def windows_identity(recipe: Recipe, windows: Tensor | None) -> str:
     its rows name, or the corpus by name."""
     if windows is not None:
         return hash_windows(windows)
+    if recipe.parts:
+        return ",".join(f"{windows_identity(recipe.of_part(part), None)}:{part.windows}" for part in recipe.parts)
     path = find_corpus_file(recipe.calibration)
     if path is None:
         return recipe.calibration

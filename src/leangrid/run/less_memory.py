@@ -8,7 +8,8 @@ from leangrid.errors import Interrupted
 from leangrid.machine.devices import has_own_memory, release_cached_memory
 from leangrid.models.flow import flows_live
 from leangrid.models.skeleton import Skeleton
-from leangrid.planning.footprint import Demand, sum_footprint
+from leangrid.planning.demand import Demand
+from leangrid.planning.footprint import sum_footprint
 from leangrid.planning.placement import Placement
 from leangrid.recipe import Recipe
 

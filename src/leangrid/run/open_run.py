@@ -47,7 +47,7 @@ def _open(request: Request, ranks: Ranks) -> Iterator[Run]:
         inputs = open_inputs_on_ranks(request, ranks)  # source, skeleton, recipe, journal, placement
     journal, run = inputs.journal, None
     try:
-        writes_own_text = inputs.recipe.calibration == "self" and request.windows is None
+        writes_own_text = inputs.recipe.samples_itself and request.windows is None
         with clock.stage("load"):
             if writes_own_text:  # a model that is broken writes no text
                 check_values(inputs)

@@ -21,6 +21,7 @@ from leangrid.machine.arithmetic import use_products
 from leangrid.machine.flops import FlopCounts
 from leangrid.machine.memory import peak_bytes
 from leangrid.machine.stopwatch import Clock
+from leangrid.mixture import first_read
 from leangrid.models.gguf import is_gguf
 from leangrid.planning.readers import merges_experts, opened_in
 from leangrid.planning.sizes import compute_sizes
@@ -63,7 +64,7 @@ def publish(inputs: RunInputs, windows: Windows, clock: Clock, judged_on: str) -
         with use_products(recipe.products):
             more = unseen_rows(inputs)
             text, pictures = (None, more) if isinstance(more, PictureRows) else (more, None)
-            unseen = unseen_windows(skeleton, recipe.calibration, windows.shape[1], text)
+            unseen = unseen_windows(skeleton, first_read(recipe.calibration), windows.shape[1], text)
             differences = _gguf_differences(inputs)
             quality = judge_result(skeleton, staged, windows, recipe, judged_on, unseen, differences, pictures)
         spent = clock.elapsed() - began

@@ -17,6 +17,7 @@ from leangrid.data.picture_windows import PictureReader, folder_of, make_picture
 from leangrid.data.windows import PictureRows, Windows
 from leangrid.errors import CalibrationError
 from leangrid.machine import memory
+from leangrid.mixture import sources_of
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.planning.sizes import GATE_WINDOWS
 from leangrid.progress import Event
@@ -80,9 +81,13 @@ def _drawn(inputs: RunInputs, tokenizer: Any, reading: Reading) -> tuple[Windows
     if given is not None:
         tokens = _checked(given, skeleton.vocabulary, positions)
         return tokens, tokens[:0]
-    name, column = recipe.calibration, recipe.text_field
-    seed = recipe.seed if name.startswith(PREFIX) else None
-    rows = find_pictures_in(name, takes_pictures=skeleton.takes_pictures, seed=seed, column=column)
+    rows, column = None, recipe.text_field
+    for source in sources_of(recipe.calibration):
+        seed = recipe.seed if source.startswith(PREFIX) else None
+        rows = find_pictures_in(source, takes_pictures=skeleton.takes_pictures, seed=seed, column=column)
+        if rows is not None and recipe.parts:
+            what = "its rows have pictures, and a mixture is of texts alone"
+            raise CalibrationError(what, source, "Calibrate by it alone, or leave it out")
     if rows is not None:
         return _from_pictures(inputs, rows, reading)
     found = corpus_windows(recipe, tokenizer, _sampler(inputs), **most, reading=reading, extra=GATE_WINDOWS)

@@ -13,7 +13,7 @@ The same moves the grids of a whole model, whose codes stay (run/finishing.py).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -148,6 +148,7 @@ def tune(
     steps: Steps,
     add: Add | None = None,
     watch: Callable[[int, float], None] = lambda turn, held: None,
+    hold: bool = True,
 ) -> tuple[Tuning, dict[str, tuple[UInt8[Tensor, "rows cols"], Any]]]:
     """Move codes and grids of all ``linears`` together; the state with the least error on ``held_out`` is the result.
 
@@ -160,13 +161,15 @@ def tune(
         add: adds to each of some tensors, in place, those of the other ranks, which tune the same linears by other
             batches: a step is then taken by one batch of each. None: there are no others.
         watch: is told each pass that was made, counted from 1, and the mean error on ``held_out`` after it.
+        hold: whether a weight that ``error`` has read is kept until the batch is done. False: it is made again each
+            time it is read, for an ``error`` that needs few of them at once.
 
     Returns:
         What was done, and codes and grid of each linear. Where a number stops being finite, tuning ends with the best
         state before it, and says so.
     """
     solved = {name: (one.codes, one.grid) for name, one in linears.items()}
-    together = _Together(add)
+    together = _Together(add, hold)
     shown = fitted[: len(held_out)]
     start, best = (together.mean(linears, error, batches) for batches in (shown, held_out))
     tuning, state = Tuning(start, start, best, best), solved
@@ -226,8 +229,7 @@ class _Mover:
         if batch is None:
             return self._leaves[0].new_zeros(()), [torch.zeros_like(leaf) for leaf in self._leaves]
         with torch.enable_grad():
-            weights = {name: one.weight() for name, one in self._linears.items()}
-            loss = self._error(batch, weights) / self._unit
+            loss = self._error(batch, self._together.weights(self._linears)) / self._unit
             slopes = torch.autograd.grad(loss, self._leaves, materialize_grads=True)
         return loss.detach().float(), [slope.contiguous() for slope in slopes]
 
@@ -235,21 +237,22 @@ class _Mover:
 class _Together:
     """Sums over all ranks."""
 
-    def __init__(self, add: Add | None) -> None:
-        self._alone = add is None
+    def __init__(self, add: Add | None, hold: bool) -> None:
+        self._alone, self._hold = add is None, hold
         self._add: Add = add or (lambda tensors: None)
 
     def mean(self, linears: Mapping[str, Any], error: Error, batches: Sequence[int]) -> float:
         """The mean error over the batches of all ranks, with the linears as they are, or with (codes, grid) of each."""
         with torch.no_grad():
-            weights = {
-                name: one.weight() if isinstance(one, TunedLinear) else one[1].dequantize(one[0])
-                for name, one in linears.items()
-            }
+            weights = self.weights(linears)
             errors = [float(error(batch, weights)) for batch in batches]
         total = torch.tensor([sum(errors), len(errors)]).double()
         self._add([total])
         return float(total[0] / total[1])
+
+    def weights(self, linears: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The weight of each linear, made when it is read."""
+        return _Weights(linears, self._hold)
 
     def most(self, count: int) -> int:
         """The largest ``count`` of any rank; they differ by one at most."""
@@ -265,6 +268,29 @@ class _Together:
         self._add([count, *tensors])
         for tensor in tensors:
             tensor /= float(count)
+
+
+class _Weights(Mapping[str, Tensor]):
+    """The weights of linears, or of (codes, grid) of each, by name; made when they are read, and with ``hold`` kept."""
+
+    def __init__(self, linears: Mapping[str, Any], hold: bool) -> None:
+        self._linears, self._hold = linears, hold
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._made:
+            return self._made[name]
+        one = self._linears[name]
+        weight = one.weight() if isinstance(one, TunedLinear) else one[1].dequantize(one[0])
+        if self._hold:
+            self._made[name] = weight
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._linears)
+
+    def __len__(self) -> int:
+        return len(self._linears)
 
 
 class _Stored(torch.autograd.Function):

@@ -8,7 +8,9 @@ import tiny_models
 import torch
 from live_bytes import LiveBytes
 
-from leangrid.planning.footprint import TOKENS_A_BATCH, Demand, Group, choose_placement, sum_footprint
+from leangrid.planning.demand import Demand
+from leangrid.planning.footprint import TOKENS_A_BATCH, choose_placement, sum_footprint
+from leangrid.planning.groups import Group
 from leangrid.planning.placement import Placement
 from leangrid.planning.resolve import open_checkpoint
 from leangrid.recipe import Recipe

@@ -12,7 +12,8 @@ from live_bytes import LiveBytes
 from leangrid.machine.memory import without_garbage_collection
 from leangrid.models.experts import Experts
 from leangrid.planning.cost import Rates, estimate_seconds
-from leangrid.planning.footprint import Demand, sum_footprint
+from leangrid.planning.demand import Demand
+from leangrid.planning.footprint import sum_footprint
 from leangrid.planning.groups import groups_of
 from leangrid.planning.placement import Placement
 from leangrid.planning.resolve import open_checkpoint
@@ -71,10 +72,10 @@ def test_garbage_is_collected_again_afterwards() -> None:
     assert gc.isenabled() == was
 
 
-def _planned_seconds(source: Path, **fields: Any) -> dict[str, float]:
+def _planned_seconds(source: Path, replay: bool = False, **fields: Any) -> dict[str, float]:
     _, skeleton, recipe = open_checkpoint(source, Recipe(scheme="NU4", samples=16, **fields))
     layers = compute_sizes(skeleton, recipe).layers
-    return estimate_seconds(skeleton, recipe, layers, Placement(1), Rates(1e6, 1e6, 1e6, 1.0))
+    return estimate_seconds(skeleton, recipe, layers, Placement(1, replay=replay), Rates(1e6, 1e6, 1e6, 1.0))
 
 
 def test_a_plan_counts_the_time_of_tuning_by_its_passes(tiny: Tiny) -> None:
@@ -90,20 +91,32 @@ def test_a_plan_counts_the_time_of_finishing_by_its_passes(tiny: Tiny) -> None:
     assert "finish" not in none
     assert four["finish"] == pytest.approx(2 * two["finish"], rel=1e-3)
     head = 2 * 16 * Recipe().length * tiny_models.VOCAB * tiny_models.HIDDEN / (0.7 * 1e6)
-    assert two["finish"] == pytest.approx(2 * 14 / 16 * 4 * (none["calibrate"] / 2 + head), rel=0.02)
+    blocks = none["calibrate"] / 2
+    assert two["finish"] == pytest.approx(2 * 14 / 16 * 4 * (blocks + head), rel=0.02)
+    replayed = _planned_seconds(tiny("llama2"), replay=True, finish=2)
+    assert replayed["finish"] == pytest.approx(two["finish"] + 2 * 14 / 16 * blocks, rel=0.02)
 
 
 @pytest.mark.fault("R3")
 @pytest.mark.parametrize(
-    ("phase", "blocks", "dtype"),
-    [("tune", 2, torch.float32), ("finish", 4, torch.float32), ("finish", 4, torch.bfloat16)],
+    ("phase", "blocks", "dtype", "replay"),
+    [
+        ("tune", 2, torch.float32, False),
+        ("finish", 4, torch.float32, False),
+        ("finish", 4, torch.bfloat16, False),
+        ("finish", 8, torch.float32, True),
+        ("finish", 8, torch.bfloat16, True),
+    ],
 )
-def test_the_memory_of_tuning_is_that_of_a_run(phase: str, blocks: int, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_memory_of_tuning_is_that_of_a_run(
+    phase: str, blocks: int, dtype: torch.dtype, replay: bool, tmp_path: Path
+) -> None:
     source = tiny_models.synthetic(tmp_path / "source", blocks=blocks, hidden=256, dtype=dtype)
     recipe = Recipe.model_validate({"scheme": "W4A16_G64", phase: 1})
     with LiveBytes() as alive:
-        quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(4, 64))
+        placement = Placement(1, replay=replay)
+        quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(4, 64), placement=placement)
     _, skeleton, settled = open_checkpoint(source, recipe)
-    planned = sum_footprint(Demand.of(skeleton, settled, 4, 64, "cpu"), Placement(1))
+    planned = sum_footprint(Demand.of(skeleton, settled, 4, 64, "cpu"), placement)
     assert planned.peak_phase == phase
     assert planned.peak == pytest.approx(alive.peak, rel=0.2), planned.phases[phase]
