@@ -88,15 +88,30 @@ def test_the_result_is_that_of_the_dequantized_checkpoint(kind: str, tmp_path: P
 
 
 def test_deepseek_v3_in_fp8(tmp_path: Path) -> None:
-    """Its experts are stored one by one and merged by transformers as it opens them."""
+    """Its experts are stored one by one and merged by transformers as it opens them. A layer that predicts a further
+    token is no part of transformers' model; its weights are copied in 16 bits, as the result's config says of them."""
+    tiny = tiny_models.save("deepseek_v3", tmp_path / "tiny", torch.bfloat16)
+    stored = load_file(tiny / "model.safetensors")
+    last = f"model.layers.{tiny_models.BLOCKS}"
+    further = {
+        name.replace(f"model.layers.{tiny_models.BLOCKS - 1}", last): tensor.flip(0)
+        for name, tensor in stored.items()
+        if name.startswith(f"model.layers.{tiny_models.BLOCKS - 1}.")
+    }
+    save_file(stored | further, tiny / "model.safetensors", {"format": "pt"})
     source = store_linears(
-        tiny_models.save("deepseek_v3", tmp_path / "tiny", torch.bfloat16),
+        tiny,
         tmp_path / "source",
         {"quant_method": "fp8", "weight_block_size": [16, 16]},
         rounded_fp8(16),
         lambda name: "_proj" in name and name.endswith(".weight"),
     )
     assert_same_result(source, tmp_path)
+    result = load_file(tmp_path / "out-source" / "model.safetensors")
+    assert {name for name in result if name.startswith(f"{last}.")} == further.keys()
+    assert not {tensor.dtype for tensor in result.values()} & {FP8}
+    for name, weight in further.items():
+        assert (result[name].float() - weight.float()).norm() <= 0.05 * weight.float().norm(), name
 
 
 def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ _KEPT: tuple[tuple[str, str], ...] = (
     (r"(^|\.)(weights?_proj|block_inject_weight)$", "weighs heads or streams"),
     (r"norm\.mlp\.", "scales a norm"),
 )
-_ATTENTION = re.compile(r"(^|\.)(q|k|v|kv|qkv|query|key|value)(_proj|_lin|_head)?$")
+# Of attention; ``q_a_proj`` and ``q_b_proj`` are queries by way of fewer numbers, the rank, which alone may be small.
+_ATTENTION = re.compile(r"(^|\.)(q|k|v|kv|qkv|o|query|key|value)(_[ab])?(_(proj|lin|head)(_with_mqa)?)?$")
 _COMPILED = tuple((re.compile(pattern), why) for pattern, why in _KEPT)
 
 
@@ -35,7 +36,7 @@ def why_kept(path: str, rows: int, cols: int) -> str | None:
         if pattern.search(path):
             return why
     few, many = min(rows, cols), max(rows, cols)
-    fused = _ATTENTION.search(path) is not None  # engines fuse keys and values with the queries, however few they are
-    if few < _LEAST or (few < _FEW and many >= _RATIO * few and not fused):
+    attends = _ATTENTION.search(path) is not None  # engines fuse keys and values with the queries, however few they are
+    if few < _LEAST or (few < _FEW and many >= _RATIO * few and not attends):
         return f"is of {rows} x {cols} numbers only"
     return None

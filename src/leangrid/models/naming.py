@@ -53,7 +53,7 @@ class Naming:
             tied ones once.
         converted: name in the model -> the stored tensors that it is made of, where it is not one of them as it is.
         conversion: reads the converted ones, and knows which of their rows are which (conversion.py).
-        extra: names of stored tensors that are no part of the model; they are copied as stored.
+        extra: names of stored tensors that are no part of the model; they are copied.
         notices: sentences for the user.
         untied: the config ties tensors that the checkpoint stores with different values, so they are not tied.
         absent: the modules (``pooler``) of which the checkpoint has no tensor, and without which the model is built.
@@ -101,7 +101,7 @@ def match_names(model: PreTrainedModel, checkpoint: Weights) -> Naming:
     notices = []
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        notices.append(f"'{extra[0]}'{more}: no part of {type(model).__name__}, copied as stored, not quantized")
+        notices.append(f"'{extra[0]}'{more}: no part of {type(model).__name__}, copied, not quantized")
     if untied:
         notices.append(
             "config.json ties the output head to the embeddings, "

@@ -18,10 +18,10 @@ _NOT_OF_THE_MODEL = "is no part of transformers' model; copied"
 
 
 def describe_structure(skeleton: Skeleton) -> dict[str, Any]:
-    """``lists``: the paths of the lists of blocks; ``blocks``: how many there are, and ``calls`` of them in a pass;
-    ``kinds``: of each kind of block ``count``, the ``first`` one's path, its ``module`` and the ``groups`` of linears
-    by shared input, each number of an expert as ``*``; ``flows``: what passes between blocks beside the hidden states,
-    numbers as ``*``; ``idle``: how many blocks text does not reach."""
+    """``model``: transformers' class; ``lists``: the paths of the lists of blocks; ``blocks``: how many there are, and
+    ``calls`` of them in a pass; ``kinds``: of each kind of block ``count``, the ``first`` one's path, its ``module``
+    and the ``groups`` of linears by shared input, each number of an expert as ``*``; ``flows``: what passes between
+    blocks beside the hidden states, numbers as ``*``; ``idle``: how many blocks text does not reach."""
     structure = skeleton.structure
     kinds: dict[object, dict[str, Any]] = {}
     for block, module in zip(structure.blocks, skeleton.blocks, strict=True):
@@ -31,6 +31,7 @@ def describe_structure(skeleton: Skeleton) -> dict[str, Any]:
         kinds.setdefault(kind, new)["count"] += 1
     flows = list(dict.fromkeys(_words(flow) for flow in structure.flows))
     return {
+        "model": type(skeleton.model).__name__,
         "lists": list(structure.lists),
         "blocks": len(structure.blocks),
         "calls": len(structure.order),

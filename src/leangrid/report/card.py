@@ -50,7 +50,7 @@ def render_card(facts: Facts) -> str:
 def _card(facts: Facts) -> str:
     measured = list(measurements(facts))
     parts = [f"---\n{_metadata(facts, measured).to_yaml()}\n---", f"# {_plain(facts.name)}, {facts.recipe.scheme}"]
-    language, lines = snippet(facts.container, facts.exported_from is not None)
+    language, lines = snippet(facts)
     parts += [_made(facts), f"```{language}\n{lines}\n```", _losses(facts.records)]
     if facts.structure:
         parts.append("## What was quantized, and what was not\n\n" + _table(("", ""), _found(facts)))

@@ -79,6 +79,17 @@ class Facts:
         return f"{came['from']}, {came['format']}" if came else None
 
     @property
+    def model_class(self) -> str:
+        """The class of transformers that opens the model; for results without a word of it that of most."""
+        name = str((self.manifest.get("structure") or {}).get("model"))
+        return name if name.isidentifier() and name != "None" else "AutoModelForCausalLM"
+
+    @property
+    def plain(self) -> bool:
+        """Whether transformers opens the result without leangrid, as far as the run could tell."""
+        return not (self.manifest.get("opened_in") or {}).get("transformers", "yes").startswith("no")
+
+    @property
     def quality(self) -> Mapping[str, Any]:
         """What the quality gate found (gate/quality.py); empty where it did not run."""
         return self.manifest.get("quality") or {}

@@ -70,7 +70,7 @@ def render_page(facts: Facts) -> str:
         stages=_stages(facts.run.get("seconds") or {}),
         memory=_memory(facts.run),
         rescues=_rescues(facts),
-        opened=snippet(facts.container, facts.exported_from is not None),
+        opened=snippet(facts),
         served=SERVE.get(serving_key(facts.container, facts.exported_from is not None)),
         generates=serving_key(facts.container, facts.exported_from is not None) not in NOT_LOADED,
         command=f"leangrid quantize {shlex.quote(facts.source)} OUT --recipe recipe.toml",

@@ -1,6 +1,9 @@
 """How each container is opened and served, as lines to type. Which of them were tested, and how: docs/serving.md."""
 
-_PLAIN = 'from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained("DIR")'
+from leangrid.report.facts import Facts
+
+_PLAIN = 'from transformers import MODEL\nmodel = MODEL.from_pretrained("DIR")'
+_LOAD = 'import leangrid\nmodel, tokenizer = leangrid.load("DIR")'
 _GPTQ = 'from gptqmodel import GPTQModel\nmodel = GPTQModel.load("DIR")'
 _MLX = """from mlx_lm import generate, load  # pip install mlx-lm
 model, tokenizer = load("DIR")
@@ -8,7 +11,7 @@ print(generate(model, tokenizer, prompt="Once upon a time"))"""
 _VLLM = "vllm serve DIR"
 BLOCKS = "gguf blocks"  # llama.cpp's blocks in a directory of ours, not yet one .gguf file
 
-# Container -> (language, lines): what a model card shows.
+# Container -> (language, lines): what a model card shows, with the model's class for MODEL.
 OPEN: dict[str, tuple[str, str]] = {
     "compressed-tensors": ("python", _PLAIN),
     "gptq": ("python", _GPTQ),
@@ -43,8 +46,8 @@ def serving_key(container: str, exported: bool) -> str:
     return BLOCKS if container == "gguf" and not exported else container
 
 
-def snippet(container: str, exported: bool) -> tuple[str, str]:
-    """(language, lines) that open a result."""
-    return OPEN.get(
-        serving_key(container, exported), ("python", 'import leangrid\nmodel, tokenizer = leangrid.load("DIR")')
-    )
+def snippet(facts: Facts) -> tuple[str, str]:
+    """(language, lines) that open a result; those of leangrid where transformers alone does not."""
+    key = serving_key(facts.container, facts.exported_from is not None)
+    language, lines = OPEN.get(key, ("python", _LOAD)) if facts.plain else ("python", _LOAD)
+    return language, lines.replace("MODEL", facts.model_class)

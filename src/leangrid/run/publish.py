@@ -214,14 +214,15 @@ def _result(
 
 def _outside_blocks(inputs: RunInputs) -> Iterator[tuple[str, TensorInfo | Tensor]]:
     """Embeddings, final norm, head: copied from where the checkpoint stores them, after a look for NaN; what is not on
-    disk as it is. Then what is no part of the model."""
+    disk as it is. Then what is no part of the model, dequantized too: the result's config does not say how the source
+    stores it."""
     skeleton = inputs.skeleton
     for name, info, read in skeleton.plain_tensors(None, merges_experts(inputs.recipe)):
         tensor = read()
         yield name, info if _can_be_copied(info, tensor) else tensor
     for name in skeleton.naming.extra:
-        for part, info in inputs.checkpoint.stored_parts(name).items():
-            yield part, info if info.file.is_file() else inputs.checkpoint.read_info(info, part, check=False)
+        info = inputs.checkpoint.tensors[name]
+        yield name, info if info.file.is_file() and info.is_plain else inputs.checkpoint.read(name, check=False)
 
 
 def _can_be_copied(info: TensorInfo, tensor: Tensor) -> bool:

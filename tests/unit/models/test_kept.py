@@ -48,3 +48,15 @@ def test_matrices_of_weights_do_not(path: str) -> None:
 def test_few_rows_or_columns_beside_many_of_the_other_stay(rows: int, cols: int, stays: bool) -> None:
     why = why_kept("mixer.some_proj", rows, cols)
     assert why == (f"is of {rows} x {cols} numbers only" if stays else None)
+
+
+@pytest.mark.parametrize(
+    ("path", "rows", "cols"),
+    [
+        *(("self_attn.k_proj", 32, 2048), ("attn.kv_a_proj_with_mqa", 24, 512), ("attn.kv_b_proj", 512, 32)),
+        *(("self_attn.q_a_proj", 16, 256), ("self_attn.q_b_proj", 256, 16), ("self_attn.o_b_proj", 512, 32)),
+        ("self_attn.o_proj", 512, 32),
+    ],
+)
+def test_attention_by_way_of_few_numbers_does_not(path: str, rows: int, cols: int) -> None:
+    assert why_kept(path, rows, cols) is None

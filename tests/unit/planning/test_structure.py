@@ -27,6 +27,7 @@ def test_blocks_of_one_kind_are_one_entry(tiny: Tiny) -> None:
     ]
     kind = {"count": 2, "first": "model.layers.0", "module": "Qwen3MoeDecoderLayer", "groups": groups}
     assert found == {
+        "model": "Qwen3MoeForCausalLM",
         "lists": ["model.layers"],
         "blocks": 2,
         "calls": 2,

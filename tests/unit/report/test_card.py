@@ -33,6 +33,26 @@ def test_the_card_states_source_scheme_losses_and_settings() -> None:
     assert "import leangrid" not in card(scheme="W4A16_G64") and "each group of 64" in card(scheme="W4A16_G64")
 
 
+@pytest.mark.parametrize(
+    ("structure", "name"),
+    [
+        ({"model": "T5Model"}, "T5Model"),
+        ({"model": "```\nrm"}, "AutoModelForCausalLM"),
+        ({}, "AutoModelForCausalLM"),
+    ],
+)
+def test_the_card_opens_the_result_by_the_class_that_was_quantized(structure: dict, name: str) -> None:
+    kinds = {} if not structure else {"lists": [], "blocks": 0, "calls": 0, "kinds": [], "flows": [], "idle": 0}
+    text = card(scheme="W4A16_G64", structure=structure | kinds)
+    assert f'from transformers import {name}\nmodel = {name}.from_pretrained("DIR")' in text
+
+
+@pytest.mark.parametrize(("word", "alone"), [("yes", True), ("no: it has no place for packed experts", False)])
+def test_the_card_opens_by_leangrid_what_transformers_alone_does_not(word: str, alone: bool) -> None:
+    text = card(scheme="W4A16_G64", opened_in={"leangrid.load": "yes", "transformers": word})
+    assert ("from transformers import" in text) is alone and ("leangrid.load(" in text) is not alone
+
+
 def test_rescues_are_listed_and_notes_are_not() -> None:
     text = card(records=[replace(RECORD, rescues=(*RECORD.rescues, Rescue("damping", "0.1 instead of 0.01")))])
     assert "damping: 0.1 instead of 0.01" in text and "dead_columns" not in text and "None: every" not in text
