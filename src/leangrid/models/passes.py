@@ -184,6 +184,8 @@ class _FirstPass:
         self.log, self.stack, self.settings = Log(), list[str](), dict[str, Any]()
         self.looking = Looking(model, self.stack)
         self._names = {id(module): name for name, module in reversed(watched.items())}
+        # Known before the pass: a subclass is tried on random numbers, which the model did not draw.
+        self._linears = {id(module) for module in watched.values() if is_linear(module)}
         self._members = {
             id(child)
             for module in watched.values()
@@ -200,11 +202,11 @@ class _FirstPass:
         if isinstance(module, Experts):
             self.log.linears.append(LinearCall(name, None, entered_since(self.settings)))
             self.log.choices[name] = module.choices(args, kwargs)
-        elif is_linear(module):
+        elif id(module) in self._linears:
             x, context = args[0] if args else next(iter(kwargs.values())), entered_since(self.settings)
             self._alive.append(x)
             self.log.linears.append(LinearCall(name, place_of(x) if context is None else (), context))
-        if id(module) in self._members and not is_linear(module):
+        if id(module) in self._members and id(module) not in self._linears:
             key, x = hidden_argument(args, kwargs)
             call = BlockCall(name, None if x is None else place_of(x), other_tensors(args, kwargs, key))
             call.context = entered_since(self.settings)
@@ -215,7 +217,7 @@ class _FirstPass:
     def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         """Note what a module that may be a block has returned."""
         self.stack.pop()
-        if id(module) not in self._members or is_linear(module):
+        if id(module) not in self._members or id(module) in self._linears:
             return
         (call, versions), y = self._open.pop(), find_tensor(out)
         key, x = hidden_argument(args, kwargs)
