@@ -78,9 +78,10 @@ class Digests:
 
 
 def other_tensors(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: str | int, digests: Digests
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: str | int, digests: Digests | None = None
 ) -> dict[str, tuple[float, ...]]:
     """Every tensor of a call but its hidden states, by its place in the arguments, told by shape and sums."""
+    digests = Digests() if digests is None else digests
     rest = {str(number): value for number, value in enumerate(args) if number != hidden}
     rest |= {key: value for key, value in kwargs.items() if key != hidden}
     return {path: digests.of(x) for path, x in _nested(rest)}
