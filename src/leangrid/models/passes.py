@@ -198,7 +198,7 @@ class _FirstPass:
             if isinstance(module, _LISTS) and not isinstance(module, Experts)
             for child in module.children()
         }
-        self._to_look, self._alive = [look], list[Any]()
+        self._to_look, self._alive, self._round = [look], list[Any](), 0
         self.digests = Digests()
         self._open: list[tuple[BlockCall, Any]] = []
 
@@ -212,7 +212,7 @@ class _FirstPass:
         elif id(module) in self._linears:
             x, context = args[0] if args else next(iter(kwargs.values())), entered_since(self.settings)
             self._alive.append(x)
-            self.log.linears.append(LinearCall(name, place_of(x) if context is None else (), context))
+            self.log.linears.append(LinearCall(name, (*place_of(x), self._round) if context is None else (), context))
         if id(module) in self._members and id(module) not in self._linears:
             key, x = hidden_argument(args, kwargs)
             call = BlockCall(name, None if x is None else place_of(x), other_tensors(args, kwargs, key, self.digests))
@@ -236,6 +236,7 @@ class _FirstPass:
         call.changed = tuple("" if path == str(key) else path for path in changed)
         if not self._open:  # what one block held; its output lives on as the input of the next
             self._alive[:] = [out]
+            self._round += 1  # memory that is free now may hold another tensor in the same place
             while self._to_look:
                 self._to_look.pop()()
 
