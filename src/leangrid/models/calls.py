@@ -63,11 +63,28 @@ def place_of(x: Tensor) -> tuple[int, ...]:
     return storage_of(x), int(x.storage_offset()), x.numel() // max(1, width), width, x._version, *dense
 
 
-def other_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: str | int) -> dict[str, tuple[float, ...]]:
+class Digests:
+    """What tells tensors from others, found once for a tensor that many blocks are given and none has changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, int, tuple[float, ...]]] = {}  # by its id, which it has while it is held
+
+    def of(self, x: Tensor) -> tuple[float, ...]:
+        """Its shape and sums."""
+        known = self._known.get(id(x))
+        if known is None or known[1] != x._version:
+            known = self._known[id(x)] = (x, x._version, _digest(x))
+        return known[2]
+
+
+def other_tensors(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: str | int, digests: Digests | None = None
+) -> dict[str, tuple[float, ...]]:
     """Every tensor of a call but its hidden states, by its place in the arguments, told by shape and sums."""
+    digests = Digests() if digests is None else digests
     rest = {str(number): value for number, value in enumerate(args) if number != hidden}
     rest |= {key: value for key, value in kwargs.items() if key != hidden}
-    return {path: _digest(x) for path, x in _nested(rest)}
+    return {path: digests.of(x) for path, x in _nested(rest)}
 
 
 def argument_versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, tuple[Tensor, int]]:

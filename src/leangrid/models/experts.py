@@ -239,8 +239,10 @@ def mixtures_in(module: nn.Module) -> dict[str, Experts]:
 
 def modules_outside_experts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module of ``module`` with its path, itself first, but those of single experts."""
-    yield path, module
-    if not isinstance(module, Experts):
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from modules_outside_experts(child, f"{path}.{name}" if path else name)
+    left = [(path, module)]
+    while left:
+        path, module = left.pop()
+        yield path, module
+        if not isinstance(module, Experts):
+            dot = f"{path}." if path else ""
+            left += [(dot + name, child) for name, child in reversed(module._modules.items()) if child is not None]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from leangrid.errors import ArchitectureError, first_line
 from leangrid.models.calls import (
+    Digests,
     argument_versions,
     changed_arguments,
     fill,
@@ -105,16 +106,21 @@ class Looking(ShapePass):
         self.uses: dict[int, set[tuple[str, ...]]] = {}
         self.changed: dict[int, str] = {}
         self.draws: list[str] = []
+        self._drawing: dict[Any, bool] = {}  # operation -> whether it may draw random numbers
 
     def note(self, func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> None:
         """Note one operation on the tensors ``given``."""
-        super().note(func, given, args, kwargs)
-        name, at = func.overloadpacket.__name__, tuple(self._stack)
-        if torch.Tag.nondeterministic_seeded in func.tags and not _draws_nothing(func, args, kwargs):
-            self.draws.append(at[-1] if at else "")
-        used = {storage_of(x) for x in given} & self._weights
+        storages = {storage_of(x) for x in given}
+        self.touched |= storages
+        if func not in self._drawing:
+            self._drawing[func] = torch.Tag.nondeterministic_seeded in func.tags
+        if self._drawing[func] and not _draws_nothing(func, args, kwargs):
+            self.draws.append(self._stack[-1] if self._stack else "")
+        used = storages & self._weights
+        name = func.overloadpacket.__name__ if used else ""
         if not used or _changes_nothing(name, args):
             return
+        at = tuple(self._stack)
         for storage in used:
             if not func.is_view and name not in _LIKE:
                 self.uses.setdefault(storage, set()).add(at)
@@ -184,13 +190,16 @@ class _FirstPass:
         self.log, self.stack, self.settings = Log(), list[str](), dict[str, Any]()
         self.looking = Looking(model, self.stack)
         self._names = {id(module): name for name, module in reversed(watched.items())}
+        # Known before the pass: a subclass is tried on random numbers, which the model did not draw.
+        self._linears = {id(module) for module in watched.values() if is_linear(module)}
         self._members = {
             id(child)
             for module in watched.values()
             if isinstance(module, _LISTS) and not isinstance(module, Experts)
             for child in module.children()
         }
-        self._to_look, self._alive = [look], list[Any]()
+        self._to_look, self._alive, self._round = [look], list[Any](), 0
+        self.digests = Digests()
         self._open: list[tuple[BlockCall, Any]] = []
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -200,13 +209,13 @@ class _FirstPass:
         if isinstance(module, Experts):
             self.log.linears.append(LinearCall(name, None, entered_since(self.settings)))
             self.log.choices[name] = module.choices(args, kwargs)
-        elif is_linear(module):
+        elif id(module) in self._linears:
             x, context = args[0] if args else next(iter(kwargs.values())), entered_since(self.settings)
             self._alive.append(x)
-            self.log.linears.append(LinearCall(name, place_of(x) if context is None else (), context))
-        if id(module) in self._members and not is_linear(module):
+            self.log.linears.append(LinearCall(name, (*place_of(x), self._round) if context is None else (), context))
+        if id(module) in self._members and id(module) not in self._linears:
             key, x = hidden_argument(args, kwargs)
-            call = BlockCall(name, None if x is None else place_of(x), other_tensors(args, kwargs, key))
+            call = BlockCall(name, None if x is None else place_of(x), other_tensors(args, kwargs, key, self.digests))
             call.context = entered_since(self.settings)
             self._open.append((call, argument_versions(args, kwargs)))
             self.log.blocks.append(call)
@@ -215,7 +224,7 @@ class _FirstPass:
     def leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         """Note what a module that may be a block has returned."""
         self.stack.pop()
-        if id(module) not in self._members or is_linear(module):
+        if id(module) not in self._members or id(module) in self._linears:
             return
         (call, versions), y = self._open.pop(), find_tensor(out)
         key, x = hidden_argument(args, kwargs)
@@ -227,6 +236,7 @@ class _FirstPass:
         call.changed = tuple("" if path == str(key) else path for path in changed)
         if not self._open:  # what one block held; its output lives on as the input of the next
             self._alive[:] = [out]
+            self._round += 1  # memory that is free now may hold another tensor in the same place
             while self._to_look:
                 self._to_look.pop()()
 
@@ -234,14 +244,14 @@ class _FirstPass:
 def second_pass(model: nn.Module, entry: nn.Module, run: Run, calls: list[BlockCall]) -> list[str]:
     """Which arguments of the blocks are others when the tokens are others and the blocks return their input."""
     flows: list[str] = []
-    seen = [0]
+    seen, digests = [0], Digests()
 
     def empty(name: str, args: Any, kwargs: Any) -> Any:
         number, (key, x) = seen[0], hidden_argument(args, kwargs)
         seen[0] += 1
         if number >= len(calls) or calls[number].name != name or x is None:
             raise _Strayed(f"{name} is called out of turn where blocks do nothing")
-        others = other_tensors(args, kwargs, key)
+        others = other_tensors(args, kwargs, key, digests)
         for argument in calls[number].others.keys() | others.keys():
             if calls[number].others.get(argument) != others.get(argument):
                 flows.append(f"{argument} of {name}")

@@ -38,8 +38,9 @@ def plain_reading(
     dropped = any(packed[path] < count and not names.replaces_experts(path) for path, count in mixtures.items())
     merged = frozenset(name for name, owner in experts.items() if owner not in replaced)
     linears = {path: schemes[name] for name, path in paths.items() if name not in merged}
-    of_experts = list(dict.fromkeys(schemes[name] for name in merged))
-    lost = next((path for path in paths.values() if path in not_found), None)
+    several = {id(scheme): scheme for scheme in map(schemes.__getitem__, merged)}  # to compare schemes takes longer
+    of_experts = list(dict.fromkeys(several.values()))
+    lost = next((path for path in paths.values() if path in not_found), None) if not_found else None
     if refused:
         obstacle = _NO_PLACE
     elif dropped:

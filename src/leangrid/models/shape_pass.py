@@ -36,9 +36,8 @@ class ShapePass(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         given = _tensors(args, kwargs)
-        absent = [x for x in given if x.is_meta]
         self.note(func, given, args, kwargs)
-        if not absent:
+        if not any(x.is_meta for x in given):
             return func(*args, **kwargs)
         real = [x for x in given if not x.is_meta]
         name = func.overloadpacket.__name__
@@ -79,7 +78,10 @@ def _map(change: Callable[[Tensor], Any], value: Any) -> Any:
 def _tensors(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
     found: list[Tensor] = []
     for value in (*args, *kwargs.values()):
-        _map(found.append, value)
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) in (tuple, list):
+            _map(found.append, value)
     return found
 
 
@@ -110,8 +112,8 @@ def _numbers(like: Tensor, real: list[Tensor]) -> Tensor:
         share = source.float().flatten() @ _tables(source.numel())[0]
     share = torch.nan_to_num(share, 0.0, 0.0, 0.0).float()
     _, slopes, phases = _tables(max(width, 1))
-    wave = share[..., None] * slopes + phases
-    made = 2.0 * (wave - wave.round())  # between -1 and 1
+    made = (share[..., None] * slopes).add_(phases)
+    made.sub_(made.round()).mul_(2.0)  # between -1 and 1
     return made.expand(like.shape).to(like.dtype).contiguous() if like.ndim else made[0].to(like.dtype)
 
 
@@ -125,7 +127,9 @@ def small_parameters(model: nn.Module) -> Iterator[None]:
             if parameter is not None and parameter.is_meta and parameter.numel() <= _LARGE:
                 absent.append((module, name, parameter))
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(_values(parameter), requires_grad=False)
+                    made[id(parameter)] = nn.Parameter(
+                        _values(parameter.shape, parameter.dtype).clone(), requires_grad=False
+                    )
                 module._parameters[name] = made[id(parameter)]
     try:
         yield
@@ -134,13 +138,10 @@ def small_parameters(model: nn.Module) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
-def _values(parameter: Tensor) -> Tensor:
-    place = torch.arange(parameter.numel(), dtype=torch.float32)
-    if not parameter.is_floating_point():
-        return torch.zeros(parameter.shape, dtype=parameter.dtype)
-    scale = 1.0 if parameter.ndim < 2 else max(1, parameter.shape[-1]) ** -0.5  # a layer may have no columns
-    return (
-        (scale * (0.1 * torch.sin(2.3 * place) + (0.9 if parameter.ndim < 2 else 0.0)))
-        .reshape(parameter.shape)
-        .to(parameter.dtype)
-    )
+@lru_cache(maxsize=16)  # most are norms of one width
+def _values(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    place = torch.arange(shape.numel(), dtype=torch.float32)
+    scale = 1.0 if len(shape) < 2 else max(1, shape[-1]) ** -0.5  # a layer may have no columns
+    return (scale * (0.1 * torch.sin(2.3 * place) + (0.9 if len(shape) < 2 else 0.0))).reshape(shape).to(dtype)

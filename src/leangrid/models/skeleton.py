@@ -20,9 +20,9 @@ from leangrid.models.discovery import Groups
 from leangrid.models.entry import find_entry
 from leangrid.models.expert_forms import FusedForm
 from leangrid.models.experts import mixtures_in
-from leangrid.models.linears import is_transposed, linear_shape
 from leangrid.models.model_class import build_empty, has_lm_head, known_type, read_model_config, with_experts_apart
 from leangrid.models.model_inputs import Inputs, arguments_of, takes_argument, takes_pictures
+from leangrid.models.named_linears import LinearShape, name_linears, shape_of
 from leangrid.models.naming import Naming, Weights, match_names
 from leangrid.models.selection import select
 from leangrid.models.stored import StoredTensors, merged_mixtures, stores_experts_apart
@@ -88,8 +88,8 @@ class Skeleton:
         which all stay (selection.py). RecipeError for what cannot be."""
         if ignore or only:
             self.structure = select(self.structure, self.model, self.stored, self.naming.extra, ignore, only)
-            self.__dict__.pop("_paths", None)
-            self.__dict__.pop("_shapes", None)
+            for found in ("_linears", "names_by_shape"):
+                self.__dict__.pop(found, None)
             self.dtype = self._stored_dtype()
 
     def block_name(self, index: int) -> str:
@@ -181,20 +181,15 @@ class Skeleton:
 
     def all_linear_names(self) -> list[str]:
         """The names in the result of all linears that are quantized, block after block."""
-        return list(self._paths)
+        return list(self._linears[0])
 
     def path(self, linear: str) -> str:
         """The path in the model of the linear that the result calls ``linear``."""
-        return self._paths[linear]
+        return self._linears[0][linear]
 
     @cached_property
-    def _paths(self) -> dict[str, str]:
-        return {
-            self.linear_name(index, name): f"{block.path}.{name}"
-            for index, block in enumerate(self.structure.blocks)
-            for group in block.groups
-            for name in group
-        }
+    def _linears(self) -> tuple[dict[str, str], dict[str, LinearShape]]:
+        return name_linears(self.structure, self.blocks, self.stored.module_name)
 
     @property
     def kept(self) -> dict[str, str]:
@@ -207,24 +202,32 @@ class Skeleton:
 
     def shape(self, linear: str) -> tuple[int, int]:
         """(rows, cols) = (out_features, in_features) of a linear by its name in the result."""
-        return self._shapes[linear][0]
+        return self._linears[1][linear][0]
 
     def layer_kind(self, linear: str) -> str:
         """ "linear", or "conv1d" where the module stores the transposed weight; by its name in the result."""
-        return self._shapes[linear][1]
+        return self._linears[1][linear][1]
+
+    @property
+    def shapes(self) -> dict[str, LinearShape]:
+        """((rows, cols), ``layer_kind``) of all linears by their names in the result, block after block."""
+        return self._linears[1]
 
     @cached_property
-    def _shapes(self) -> dict[str, tuple[tuple[int, int], str]]:
-        return {name: self.shape_at(path) for name, path in self._paths.items()}
+    def names_by_shape(self) -> dict[LinearShape, list[str]]:
+        """The linears' names by what ``shapes`` says of them, that of the first linear first."""
+        found: dict[LinearShape, list[str]] = {}
+        for name, both in self.shapes.items():
+            found.setdefault(both, []).append(name)
+        return found
 
-    def shape_at(self, path: str) -> tuple[tuple[int, int], str]:
+    def shape_at(self, path: str) -> LinearShape:
         """(rows, cols) and the ``layer_kind`` of the linear at ``path`` in the model, quantized or not."""
         owner, _, leaf = path.rpartition(".")
         form = self.expert_forms.get(owner.rpartition(".")[0])
         if form is not None and leaf in form.leaves:
             return form.shape(leaf), "linear"
-        linear = self.model.get_submodule(path)
-        return linear_shape(linear), "conv1d" if is_transposed(linear) else "linear"
+        return shape_of(self.model.get_submodule(path))
 
     def read(self, name: str) -> Tensor:
         """The tensor that the model calls ``name``, as the checkpoint stores it. Any thread may call this."""
@@ -367,8 +370,9 @@ class Skeleton:
     def _stored_dtype(self) -> torch.dtype:
         """The dtype of most of the weights to be quantized; float32 for float64, in which no engine computes."""
         counts: Counter[str] = Counter()
-        for name, path in self._paths.items():
-            counts[self.stored.dtype(f"{path}.weight")] += math.prod(self.shape(name))
+        dtypes = (self.stored.dtype(f"{path}.weight") for path in self._linears[0].values())
+        for (dtype, (shape, _)), count in Counter(zip(dtypes, self.shapes.values(), strict=True)).items():
+            counts[dtype] += count * math.prod(shape)
         if not counts:
             raise ArchitectureError(
                 "none of its linears can be quantized", type(self.model).__name__, "See leangrid plan for what stays"

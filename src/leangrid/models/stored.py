@@ -259,13 +259,12 @@ class StoredTensors:
     def _place_parts(self, dot: str, leaf: str, kind: str, parts: tuple[ExpertPart, ...], form: FusedForm) -> None:
         count, transposed = form.count, form.transposed
         wanted = 1 if leaf == UP and any(part.part for part in parts) else 0
-        for part in parts:
-            if part.expert >= count:  # room that the model's tensor has for experts that do nothing
-                self.idle.setdefault(dot.removesuffix("."), {})[part.stored] = None
-            elif part.part == wanted or leaf not in (GATE, UP):
-                turned = part.transposed != transposed and kind == "weight"
-                place = Place((part.stored,), part.stored, take=Tensor.t if turned else None)
-                self.places[f"{dot}{part.expert}.{leaf}.{kind}"] = place
+        for stored, expert, number, _, _, turned in parts:
+            if expert >= count:  # room that the model's tensor has for experts that do nothing
+                self.idle.setdefault(dot.removesuffix("."), {})[stored] = None
+            elif number == wanted or leaf not in (GATE, UP):
+                take = Tensor.t if turned != transposed and kind == "weight" else None
+                self.places[f"{dot}{expert}.{leaf}.{kind}"] = Place((stored,), stored, None, take)
 
     def _spelled(self, name: str, stored: str) -> str:
         """The result's name of a tensor that is stored whole: the checkpoint's, but the model's where that belongs to

@@ -213,9 +213,8 @@ def _candidates(recipe: Recipe, skeleton: Skeleton) -> tuple[Scheme, ...]:
     else:
         what = f"a budget gives layers different bits, and {recipe.scheme} layers all have the same"
         raise RecipeError(what, "--scheme", "Use an affine scheme such as W4A16_G64, or a block type such as Q4_K")
-    container, shapes = FORMATS[recipe.format], dict[tuple[int, int, str], str]()
-    for name in skeleton.all_linear_names():
-        shapes.setdefault((*skeleton.shape(name), skeleton.layer_kind(name)), name)
+    container = FORMATS[recipe.format]
+    shapes = {(*shape, kind): names[0] for (shape, kind), names in skeleton.names_by_shape.items()}
     held = tuple(
         one
         for one in found

@@ -181,7 +181,7 @@ def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, abse
         peak_ram_bytes=ram,
         available_ram_bytes=available,
         peak_gpu_bytes=held.peak if has_own_memory(kind) else 0,
-        disk_bytes=int(sum(disk_bytes(skeleton, resolved, tokens, placement.disk_streams)) * _DISK_MARGIN),
+        disk_bytes=int(sum(disk_bytes(skeleton, resolved, tokens, placement.disk_streams, sized)) * _DISK_MARGIN),
         seconds=times,
         kernels=dict.fromkeys(("grid", "solve"), "triton" if absent else kernels.backend(kind)),
         bound="memory"

@@ -10,7 +10,7 @@ from leangrid.models import gguf_names
 from leangrid.models.plain_readers import plain_reading
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning import mlx_lm
-from leangrid.planning.sizes import stored_schemes
+from leangrid.planning.sizes import by_name, stored_kinds, stored_schemes
 from leangrid.recipe import Recipe
 from leangrid.schemes import Scheme
 from leangrid.storage.config import add_older_rope_keys
@@ -52,11 +52,11 @@ def opened_in(skeleton: Skeleton, recipe: Recipe) -> dict[str, str]:
     reading = plain_reading_of(skeleton, recipe)
     if reading is None:
         return {LOAD: "yes"}
-    stored = stored_schemes(skeleton, recipe)
-    symmetric = {one: one.model_copy(update={"symmetric": True}) for one in set(stored.values())}
-    schemes = {name: symmetric[one] for name, one in stored.items()}
-    other = _reading(skeleton, schemes) if reading.obstacle else None
-    named = sorted({one.name for one in schemes.values()})
+    if reading.obstacle is None:
+        return {LOAD: "yes", TRANSFORMERS: "yes"}
+    kinds = [(alike, one.model_copy(update={"symmetric": True})) for alike, one in stored_kinds(skeleton, recipe)]
+    other = _reading(skeleton, by_name(skeleton, kinds))
+    named = sorted({scheme.name for _, scheme in kinds})
     opens = " and ".join(named) if other is not None and other.obstacle is None else _DENSE
     return {LOAD: "yes", TRANSFORMERS: describe_obstacle(reading, opens)}
 
@@ -138,7 +138,8 @@ def _reading(skeleton: Skeleton, schemes: Mapping[str, Scheme]) -> Reading | Non
     if names is None:
         return None
     paths = {name: skeleton.path(name) for name in schemes}
-    packed = {path.rsplit(".", 2)[0] for path in paths.values()}
+    blocks = skeleton.structure.blocks  # of a group either all linears are a mixture's, or none is
+    packed = {f"{block.path}.{group[0]}".rsplit(".", 2)[0] for block in blocks for group in block.groups}
     mixtures = {
         path: form.linears
         for path, form in skeleton.expert_forms.items()

@@ -35,7 +35,7 @@ def open_checkpoint(
 def resolve_recipe(recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> Recipe:
     """Write out every default; the scheme ``auto`` becomes W4A16 in the first of the container's ``AUTO_GROUPS`` (128
     for most) that divides the columns of every layer, else in whole rows."""
-    columns = {skeleton.shape(name)[1] for name in skeleton.all_linear_names()}
+    columns = {cols for (_, cols), _ in skeleton.names_by_shape}
     groups = FORMATS[recipe.format].AUTO_GROUPS if recipe.format in FORMATS else Format.AUTO_GROUPS
     size = next((size for size in groups if all(cols % size == 0 for cols in columns)), None)
     resolved = recipe.resolved(f"W4A16_G{size}" if size else "W4A16")

@@ -1,7 +1,8 @@
 """Bytes before and after, from shapes alone: for the plan, for the check of the disk, and for what a result reports."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,34 +62,44 @@ class Alike:
 def layers_alike(skeleton: Skeleton, recipe: Recipe) -> list[Alike]:
     """All layers by what decides their sizes, those with the earliest first; ``recipe`` is resolved. A mixture of
     experts has tens of thousands of layers, of two or three kinds."""
-    found: dict[tuple[str | None, tuple[int, int], str], Alike] = {}
-    for name in skeleton.all_linear_names():
-        key, shape, kind = recipe.find_key(name), skeleton.shape(name), skeleton.layer_kind(name)
-        if (alike := found.get((key, shape, kind))) is None:
-            alike = found[key, shape, kind] = Alike([], recipe.for_layer(name).parsed, *shape, kind)
+    if not recipe.layers:
+        return [Alike(names, recipe.parsed, *shape, kind) for (shape, kind), names in skeleton.names_by_shape.items()]
+    found: dict[tuple[str | None, tuple[tuple[int, int], str]], Alike] = {}
+    for name, both in skeleton.shapes.items():
+        key = recipe.find_key(name)
+        if (alike := found.get((key, both))) is None:
+            alike = found[key, both] = Alike([], recipe.for_layer(name).parsed, *both[0], both[1])
         alike.names.append(name)
     return list(found.values())
 
 
 def stored_schemes(skeleton: Skeleton, recipe: Recipe) -> dict[str, Scheme]:
     """Layer -> the scheme that the files of a resolved ``recipe`` will say, in the model's order."""
-    return _stored_schemes(skeleton, recipe, layers_alike(skeleton, recipe))
+    return by_name(skeleton, stored_kinds(skeleton, recipe))
 
 
-def _stored_schemes(skeleton: Skeleton, recipe: Recipe, kinds: list[Alike]) -> dict[str, Scheme]:
+def by_name(skeleton: Skeleton, kinds: Iterable[tuple[Alike, Scheme]]) -> dict[str, Scheme]:
+    """Layer -> scheme, in the model's order."""
+    found: dict[str, Any] = dict.fromkeys(skeleton.shapes)
+    for alike, scheme in kinds:
+        found.update(dict.fromkeys(alike.names, scheme))
+    return found
+
+
+def stored_kinds(skeleton: Skeleton, recipe: Recipe) -> list[tuple[Alike, Scheme]]:
+    """What ``layers_alike`` gives, each with the scheme that the files will say."""
+    kinds = layers_alike(skeleton, recipe)
     firsts = {alike.names[0]: (alike.scheme, alike.cols) for alike in kinds}
     stored = schemes_stored_by(FORMATS[recipe.format], firsts)
-    found = {name: stored[alike.names[0]] for alike in kinds for name in alike.names}
-    return {name: found[name] for name in skeleton.all_linear_names()}
+    return [(alike, stored[alike.names[0]]) for alike in kinds]
 
 
 def compute_sizes(skeleton: Skeleton, recipe: Recipe) -> Sizes:
     """The sizes that quantizing ``skeleton`` by a resolved ``recipe`` gives."""
-    kinds = layers_alike(skeleton, recipe)
-    stored, sizes = _stored_schemes(skeleton, recipe, kinds), dict[str, LayerSize]()
-    for alike in kinds:
+    sizes = dict[str, LayerSize]()
+    for alike, stored in stored_kinds(skeleton, recipe):
         shape = (alike.rows, alike.cols)
-        layout = FORMATS[recipe.format].layout(stored[alike.names[0]], shape, skeleton.dtype).values()
+        layout = FORMATS[recipe.format].layout(stored, shape, skeleton.dtype).values()
         before = alike.rows * alike.cols * skeleton.dtype.itemsize
         after = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout)
         scheme = alike.scheme.fitting(alike.cols).name
@@ -110,9 +121,11 @@ class DiskBytes(NamedTuple):
     states: int
 
 
-def disk_bytes(skeleton: Skeleton, recipe: Recipe, tokens: int, mapped: bool = False) -> DiskBytes:
+def disk_bytes(
+    skeleton: Skeleton, recipe: Recipe, tokens: int, mapped: bool = False, sizes: Sizes | None = None
+) -> DiskBytes:
     """The journal's blocks and the finished shards beside them; two sets of states, and two more (those that enter a
-    block and those that leave it) where they are worked on in ``mapped`` files."""
-    return DiskBytes(
-        2 * compute_sizes(skeleton, recipe).bytes_after, (4 if mapped else 2) * state_bytes(skeleton, recipe, tokens)
-    )
+    block and those that leave it) where they are worked on in ``mapped`` files. ``sizes``: those that ``compute_sizes``
+    gives; None: they are computed."""
+    sizes = compute_sizes(skeleton, recipe) if sizes is None else sizes
+    return DiskBytes(2 * sizes.bytes_after, (4 if mapped else 2) * state_bytes(skeleton, recipe, tokens))

@@ -24,8 +24,12 @@ def describe_structure(skeleton: Skeleton) -> dict[str, Any]:
     blocks beside the hidden states, numbers as ``*``; ``idle``: how many blocks text does not reach."""
     structure = skeleton.structure
     kinds: dict[object, dict[str, Any]] = {}
+    opened: dict[tuple[str, ...], list[str]] = {}  # group -> its names with open numbers
     for block, module in zip(structure.blocks, skeleton.blocks, strict=True):
-        groups = [list(dict.fromkeys(_open_numbers(name) for name in group)) for group in block.groups]
+        for group in block.groups:
+            if group not in opened:
+                opened[group] = list(dict.fromkeys(map(_open_numbers, group)))
+        groups = [opened[group] for group in block.groups]
         kind = (type(module).__name__, tuple(map(tuple, groups)))
         new = {"count": 0, "first": block.path, "module": type(module).__name__, "groups": groups}
         kinds.setdefault(kind, new)["count"] += 1

@@ -28,6 +28,7 @@ from leangrid.storage.foreign import LFS_MARK, is_pointer, pointer_error
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the reference implementation
 _MAX_ENTRIES = 4_000_000  # commas and brackets, as of about 500,000 tensors; bounds the memory of the JSON parser
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _WAY_OUT = "Download the file again, or convert the checkpoint with the library that wrote it"
 
 
@@ -169,7 +170,7 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     """Check one entry of the header; ``base`` is the offset in the file from which its offsets count."""
     if not name.isprintable():  # also refuses lone surrogates, which no file could be written with
         raise _broken(path, f"has a tensor with an unprintable name: {name[:200]!r}")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise _broken(path, f"describes tensor '{name[:200]}' by something else than dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -185,9 +186,9 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
 
 
 def _naturals(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) <= 64 and all(type(item) is int and 0 <= item < 2**63 for item in value)
-    )
+    if not isinstance(value, list) or len(value) > 64:
+        return False
+    return not value or ({*map(type, value)} == {int} and min(value) >= 0 and max(value) < 2**63)
 
 
 def parse_strict_json(raw: bytes | bytearray, path: Path, *, allow_infinity: bool = False) -> Any:
