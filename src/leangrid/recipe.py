@@ -23,6 +23,7 @@ _UNSET: dict[str, tuple[Any, ...]] = {
     "effort": ("good",),
     "tune": (None,),
     "finish": (None,),
+    "guide": (None,),
     "text_field": (None,),
     "ignore": ((), []),
     "only": ((), []),
@@ -31,9 +32,9 @@ _UNSET: dict[str, tuple[Any, ...]] = {
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"correct": 0.0, "refine": 0},
     "good": {},
-    "best": {"tune": 4, "finish": 4},
+    "best": {"tune": 4, "guide": 4, "finish": 4},
 }
-_NUMBERS = ("bits", "size", "samples", "length", "seed", "p", "steps", "refine", "tune", "finish", "damping")
+_NUMBERS = ("bits", "size", "samples", "length", "seed", "p", "steps", "refine", "tune", "guide", "finish", "damping")
 
 
 class Recipe(ValidatedModel):
@@ -101,6 +102,12 @@ class Recipe(ValidatedModel):
     tune: int | None = Field(
         default=None, ge=0, le=100, description="passes of block tuning over the windows; 0: none, as by default"
     )
+    guide: int | None = Field(
+        default=None,
+        ge=0,
+        le=64,
+        description="drawn gradients a token by which tuning weighs a block's error; 0: none, its own output alone",
+    )
     finish: int | None = Field(
         default=None, ge=0, le=100, description="passes of tuning all grids by the whole model's output; 0: none"
     )
@@ -124,7 +131,7 @@ class Recipe(ValidatedModel):
             raise ValueError("must be a number")
         return value
 
-    @field_validator("tune", "finish")
+    @field_validator("tune", "guide", "finish")
     @classmethod
     def _none_for_zero(cls, value: int | None, info: Any) -> int | None:
         """None and 0 are the same, but where an effort would tune, or finish."""
@@ -252,6 +259,11 @@ class Recipe(ValidatedModel):
         """Streams of activations that a run carries: the original's beside the quantized where inputs are corrected or
         blocks tuned."""
         return 2 if self.correct or self.tune else 1
+
+    @property
+    def draws(self) -> int:
+        """Gradients a token that guide block tuning; 0: none."""
+        return (self.guide or 0) if self.tune else 0
 
     @property
     def holds_out(self) -> bool:

@@ -225,3 +225,15 @@ def test_the_whole_model_is_finished_on_its_rows(source_of: Callable[[str], Path
     wanted = recipe(written(tmp_path), "RTN4_G32", finish=2)
     found = quantize(source_of("qwen3_vl"), tmp_path / "out", wanted).finish
     assert found["best"] > 0 and found["held_after"] < found["held_before"]
+
+
+def test_blocks_are_tuned_by_what_predictions_on_its_rows_feel(
+    source_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    stored = []
+    for draws in (0, 2):
+        wanted = recipe(written(tmp_path), "RTN3_G32", tune=2, guide=draws)
+        result = quantize(source_of("qwen3_vl"), tmp_path / f"out-{draws}", wanted)
+        assert result.tuning["tuned"] > 0 and not result.tuning["trouble"]
+        stored.append((tmp_path / f"out-{draws}" / "model.safetensors").read_bytes())
+    assert stored[0] != stored[1]

@@ -331,9 +331,12 @@ def test_ranks_of_which_one_has_too_few_windows_to_hold_some_out_all_say_so(sour
     assert tuning["tuned"] == 0 and "7 windows for 2 ranks are too few" in tuning["trouble"][0]
 
 
-def test_two_ranks_tune_blocks_together_and_give_the_same_bytes_twice(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "draws"), [("W3A16", 0), ("RTN3", 2)])
+def test_two_ranks_tune_blocks_together_and_give_the_same_bytes_twice(
+    scheme: str, draws: int, source: Path, tmp_path: Path
+) -> None:
     """Seventeen windows: nine on the first rank, eight on the second; of each one is held out."""
-    recipe, windows = Recipe(scheme="W3A16", tune=6), tiny_models.tokens(17, 32)
+    recipe, windows = Recipe(scheme=scheme, tune=6, guide=draws), tiny_models.tokens(17, 32)
     for out in ("one", "other"):
         job = as_command(lambda rank, out=out: quantize(source, tmp_path / out, recipe, windows=windows, threads=1))
         ended = forked_ranks.run(2, job)

@@ -41,6 +41,7 @@ Correct = Annotated[
 ]
 Refine = Annotated[int | None, typer.Option(metavar="N", help="rounds of refit after the sweep; 0 is the paper [1]")]
 Finish = Annotated[int | None, typer.Option(metavar="N", help="passes of tuning the whole model's grids [0]")]
+Guide = Annotated[int | None, typer.Option(metavar="N", help="gradients a token that guide tuning; 0: none [0]")]
 Tune = Annotated[int | None, typer.Option(metavar="N", help="passes of block tuning by gradient; 0: none [0]")]
 Ignore = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="linears that stay: '*.down_proj', re:REGEX; repeat")

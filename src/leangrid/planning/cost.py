@@ -219,6 +219,8 @@ def _tuning(
     head = 2 * skeleton.vocabulary * skeleton.hidden_size * skeleton.has_lm_head
     blocks, whole = (tokens * each / forward for each in (flops_a_token, flops_a_token + head))
     tuned = (recipe.tune or 0) * steps * (_BACKWARD * blocks + grids)
+    if recipe.draws:  # by the states alone a gradient takes as long as the pass
+        tuned += batches * (1 + recipe.draws) * whole
     finished = (_BACKWARD + _ORIGINAL) * whole + grids
     finished += by_blocks * (_ORIGINAL * blocks + grids)  # each block runs once more for its gradient
     return tuned, (recipe.finish or 0) * steps * finished

@@ -10,6 +10,7 @@ from leangrid.machine.devices import has_own_memory
 from leangrid.models.flow import flows_live
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.groups import Group, largest_groups
+from leangrid.planning.sizes import guide_bytes
 from leangrid.recipe import Recipe
 from leangrid.schemes import Scheme
 
@@ -41,8 +42,9 @@ class Demand:
     tuned: bool = False
     measured: bool = False  # the share of the correction: one matrix more, its noise
     finished: int = 0  # numbers of all quantized linears of a model that is finished as a whole
-    whole: int = 0  # bytes of that model as it is computed
+    whole: int = 0  # bytes of the whole model as it is computed, where it is finished or guides tuning
     blocks: int = 1
+    draws: int = 0  # gradients a token at each block's output that guide tuning
 
     @classmethod
     def of(cls, skeleton: Skeleton, recipe: Recipe, samples: int, length: int, device: str) -> "Demand":
@@ -52,6 +54,7 @@ class Demand:
         weights = sum(g.rows * g.cols for g in groups)
         itemsize = choose_compute_dtype(recipe.products, skeleton.dtype).itemsize
         bits = max(scheme.fitting(group.cols).bits for scheme in recipe.schemes for group in groups)
+        numbers, whole, blocks = _whole(skeleton, itemsize) if recipe.finish or recipe.draws else (0, 0, 1)
         return cls(
             tuple(groups),
             hidden,
@@ -72,7 +75,10 @@ class Demand:
             itemsize * _outside(skeleton),
             bool(recipe.tune),
             recipe.measures_correction,
-            *(_whole(skeleton, itemsize) if recipe.finish else ()),
+            numbers if recipe.finish else 0,
+            whole,
+            blocks,
+            recipe.draws,
         )
 
     @property
@@ -88,6 +94,11 @@ class Demand:
     def states(self) -> int:
         """Bytes of the hidden states of all streams between two blocks."""
         return self.streams * self.tokens * self.hidden * self.itemsize
+
+    @property
+    def guide(self) -> int:
+        """Bytes of the gradients that guide tuning, of all blocks."""
+        return self.blocks * guide_bytes(self.draws, self.tokens, self.hidden)
 
     def held(self, number: int) -> int:
         """Bytes a token that a pass holds while it stands at group ``number`` (at its end: what it gives out).

@@ -15,7 +15,7 @@ from leangrid.machine.devices import usable_device_bytes
 from leangrid.metrics.perplexity import CHUNK
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.demand import Demand
-from leangrid.planning.gradients import finishes_by_blocks, finishing_parts, tuning_parts
+from leangrid.planning.gradients import drawing_parts, finishes_by_blocks, finishing_parts, tuning_parts
 from leangrid.planning.groups import Group
 from leangrid.planning.placement import Placement
 from leangrid.planning.sizes import GATE_LENGTH, GATE_WINDOWS
@@ -63,11 +63,14 @@ def sum_footprint(demand: Demand, placement: Placement) -> Footprint:
     tokens = min(placement.windows, demand.samples) * demand.length
     away = placement.disk_streams or (placement.host_streams and demand.accelerated)
     streams = 0 if away else demand.states * (2 if demand.live else 1)  # live: those that left a block beside them
-    base = {"weights": demand.weights, "streams": streams}
+    drawn = 0 if away else demand.guide
+    base = {"weights": demand.weights, "streams": streams} | ({"drawn gradients": drawn} if demand.draws else {})
     if demand.live:
         base["outside of the blocks"] = demand.outside
     if demand.accelerated and not placement.in_place:
         base["next block"] = demand.weights
+    if demand.draws:
+        result.phases["draw"] = drawing_parts(demand, drawn)
     result.phases["embedding"] = {
         "table": demand.vocabulary
         * demand.hidden
@@ -197,6 +200,7 @@ def _host(demand: Demand, placement: Placement) -> dict[str, int]:
     }
     if placement.host_streams and not placement.disk_streams:
         parts["streams in and out"] = 2 * demand.states
+        parts |= {"drawn gradients": demand.guide} if demand.draws else {}
     if placement.host_groups or placement.host_block:
         alone = replace(placement, host_groups=(), host_block=False)
         parts["algebra"] = max(sum(p.values()) for g in demand.groups for p in _algebra(demand, alone, g).values())

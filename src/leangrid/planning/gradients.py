@@ -1,4 +1,4 @@
-"""Bytes of what moves by gradient: a block that is tuned, and the whole model that is finished."""
+"""Bytes of what is done by gradient: a block that is tuned, what guides it, and the whole model that is finished."""
 
 from leangrid.planning.demand import Demand
 from leangrid.planning.placement import Placement
@@ -11,9 +11,9 @@ _TUNED, _TUNED_WEIGHTS = 6 * 4 + 1, 2
 # Of one weight at a time while the whole model is finished: its gradient and two tensors made of it.
 _GRADIENT = 3
 _LOGITS = 4  # tensors as large as the logits: two models', a gradient, one on its way
-# Numbers of each input and output of a linear that a pass keeps for its gradient: through a block whose codes move, and
-# through a model whose grids alone do.
-_KEPT_FOR_GRADIENT, _KEPT_FOR_GRIDS = 3, 2
+# Numbers of each input and output of a linear that a pass keeps for its gradient: through a block whose codes move,
+# through a model whose grids alone do, and by the states between blocks alone.
+_KEPT_FOR_GRADIENT, _KEPT_FOR_GRIDS, _KEPT_FOR_STATES = 3, 2, 1
 
 
 def tuning_parts(demand: Demand) -> dict[str, int]:
@@ -26,6 +26,19 @@ def tuning_parts(demand: Demand) -> dict[str, int]:
         "codes, grids and their steps": numbers * (_TUNED + _TUNED_WEIGHTS * demand.itemsize),
         "one batch's gradient": _KEPT_FOR_GRADIENT * through * tokens * demand.itemsize,
         "states that entered": demand.states // demand.streams,
+    }
+
+
+def drawing_parts(demand: Demand, waiting: int) -> dict[str, int]:
+    """One batch forward and backward through the whole original model, for the gradients at its blocks' outputs;
+    ``waiting``: bytes of those of all windows."""
+    through = sum(group.rows + group.cols for group in demand.groups) + 2 * demand.hidden
+    tokens = count_step_windows(demand.samples, demand.length) * demand.length
+    return {
+        "the whole model": demand.whole,
+        "one batch's gradient": demand.blocks * _KEPT_FOR_STATES * through * tokens * demand.itemsize,
+        "logits": _LOGITS * tokens * demand.vocabulary * _F32 if demand.has_lm_head else 0,
+        "drawn gradients": waiting,
     }
 
 

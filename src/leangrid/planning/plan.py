@@ -242,8 +242,8 @@ def _refuse_small_device(result: Plan, device: str, free: int) -> None:
 
 
 def _way_out(result: Plan, otherwise: str) -> str:
-    """What to do about too little memory: finishing holds the whole model, everything else one block."""
-    return "Use --finish 0" if result.memory["peak_phase"] == "finish" else otherwise
+    """What to do about too little memory: finishing and the guide hold the whole model, everything else one block."""
+    return {"finish": "Use --finish 0", "draw": "Use --guide 0"}.get(result.memory["peak_phase"], otherwise)
 
 
 def _refuse_what_is_not_here(result: Plan, out: Path) -> None:

@@ -121,11 +121,19 @@ class DiskBytes(NamedTuple):
     states: int
 
 
+def guide_bytes(draws: int, tokens: int, hidden: int) -> int:
+    """Bytes of what guides the tuning of one block (run/draw_guide.py)."""
+    return draws * tokens * hidden * torch.bfloat16.itemsize
+
+
 def disk_bytes(
     skeleton: Skeleton, recipe: Recipe, tokens: int, mapped: bool = False, sizes: Sizes | None = None
 ) -> DiskBytes:
-    """The journal's blocks and the finished shards beside them; two sets of states, and two more (those that enter a
-    block and those that leave it) where they are worked on in ``mapped`` files. ``sizes``: those that ``compute_sizes``
-    gives; None: they are computed."""
+    """The journal's blocks and the finished shards beside them; two sets of states.
+
+    ``mapped``: the states are worked on in files, which makes two more sets (those that enter a block and those that
+    leave it), and what guides tuning is in files too. ``sizes``: those that ``compute_sizes`` gives; None: they are
+    computed."""
     sizes = compute_sizes(skeleton, recipe) if sizes is None else sizes
-    return DiskBytes(2 * sizes.bytes_after, (4 if mapped else 2) * state_bytes(skeleton, recipe, tokens))
+    drawn = len(skeleton.blocks) * guide_bytes(recipe.draws, tokens, skeleton.hidden_size) if mapped else 0
+    return DiskBytes(2 * sizes.bytes_after, (4 if mapped else 2) * state_bytes(skeleton, recipe, tokens) + drawn)

@@ -128,7 +128,9 @@ class _Measuring:
         self._probed: Windows = windows[: max(probed, ranks.count)]
         if isinstance(self._probed, Tensor):
             self._probed = self._probed[:, :PROBED_LENGTH]
-        plain = without_budget(recipe).model_copy(update={"correct": 0.0, "refine": 0, "tune": 0, "finish": 0})
+        plain = without_budget(recipe).model_copy(
+            update={"correct": 0.0, "refine": 0, "tune": 0, "guide": 0, "finish": 0}
+        )
         self._recipes = [plain.model_copy(update={"scheme": one.name}) for one in budget.candidates]
         journal = ReadOnlyJournal(inputs.journal.partial, inputs.request.state_dir, 0)
         journal.keeps_states = inputs.journal.keeps_states

@@ -111,8 +111,8 @@ def open_inputs(request: Request) -> RunInputs:
     with _discarded_on_error(journal):
         estimated = estimated_recipe(resolved, skeleton)
         placement = _placement(request, skeleton, estimated, journal)
-        if estimated.finish and journal.read_finished_info() is None:
-            _refuse_to_finish(request, skeleton, estimated, placement)
+        if journal.read_finished_info() is None:
+            _refuse_whole_model(request, skeleton, estimated, placement)
         _require_disk(request, skeleton, estimated, journal, placement)
     notices = [f"{path.name}: {_DEQUANTIZED}"] if is_gguf(path) else []
     notices += [*checkpoint.notices, *skeleton.notices, *journal.notices]
@@ -177,14 +177,17 @@ def _placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Jo
     return replace(found, windows=count_step_windows(*_windows_shape(request, recipe)))  # steps are bytes of the result
 
 
-def _refuse_to_finish(request: Request, skeleton: Skeleton, recipe: Recipe, placement: Placement) -> None:
-    """RecipeError where the whole model, which is tuned at the end, will not fit in memory."""
+def _refuse_whole_model(request: Request, skeleton: Skeleton, recipe: Recipe, placement: Placement) -> None:
+    """RecipeError where the whole model, which guides tuning or is tuned at the end, will not fit in memory."""
+    if not recipe.finish and not recipe.draws:
+        return
     demand = Demand.of(skeleton, recipe, *_windows_shape(request, recipe), request.device)
-    needed = sum(sum_footprint(demand, placement).phases.get("finish", {}).values())
-    usable = usable_device_bytes(request.device)
-    if needed > usable:
-        what = f"finish holds the whole model: about {needed / 2**30:.1f} GiB, {usable / 2**30:.1f} GiB can be used"
-        raise RecipeError(what, "finish", "Use --finish 0 or a shorter --length, or free memory")
+    phases, usable = sum_footprint(demand, placement).phases, usable_device_bytes(request.device)
+    for phase, name in (("draw", "guide"), ("finish", "finish")):
+        needed = sum(phases.get(phase, {}).values())
+        if needed > usable:
+            what = f"{name} holds the whole model: about {needed / 2**30:.1f} GiB, {usable / 2**30:.1f} GiB can be used"
+            raise RecipeError(what, name, f"Use --{name} 0 or a shorter --length, or free memory")
 
 
 def _found_placement(request: Request, skeleton: Skeleton, recipe: Recipe, journal: Journal) -> Placement:

@@ -8,7 +8,7 @@
                 W~ = W + a W (G - H)(H + lambda I)^-1             targets      (solve/correction.py)
                 fit the grid, sweep, refine                       solve_linear (solve/layer.py)
             the quantized stream goes on with the new weights
-        tune the block: codes and grids together, if asked for    tune_block   (solve/tuning.py)
+        tune the block: codes and grids together, if asked for    tune_block   (solve/tuning.py, run/guide.py)
         commit the block                                          (run/block_writer.py)
     tune the grids of the whole model, if asked for               finish_model (run/finishing.py)
 
@@ -27,6 +27,7 @@ from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.run.algebra import GroupAlgebra, algebras
 from leangrid.run.block import Block
+from leangrid.run.draw_guide import draw_guide
 from leangrid.run.finishing import finish_model
 from leangrid.run.open_run import open_run
 from leangrid.run.request import Request
@@ -94,6 +95,7 @@ def run_request(request: Request) -> QuantizeResult:
     with torch.no_grad(), open_run(request) as run:
         if isinstance(run, QuantizeResult):  # it was stopped after its directory had got its name
             return run
+        run.guide = draw_guide(run)
         streams = run.streams()
         for index in run.remaining_blocks():
             streams = run.onward.advance(index, run.attempt_block(quantize_block, index, streams))

@@ -25,6 +25,7 @@ from leangrid.run.block import Block
 from leangrid.run.block_writer import BlockWriter
 from leangrid.run.catch_up import Onward
 from leangrid.run.committed import CommittedWeights
+from leangrid.run.guide import Guide
 from leangrid.run.inputs import RunInputs
 from leangrid.run.less_memory import reduce_placement
 from leangrid.run.publish import publish
@@ -58,6 +59,7 @@ class Run:
         writer: takes what was solved.
         weights: the new weights of committed blocks.
         flow, onward: how the streams get to the next block.
+        guide: what blocks are tuned by beside their own outputs; None: nothing.
         clock, accounting, progress: seconds, operations, and what watchers are told.
     """
 
@@ -81,6 +83,7 @@ class Run:
         self.writer = BlockWriter(inputs, self.states, clock, self.accounting, self.progress, ranks)
         self.flow = open_flow(self.skeleton, self.device, self.states.get)
         self.weights = CommittedWeights(self.skeleton, self.recipe, self.journal)
+        self.guide: Guide | None = None
         self.onward = Onward(self.skeleton, self.flow, self.weights, self.device, self.stage)
         if self.recipe.measures_correction and self.strength is not None:
             self.progress.report("notice", done, message=_ONE_WINDOW)
@@ -149,7 +152,10 @@ class Run:
         while True:
             try:
                 self._rebatch(streams)
-                return quantize(self, index, streams)
+                left = quantize(self, index, streams)
+                if self.guide is not None:
+                    self.guide.drop(index)
+                return left
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -199,6 +205,19 @@ class Run:
     def whole_device(self) -> str:
         """Where the model is run as a whole, in torch's words."""
         return "cpu" if self.states.placement.host_block else self.device
+
+    @property
+    def own_windows(self) -> int:
+        """How many windows this rank has."""
+        return len(self.windows.tensor_split(self.ranks.count)[self.ranks.rank])
+
+    def own_batches(self) -> tuple[list[Any], int]:
+        """This rank's windows in batches as they are tuned by, and the number of its first window among those of all
+        ranks."""
+        parts = self.windows.tensor_split(self.ranks.count)
+        first, part = sum(map(len, parts[: self.ranks.rank])), parts[self.ranks.rank]
+        edge = self._edge_of(self.ranks.rank)
+        return list(part.split(cut_sizes(len(part), self.states.placement.windows, edge))), first
 
     def batches_of_all_ranks(self) -> tuple[list[Any], list[Any]]:
         """The calibration windows in batches as they are tuned by: those of every rank that Hessians saw, and those
@@ -267,6 +286,9 @@ class Run:
         smaller, words = reduce_placement(
             self.states.placement, self._stage, self.skeleton, self.recipe, self.windows, index, self.device
         )
+        if self.guide is not None and not self.flow.waits and smaller.windows != self.states.placement.windows:
+            what = "out of memory, and what guides tuning is drawn for batches of this size"
+            raise Interrupted(what, name, "Finished blocks are kept: free memory, or go on with more of it")
         self.states.placement = smaller
         self._begin_again = self.skeleton.structure.blocks[index].changes
         self.writer.reductions.append(Rescue("memory", f"out of memory: {words}"))

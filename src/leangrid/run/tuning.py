@@ -5,10 +5,12 @@ Every batch is one window, or several short ones. The last of them are held out:
 Hessian sums them and no step is taken by them; they choose the state that stays. A block that does not get better on
 them stays as it was solved, and the journal says so."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.func import functional_call
 
@@ -38,6 +40,7 @@ def tune_block(run: Run, block: Block, entered: Streams) -> Streams:
     with run.stage("tune"):
         linears = {name: _tuned_linear(run, block, name, steps) for name in block.solved}
         batches = range(len(entered.quantized))
+        output.balance({name: one.weight().detach() for name, one in linears.items()}, batches[: run.held_out])
         together = run.ranks.add if run.ranks.count > 1 else None
         block.tuning, state = tune(linears, output.error, batches[:fitted], batches[fitted:], steps, together)
         del linears
@@ -87,6 +90,7 @@ class _Output:
     def __init__(self, run: Run, block: Block, entered: list[Tensor], wanted: list[Tensor]) -> None:
         self._run, self._block, self._entered, self._wanted = run, block, entered, wanted
         self._device = next(block.module.parameters()).device
+        self._felt = 0.0  # the unit in which the predictions' share of the error is counted; 0: it is left out
 
     def leave(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Let a batch of the quantized stream leave the block with ``weights``; the states, where they wait."""
@@ -110,5 +114,29 @@ class _Output:
 
     def error(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """How far the block's output on a batch is from what is wanted, with ``weights`` of its linears."""
+        if not self._felt:
+            return self._both(batch, weights)[0]
+        own, felt = self._both(batch, weights)
+        return (own + self._felt * felt) / 2
+
+    def balance(self, weights: Mapping[str, Tensor], batches: Sequence[int]) -> None:
+        """Let both shares of the error, that of the output itself and what the predictions feel of it, be equal with
+        ``weights`` over ``batches`` of all ranks."""
+        if self._run.guide is None:
+            return
+        found = [torch.stack(self._both(batch, weights)).double().cpu() for batch in batches]
+        total = torch.stack(found).sum(0)
+        self._run.ranks.add([total])
+        own, felt = total.tolist()
+        self._felt = own / felt if 0 < felt < math.inf and 0 < own < math.inf else 0.0
+
+    def _both(self, batch: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The relative error of the block's output on a batch, and how much the predictions feel of it; 0 without a
+        guide."""
         wanted = self._run.states.get(self._wanted[batch], self._device)
-        return relative_error(self._call(batch, weights, trial=True), wanted)
+        given = self._call(batch, weights, trial=True)
+        own, guide = relative_error(given, wanted), self._run.guide
+        if guide is None:
+            return own, own.new_zeros(())
+        first = sum(len(hidden) for hidden in self._entered[:batch])
+        return own, guide.felt(self._block.index, batch, first, given.float() - wanted.float())

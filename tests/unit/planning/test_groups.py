@@ -97,6 +97,23 @@ def test_a_plan_counts_the_time_of_finishing_by_its_passes(tiny: Tiny) -> None:
     assert replayed["finish"] == pytest.approx(two["finish"] + 2 * 14 / 16 * blocks, rel=0.02)
 
 
+def test_a_plan_counts_the_time_of_drawing_by_its_draws(tiny: Tiny) -> None:
+    none, one, four = (_planned_seconds(tiny("llama2"), tune=2, guide=draws)["tune"] for draws in (0, 1, 4))
+    assert four - one == pytest.approx(3 / 2 * (one - none), rel=1e-3)
+
+
+@pytest.mark.fault("R3")
+def test_the_memory_of_drawing_is_that_of_a_run(tmp_path: Path) -> None:
+    source = tiny_models.synthetic(tmp_path / "source", blocks=8, hidden=64)
+    recipe = Recipe(scheme="RTN4", tune=1, guide=4)
+    with LiveBytes() as alive:
+        quantize(source, tmp_path / "out", recipe, windows=tiny_models.tokens(4, 512), placement=Placement(1))
+    _, skeleton, settled = open_checkpoint(source, recipe)
+    planned = sum_footprint(Demand.of(skeleton, settled, 4, 512, "cpu"), Placement(1))
+    assert planned.peak_phase == "draw"
+    assert planned.peak == pytest.approx(alive.peak, rel=0.2), planned.phases["draw"]
+
+
 @pytest.mark.fault("R3")
 @pytest.mark.parametrize(
     ("phase", "blocks", "dtype", "replay"),

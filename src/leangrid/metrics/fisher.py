@@ -1,0 +1,54 @@
+"""How much the predictions of a model feel a change of its hidden states: the Fisher information, by drawn gradients.
+
+Of a small change d of the state at one token, KL(before || after) of the predictions is d' F d / 2. F is the mean of
+g g' over labels y that are drawn from the model's own predictions, where g is the gradient of log p(y) by the state
+(Martens 2020, arXiv 1412.1193). BRECQ (Li et al. 2021, arXiv 2102.05426) weighs the error of a block by the diagonal of
+such an F. Here a few drawn g stand for all of it, of each token its own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def draw_gradients(
+    output: Float[Tensor, "windows length width"],
+    states: Sequence[Float[Tensor, "..."]],
+    draws: int,
+    generator: torch.Generator,
+    predicts: bool,
+) -> list[Float[Tensor, "draws ..."]]:
+    """The gradients by each of ``states`` of the log-probability of drawn labels.
+
+    Args:
+        output: logits of the next token, differentiable by ``states``; without ``predicts`` last hidden states.
+        states: those that leave each block, of any shape, as [windows, length, hidden].
+        draws: how many times labels are drawn.
+        generator: of the labels, on the CPU.
+        predicts: whether ``output`` are logits. Of other models the relative change of the output takes the place of
+            KL: the gradient is that of its product with a drawn direction, over its length.
+    """
+    output = output.float()
+    found: list[list[Tensor]] = [[] for _ in states]
+    for number in range(draws):
+        if predicts:
+            told = output.log_softmax(-1)
+            labels = torch.multinomial(told.detach().flatten(0, -2).exp().cpu(), 1, generator=generator)
+            total = told.flatten(0, -2).gather(-1, labels.to(told.device)).sum()
+        else:
+            lengths = output.detach().norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            direction = torch.randn(output.shape, generator=generator).to(output.device)
+            total = (output * direction / lengths).sum()
+        slopes = torch.autograd.grad(total, states, retain_graph=number + 1 < draws, materialize_grads=True)
+        for one, slope in zip(found, slopes, strict=True):
+            one.append(slope.detach())
+    return [torch.stack(one) for one in found]
+
+
+def felt_change(
+    change: Float[Tensor, "*tokens hidden"], gradients: Float[Tensor, "draws *tokens hidden"]
+) -> Float[Tensor, ""]:
+    """The mean over tokens and drawn gradients g of (g . change)^2: an estimate of change' F change."""
+    return (gradients.to(change.dtype) * change).sum(-1).square().mean()
