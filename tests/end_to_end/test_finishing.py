@@ -10,8 +10,9 @@ import tiny_models
 import torch
 from torch import Tensor
 
-from leangrid.errors import RecipeError
+from leangrid.errors import Interrupted, RecipeError
 from leangrid.inference.load import load
+from leangrid.models.whole import WholeModel
 from leangrid.planning.placement import Placement
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
@@ -71,6 +72,40 @@ def test_one_block_at_once_gives_the_same_bytes(name: str, tiny: Tiny, tmp_path:
     assert stored[0] == stored[1]
     assert _finish(outs[0]) == _finish(outs[1])
     assert _finish(outs[0])["best"] > 0
+
+
+def _too_large(*_: Any) -> Tensor:
+    raise torch.OutOfMemoryError("not enough memory")
+
+
+@pytest.mark.fault("R1")
+def test_where_memory_runs_out_one_block_at_once_is_taken_and_said(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    quantize(tiny("llama2"), tmp_path / "whole", FINISHED, windows=WINDOWS)
+    monkeypatch.setattr(WholeModel, "with_weights", _too_large)
+    out = tmp_path / "out"
+    quantize(tiny("llama2"), out, FINISHED, windows=WINDOWS, progress=lambda event: told.append(event.message))
+    words = "memory ran out: one block's weights at once instead of all"
+    assert f"finishing: {words}" in told
+    assert _finish(out) == _finish(tmp_path / "whole") | {"memory": words}
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert words in (out / "README.md").read_text()
+
+
+@pytest.mark.fault("R1")
+def test_where_that_is_too_much_as_well_finished_blocks_are_kept(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(tiny("llama2"), tmp_path / "whole", FINISHED, windows=WINDOWS)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="out of memory while the whole model"):
+        patch.setattr(WholeModel, "with_weights", _too_large)
+        patch.setattr(WholeModel, "with_weights_by_blocks", _too_large)
+        quantize(tiny("llama2"), tmp_path / "out", FINISHED, windows=WINDOWS)
+    quantize(tiny("llama2"), tmp_path / "out", FINISHED, windows=WINDOWS)
+    stored = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "whole")]
+    assert stored[0] == stored[1]
 
 
 def _stop_when(words: str) -> Callable[[Event], None]:

@@ -104,7 +104,7 @@ def test_it_changes_what_blocks_are_tuned_to(tiny: Tiny, tmp_path: Path) -> None
     assert _stored(tmp_path / "with") != _stored(tmp_path / "without")
 
 
-@pytest.mark.fault("R2")
+@pytest.mark.fault("R3")
 def test_a_model_that_will_not_fit_is_refused_before_work(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

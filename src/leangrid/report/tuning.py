@@ -52,12 +52,14 @@ def finish_figures(found: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's entry ``finish`` from what the journal notes of a finished model; empty without.
 
     "measure": "kl", the mean divergence of the next-token distributions in nats, or "relative squared error" of the
-    last hidden states; then the fields of ``Tuning`` in solve/tuning.py that are of use where codes stay.
+    last hidden states; then the fields of ``Tuning`` in solve/tuning.py that are of use where codes stay. "memory":
+    what was done otherwise where it ran out.
     """
     if not found:
         return {}
     kept = ("before", "after", "held_before", "held_after", "best", "trouble")
-    return {"finish": {"measure": found["measure"], **{name: found["tuning"][name] for name in kept}}}
+    figures = {"measure": found["measure"], **{name: found["tuning"][name] for name in kept}}
+    return {"finish": figures | ({"memory": found["memory"]} if "memory" in found else {})}
 
 
 def describe_finish(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -69,7 +71,7 @@ def describe_finish(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     what = "KL" if found["measure"] == "kl" else "error"
     words = f"{what} on held-out windows {found['held_before']:.4g} before, {found['held_after']:.4g} after pass "
     words += f"{found['best']} ({found['before']:.4g} and {found['after']:.4g} on as many others)"
-    return [("finished", words + (f"; {found['trouble']}" if found["trouble"] else ""))]
+    return [("finished", "; ".join(filter(None, (words, found["trouble"], found.get("memory")))))]
 
 
 def _mean_ratio(pairs: Sequence[tuple[float, float]]) -> float:

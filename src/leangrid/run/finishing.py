@@ -45,16 +45,17 @@ def finish_model(run: Run) -> None:
         tuning = Tuning(trouble=f"{len(run.windows)} windows are too few to hold some out")
         return _commit(run, tuning, {})
     _say(run, f"finishing: {run.recipe.finish} passes over {len(seen)} batches of the calibration text")
-    by_blocks = finishes_by_blocks(run.states.placement, live=not run.flow.waits)
+    by_blocks, instead = finishes_by_blocks(run.states.placement, live=not run.flow.waits), ""
     found = _finished(run, seen, held, by_blocks)
     if found is None and not by_blocks and run.flow.waits:
-        _say(run, "out of memory: the model is finished with one block's weights at once")
+        instead = "memory ran out: one block's weights at once instead of all"
+        _say(run, f"finishing: {instead}")
         found = _finished(run, seen, held, by_blocks=True)
     if found is None:
         way_out = "Finished blocks are kept: free memory, or go on with more of it"
         raise Interrupted("out of memory while the whole model is finished", run.journal.partial, way_out)
     tuning, state = found
-    _commit(run, tuning, state if tuning.best else {})
+    _commit(run, tuning, state if tuning.best else {}, instead)
 
 
 def _finished(
@@ -106,8 +107,8 @@ def _tuned_linears(run: Run) -> dict[str, TunedLinear]:
     return found
 
 
-def _commit(run: Run, tuning: Tuning, state: Mapping[str, tuple[Tensor, Any]]) -> None:
-    """Store the tensors that changed, and what was done."""
+def _commit(run: Run, tuning: Tuning, state: Mapping[str, tuple[Tensor, Any]], instead: str = "") -> None:
+    """Store the tensors that changed, and what was done; ``instead``: what was done otherwise for lack of memory."""
     changed: dict[str, Tensor] = {}
     samples: dict[str, Any] = {}
     with run.stage("save"):
@@ -122,6 +123,7 @@ def _commit(run: Run, tuning: Tuning, state: Mapping[str, tuple[Tensor, Any]]) -
                 samples[str(index)] = update_sample(sample, *own[name])
         measure = "kl" if run.skeleton.has_lm_head else "relative squared error"
         info = {"tuning": tuning.to_json(), "measure": measure, "samples": samples}
+        info |= {"memory": instead} if instead else {}
         run.journal.commit_finished(changed, info)
     if not tuning.best:
         _say(run, f"the model is not finished: {tuning.trouble or 'its error on held-out windows did not fall'}")
