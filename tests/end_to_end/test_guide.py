@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from leangrid.errors import RecipeError
 from leangrid.inference.load import load
@@ -19,6 +20,7 @@ from leangrid.run import draw_guide, inputs
 from leangrid.run import quantize as quantize_module
 from leangrid.run.guide import Guide
 from leangrid.run.quantize import quantize
+from leangrid.solve.gradient import NoGradient
 
 Tiny = Callable[..., Path]
 WINDOWS = tiny_models.tokens(9, 32)
@@ -119,3 +121,48 @@ def test_nothing_is_drawn_where_nothing_is_tuned() -> None:
     assert Recipe(effort="best").resolved("NU4").draws == 4
     assert Recipe(effort="best", tune=0).resolved("NU4").draws == 0
     assert Recipe(effort="best", guide=0).resolved("NU4").draws == 0
+
+
+def _without_gradient(*_: Any) -> Any:
+    raise NoGradient("no gradient passes through the model's own code: as is tried here")
+
+
+@pytest.mark.fault("N13")
+def test_a_model_that_lets_no_gradient_through_is_tuned_by_its_blocks_alone_and_says_so(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    quantize(tiny("llama2"), tmp_path / "plain", GUIDED.model_copy(update={"guide": 0}), windows=WINDOWS)
+    monkeypatch.setattr(draw_guide, "draw_gradients", _without_gradient)
+    out = tmp_path / "out"
+    quantize(tiny("llama2"), out, GUIDED, windows=WINDOWS, progress=lambda event: told.append(event.message))
+    assert _stored(out) == _stored(tmp_path / "plain")
+    assert any("tuned by their own outputs alone: no gradient passes" in words for words in told)
+    kinds = [rescue["kind"] for line in (out / "records.jsonl").read_text().splitlines()
+             for rescue in json.loads(line)["rescues"]]  # fmt: skip
+    assert "unguided" in kinds
+
+
+@pytest.mark.fault("N13")
+def test_a_block_through_which_no_gradient_passes_stays_as_solved_and_says_so(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reformer computes its own gradients, and none where it is not trained."""
+    inner = LlamaMLP.forward
+
+    def cut(module: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return inner(module, x.detach())
+
+    def attention(module: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return own(module, *args, **kwargs)
+
+    own = LlamaAttention.forward
+    monkeypatch.setattr(LlamaMLP, "forward", cut)
+    monkeypatch.setattr(LlamaAttention, "forward", attention)
+    recipe = GUIDED.model_copy(update={"finish": 1})
+    result = quantize(tiny("llama2"), tmp_path / "out", recipe, windows=WINDOWS)
+    assert result.tuning["tuned"] == 0
+    assert all("no gradient passes through the model's own code" in why for why in result.tuning["trouble"])
+    assert "no gradient passes" in result.finish["trouble"]

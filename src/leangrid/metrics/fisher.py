@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from leangrid.solve.gradient import gradients
+
 
 def draw_gradients(
     output: Float[Tensor, "windows length width"],
@@ -29,6 +31,9 @@ def draw_gradients(
         generator: of the labels, on the CPU.
         predicts: whether ``output`` are logits. Of other models the relative change of the output takes the place of
             KL: the gradient is that of its product with a drawn direction, over its length.
+
+    Raises:
+        NoGradient: code of the model lets none through.
     """
     output = output.float()
     found: list[list[Tensor]] = [[] for _ in states]
@@ -41,7 +46,7 @@ def draw_gradients(
             lengths = output.detach().norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
             direction = torch.randn(output.shape, generator=generator).to(output.device)
             total = (output * direction / lengths).sum()
-        slopes = torch.autograd.grad(total, states, retain_graph=number + 1 < draws, materialize_grads=True)
+        slopes = gradients(total, states, keep=number + 1 < draws)
         for one, slope in zip(found, slopes, strict=True):
             one.append(slope.detach())
     return [torch.stack(one) for one in found]

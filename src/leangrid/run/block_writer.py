@@ -29,7 +29,8 @@ class BlockWriter:
     """The way from solved linears to a committed block.
 
     Attributes:
-        reductions: how less memory was used for the block at work, as rescues of kind "memory"; recorded with it.
+        reductions: how less memory was used for the block at work ("memory"), and what else did not go as asked before
+            it; recorded with it.
     """
 
     def __init__(
@@ -135,7 +136,9 @@ class BlockWriter:
             "threads": torch.get_num_threads(),
             "ranks": self._ranks.count,
             "placement": self._states.placement.to_json(),
-            "memory": [f"{block.name}: {reduction.detail}" for reduction in self.reductions],
+            "memory": [
+                f"{block.name}: {reduction.detail}" for reduction in self.reductions if reduction.kind == "memory"
+            ],
             "seconds": self._clock.lap(),
             "resident_bytes": block.resident_bytes,
             "peak_ram_bytes": memory.peak_bytes(),

@@ -19,13 +19,15 @@ from leangrid.models.calls import first_tensor
 from leangrid.models.whole import WholeModel, load_whole
 from leangrid.run.guide import Guide
 from leangrid.run.run import Run
+from leangrid.solve.gradient import NoGradient, why_none
+from leangrid.solve.rescue import Rescue
 
 _MOST_WINDOWS = 1_000_003  # between the seeds of two recipes
 
 
 def draw_guide(run: Run) -> Guide | None:
-    """Draw the gradients of the blocks that are left; None where the recipe asks for none, or no window can be held
-    out.
+    """Draw the gradients of the blocks that are left; None where the recipe asks for none, where no window can be held
+    out, or where the model lets no gradient through, which is recorded.
 
     Raises:
         Interrupted: out of memory.
@@ -37,11 +39,16 @@ def draw_guide(run: Run) -> Guide | None:
     try:
         with run.stage("tune"), load_whole(run.skeleton, run.whole_device) as model:
             return Guide(_draw_all(run, model, draws), run.states.get)
+    except NoGradient as failure:
+        why = str(failure)
     except RuntimeError as failure:
-        if not is_out_of_memory(failure):
-            raise
-        way_out = "Free memory, or start again with --guide 0 --restart"
-        raise Interrupted("out of memory while gradients are drawn", run.journal.partial, way_out) from None
+        if is_out_of_memory(failure):
+            way_out = "Free memory, or start again with --guide 0 --restart"
+            raise Interrupted("out of memory while gradients are drawn", run.journal.partial, way_out) from None
+        why = why_none(failure)
+    run.writer.reductions.append(Rescue("unguided", why))
+    run.progress.report("notice", left.start, message=f"blocks are tuned by their own outputs alone: {why}")
+    return None
 
 
 def _draw_all(run: Run, model: WholeModel, draws: int) -> dict[int, Any]:

@@ -18,8 +18,9 @@ KINDS = {
     "its Hessian was blended with that of all experts",
     "unseen_expert": "an expert saw no token: the Hessian of all experts' inputs was used instead",
     "memory": "memory ran out: the same work in smaller pieces or on the CPU",
+    "unguided": "no gradient of the predictions could be drawn: blocks were tuned by their own outputs alone",
 }
-NOTES = frozenset({"dead_columns", "guarded_rows", "starved_expert", "memory"})
+NOTES = frozenset({"dead_columns", "guarded_rows", "starved_expert", "memory", "unguided"})
 
 
 @dataclass(frozen=True)

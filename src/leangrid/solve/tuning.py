@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from leangrid.grids.base import Grid, Precision
+from leangrid.solve.gradient import NoGradient, gradients
 
 _BETAS = (0.9, 0.95)  # of Adam
 _WARM_UP = 4  # steps in which their size grows to its full value
@@ -181,8 +182,13 @@ def tune(
     order = torch.Generator().manual_seed(steps.seed)
     for turn in range(1, steps.passes + 1):
         batches = [fitted[number] for number in torch.randperm(len(fitted), generator=order).tolist()]
-        if not all(mover.step(batch) for batch in [*batches, *[None] * (rounds - len(batches))]):
-            tuning = replace(tuning, trouble=f"an error or a gradient was not finite in pass {turn}")
+        try:
+            finite = all(mover.step(batch) for batch in [*batches, *[None] * (rounds - len(batches))])
+            trouble = "" if finite else f"an error or a gradient was not finite in pass {turn}"
+        except NoGradient as failure:
+            trouble = str(failure)
+        if trouble:
+            tuning = replace(tuning, trouble=trouble)
             break
         held = together.mean(linears, error, held_out)
         watch(turn, held)
@@ -230,7 +236,7 @@ class _Mover:
             return self._leaves[0].new_zeros(()), [torch.zeros_like(leaf) for leaf in self._leaves]
         with torch.enable_grad():
             loss = self._error(batch, self._together.weights(self._linears)) / self._unit
-            slopes = torch.autograd.grad(loss, self._leaves, materialize_grads=True)
+            slopes = gradients(loss, self._leaves)
         return loss.detach().float(), [slope.contiguous() for slope in slopes]
 
 
