@@ -32,7 +32,7 @@ _UNSET: dict[str, tuple[Any, ...]] = {
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"correct": 0.0, "refine": 0},
     "good": {},
-    "best": {"tune": 4, "guide": 4, "finish": 4},
+    "best": {"tune": 4, "finish": 4},
 }
 _NUMBERS = ("bits", "size", "samples", "length", "seed", "p", "steps", "refine", "tune", "guide", "finish", "damping")
 

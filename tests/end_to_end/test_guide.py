@@ -118,9 +118,9 @@ def test_a_model_that_will_not_fit_is_refused_before_work(
 
 def test_nothing_is_drawn_where_nothing_is_tuned() -> None:
     assert Recipe(guide=4).resolved("NU4").draws == 0
-    assert Recipe(effort="best").resolved("NU4").draws == 4
-    assert Recipe(effort="best", tune=0).resolved("NU4").draws == 0
-    assert Recipe(effort="best", guide=0).resolved("NU4").draws == 0
+    assert Recipe(effort="best", guide=4).resolved("NU4").draws == 4
+    assert Recipe(effort="best", guide=4, tune=0).resolved("NU4").draws == 0
+    assert Recipe(effort="best").resolved("NU4").draws == 0
 
 
 def _without_gradient(*_: Any) -> Any:
