@@ -3,7 +3,9 @@
 Of a small change d of the state at one token, KL(before || after) of the predictions is d' F d / 2. F is the mean of
 g g' over labels y that are drawn from the model's own predictions, where g is the gradient of log p(y) by the state
 (Martens 2020, arXiv 1412.1193). BRECQ (Li et al. 2021, arXiv 2102.05426) weighs the error of a block by the diagonal of
-such an F. Here a few drawn g stand for all of it, of each token its own.
+such an F. Here a few drawn g stand for all of it, of each token its own. They are cut where a change in proportion to
+the state would be felt far more than at other tokens: states of some first tokens are a hundred times as long as
+others (Sun et al. 2024, arXiv 2402.17762), and a second derivative says nothing of changes that large.
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from leangrid.solve.gradient import gradients
+
+_CUT = 4  # times the median over tokens of |g| |state|
 
 
 def draw_gradients(
@@ -49,7 +53,14 @@ def draw_gradients(
         slopes = gradients(total, states, keep=number + 1 < draws)
         for one, slope in zip(found, slopes, strict=True):
             one.append(slope.detach())
-    return [torch.stack(one) for one in found]
+    return [_cut(torch.stack(one), state.detach()) for one, state in zip(found, states, strict=True)]
+
+
+def _cut(drawn: Float[Tensor, "draws *tokens hidden"], states: Float[Tensor, "*tokens hidden"]) -> Tensor:
+    """``drawn`` with no token's |g| |state| above ``_CUT`` times the median of all tokens."""
+    sizes = drawn.float().square().mean(0).sum(-1).sqrt() * states.float().norm(dim=-1)
+    most = _CUT * sizes.median()
+    return drawn * torch.where(sizes > most, most / sizes, 1.0)[..., None].to(drawn.dtype)
 
 
 def felt_change(

@@ -57,3 +57,20 @@ def test_the_same_seed_draws_the_same_and_a_state_that_nothing_reads_gets_zeros(
     assert torch.equal(both[0][0], both[1][0])
     assert not both[0][1].any()
     assert not torch.equal(both[0][0][0], both[0][0][1])
+
+
+def test_a_token_whose_change_would_be_felt_far_more_is_cut_to_what_others_feel() -> None:
+    """Tokens whose outputs are not normed: the longer the state's row of the mixing matrix, the larger its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    state = torch.randn(1, 9, WIDTH, generator=generator, dtype=torch.float64)
+    share = torch.ones(9, 1, dtype=torch.float64)
+    share[3] = 500  # all outputs read token 3 most
+    leaf = state.clone().requires_grad_()
+    output = torch.ones(9, 9, dtype=torch.float64) @ (share * leaf) + 1e4
+    (found,) = draw_gradients(output, [leaf], 64, torch.Generator().manual_seed(1), predicts=False)
+    sizes = (found.square().mean(0).sum(-1).sqrt() * state.norm(dim=-1))[0]
+    assert float(sizes[3]) == pytest.approx(4 * float(sizes.median()), rel=0.01)
+    assert float(sizes.max()) <= 4.001 * float(sizes.median())
+    others = [number for number in range(9) if number != 3]
+    directions = found / found.norm(dim=-1, keepdim=True)
+    assert torch.allclose(directions[:, :, 3], directions[:, :, others[0]])  # its direction stays
