@@ -18,9 +18,7 @@ RecipeFile = Annotated[
 Scheme = Annotated[
     str | None, typer.Option(help="W4A16_G64 in groups, W4A16 whole rows, NU4 NU3 NU2 non-uniform, _SYM, _EXACT [auto]")
 ]
-Bits = Annotated[
-    float | None, typer.Option(metavar="X", help="mean bits a weight, such as 4.25: each layer's are chosen by data")
-]
+Bits = Annotated[float | None, typer.Option(metavar="X", help="mean bits a weight (4.25); each layer's by data")]
 Size = Annotated[str | None, typer.Option(metavar="5GB", help="the same by the size of the whole directory")]
 Format = Annotated[str | None, typer.Option(help="compressed-tensors, lut, gptq, awq, mlx, gguf [by scheme]")]
 Calibration = Annotated[str | None, typer.Option(help="c4, wikitext2, self, embedded, a file, hf:org/name [c4]")]
@@ -32,7 +30,7 @@ Length = Annotated[int | None, typer.Option(metavar="N", help="tokens a window [
 Seed = Annotated[int | None, typer.Option(metavar="N", help="chooses the windows [0]")]
 Effort = Annotated[
     str | None,
-    typer.Option(help="fast (the paper), good, or best, which also tunes [good]"),
+    typer.Option(help="fast (the paper), good, or best: it tunes [good]"),
 ]
 P = Annotated[float | None, typer.Option(metavar="X", help="exponent of loss-error weights [NU 4, affine 2]")]
 Steps = Annotated[int | None, typer.Option(metavar="T", help="steps of the affine search [2048]")]

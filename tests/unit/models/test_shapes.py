@@ -94,10 +94,20 @@ def test_a_device_too_small_is_refused_with_what_is_needed() -> None:
         plan(None, shape="llama-3.1-405b", device="2x8GB")
 
 
-def test_a_device_too_small_for_the_whole_model_alone_is_told_to_leave_finishing_out() -> None:
-    with pytest.raises(OutputError, match=r"at the least, .* Use --finish 0"):
-        plan(None, Recipe(effort="best"), shape="llama-3-8b", device="48GB")
-    assert plan(None, Recipe(effort="best", finish=0), shape="llama-3-8b", device="48GB").layers == 224
+@pytest.mark.parametrize(("fields", "left_out"), [({}, "finish"), ({"finish": 0, "guide": 4}, "guide")])
+def test_a_device_too_small_for_the_whole_model_alone_is_told_what_to_leave_out(
+    fields: dict[str, int], left_out: str
+) -> None:
+    with pytest.raises(OutputError, match=rf"at the least, .* Use --{left_out} 0"):
+        plan(None, Recipe.model_validate({"effort": "best"} | fields), shape="llama-3-8b", device="24GB")
+    without = Recipe.model_validate({"effort": "best"} | fields | {left_out: 0})
+    assert plan(None, without, shape="llama-3-8b", device="24GB").layers == 224
+
+
+def test_a_model_is_finished_block_by_block_where_its_float32_weights_do_not_fit() -> None:
+    planned = plan(None, Recipe(effort="best"), shape="llama-3-8b", device="48GB")
+    assert planned.placement["replay"] and planned.memory["peak_phase"] == "finish"
+    assert 16 * 2**30 < planned.peak_gpu_bytes < 32 * 2**30
 
 
 @pytest.mark.parametrize(
