@@ -39,17 +39,19 @@ def draw_gradients(
     Raises:
         NoGradient: code of the model lets none through.
     """
-    output = output.float()
+    told = output.float()
+    if predicts:
+        told = told.log_softmax(-1).flatten(0, -2)
+        chances = told.detach().exp().cpu()
+    else:
+        told = told / told.detach().norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     found: list[list[Tensor]] = [[] for _ in states]
     for number in range(draws):
         if predicts:
-            told = output.log_softmax(-1)
-            labels = torch.multinomial(told.detach().flatten(0, -2).exp().cpu(), 1, generator=generator)
-            total = told.flatten(0, -2).gather(-1, labels.to(told.device)).sum()
+            labels = torch.multinomial(chances, 1, generator=generator)
+            total = told.gather(-1, labels.to(told.device)).sum()
         else:
-            lengths = output.detach().norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            direction = torch.randn(output.shape, generator=generator).to(output.device)
-            total = (output * direction / lengths).sum()
+            total = (told * torch.randn(told.shape, generator=generator).to(told.device)).sum()
         slopes = gradients(total, states, keep=number + 1 < draws)
         for one, slope in zip(found, slopes, strict=True):
             one.append(slope.detach())

@@ -108,18 +108,19 @@ class Looking(ShapePass):
         self.draws: list[str] = []
         self._drawing: dict[Any, bool] = {}  # operation -> whether it may draw random numbers
 
-    def note(self, func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> None:
+    def note(self, func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> set[int]:
         """Note one operation on the tensors ``given``."""
-        storages = {storage_of(x) for x in given}
-        self.touched |= storages
+        storages = super().note(func, given, args, kwargs)
         if func not in self._drawing:
             self._drawing[func] = torch.Tag.nondeterministic_seeded in func.tags
         if self._drawing[func] and not _draws_nothing(func, args, kwargs):
             self.draws.append(self._stack[-1] if self._stack else "")
         used = storages & self._weights
-        name = func.overloadpacket.__name__ if used else ""
-        if not used or _changes_nothing(name, args):
-            return
+        if not used:
+            return storages
+        name = func.overloadpacket.__name__
+        if _changes_nothing(name, args):
+            return storages
         at = tuple(self._stack)
         for storage in used:
             if not func.is_view and name not in _LIKE:
@@ -129,6 +130,7 @@ class Looking(ShapePass):
         if func._schema.is_mutable:
             for storage in {storage_of(x) for x in _written(func, args, kwargs)} & used:
                 self.changed.setdefault(storage, name)
+        return storages
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:

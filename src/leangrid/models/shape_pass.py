@@ -58,9 +58,11 @@ class ShapePass(TorchDispatchMode):
         found = func(*empty[0], **empty[1])
         return _map(lambda x: _numbers(x, real), found)
 
-    def note(self, func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> None:
-        """Note one operation on the tensors ``given``, which are in ``args`` and ``kwargs``."""
-        self.touched.update(storage_of(x) for x in given)
+    def note(self, func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> set[int]:
+        """Note one operation on the tensors ``given``, which are in ``args`` and ``kwargs``; their storages."""
+        storages = {storage_of(x) for x in given}
+        self.touched |= storages
+        return storages
 
 
 def storage_of(x: Tensor) -> int:

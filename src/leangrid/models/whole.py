@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -41,14 +41,20 @@ class WholeModel(nn.Module):
 
         For models in which nothing but hidden states flows between the blocks: what a block leaves elsewhere would be
         left twice."""
-        paths = [self._skeleton.block_name(index) for index in range(len(self._skeleton.blocks))]
-        own = {path: [name for name in weights if name.startswith(f"{path}.")] for path in paths}
         with ExitStack() as replaced:
-            for path in dict.fromkeys(paths):
+            for path, own in self._linears.items():
                 block = self.model.get_submodule(path)
                 replaced.callback(block.__dict__.pop, "forward")
-                block.forward = partial(self._call_block, block.forward, path, own[path], weights)
+                block.forward = partial(self._call_block, block.forward, path, own, weights)
             return self(inputs)
+
+    @cached_property
+    def _linears(self) -> dict[str, list[str]]:
+        """Block -> its quantized linears, as paths in the model."""
+        return {
+            block.path: [f"{block.path}.{name}" for group in block.groups for name in group]
+            for block in self._skeleton.structure.blocks
+        }
 
     def _call_block(
         self,

@@ -40,15 +40,14 @@ def draw_guide(run: Run) -> Guide | None:
         with run.stage("tune"), load_whole(run.skeleton, run.whole_device) as model:
             return Guide(_draw_all(run, model, draws), run.states.get)
     except NoGradient as failure:
-        why = str(failure)
+        run.writer.reductions.append(Rescue("unguided", str(failure)))
+        run.progress.report("notice", left.start, message=f"blocks are tuned by their own outputs alone: {failure}")
+        return None
     except RuntimeError as failure:
-        if is_out_of_memory(failure):
-            way_out = "Free memory, or start again with --guide 0 --restart"
-            raise Interrupted("out of memory while gradients are drawn", run.journal.partial, way_out) from None
-        why = why_none(failure)
-    run.writer.reductions.append(Rescue("unguided", why))
-    run.progress.report("notice", left.start, message=f"blocks are tuned by their own outputs alone: {why}")
-    return None
+        if not is_out_of_memory(failure):
+            raise
+        way_out = "Free memory, or start again with --guide 0 --restart"
+        raise Interrupted("out of memory while gradients are drawn", run.journal.partial, way_out) from None
 
 
 def _draw_all(run: Run, model: WholeModel, draws: int) -> dict[int, Any]:
@@ -61,7 +60,7 @@ def _draw_all(run: Run, model: WholeModel, draws: int) -> dict[int, Any]:
     for inputs in batches:
         generator = torch.Generator().manual_seed((run.recipe.seed * _MOST_WINDOWS + before + done) % 2**63)
         with torch.enable_grad(), _outputs_of(blocks) as outputs:
-            predicted = model(inputs)
+            predicted = _predicted(model, inputs)
             found = draw_gradients(predicted, outputs(), draws, generator, run.skeleton.has_lm_head)
         windows = len(inputs) if isinstance(inputs, Tensor) else 1
         for index, gradients in zip(left, found, strict=True):
@@ -74,6 +73,16 @@ def _draw_all(run: Run, model: WholeModel, draws: int) -> dict[int, Any]:
             drawn[index][done : done + windows] = of_windows
         done += windows
     return drawn
+
+
+def _predicted(model: WholeModel, inputs: Any) -> Tensor:
+    """The model's output; NoGradient where its own code refuses states by which a gradient is asked for."""
+    try:
+        return model(inputs)
+    except RuntimeError as failure:
+        if is_out_of_memory(failure):
+            raise
+        raise NoGradient(why_none(failure)) from None
 
 
 @contextmanager

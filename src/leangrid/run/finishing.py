@@ -113,9 +113,9 @@ def _commit(run: Run, tuning: Tuning, state: Mapping[str, tuple[Tensor, Any]], i
     samples: dict[str, Any] = {}
     with run.stage("save"):
         for index in range(len(run.skeleton.blocks) if state else 0):
-            block = f"{run.skeleton.block_name(index)}."
-            own = {path.removeprefix(block): state[path] for path in state if path.startswith(block)}
-            own = {name: (codes.cpu(), grid.to("cpu")) for name, (codes, grid) in own.items()}
+            block = run.skeleton.block_name(index)
+            found = {name: state[f"{block}.{name}"] for group in run.skeleton.groups(index) for name in group}
+            own = {name: (codes.cpu(), grid.to("cpu")) for name, (codes, grid) in found.items()}
             changed |= run.weights.differing(index, own)
             sample = run.journal.read_block_info(index)["sample"]
             if sample is not None:

@@ -209,15 +209,13 @@ class Run:
     @property
     def own_windows(self) -> int:
         """How many windows this rank has."""
-        return len(self.windows.tensor_split(self.ranks.count)[self.ranks.rank])
+        return len(self.ranks.share(self.windows))
 
     def own_batches(self) -> tuple[list[Any], int]:
         """This rank's windows in batches as they are tuned by, and the number of its first window among those of all
         ranks."""
-        parts = self.windows.tensor_split(self.ranks.count)
-        first, part = sum(map(len, parts[: self.ranks.rank])), parts[self.ranks.rank]
-        edge = self._edge_of(self.ranks.rank)
-        return list(part.split(cut_sizes(len(part), self.states.placement.windows, edge))), first
+        before = self.windows.tensor_split(self.ranks.count)[: self.ranks.rank]
+        return self._batches_of(self.ranks.rank), sum(map(len, before))
 
     def batches_of_all_ranks(self) -> tuple[list[Any], list[Any]]:
         """The calibration windows in batches as they are tuned by: those of every rank that Hessians saw, and those
@@ -225,11 +223,14 @@ class Run:
         seen: list[Any] = []
         held: list[Any] = []
         for rank in range(self.ranks.count):
-            part = self.windows.tensor_split(self.ranks.count)[rank]
-            batches = list(part.split(cut_sizes(len(part), self.states.placement.windows, self._edge_of(rank))))
+            batches = self._batches_of(rank)
             cut = len(batches) - self.held_out
             seen, held = seen + batches[:cut], held + batches[cut:]
         return seen, held
+
+    def _batches_of(self, rank: int) -> list[Any]:
+        part = self.windows.tensor_split(self.ranks.count)[rank]
+        return list(part.split(cut_sizes(len(part), self.states.placement.windows, self._edge_of(rank))))
 
     def _rebatch(self, streams: Streams) -> None:
         """Cut and move the streams, where they are, to what the placement asks for."""

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from leangrid.models.linears import rows_first
 from leangrid.models.streams import Streams
 from leangrid.run.block import Block
+from leangrid.run.guide import Guide
 from leangrid.run.repeated import RepeatedWalk
 from leangrid.run.run import Run
 from leangrid.solve.tuning import Steps, TunedLinear, Tuning, relative_error, tune
@@ -40,7 +41,10 @@ def tune_block(run: Run, block: Block, entered: Streams) -> Streams:
     with run.stage("tune"):
         linears = {name: _tuned_linear(run, block, name, steps) for name in block.solved}
         batches = range(len(entered.quantized))
-        output.balance({name: one.weight().detach() for name, one in linears.items()}, batches[: run.held_out])
+        if run.guide is not None:
+            weights = {name: one.weight() for name, one in linears.items()}
+            output.follow(run.guide, weights, batches[: run.held_out])
+            del weights
         together = run.ranks.add if run.ranks.count > 1 else None
         block.tuning, state = tune(linears, output.error, batches[:fitted], batches[fitted:], steps, together)
         del linears
@@ -90,7 +94,8 @@ class _Output:
     def __init__(self, run: Run, block: Block, entered: list[Tensor], wanted: list[Tensor]) -> None:
         self._run, self._block, self._entered, self._wanted = run, block, entered, wanted
         self._device = next(block.module.parameters()).device
-        self._felt = 0.0  # the unit in which the predictions' share of the error is counted; 0: it is left out
+        self._guide: Guide | None = None
+        self._felt = 1.0  # the unit in which the guide's share of the error is counted
 
     def leave(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """Let a batch of the quantized stream leave the block with ``weights``; the states, where they wait."""
@@ -114,29 +119,31 @@ class _Output:
 
     def error(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
         """How far the block's output on a batch is from what is wanted, with ``weights`` of its linears."""
-        if not self._felt:
-            return self._both(batch, weights)[0]
-        own, felt = self._both(batch, weights)
-        return (own + self._felt * felt) / 2
+        given, wanted = self._outputs(batch, weights)
+        own = relative_error(given, wanted)
+        if self._guide is None:
+            return own
+        return (own + self._felt * self._feel(self._guide, batch, given, wanted)) / 2
 
-    def balance(self, weights: Mapping[str, Tensor], batches: Sequence[int]) -> None:
-        """Let both shares of the error, that of the output itself and what the predictions feel of it, be equal with
-        ``weights`` over ``batches`` of all ranks."""
-        if self._run.guide is None:
-            return
-        found = [torch.stack(self._both(batch, weights)).double().cpu() for batch in batches]
-        total = torch.stack(found).sum(0)
+    def follow(self, guide: Guide, weights: Mapping[str, Tensor], batches: Sequence[int]) -> None:
+        """Let half of the error be what the predictions feel of the output, by ``guide``: with ``weights`` over
+        ``batches`` of all ranks as much as that of the output itself. Where they feel nothing, the error stays that."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            given, wanted = self._outputs(batch, weights)
+            shares = relative_error(given, wanted), self._feel(guide, batch, given, wanted)
+            total += torch.stack(shares).double().cpu()
         self._run.ranks.add([total])
         own, felt = total.tolist()
-        self._felt = own / felt if 0 < felt < math.inf and 0 < own < math.inf else 0.0
+        if 0 < felt < math.inf and 0 < own < math.inf:
+            self._guide, self._felt = guide, own / felt
 
-    def _both(self, batch: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The relative error of the block's output on a batch, and how much the predictions feel of it; 0 without a
-        guide."""
+    def _outputs(self, batch: int, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What leaves the block on a batch with ``weights`` of its linears, and what should."""
         wanted = self._run.states.get(self._wanted[batch], self._device)
-        given = self._call(batch, weights, trial=True)
-        own, guide = relative_error(given, wanted), self._run.guide
-        if guide is None:
-            return own, own.new_zeros(())
+        return self._call(batch, weights, trial=True), wanted
+
+    def _feel(self, guide: Guide, batch: int, given: Tensor, wanted: Tensor) -> Tensor:
+        """How much the predictions feel of the difference."""
         first = sum(len(hidden) for hidden in self._entered[:batch])
-        return own, guide.felt(self._block.index, batch, first, given.float() - wanted.float())
+        return guide.felt(self._block.index, batch, first, given.float() - wanted.float())
