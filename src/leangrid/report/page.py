@@ -18,7 +18,7 @@ from leangrid.report.experts import expert_figures
 from leangrid.report.facts import Facts, LossMap, finite, place
 from leangrid.report.plots import RATIOS, Axis, Number, Shades, dots, line, ratio_step, strokes
 from leangrid.report.records import LayerRecord
-from leangrid.report.serving import NOT_LOADED, SERVE, serving_key, snippet
+from leangrid.report.serving import NOT_LOADED, server, serving_key, snippet
 from leangrid.report.units import format_duration, format_size
 from leangrid.solve.rescue import KINDS, NOTES
 
@@ -71,7 +71,7 @@ def render_page(facts: Facts) -> str:
         memory=_memory(facts.run),
         rescues=_rescues(facts),
         opened=snippet(facts),
-        served=SERVE.get(serving_key(facts.container, facts.exported_from is not None)),
+        served=server(facts),
         generates=serving_key(facts.container, facts.exported_from is not None) not in NOT_LOADED,
         command=f"leangrid quantize {shlex.quote(facts.source)} OUT --recipe recipe.toml",
         toml=toml(recipe),

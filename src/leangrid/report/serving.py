@@ -51,3 +51,13 @@ def snippet(facts: Facts) -> tuple[str, str]:
     key = serving_key(facts.container, facts.exported_from is not None)
     language, lines = OPEN.get(key, ("python", _LOAD)) if facts.plain else ("python", _LOAD)
     return language, lines.replace("MODEL", facts.model_class)
+
+
+def server(facts: Facts) -> tuple[str, str] | None:
+    """(engine, lines) of a server for a result, with a word where nobody has seen it read such a one; None: none is
+    known."""
+    found = SERVE.get(serving_key(facts.container, facts.exported_from is not None))
+    if found is None or facts.plain:
+        return found
+    engine, lines = found
+    return f"{engine}, not tried with results that transformers does not open by itself", lines

@@ -70,6 +70,16 @@ def test_it_has_every_part() -> None:
         assert part in text, part
 
 
+@pytest.mark.parametrize(
+    ("scheme", "word", "said"),
+    [("W4A16_G64", "yes", False), ("W4A16_G64", "no: it has no place for packed experts", True), ("NU3", "yes", False)],
+)
+def test_a_server_that_nobody_tried_is_named_as_one(scheme: str, word: str, said: bool) -> None:
+    found = words(read(scheme=scheme, opened_in={"leangrid.load": "yes", "transformers": word}))
+    assert "vllm serve DIR" in found
+    assert ("not tried with results that transformers does not open by itself" in found) is said
+
+
 def test_it_asks_for_nothing_and_runs_nothing() -> None:
     for reader in (read(), read(HOSTILE, evaluations=[{**EVALUATION, "text": HOSTILE}])):
         assert reader.addresses == ["data:,"] and not reader.tags["script"] and not reader.tags["img"]
