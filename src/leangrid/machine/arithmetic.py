@@ -41,12 +41,14 @@ def choose_compute_dtype(kind: str, dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def use_products(kind: str) -> Iterator[None]:
-    """Inside the ``with``, matrix products of float32 tensors use the arithmetic ``kind``, then the former one again.
+    """Inside the ``with``, products and convolutions of float32 tensors use the arithmetic ``kind``, whatever the
+    process has chosen (``torch.set_float32_matmul_precision``); then the former one again.
 
-    ``bfloat16`` means bfloat16 operands on the CPU and TensorFloat-32 on CUDA."""
-    settings = [(torch.backends.cuda.matmul, "tf32")] if kind != "float32" and torch.cuda.is_available() else []
-    switch = _switch()
-    settings += [(switch, "bf16")] if kind == "bfloat16" and switch is not None else []
+    ``bfloat16`` means bfloat16 operands on the CPU and TensorFloat-32 on CUDA, ``float32`` IEEE arithmetic on both."""
+    of_cuda, of_cpu = "ieee" if kind == "float32" else "tf32", "bf16" if kind == "bfloat16" else "ieee"
+    backends: Any = torch.backends
+    switches = [(backends.cuda.matmul, of_cuda), (backends.cudnn.conv, of_cuda), (_switch(), of_cpu)]
+    settings = [(switch, value) for switch, value in switches if switch is not None]
     before = [setting.fp32_precision for setting, _ in settings]
     for setting, value in settings:
         setting.fp32_precision = value
@@ -58,9 +60,8 @@ def use_products(kind: str) -> Iterator[None]:
 
 
 def _switch() -> Any:
-    """torch's setting for CPU products; None for a torch before 2.9, or without oneDNN."""
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    return matmul if torch.backends.mkldnn.is_available() and hasattr(matmul, "fp32_precision") else None
+    """torch's setting for CPU products; None without oneDNN."""
+    return getattr(torch.backends.mkldnn, "matmul", None) if torch.backends.mkldnn.is_available() else None
 
 
 def _processor_has_bfloat16() -> bool:

@@ -15,6 +15,8 @@ _NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",  # while a kernel is loaded or launched
     "DefaultCPUAllocator",
 )
 # The part of the free memory that a run plans with, on a device and on the CPU. The rest is for fragmentation in the

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from leangrid.errors import NumericalError, ShapeError
+from leangrid.machine.arithmetic import use_products
 from leangrid.solve.hessian import Hessian
 from leangrid.solve.rescue import Rescue
 
@@ -124,6 +125,7 @@ def relative_power(diagonal: Float[Tensor, " cols"], p: float) -> Float[Tensor, 
     return (diagonal / diagonal.min()).pow(-p)
 
 
+@use_products("float32")
 def factorize(matrix: Float[Tensor, "cols cols"], damping: float = 0.01, act_order: bool = True) -> Factor:
     """Factor H + lambda I, lambda = ``damping`` * mean(diag H), with more damping or precision where that is needed.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from leangrid.errors import RecipeError, ShapeError
 from leangrid.grids import Grid, Precision, grid_class
 from leangrid.grids.base import FLOAT32, check_weight
+from leangrid.machine.arithmetic import use_products
 from leangrid.recipe import Recipe
 from leangrid.schemes import GRID_SCHEMES, Scheme
 from leangrid.solve.factor import Factor, factorize, relative_power
@@ -122,6 +123,7 @@ def _recipe_of(scheme: str | Scheme, fields: dict[str, Any]) -> Recipe:
     return recipe
 
 
+@use_products("float32")
 def solve_linear(
     target: Float[Tensor, "rows cols"],
     factor: Factor,

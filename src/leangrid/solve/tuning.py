@@ -27,7 +27,7 @@ from leangrid.solve.gradient import NoGradient, gradients
 _BETAS = (0.9, 0.95)  # of Adam
 _WARM_UP = 4  # steps in which their size grows to its full value
 _NEAREST = 0.45  # a code begins less than half a step away from where it would change
-_PATIENCE = 3  # passes without a lower held-out error after which tuning ends
+_PATIENCE = 3  # passes without a lower held-out error after which tuning ends, or half of all where those are more
 
 _FEWEST = 4  # batches with which one can be held out
 _SHARE = 8  # one batch of so many is held out
@@ -195,7 +195,7 @@ def tune(
         if held < tuning.held_after:
             state = {name: one.state() for name, one in linears.items()}
             tuning = replace(tuning, held_after=held, best=turn)
-        elif turn - tuning.best >= _PATIENCE:
+        elif turn - tuning.best >= max(_PATIENCE, steps.passes // 2):  # in a long run steps are still large then
             break
     if tuning.best:
         tuning = replace(tuning, after=together.mean(state, error, shown), moved=_moved(solved, state))

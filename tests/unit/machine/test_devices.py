@@ -1,11 +1,17 @@
 """machine/devices.py and arithmetic.py without a CUDA device."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import leangrid
 from leangrid.errors import LeangridError
 from leangrid.machine import devices
 from leangrid.machine.arithmetic import choose_compute_dtype, choose_products, use_products
+
+_MKLDNN: Any = torch.backends.mkldnn  # whose attributes checkers do not see
 
 
 def test_devices_are_checked_by_name() -> None:
@@ -37,6 +43,12 @@ def test_the_cpu_has_no_memory_of_its_own() -> None:
 
 def test_missing_memory_is_told_from_other_errors() -> None:
     assert devices.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    for words in (
+        "Triton Error [CUDA]: out of memory",
+        "CUDA driver error: out of memory",
+        "CUDA error: out of memory",
+    ):
+        assert devices.is_out_of_memory(RuntimeError(words))
     assert devices.is_out_of_memory(
         RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`")
     )
@@ -65,14 +77,45 @@ def test_blocks_are_never_computed_in_float16(kind: str) -> None:
     assert choose_compute_dtype(kind, torch.float16) == torch.float32
 
 
-def test_products_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    setting = torch.backends.cuda.matmul
-    before = setting.fp32_precision
-    with use_products("tfloat32"):
-        assert setting.fp32_precision == "tf32"
-    with use_products("float32"):
-        assert setting.fp32_precision == before
-    with pytest.raises(KeyError), use_products("bfloat16"):
-        raise KeyError
-    assert setting.fp32_precision == before
+@pytest.mark.parametrize("chosen", ["highest", "high", "medium"])  # by whoever shares the process
+def test_float32_is_ieee_whatever_the_process_has_chosen_and_its_choice_stays(chosen: str) -> None:
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, _MKLDNN.matmul)
+    of_cuda, of_cpu = {"float32": "ieee", "bfloat16": "tf32", "tfloat32": "tf32"}, {"bfloat16": "bf16"}
+    former = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(chosen)
+    try:
+        before = [setting.fp32_precision for setting in settings]
+        for kind, cuda in of_cuda.items():
+            with pytest.raises(KeyError), use_products(kind):
+                assert [one.fp32_precision for one in settings] == [cuda, cuda, of_cpu.get(kind, "ieee")]
+                raise KeyError
+            assert [setting.fp32_precision for setting in settings] == before
+            assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision(former)
+
+
+class _Precisions(TorchDispatchMode):
+    """What the CPU's float32 products may be rounded to, at each product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func.__name__:
+            self.seen.append(_MKLDNN.matmul.fp32_precision)
+        return func(*args, **kwargs or {})
+
+
+def test_linears_are_solved_in_float32_though_the_process_multiplies_in_bfloat16() -> None:
+    weight, inputs = torch.randn(48, 256), torch.randn(512, 256)
+    hessian, former, products = inputs.T @ inputs, torch.get_float32_matmul_precision(), _Precisions()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with products:
+            leangrid.quantize_linear(weight, hessian, "W4A16_G64")
+        assert _MKLDNN.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(former)
+    assert set(products.seen) == {"ieee"} and len(products.seen) > 5
