@@ -13,6 +13,7 @@ from tiny_run import digest
 from leangrid.progress import Event
 from leangrid.recipe import Recipe
 from leangrid.report.views import TIMED
+from leangrid.run.publish import describe_determinism
 from leangrid.run.quantize import quantize
 
 Tiny = Callable[..., Path]
@@ -97,3 +98,12 @@ def test_a_run_half_with_one_thread_and_half_with_two_is_recorded(tiny: Tiny, tm
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["threads"] == [1, 2]
     quantize(tiny("llama2"), tmp_path / "whole", Recipe(scheme="NU4"), windows=WINDOWS, threads=1)
     assert lasting(tmp_path / "out").keys() == lasting(tmp_path / "whole").keys()
+
+
+def test_gpus_are_in_the_scope_and_two_models_of_them_promise_no_bytes() -> None:
+    info = {"device": "cuda", "threads": 2, "ranks": 1, "kernels": "triton", "products": "bfloat16", "placement": {}}
+    one, other = ({**info, "gpu": f"NVIDIA {name}, capability 9.0, CUDA 13.0"} for name in ("H100", "H200"))
+    assert describe_determinism([one, one])["scope"]["gpu"] == [one["gpu"]]
+    assert describe_determinism([one, one])["claim"] == "same bytes"
+    assert describe_determinism([one, other])["claim"] == "tolerance"
+    assert "gpu" not in describe_determinism([{**info, "gpu": None}])["scope"]

@@ -106,7 +106,7 @@ class NonuniformGrid(Grid):
         A level without codes stays where it is. New levels are sorted again, and the codes follow them."""
         old, index = self.levels.double(), codes.long()
         normal = kernels.level_gram(hessian, codes, old.shape[1])
-        slope = torch.zeros_like(self.levels).scatter_add_(1, index, gradient).double()
+        slope = sum_by_code(gradient, index, old.shape[1]).double()
         levels = round_levels((old - solve_ridged(normal, slope, _RIDGE)).float(), precision.dtype)
         change = objective_change(levels.double() - old, normal, slope)
         return *_sorted(levels, codes), change
@@ -119,7 +119,7 @@ class NonuniformGrid(Grid):
         return round_levels(parameters, precision.dtype).gather(1, codes.long())
 
     def parameter_gradient(self, codes: Tensor, gradient: Tensor) -> Tensor:
-        return torch.zeros_like(self.levels).scatter_add_(1, codes.long(), gradient)
+        return sum_by_code(gradient, codes.long(), self.levels.shape[1])
 
     def spacing(self, codes: Tensor) -> Tensor:
         last = self.levels.shape[1] - 1
@@ -130,6 +130,22 @@ class NonuniformGrid(Grid):
 
     def with_tuned(self, parameters: Tensor, codes: Tensor, precision: Precision) -> tuple[Tensor, "NonuniformGrid"]:
         return _sorted(round_levels(parameters, precision.dtype), codes)
+
+
+def sum_by_code(
+    values: Float[Tensor, "rows cols"], codes: Int[Tensor, "rows cols"], count: int
+) -> Float[Tensor, "rows count"]:
+    """The sum of ``values`` over the columns of each of ``count`` codes, row by row, with the same bits every time."""
+    if values.is_cuda:  # where scatter_add_ adds in no fixed order
+        return sum_code_by_code(values, codes, count)
+    return values.new_zeros(len(values), count).scatter_add_(1, codes, values)
+
+
+def sum_code_by_code(
+    values: Float[Tensor, "rows cols"], codes: Int[Tensor, "rows cols"], count: int
+) -> Float[Tensor, "rows count"]:
+    """The same by one masked sum a code, which has an order on every device."""
+    return torch.stack([values.masked_fill(codes != code, 0).sum(1) for code in range(count)], 1)
 
 
 def _sorted(levels: Tensor, codes: Tensor) -> tuple[Tensor, NonuniformGrid]:

@@ -50,7 +50,7 @@ class LeangridConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 75  # what Triton compiles for
+        return 80  # bfloat16, and what the kernels are compiled for
 
     @staticmethod
     def get_config_filenames() -> list[str]:
@@ -70,9 +70,14 @@ class LeangridConfig(QuantizationConfig):
         what is no linear.
 
         Raises:
-            FormatError: vLLM merges quantized layers with plain ones.
+            FormatError: vLLM merges quantized layers with plain ones, or computes quantized experts as one layer.
         """
         if not isinstance(layer, LinearBase):
+            inside = next((name for name in self.layers if name.startswith(f"{prefix}.")), None)
+            if inside is not None:
+                what = f"vLLM computes {inside} and others as one {type(layer).__name__}"
+                way_out = "Serve an affine scheme such as W4A16_G128_SYM, or open it with leangrid.load"
+                raise FormatError(f"{what}, for which there is no kernel of non-uniform levels", prefix, way_out)
             return None
         parts = merged_layers(prefix, self.packed_modules_mapping)
         listed = [name in self.layers for name in parts]

@@ -22,12 +22,13 @@ _NO_MEMORY = (
 # The part of the free memory that a run plans with, on a device and on the CPU. The rest is for fragmentation in the
 # allocator, and on a device for the workspaces of libraries.
 _USABLE, _USABLE_HOST = 0.94, 0.9
+_CAPABILITY = (8, 0)  # with bfloat16: Ampere and later
 
 
 def parse_device(device: str) -> torch.device:
     """``device``, such as ``cuda:1``, as a torch.device.
 
-    Raises LeangridError if it is no device, is neither cpu nor cuda, or is not on this machine."""
+    Raises LeangridError if it is no device, neither cpu nor cuda, not on this machine, or older than Ampere."""
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -41,6 +42,12 @@ def parse_device(device: str) -> torch.device:
                 f"'{device}': torch {torch.__version__} sees {count} CUDA devices",
                 "--device",
                 "Use cpu, or a CUDA build",
+            )
+        capability = torch.cuda.get_device_capability(found)
+        if capability < _CAPABILITY:
+            name = f"{torch.cuda.get_device_name(found)} has compute capability {capability[0]}.{capability[1]}"
+            raise LeangridError(
+                f"{name}, and the kernels need {_CAPABILITY[0]}.{_CAPABILITY[1]}", "--device", "Use cpu"
             )
     return found
 
@@ -77,6 +84,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
     )
+
+
+def describe_gpu(device: torch.device | str) -> str | None:
+    """Model, compute capability and CUDA version, which decide the bits of results; None for the CPU."""
+    if not has_own_memory(device):
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return f"{found.name}, capability {found.major}.{found.minor}, CUDA {torch.version.cuda}"
 
 
 def release_cached_memory(device: torch.device | str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from leangrid import kernels
 from leangrid.formats import FORMATS
 from leangrid.machine import memory
-from leangrid.machine.devices import peak_device_bytes
+from leangrid.machine.devices import describe_gpu, peak_device_bytes
 from leangrid.machine.stopwatch import Clock
 from leangrid.models.streams import Streams
 from leangrid.planning.readers import merges_experts
@@ -131,6 +131,7 @@ class BlockWriter:
         return {
             "records": [record.to_json() for record in block.records],
             "device": self._device,
+            "gpu": describe_gpu(self._device),
             "kernels": kernels.backend(self._device),
             "products": self._recipe.products,
             "threads": torch.get_num_threads(),

@@ -125,7 +125,7 @@ def _manifest(
         "products": sorted({info["products"] for info in infos}),
         "threads": sorted({info["threads"] for info in infos}),
         "memory": [reduction for info in infos for reduction in info.get("memory", [])],
-        "determinism": _determinism(infos),
+        "determinism": describe_determinism(infos),
         "opened_in": opened_in(inputs.skeleton, recipe),
         "structure": describe_structure(inputs.skeleton),
         "kept": describe_kept(inputs.skeleton),
@@ -145,7 +145,7 @@ def _gguf_differences(inputs: RunInputs) -> list[str]:
     return check_against_file(locate_source(str(inputs.request.source)), inputs.checkpoint.directory)
 
 
-def _determinism(infos: list[dict[str, Any]]) -> dict[str, Any]:
+def describe_determinism(infos: list[dict[str, Any]]) -> dict[str, Any]:
     """What the same recipe gives again: the same bytes where every block was made alike, else the same up to rounding.
 
     ``scope`` is what has to be the same for that; ``except`` the files that hold seconds.
@@ -154,6 +154,8 @@ def _determinism(infos: list[dict[str, Any]]) -> dict[str, Any]:
         name: sorted({str(info[name]) for info in infos})
         for name in ("device", "threads", "ranks", "kernels", "products")
     }
+    gpus = sorted({info["gpu"] for info in infos if info.get("gpu")})
+    scope |= {"gpu": gpus} if gpus else {}
     alike = (
         all(len(values) == 1 for values in scope.values())
         and len({json.dumps(i.get("placement"), sort_keys=True) for i in infos}) == 1

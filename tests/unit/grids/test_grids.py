@@ -20,6 +20,7 @@ from leangrid.grids import (
     fit_offset,
 )
 from leangrid.grids.affine import SHRINK
+from leangrid.grids.nonuniform import sum_by_code, sum_code_by_code
 from leangrid.schemes import AFFINE_BITS
 
 KINDS = [("minmax", None), ("minmax", 8), ("affine", None), ("affine", 8), ("offset", 8), ("levels", None)]
@@ -227,3 +228,12 @@ def test_grids_refuse_values_that_no_file_should_hold() -> None:
             NonuniformGrid(levels)
     with pytest.raises(ShapeError, match="33 columns"):
         fit_minmax(weight(2, 32), 4, 8).nearest(weight(2, 33))
+
+
+def test_sums_by_code_are_the_same_in_both_orders() -> None:
+    values, codes = torch.randn(5, 200), torch.randint(0, 8, (5, 200))
+    codes[0] = 3  # codes without a column sum to 0
+    expected = torch.zeros(5, 8, dtype=torch.float64).scatter_add_(1, codes, values.double())
+    for found in (sum_by_code(values, codes, 8), sum_code_by_code(values, codes, 8)):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert sum_code_by_code(values, codes, 8)[0].count_nonzero() == 1

@@ -106,6 +106,16 @@ def test_joined_layers_are_quantized_together_or_not_at_all(ours: ModuleType) ->
         here.get_quant_method(LinearBase(), "m.gate_up_proj")
 
 
+def test_experts_that_vllm_computes_as_one_are_refused_by_name(ours: ModuleType) -> None:
+    """Its plain loader would meet packed codes."""
+    experts = type("FusedMoE", (nn.Module,), {})()
+    config = ours.LeangridConfig(SCHEME, ["model.layers.0.mlp.experts.3.up_proj", "model.layers.0.self_attn.o_proj"])
+    with pytest.raises(FormatError, match=r"mlp\.experts\.3\.up_proj and others as one FusedMoE"):
+        config.get_quant_method(experts, "model.layers.0.mlp.experts")
+    assert config.get_quant_method(experts, "model.layers.1.mlp.experts") is None
+    assert config.get_quant_method(nn.Identity(), "model.layers.0.self_attn.attn") is None
+
+
 def test_other_containers_are_refused(ours: ModuleType) -> None:
     with pytest.raises(FormatError, match="blocks"):
         ours.LeangridConfig.from_config({"quant_method": "leangrid", "format": "blocks", "version": 1})

@@ -1,5 +1,6 @@
 """machine/devices.py and arithmetic.py without a CUDA device."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,3 +120,22 @@ def test_linears_are_solved_in_float32_though_the_process_multiplies_in_bfloat16
     finally:
         torch.set_float32_matmul_precision(former)
     assert set(products.seen) == {"ieee"} and len(products.seen) > 5
+
+
+def test_what_decides_the_bits_of_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(name="NVIDIA X", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert devices.describe_gpu("cpu") is None
+    assert devices.describe_gpu("cuda") == "NVIDIA X, capability 9.0, CUDA 13.0"
+
+
+def test_a_card_without_bfloat16_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {0: ("NVIDIA H200", (9, 0)), 1: ("Tesla T4", (7, 5))}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: cards[device.index or 0][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cards[device.index or 0][1])
+    assert devices.parse_device("cuda") == torch.device("cuda")
+    with pytest.raises(LeangridError, match=r"Tesla T4 has compute capability 7\.5, and the kernels need 8\.0"):
+        devices.parse_device("cuda:1")
