@@ -70,7 +70,7 @@ PlannedSource = Annotated[str | None, typer.Argument(help="as for quantize; or -
 Shape = Annotated[
     str | None, typer.Option(metavar="NAME", help="llama-3.1-405b, ... or a config.json: no weights needed")
 ]
-PlannedDevice = Annotated[str, typer.Option(help="cpu, cuda, or devices you do not have: 2x48GB, 80GB@67TF")]
+PlannedDevice = Annotated[str, typer.Option(help="cpu, cuda, or devices you do not have: h200, 2x48GB, 80GB@67TF")]
 
 # Of the commands that measure: eval and compare.
 Measured = Annotated[

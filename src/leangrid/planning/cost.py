@@ -21,6 +21,7 @@ from leangrid.machine.stopwatch import STAGES
 from leangrid.models.flow import flows_live
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.budget import EXPERTS, PROBED_LENGTH, Budget, count_measured, count_probed
+from leangrid.planning.cards import CARDS
 from leangrid.planning.gradients import finishes_by_blocks
 from leangrid.planning.groups import Group, groups_of
 from leangrid.planning.placement import Placement
@@ -41,9 +42,9 @@ _F32 = 4
 # measured.
 _BACKWARD, _ORIGINAL, _TUNED_SECONDS = 3, 1, 1.5e-8
 
-# Of a device that is only described. Products on 16-bit and TF32 units relative to float32: the ratios of NVIDIA's 48
-# GB cards (RTX A6000 38.7, 77, 155 TFLOP/s; L40S 91.6, 183, 362: their data sheets, dense); larger ratios on A100 and
-# H100.
+# Of a device that is only described by its memory. Products on 16-bit and TF32 units relative to float32: the ratios of
+# NVIDIA's 48 GB cards (RTX A6000 38.7, 77, 155 TFLOP/s; L40S 91.6, 183, 362: their data sheets, dense); those of others
+# differ (cards.py).
 _STATED_TFLOPS, _TF32, _HALF = 30.0, 2.0, 4.0
 _ATTAINED = 0.7  # share of a data sheet's rate that a large product reaches
 _THREAD, _GRID_SHARE = (
@@ -54,6 +55,7 @@ _LINK = 2.4e9  # bytes/s between ranks: gloo between two processes of one host (
 _DESCRIBED = re.compile(
     r"(?:(?P<count>[1-9]\d{0,3})x)?(?P<memory>\d{1,5}(?:\.\d+)?)gi?b(?:@(?P<rate>\d{1,6}(?:\.\d+)?)tf)?", re.IGNORECASE
 )
+_NAMED = re.compile(r"(?:(?P<count>[1-9]\d{0,3})x)?(?P<name>[a-z]\w*)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -86,35 +88,35 @@ class Rates:
 
 @dataclass(frozen=True)
 class Described:
-    """``count`` accelerators that are not here, each of ``memory`` bytes and ``flops`` float32 FLOP/s by its data
-    sheet."""
+    """``count`` accelerators that are not here, each of ``memory`` bytes, and of so many FLOP/s in float32 (``flops``),
+    TensorFloat-32 and bfloat16 products by its data sheet."""
 
     count: int
     memory: int
     flops: float
+    tf32: float
+    half: float
 
     @classmethod
     def parse(cls, text: str) -> "Described | None":
-        """``2x48GB`` or ``80GB@67TF``; None where ``text`` names a device in torch's way. LeangridError for anything
-        between.
+        """``2x48GB``, ``80GB@67TF``, ``h200`` or ``2xl40s``; None where ``text`` names a device in torch's way.
+        LeangridError for anything between.
 
         A GB is 2^30 bytes, as makers of cards count.
         """
-        match = _DESCRIBED.fullmatch(text.strip())
+        match, named = _DESCRIBED.fullmatch(text.strip()), _NAMED.fullmatch(text.strip())
+        if named is not None and (card := CARDS.get(named["name"].lower())) is not None:
+            rates = (1e12 * rate for rate in (card.float32, card.tf32, card.half))
+            return cls(int(named["count"] or 1), int(card.memory * 2**30), *rates)
+        ways = f"Use 48GB, 2x48GB or 2x48GB@90TF (count, memory, float32 rate), or {', '.join(CARDS)}, 2x{min(CARDS)}"
         if match is None:
             if text[:1].isdigit():
-                raise LeangridError(
-                    f"'{text}' describes no device",
-                    "--device",
-                    "Use 48GB, 2x48GB or 2x48GB@90TF: count, memory, float32 rate",
-                )
+                raise LeangridError(f"'{text}' describes no device", "--device", ways)
             return None
-        memory, rate = float(match["memory"]), float(match["rate"] or _STATED_TFLOPS)
+        memory, rate = float(match["memory"]), 1e12 * float(match["rate"] or _STATED_TFLOPS)
         if not memory or not rate:
-            raise LeangridError(
-                f"'{text}' describes a device without memory or speed", "--device", "Use 48GB, 2x48GB or 2x48GB@90TF"
-            )
-        return cls(int(match["count"] or 1), int(memory * 2**30), rate * 1e12)
+            raise LeangridError(f"'{text}' describes a device without memory or speed", "--device", ways)
+        return cls(int(match["count"] or 1), int(memory * 2**30), rate, _TF32 * rate, _HALF * rate)
 
     @property
     def usable(self) -> int:
@@ -123,10 +125,11 @@ class Described:
 
     def rates(self, recipe: Recipe) -> Rates:
         """What is assumed of them."""
-        half, attained = recipe.products == "bfloat16", _ATTAINED * self.flops
-        fast = _TF32 * attained if recipe.products != "float32" else attained
-        return Rates(_HALF * attained if half else fast, fast, attained, attained * _GRID_SHARE / _THREAD,
-                     ranks=self.count, assumed=True, halves=False)  # fmt: skip
+        algebra, tf32, half = (_ATTAINED * rate for rate in (self.flops, self.tf32, self.half))
+        sums = algebra if recipe.products == "float32" else tf32
+        forward = half if recipe.products == "bfloat16" else sums
+        threads = algebra * _GRID_SHARE / _THREAD
+        return Rates(forward, sums, algebra, threads, ranks=self.count, assumed=True, halves=False)
 
 
 def measure_rates(skeleton: Skeleton, recipe: Recipe, device: str) -> Rates:

@@ -119,8 +119,8 @@ def plan(
         source: as in ``quantize``; None where ``shape`` is given.
         recipe: as in ``quantize``; None: the defaults.
         threads: CPU threads; None: torch's own choice.
-        device: as in ``quantize``, or devices that are not here, such as ``48GB`` or ``2x48GB@90TF``: how many, memory
-            of each, and TFLOP/s where they are known.
+        device: as in ``quantize``, or devices that are not here: ``48GB`` or ``2x48GB@90TF`` (how many, memory of
+            each, and TFLOP/s where they are known), ``h200`` or ``2xl40s`` (planning/cards.py).
         out: where the result would be written, whose free disk space is looked at; None: the working directory.
         shape: instead of a source the name of a known model, or the path of a config.json (models/shapes.py).
 

@@ -110,8 +110,18 @@ def test_a_model_is_finished_block_by_block_where_its_float32_weights_do_not_fit
     assert 16 * 2**30 < planned.peak_gpu_bytes < 32 * 2**30
 
 
+def test_cards_are_known_by_name() -> None:
+    """At the memory that such a card reports and the rates of its data sheet, however the name is written."""
+    one, two, other = (plan(None, shape="smollm2-135m", device=name) for name in ("h200", "2xH200", "rtx4090"))
+    assert one.devices == 1 and two.devices == 2
+    assert one.rates == {**two.rates, "ranks": 1} and one.rates["forward"] == pytest.approx(0.7 * 989e12)
+    assert one.rates["sums"] == pytest.approx(0.7 * 495e12) and one.rates["algebra"] == pytest.approx(0.7 * 67e12)
+    assert other.rates["sums"] == other.rates["algebra"]  # its TensorFloat-32 is no faster
+
+
 @pytest.mark.parametrize(
-    "device", ["2x", "48", "0x48GB", "2x48", "48GB@", "0GB", "48GB@0TF", "2x48GB@fast", "-1x48GB", "99999x1GB"]
+    "device",
+    ["2x", "48", "0x48GB", "2x48", "48GB@", "0GB", "48GB@0TF", "2x48GB@fast", "-1x48GB", "99999x1GB", "2xh999"],
 )
 def test_malformed_devices_are_one_sentence(device: str) -> None:
     with pytest.raises(LeangridError) as caught:
