@@ -17,6 +17,7 @@ from leangrid.data.picture_windows import PictureReader, folder_of, make_picture
 from leangrid.data.windows import PictureRows, Windows
 from leangrid.errors import CalibrationError
 from leangrid.machine import memory
+from leangrid.machine.devices import has_own_memory, is_out_of_memory, release_cached_memory
 from leangrid.mixture import sources_of
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.planning.sizes import GATE_WINDOWS
@@ -144,20 +145,38 @@ def _checked(windows: Tensor, vocabulary: int, positions: int | None) -> Tensor:
 
 
 def _sampler(inputs: RunInputs) -> Callable[[int, int, int], Tensor] | None:
-    """Draws windows from the source model itself, which is whole in memory for that time; None for an encoder."""
+    """Draws windows from the source model itself, which is whole in memory for that time: on the run's device, or on
+    the CPU where it does not fit there, which is said. None for an encoder."""
     if not inputs.skeleton.has_lm_head:
         return None
     progress, a_report = inputs.request.progress, 16 * inputs.recipe.samples
 
+    def say(message: str) -> None:
+        if progress is not None:
+            progress(Event("calibrate", message=message))
+
     def report(done: int, total: int) -> None:
-        if progress is not None and done * 10 // total > (done - a_report) * 10 // total:
-            progress(Event("calibrate", message=f"sampled {done:,} of {total:,} tokens from the model itself"))
+        if done * 10 // total > (done - a_report) * 10 // total:
+            say(f"sampled {done:,} of {total:,} tokens from the model itself")
 
     def draw(samples: int, length: int, seed: int) -> Tensor:
+        device = inputs.request.device
+        try:
+            return draw_on(device, samples, length, seed)
+        except RuntimeError as error:
+            if not (has_own_memory(device) and is_out_of_memory(error)):
+                raise
+        finally:
+            release_cached_memory(device)  # the model is gone
+        say(f"the whole model, which writes calibration text, does not fit on {device}: it writes on the CPU")
+        return draw_on("cpu", samples, length, seed)
+
+    def draw_on(device: str, samples: int, length: int, seed: int) -> Tensor:
         from leangrid.data.sampling import sample_windows
         from leangrid.inference.load import load
 
-        model, tokenizer = load(inputs.checkpoint.directory, dtype=torch.float32)
+        dtype = inputs.skeleton.compute_dtype if has_own_memory(device) else torch.float32
+        model, tokenizer = load(inputs.checkpoint.directory, device, dtype)
         return sample_windows(model, tokenizer, samples, length, seed, progress=report)
 
     return draw
