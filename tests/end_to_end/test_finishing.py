@@ -120,7 +120,8 @@ _BEGUN, _HALF = "finishing: 4 passes", "after pass 2"
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("qwen2", _BEGUN), ("bert", _HALF), ("qwen3_moe", _BEGUN), ("gemma3n", _HALF)]
+    ("name", "words"),
+    [("qwen2", _BEGUN), ("bert", _HALF), ("qwen3_moe", _BEGUN), pytest.param("gemma3n", _HALF, marks=pytest.mark.slow)],
 )
 def test_a_stopped_run_ends_in_the_same_bytes(name: str, words: str, tiny: Tiny, tmp_path: Path) -> None:
     quantize(tiny(name), tmp_path / "whole", LEVELS, windows=WINDOWS)
@@ -132,7 +133,7 @@ def test_a_stopped_run_ends_in_the_same_bytes(name: str, words: str, tiny: Tiny,
     assert _finish(tmp_path / "out") == _finish(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gemma3n"])
+@pytest.mark.parametrize("name", ["qwen2", pytest.param("gemma3n", marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_while_it_is_published_is_not_finished_again(
     name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

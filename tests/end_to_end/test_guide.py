@@ -74,7 +74,7 @@ def test_the_gradients_are_those_of_transformers_own_model(
             assert float(off) < 0.01, block  # bfloat16
 
 
-@pytest.mark.parametrize("name", ["qwen2", "bert", "qwen3_moe", "gemma3n"])
+@pytest.mark.parametrize("name", ["qwen2", "bert", "qwen3_moe", pytest.param("gemma3n", marks=pytest.mark.slow)])
 def test_a_stopped_run_ends_in_the_same_bytes(name: str, tiny: Tiny, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         if event.stage == "block" and event.block == 0:

@@ -331,7 +331,7 @@ def test_ranks_of_which_one_has_too_few_windows_to_hold_some_out_all_say_so(sour
     assert tuning["tuned"] == 0 and "7 windows for 2 ranks are too few" in tuning["trouble"][0]
 
 
-@pytest.mark.parametrize(("scheme", "draws"), [("W3A16", 0), ("RTN3", 2)])
+@pytest.mark.parametrize(("scheme", "draws"), [pytest.param("W3A16", 0, marks=pytest.mark.slow), ("RTN3", 2)])
 def test_two_ranks_tune_blocks_together_and_give_the_same_bytes_twice(
     scheme: str, draws: int, source: Path, tmp_path: Path
 ) -> None:

@@ -75,7 +75,9 @@ def test_the_sum_is_the_peak_of_live_tensors(
     assert planned.peak == pytest.approx(alive.peak, rel=0.15), planned.phases[planned.peak_phase]
 
 
-@pytest.mark.parametrize("placement", [Placement(4), replace(REPLAY, in_place=True)])
+@pytest.mark.parametrize(
+    "placement", [Placement(4), pytest.param(replace(REPLAY, in_place=True), marks=pytest.mark.slow)]
+)
 def test_the_noise_of_the_correction_is_counted(placement: Placement, tmp_path: Path) -> None:
     """Where matrices decide, a share that is measured takes one matrix more, or in place none at the peak."""
     source = tiny_models.synthetic(tmp_path / "source", blocks=2, hidden=384)
