@@ -125,6 +125,19 @@ def test_the_solved_state_stays_where_held_out_batches_get_worse() -> None:
         assert state[key][1] is one.grid
 
 
+@pytest.mark.parametrize(("passes", "made"), [(2, 2), (4, 3), (12, 6)])
+def test_half_of_the_passes_may_gain_nothing_before_tuning_ends(passes: int, made: int) -> None:
+    """While steps are large, an error that does not fall yet is no reason to stop."""
+    linears, error, _ = _two_layers("W4A16")
+    seen: list[int] = []
+
+    def other(batch: int, weights: Mapping[str, Tensor]) -> Tensor:  # what is held out only gets worse
+        return error(batch, weights) if batch < 7 else 2 - error(0, weights)
+
+    tune(linears, other, range(7), [7], Steps(passes), watch=lambda turn, held: seen.append(turn))
+    assert seen == list(range(1, made + 1))
+
+
 @pytest.mark.fault("N6")
 def test_a_gradient_that_is_not_finite_ends_tuning_with_the_best_state_before_it() -> None:
     linears, error, _ = _two_layers("W4A16")
