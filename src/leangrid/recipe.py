@@ -246,6 +246,13 @@ class Recipe(ValidatedModel):
         return "self" in sources_of(self.calibration)
 
     @property
+    def written_windows(self) -> int:
+        """How many windows of calibration text the model writes."""
+        if self.parts:
+            return sum(part.windows for part in self.parts if part.source == "self")
+        return self.samples if self.samples_itself else 0
+
+    @property
     def has_budget(self) -> bool:
         """Whether the bits of each layer are to be chosen."""
         return self.bits is not None or self.size is not None

@@ -34,6 +34,8 @@ _REPLAYED = 2.6  # forward passes that replaying takes instead of one: up to eac
 # Shares of a large product's rate that the stages reach (the same benchmark): sweeps in blocks with their descents, the
 # baseline's sweep and losses, factorizations, the correction's products, forward passes; LeanQuant-Exact in float64.
 _SOLVE, _BASELINE, _FACTOR, _CORRECT, _FORWARD, _EXACT = 0.4, 0.6, 0.36, 0.8, 0.7, 0.125
+# The same where the model writes its own text, one token of 48 windows at once (SmolLM2, one run: docs/log.md).
+_WRITE = 0.45
 _SUMS_PANEL = 512  # columns of the squares in which Hessians are summed
 _DISK, _READ = 5e8, 2e9  # bytes/s that a commit reaches: written, hashed, synced; and that reading reaches
 _F32 = 4
@@ -170,6 +172,7 @@ def estimate_seconds(
     groups = [group for index in range(blocks) for group in groups_of(skeleton, index)]
     reached = weights - sum(group.unreached * group.cols for group in groups)
     attention = blocks * 2 * recipe.length * skeleton.hidden_size  # of a token
+    head = 2 * skeleton.vocabulary * skeleton.hidden_size * skeleton.has_lm_head
     forward, algebra = _FORWARD * rates.forward, rates.algebra
     shapes = Counter((layer.rows, layer.cols) for layer in layers)
     sweeps = sum(count * flops.sweep(*shape) for shape, count in shapes.items())
@@ -209,6 +212,8 @@ def estimate_seconds(
         moved += sum(group.experts * _F32 * group.cols**2 for group in groups if group.experts > 1)  # to their owners
         alone["exchange"] = moved * (rates.ranks - 1) / rates.link
     stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
+    written = recipe.written_windows * recipe.length * (2 * reached + attention + head)  # by rank 0 for all
+    stages["calibrate"] += written / (_WRITE * rates.forward)
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
 
 

@@ -9,7 +9,11 @@ import tiny_models
 import torch
 
 from leangrid.errors import OutputError, ShapeError
+from leangrid.planning.cost import Rates, estimate_seconds
+from leangrid.planning.placement import Placement
 from leangrid.planning.plan import plan
+from leangrid.planning.resolve import open_checkpoint
+from leangrid.planning.sizes import compute_sizes
 from leangrid.recipe import Recipe
 from leangrid.run.quantize import quantize
 
@@ -57,3 +61,18 @@ def test_more_windows_need_more_memory_and_time(tmp_path: Path) -> None:
     source = tiny_models.save("llama2", tmp_path / "source")
     small, large = (plan(source, Recipe(scheme="NU4", samples=n, length=256)) for n in (16, 1024))
     assert large.peak_ram_bytes > small.peak_ram_bytes and large.seconds["calibrate"] > 10 * small.seconds["calibrate"]
+
+
+def test_text_that_the_model_writes_takes_its_time(tmp_path: Path) -> None:
+    """In a mixture that of its windows alone."""
+    source = tiny_models.synthetic(tmp_path / "source", blocks=2, hidden=128)
+    seconds = {}
+    for calibration in ("embedded", "embedded:48,self:16", "embedded:32,self:32", "self"):
+        recipe = Recipe(calibration=calibration, samples=64, length=64)
+        _, skeleton, resolved = open_checkpoint(source, recipe)
+        layers = compute_sizes(skeleton, resolved).layers
+        rates = Rates(1e9, 1e9, 1e9, 1.0)
+        seconds[calibration] = estimate_seconds(skeleton, resolved, layers, Placement(1), rates)["calibrate"]
+    read, quarter, half, whole = seconds.values()
+    assert read < quarter and half - read == pytest.approx(2 * (quarter - read), abs=0.03)
+    assert whole - read == pytest.approx(4 * (quarter - read), abs=0.03)
