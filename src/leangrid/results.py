@@ -34,7 +34,7 @@ _ATOMS = frozenset({str, int, float, bool, type(None)})
 
 
 def _plain(value: Any) -> Any:
-    """What dataclasses.asdict gives, at a tenth of its cost: a plan has tens of thousands of layers."""
+    """What dataclasses.asdict gives, at a fraction of its cost: a plan has tens of thousands of layers."""
     kind = type(value)
     if kind in _ATOMS:
         return value

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 import transformers as hf
+from foreign_readers import logits_of_mlx_lm, model_of_gguf
 
 import leangrid
 from leangrid.models.gguf_names import describe
@@ -46,12 +47,7 @@ def test_llama_cpps_reader_and_transformers_read_a_type_a_tensor(tiny: Callable[
         assert np.array_equal(gguf.dequantize(stored.data, stored.tensor_type), expected.numpy()), name
         model.get_submodule(name).weight.data = weight
     assert kinds == {scheme.name for scheme in finished.schemes.values()} and len(kinds) > 1
-    read = hf.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "file",
-        gguf_file="model.gguf",
-        dtype=torch.float32,
-        quantization_config=hf.GgufConfig(dequantize=True),
-    ).eval()
+    read = model_of_gguf(tmp_path / "file")
     with torch.no_grad():
         wanted, given = model(TOKENS).logits, read(TOKENS).logits
     torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
@@ -77,12 +73,9 @@ def test_mlx_reads_each_layer_by_its_own_settings(tiny: Callable[..., Path], tmp
 
 
 def test_mlx_lm_opens_it(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
+    pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
     _spent(tiny("llama2", torch.bfloat16), tmp_path / "out", Recipe(scheme="W4A16_G32", format="mlx", bits=5.2))
-    mx.set_default_device(mx.cpu)
-    model, _ = utils.load_model(tmp_path / "out")
-    model.set_dtype(mx.float32)
-    theirs = torch.from_numpy(np.array(model(mx.array(TOKENS.numpy()))))
+    theirs = logits_of_mlx_lm(tmp_path / "out", TOKENS)
     ours, _ = leangrid.load(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(theirs, ours(TOKENS).logits, rtol=1e-3, atol=1e-3)

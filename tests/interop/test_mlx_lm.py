@@ -4,16 +4,14 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny_models
 import torch
+from foreign_readers import logits_of_mlx_lm
 
 import leangrid
 
 utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
-import mlx.core as mx
-
 pytestmark = pytest.mark.interop
 
 
@@ -29,10 +27,7 @@ def test_a_mixture_opens_as_the_export_stacks_it(tiny: Callable[..., Path], tmp_
     assert words[0]["mlx-lm"].startswith("no: ValueError") and words[1] == {"mlx-lm": "yes"}
     with pytest.raises(ValueError, match="not in model"):
         utils.load_model(tmp_path / "apart")
-    mx.set_default_device(mx.cpu)
-    model, _ = utils.load_model(tmp_path / "stacked")
-    model.set_dtype(mx.float32)
-    theirs = torch.from_numpy(np.array(model(mx.array(windows.numpy()))))
+    theirs = logits_of_mlx_lm(tmp_path / "stacked", windows)
     ours, _ = leangrid.load(tmp_path / "apart", dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(theirs, ours(windows).logits, rtol=1e-4, atol=1e-4)

@@ -2,7 +2,9 @@
 
 Rates are those of the makers' data sheets (NVIDIA's for A100 SXM, L40S, GeForce RTX 4090, H100 SXM, H200 and B200),
 dense, without sparsity. Memory is what such a card reports as its own, which is less than its name says: error
-correction takes a part of GDDR, the driver some of all."""
+correction takes a part of GDDR, the driver some of all. Of L40S and RTX 4090 it is what torch says in public reports of
+running out (stepfun-ai/Step-Video-T2V issue 8, 3DTopia/Phidias-Diffusion issue 8); the others were not looked up anew,
+and none of these cards was at hand."""
 
 from dataclasses import dataclass
 

@@ -110,7 +110,7 @@ class Described:
         if named is not None and (card := CARDS.get(named["name"].lower())) is not None:
             rates = (1e12 * rate for rate in (card.float32, card.tf32, card.half))
             return cls(int(named["count"] or 1), int(card.memory * 2**30), *rates)
-        ways = f"Use 48GB, 2x48GB or 2x48GB@90TF (count, memory, float32 rate), or {', '.join(CARDS)}, 2x{min(CARDS)}"
+        ways = f"Use 48GB, 2x48GB or 2x48GB@90TF (count, memory, float32 rate), or {', '.join(CARDS)}"
         if match is None:
             if text[:1].isdigit():
                 raise LeangridError(f"'{text}' describes no device", "--device", ways)
@@ -172,7 +172,6 @@ def estimate_seconds(
     groups = [group for index in range(blocks) for group in groups_of(skeleton, index)]
     reached = weights - sum(group.unreached * group.cols for group in groups)
     attention = blocks * 2 * recipe.length * skeleton.hidden_size  # of a token
-    head = 2 * skeleton.vocabulary * skeleton.hidden_size * skeleton.has_lm_head
     forward, algebra = _FORWARD * rates.forward, rates.algebra
     shapes = Counter((layer.rows, layer.cols) for layer in layers)
     sweeps = sum(count * flops.sweep(*shape) for shape, count in shapes.items())
@@ -212,9 +211,16 @@ def estimate_seconds(
         moved += sum(group.experts * _F32 * group.cols**2 for group in groups if group.experts > 1)  # to their owners
         alone["exchange"] = moved * (rates.ranks - 1) / rates.link
     stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
-    written = recipe.written_windows * recipe.length * (2 * reached + attention + head)  # by rank 0 for all
+    written = (
+        recipe.written_windows * recipe.length * (2 * reached + attention + _of_head(skeleton))
+    )  # by rank 0 for all
     stages["calibrate"] += written / (_WRITE * rates.forward)
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
+
+
+def _of_head(skeleton: Skeleton) -> int:
+    """Operations of the head for one token; 0 where there is none."""
+    return 2 * skeleton.vocabulary * skeleton.hidden_size * skeleton.has_lm_head
 
 
 def _tuning(
@@ -224,8 +230,7 @@ def _tuning(
     together = count_step_windows(recipe.samples, recipe.length)
     batches, tokens, forward = recipe.samples // together, together * recipe.length, _FORWARD * rates.forward
     steps, grids = batches - count_held_out(batches), weights * _TUNED_SECONDS / rates.threads
-    head = 2 * skeleton.vocabulary * skeleton.hidden_size * skeleton.has_lm_head
-    blocks, whole = (tokens * each / forward for each in (flops_a_token, flops_a_token + head))
+    blocks, whole = (tokens * each / forward for each in (flops_a_token, flops_a_token + _of_head(skeleton)))
     tuned = (recipe.tune or 0) * steps * (_BACKWARD * blocks + grids)
     if recipe.draws:  # by the states alone a gradient takes as long as the pass
         tuned += batches * (1 + recipe.draws) * whole

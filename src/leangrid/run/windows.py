@@ -46,7 +46,7 @@ def calibration_windows(inputs: RunInputs) -> Windows:
     windows, unseen = _drawn(inputs, tokenizer, reading)
     memory.return_freed_memory()  # a corpus of tokens with their places in the text is large, and gone now
     shown = None if tokenizer is None else decode_start(tokenizer, windows)
-    inputs.calibration = {**reading.to_json(), "first": shown}
+    inputs.calibration |= {**reading.to_json(), "first": shown}
     account = json.dumps(inputs.calibration, sort_keys=True).encode()
     if isinstance(windows, PictureRows):
         journal.save_artifact(PICTURES, {"rows": torch.tensor([len(windows)])})
@@ -146,18 +146,15 @@ def _checked(windows: Tensor, vocabulary: int, positions: int | None) -> Tensor:
 
 def _sampler(inputs: RunInputs) -> Callable[[int, int, int], Tensor] | None:
     """Draws windows from the source model itself, which is whole in memory for that time: on the run's device, or on
-    the CPU where it does not fit there, which is said. None for an encoder."""
+    the CPU where it does not fit there, which is said. What the manifest says of the windows gets the place, since the
+    text depends on it. None for an encoder."""
     if not inputs.skeleton.has_lm_head:
         return None
     progress, a_report = inputs.request.progress, 16 * inputs.recipe.samples
 
-    def say(message: str) -> None:
-        if progress is not None:
-            progress(Event("calibrate", message=message))
-
     def report(done: int, total: int) -> None:
-        if done * 10 // total > (done - a_report) * 10 // total:
-            say(f"sampled {done:,} of {total:,} tokens from the model itself")
+        if progress is not None and done * 10 // total > (done - a_report) * 10 // total:
+            progress(Event("calibrate", message=f"sampled {done:,} of {total:,} tokens from the model itself"))
 
     def draw(samples: int, length: int, seed: int) -> Tensor:
         device = inputs.request.device
@@ -168,7 +165,9 @@ def _sampler(inputs: RunInputs) -> Callable[[int, int, int], Tensor] | None:
                 raise
         finally:
             release_cached_memory(device)  # the model is gone
-        say(f"the whole model, which writes calibration text, does not fit on {device}: it writes on the CPU")
+        if progress is not None:
+            what = f"the whole model, which writes calibration text, does not fit on {device}: it writes on the CPU"
+            progress(Event("notice", message=what))
         return draw_on("cpu", samples, length, seed)
 
     def draw_on(device: str, samples: int, length: int, seed: int) -> Tensor:
@@ -177,6 +176,8 @@ def _sampler(inputs: RunInputs) -> Callable[[int, int, int], Tensor] | None:
 
         dtype = inputs.skeleton.compute_dtype if has_own_memory(device) else torch.float32
         model, tokenizer = load(inputs.checkpoint.directory, device, dtype)
-        return sample_windows(model, tokenizer, samples, length, seed, progress=report)
+        drawn = sample_windows(model, tokenizer, samples, length, seed, progress=report)
+        inputs.calibration["written_on"] = device
+        return drawn
 
     return draw

@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 import transformers as hf
+from foreign_readers import model_of_gguf
 
 import leangrid
 from leangrid.errors import ArchitectureError, CheckpointError, FormatError, LeangridError
@@ -103,13 +104,7 @@ def test_transformers_reads_the_file_as_the_same_model(result: Results, model: s
     # transformers takes neither Qwen 3's head_dim nor Gemma 3's second theta from a header: tests/interop/test_llama.py
     # does.
     given = {"config": hf.AutoConfig.from_pretrained(source.parent / "source")} if model in ("qwen3", "gemma3") else {}
-    read = hf.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out",
-        gguf_file="model.gguf",
-        dtype=torch.float32,
-        quantization_config=hf.GgufConfig(dequantize=True),
-        **given,
-    ).eval()
+    read = model_of_gguf(tmp_path / "out", **given)
     ours, finished = (
         hf.AutoModelForCausalLM.from_pretrained(source.parent / "source", dtype=torch.float32).eval(),
         ResultReader.verified(source),

@@ -38,10 +38,12 @@ def test_a_model_writes_on_the_device_where_it_fits(
         skeleton=SimpleNamespace(has_lm_head=True, compute_dtype=torch.bfloat16),
         checkpoint=SimpleNamespace(directory=tmp_path / "source"),
         recipe=Recipe(calibration="self", samples=2, length=16),
+        calibration={},
     )
     sampler = windows._sampler(inputs)
     assert sampler is not None and sampler(2, 16, 0).shape == (2, 16)
     assert asked == [("cuda", torch.bfloat16), *([] if fits else [("cpu", torch.float32)])]
+    assert inputs.calibration == {"written_on": "cuda" if fits else "cpu"}
     assert any("does not fit on cuda: it writes on the CPU" in message for message in said) is not fits
     request.device = "cpu"
     asked.clear()
