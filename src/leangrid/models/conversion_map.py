@@ -6,7 +6,7 @@ that move numbers and change none. So where each number goes is seen by converti
 positions, whatever the operations are. Axes that an operation leaves alone are cut short for that: a model's experts
 are traced in a few megabytes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -134,10 +134,11 @@ def _probe(convert: Convert, names: Sequence[str], shapes: Sequence[Shape]) -> t
         placed = _placed(out, starts, shapes, names)
         return None if placed is None else tuple(placed[index] for index in sorted(placed))
     merged: dict[int, list[Placement]] = {}
+    tensor_at = {start: index for index, start in reversed(list(enumerate(starts)))}
     pattern = _placed(out[:1], starts, shapes, names)  # that of the first expert
     for at in range(len(out)):
         # Experts are all alike: the next one's numbers are the first one's, moved by as many tensors as one has.
-        moved = _moved(out[:1], out[at : at + 1], starts, shapes)
+        moved = _moved(out[:1], out[at : at + 1], tensor_at, shapes)
         if moved is None or pattern is None:
             placed = _placed(out[at : at + 1], starts, shapes, names)
         else:
@@ -168,14 +169,15 @@ def _placed(
     return found
 
 
-def _moved(first: Tensor, piece: Tensor, starts: Sequence[int], shapes: Sequence[Shape]) -> int | None:
+def _moved(first: Tensor, piece: Tensor, tensor_at: Mapping[int, int], shapes: Sequence[Shape]) -> int | None:
     """By how many stored tensors the numbers of ``piece`` are those of ``first`` moved, where each of these tensors has
-    the shape of its counterpart and all numbers are of whole tensors; None where they are not."""
+    the shape of its counterpart and all numbers are of whole tensors; None where they are not. ``tensor_at``: the first
+    number of each stored tensor -> which one it is."""
     low, high = int(first.min()), int(first.max()) + 1
     start = int(piece.min())
-    if not {low, high, start} <= set(starts) or not torch.equal(piece - (start - low), first):
+    one, end, other = tensor_at.get(low), tensor_at.get(high), tensor_at.get(start)
+    if one is None or end is None or other is None or not torch.equal(piece - (start - low), first):
         return None
-    one, end, other = starts.index(low), starts.index(high), starts.index(start)
     return other - one if list(shapes[one:end]) == list(shapes[other : other + end - one]) else None
 
 

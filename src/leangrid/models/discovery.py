@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from leangrid.errors import ArchitectureError
+from leangrid.machine.memory import keep_freed_memory
 from leangrid.models.assumptions import Before, block_around, check_assumptions
 from leangrid.models.experts import Experts, modules_outside_experts
 from leangrid.models.groups import Groups, Places, group_by_input
@@ -96,6 +97,7 @@ def discover(model: nn.Module, entry: nn.Module, run: Run) -> Structure:
         ArchitectureError: the forward pass fails, no list of modules runs hidden states from one to the next, or the
             model breaks what the walk assumes (assumptions.py).
     """
+    keep_freed_memory()
     with torch.random.fork_rng(devices=[]), small_parameters(model):
         before = Before(model)
         log, looking = first_pass(model, entry, run, before.look)

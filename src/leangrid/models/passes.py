@@ -111,9 +111,10 @@ class Looking(ShapePass):
     def note(self, func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> set[int]:
         """Note one operation on the tensors ``given``."""
         storages = super().note(func, given, args, kwargs)
-        if func not in self._drawing:
-            self._drawing[func] = torch.Tag.nondeterministic_seeded in func.tags
-        if self._drawing[func] and not _draws_nothing(func, args, kwargs):
+        draws = self._drawing.get(func)
+        if draws is None:
+            draws = self._drawing[func] = torch.Tag.nondeterministic_seeded in func.tags
+        if draws and not _draws_nothing(func, args, kwargs):
             self.draws.append(self._stack[-1] if self._stack else "")
         used = storages & self._weights
         if not used:

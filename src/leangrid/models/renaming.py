@@ -26,32 +26,31 @@ class Renamer:
     def __init__(self, renamings: Sequence[WeightRenaming], converters: Sequence[WeightConverter]) -> None:
         self._renamings, self._converters = list(renamings), list(converters)
         self._literal = _literal_numbers([*self._renamings, *self._converters])
-        self._known: dict[str, tuple[list[str], str | None] | None] = {}
+        self._known: dict[tuple[str, ...], tuple[str, str | None] | None] = {}
 
     def __call__(self, name: str) -> tuple[str, str | None]:
         """The new name, and the pattern of the converter that takes the tensor; None where none does."""
         parts = _NUMBER.split(name)  # texts and numbers in turn
-        places = () if self._literal is None else [n for n in range(1, len(parts), 2) if parts[n] not in self._literal]
-        numbers = [parts[n] for n in places]
-        if not numbers or len(set(numbers)) < len(numbers):  # a pattern may take one number for the other
+        numbers, literal = parts[1::2], self._literal
+        if not numbers or literal is None or len(set(numbers)) < len(numbers):  # a pattern may take one for the other
             return self._renamed(name)
-        for place, number in enumerate(places):
-            parts[number] = str(_FIRST + place)
-        alike = "".join(parts)
-        if alike not in self._known:
-            self._known[alike] = self._renamed_alike(alike)
-        known = self._known[alike]
-        if known is None:
-            return self._renamed(name)
-        texts = [numbers[int(part) - _FIRST] if n % 2 else part for n, part in enumerate(known[0])]
-        return "".join(texts), known[1]
+        if not literal.isdisjoint(numbers):  # they belong to the texts
+            parts = _joined(parts, literal)
+            numbers = parts[1::2]
+        texts = tuple(parts[::2])
+        if texts not in self._known:
+            self._known[texts] = self._renamed_alike(texts)
+        known = self._known[texts]
+        return self._renamed(name) if known is None else (known[0].format(*numbers), known[1])
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
         return rename_source_key(name, self._renamings, self._converters)
 
-    def _renamed_alike(self, alike: str) -> tuple[list[str], str | None] | None:
-        """What becomes of a name with stand-ins for numbers: texts and stand-ins in turn, and the converter's pattern;
-        None where a transform takes it that computes with numbers, or goes by what it saw before."""
+    def _renamed_alike(self, texts: tuple[str, ...]) -> tuple[str, str | None] | None:
+        """What becomes of names of these texts with numbers between them: a format string that takes the numbers, and
+        the converter's pattern; None where a transform takes them that computes with numbers, or goes by what it saw
+        before."""
+        alike = texts[0] + "".join(f"{_FIRST + place}{text}" for place, text in enumerate(texts[1:]))
         name = alike
         for one in (*self._renamings, *self._converters):
             if type(one).rename_source_key is not WeightTransform.rename_source_key and one.compiled_sources.search(
@@ -61,7 +60,19 @@ class Renamer:
             if isinstance(one, WeightRenaming):
                 name, _ = one.rename_source_key(name)
         target, pattern = self._renamed(alike)
-        return _STAND_IN.split(target), pattern
+        found = _STAND_IN.split(target.replace("{", "{{").replace("}", "}}"))
+        return "".join(f"{{{int(part) - _FIRST}}}" if n % 2 else part for n, part in enumerate(found)), pattern
+
+
+def _joined(parts: list[str], literal: frozenset[str]) -> list[str]:
+    """Texts and numbers in turn, where the numbers ``literal`` are parts of the texts around them."""
+    joined = parts[:1]
+    for number, text in zip(parts[1::2], parts[2::2], strict=True):
+        if number in literal:
+            joined[-1] += number + text
+        else:
+            joined += (number, text)
+    return joined
 
 
 def _literal_numbers(transforms: Iterable[WeightRenaming | WeightConverter]) -> frozenset[str] | None:

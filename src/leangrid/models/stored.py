@@ -8,6 +8,7 @@ beside packed ones, under its module's (conversion_names.py). Experts of which n
 all experts in which the source has them; where plain transformers drops their single matrices beside packed ones, they
 are put into those of its model."""
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
@@ -307,7 +308,8 @@ def stores_experts_apart(model: PreTrainedModel, stored: Mapping[str, Any]) -> b
     forms = {path: form for path, module in model.named_modules() if (form := form_of(module)) is not None}
     ours = tuple(f"{path}.0.{form.leaves[-1]}." for path, form in forms.items())
     likely = {f"{path.rpartition('.')[2]}.0.{form.leaves[-1]}." for path, form in forms.items()}
-    some = {name: one for name, one in stored.items() if any(last in f".{name}" for last in likely)}
+    holds = re.compile("|".join(map(re.escape, sorted(likely)))).search
+    some = {name: one for name, one in stored.items() if holds(f".{name}")} if likely else {}
     return bool(some) and any(name.startswith(ours) for name in Conversion(model, some).unread.values())
 
 

@@ -175,7 +175,7 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _broken(path, f"holds tensor '{name}' in the dtype {str(dtype)[:40]!r}, which leangrid does not know")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1]):
         raise _broken(path, f"describes tensor '{name}' with shape {str(shape)[:80]} and offsets {str(offsets)[:80]}")
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if expected != offsets[1] - offsets[0]:
@@ -186,9 +186,9 @@ def _entry(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
 
 
 def _naturals(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) > 64:
+    if type(value) is not list or len(value) > 64:
         return False
-    return not value or ({*map(type, value)} == {int} and min(value) >= 0 and max(value) < 2**63)
+    return not value or ({*map(type, value)} == {int} and min(value) >= 0 and max(value) < 1 << 63)
 
 
 def parse_strict_json(raw: bytes | bytearray, path: Path, *, allow_infinity: bool = False) -> Any:
