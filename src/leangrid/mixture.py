@@ -24,6 +24,16 @@ def split_mixture(calibration: str) -> tuple[Part, ...]:
     return tuple(Part(part[1], int(part[2])) for part in found if part is not None)
 
 
+def beside_own_text(calibration: str, samples: int, length: int, most: int) -> str:
+    """One source as a mixture of its ``samples`` windows with those that the model writes itself: three to each, up to
+    ``most`` tokens in all. ``calibration`` itself where that is none, where the model writes all of it already, or
+    where its name cannot stand in a mixture."""
+    own = min(3 * samples, most // length - samples)
+    mixed = f"{calibration}:{samples},self:{own}"
+    stands = split_mixture(mixed) == (Part(calibration, samples), Part("self", own))
+    return mixed if own > 0 and calibration != "self" and not split_mixture(calibration) and stands else calibration
+
+
 def sources_of(calibration: str) -> tuple[str, ...]:
     """The names of all sources: those of a mixture, or the one."""
     return tuple(part.source for part in split_mixture(calibration)) or (calibration,)

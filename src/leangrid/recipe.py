@@ -83,7 +83,7 @@ class Recipe(ValidatedModel):
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     effort: Literal["fast", "good", "best"] = Field(
         default="good",
-        description="fast: the paper's procedure; good: with correction and refit; best: with tuning",
+        description="fast: the paper's procedure; good: with correction and refit; best: with tuning, and text of its own where there is little",
     )
     p: float | None = Field(
         default=None, ge=0, le=16, description="exponent of the loss-error weights U_jj^-p; 4 non-uniform, 2 affine"
@@ -199,7 +199,7 @@ class Recipe(ValidatedModel):
             raise RecipeError(f"a source of '{self.calibration}' gives no windows", "recipe", "Leave it out")
         if len({part.source for part in parts}) < len(parts):
             raise RecipeError(f"'{self.calibration}' names a source twice", "recipe", "Name it once, with all windows")
-        if parts and self.text_field is not None:
+        if self.text_field is not None and sum(part.source != "self" for part in parts) > 1:
             what = "text_field is the column of one source, and the calibration has several"
             raise RecipeError(what, "recipe", "Name the column behind the data set (hf:org/name:split:column)")
         return self
@@ -238,7 +238,12 @@ class Recipe(ValidatedModel):
 
     def of_part(self, part: Part) -> "Recipe":
         """This recipe with one source of its mixture alone."""
-        return self.model_copy(update={"calibration": part.source, "samples": part.windows})
+        column = self.column_of(part.source)
+        return self.model_copy(update={"calibration": part.source, "samples": part.windows, "text_field": column})
+
+    def column_of(self, source: str) -> str | None:
+        """The column of the rows of a source; text that the model writes beside another source has none."""
+        return None if self.parts and source == "self" else self.text_field
 
     @property
     def samples_itself(self) -> bool:

@@ -58,7 +58,8 @@ class Plan(Result):
         memory: bytes of each phase of the run by what they hold, the phase with the peak, and
             ``ram_with_states_on_disk``: host memory if the hidden states lay on disk.
         layer_plans: one entry for each linear: name, shape, scheme, bytes before and after.
-        samples: calibration windows.
+        samples, length: calibration windows, and tokens of each.
+        calibration: where they would come from, with what an effort adds.
         devices: how many processes, one for each device.
         rates: the speeds that the times were divided by, and under ``assumed`` whether they were assumed instead of
             measured here.
@@ -95,6 +96,8 @@ class Plan(Result):
     memory: dict[str, Any] = field(default_factory=dict)
     layer_plans: list[LayerSize] = field(default_factory=list)
     samples: int = 0
+    length: int = 0
+    calibration: str = ""
     devices: int = 1
     rates: dict[str, Any] = field(default_factory=dict)
     opened_in: dict[str, str] = field(default_factory=dict)
@@ -172,6 +175,8 @@ def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, abse
     return Plan(
         source=source,
         samples=resolved.samples,
+        length=resolved.length,
+        calibration=resolved.calibration,
         scheme=resolved.scheme,
         format=resolved.format,
         layers=len(sized.layers),

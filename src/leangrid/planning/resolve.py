@@ -1,11 +1,14 @@
 """The recipe that a run follows: every default written out for this model, and what cannot be done refused by name."""
 
+import math
 from pathlib import Path
 
+from leangrid.data.corpora import NAMED
 from leangrid.errors import FormatError, RecipeError, ShapeError
 from leangrid.formats import FORMATS
 from leangrid.formats.base import Format
 from leangrid.machine.arithmetic import choose_compute_dtype, choose_products
+from leangrid.mixture import beside_own_text, split_mixture
 from leangrid.models.skeleton import Skeleton
 from leangrid.planning.budget import estimated_recipe
 from leangrid.planning.sizes import layers_alike, stored_schemes
@@ -13,11 +16,23 @@ from leangrid.recipe import Recipe
 from leangrid.storage.remote import Remote
 from leangrid.storage.source import Checkpoint, open_source
 
+OWN_TOKENS = 65_536  # with fewer calibration tokens the model writes some itself for the effort best
+_MOST_PARAMETERS = 4_000_000_000  # of a model that does: it is whole in memory then, in float32 on a CPU
+
 
 def open_checkpoint(
-    directory: Path, recipe: Recipe, device: str = "cpu", remote: Remote | None = None
+    directory: Path,
+    recipe: Recipe,
+    device: str = "cpu",
+    remote: Remote | None = None,
+    *,
+    adds_text: bool = True,
 ) -> tuple[Checkpoint, Skeleton, Recipe]:
     """Open a checkpoint directory: its files, the model that they hold, and the recipe resolved for that model.
+
+    Args:
+        adds_text: whether the effort ``best`` may add text that the model writes; not where windows are given as a
+            tensor, and never for a streamed model.
 
     Raises:
         LeangridError: the directory is no checkpoint, or the recipe asks for something that its shapes do not allow.
@@ -25,23 +40,49 @@ def open_checkpoint(
     checkpoint = open_source(directory, remote=remote)
     skeleton = Skeleton(checkpoint)
     skeleton.select(recipe.ignore, recipe.only)
-    resolved = resolve_recipe(recipe, skeleton, device)
+    resolved = resolve_recipe(recipe, skeleton, device, adds_text=adds_text and remote is None)
     skeleton.compute_dtype = choose_compute_dtype(resolved.products, skeleton.dtype)
     refuse_impossible(resolved, skeleton)
     _ = estimated_recipe(resolved, skeleton)  # refuses a budget that is out of range
     return checkpoint, skeleton, resolved
 
 
-def resolve_recipe(recipe: Recipe, skeleton: Skeleton, device: str = "cpu") -> Recipe:
+def resolve_recipe(recipe: Recipe, skeleton: Skeleton, device: str = "cpu", *, adds_text: bool = True) -> Recipe:
     """Write out every default; the scheme ``auto`` becomes W4A16 in the first of the container's ``AUTO_GROUPS`` (128
-    for most) that divides the columns of every layer, else in whole rows."""
+    for most) that divides the columns of every layer, else in whole rows. The effort ``best`` adds text that the model
+    writes (``_with_own_text``) where it may (``adds_text``)."""
     columns = {cols for (_, cols), _ in skeleton.names_by_shape}
     groups = FORMATS[recipe.format].AUTO_GROUPS if recipe.format in FORMATS else Format.AUTO_GROUPS
     size = next((size for size in groups if all(cols % size == 0 for cols in columns)), None)
     resolved = recipe.resolved(f"W4A16_G{size}" if size else "W4A16")
+    if adds_text and resolved.effort == "best":
+        resolved = _with_own_text(resolved, skeleton)
     if resolved.products != "auto":
         return resolved
     return resolved.model_copy(update={"products": choose_products(skeleton.dtype, device)})
+
+
+def _with_own_text(recipe: Recipe, skeleton: Skeleton) -> Recipe:
+    """This recipe with calibration windows that the model writes itself beside those of its source, where that gives
+    fewer than ``OWN_TOKENS`` tokens: what tuning learns from few tokens holds for those tokens (docs/log.md). Only for
+    language models of up to 4 billion parameters, and not where the source may have rows with pictures."""
+    parameters = sum(math.prod(tensor.shape) for tensor in skeleton.checkpoint.tensors.values())
+    may_show = skeleton.takes_pictures and recipe.calibration not in NAMED
+    if not skeleton.has_lm_head or may_show or parameters > _MOST_PARAMETERS:
+        return recipe
+    calibration = beside_own_text(recipe.calibration, recipe.samples, recipe.length, OWN_TOKENS)
+    samples = sum(part.windows for part in split_mixture(calibration)) or recipe.samples
+    return recipe.model_copy(update={"calibration": calibration, "samples": samples})
+
+
+def describe_own_text(asked: Recipe, resolved: Recipe) -> list[str]:
+    """One sentence where an effort added windows that the model writes; none where it did not."""
+    if resolved.calibration == asked.calibration:
+        return []
+    what = (
+        f"--effort {resolved.effort} adds {resolved.written_windows} calibration windows that the model writes itself"
+    )
+    return [f"{what} to the {asked.samples} of {asked.calibration}; --calibration {resolved.calibration} names them"]
 
 
 def refuse_impossible(recipe: Recipe, skeleton: Skeleton) -> None:

@@ -94,6 +94,8 @@ def plan_summary(result: Mapping[str, Any]) -> str:
     opened = result.get("opened_in") or {}
     words = (name if word == "yes" else f"{name}: {word}" for name, word in opened.items())
     found += [("opened by", "; ".join(words))] if opened else []
+    if result.get("calibration"):
+        found += [("calibration", f"{result['samples']} x {result['length']} tokens: {result['calibration']}")]
     return _layer_table(result) + format_pairs(found) + "\n\n" * bool(found) + quantize_summary(result)
 
 

@@ -29,7 +29,7 @@ from leangrid.planning.demand import Demand
 from leangrid.planning.footprint import choose_placement, sum_footprint
 from leangrid.planning.placement import Placement
 from leangrid.planning.readers import describe_readers, merges_experts
-from leangrid.planning.resolve import describe_narrow_types, open_checkpoint, resolve_recipe
+from leangrid.planning.resolve import describe_narrow_types, describe_own_text, open_checkpoint, resolve_recipe
 from leangrid.planning.sizes import GATE_WINDOWS, disk_bytes
 from leangrid.planning.structure import describe_choice, describe_fused, describe_left_over
 from leangrid.progress import Event
@@ -88,9 +88,10 @@ def open_inputs(request: Request) -> RunInputs:
         what = "a model that is streamed cannot write its own text"
         raise CalibrationError(what, "--calibration self", "Give a text, or download the model")
     check_output_path(request.out, path, request.overwrite)
-    if request.windows is None:
+    given = request.windows is not None
+    if not given:
         for source in sources_of(recipe.calibration):
-            check_corpus(source, recipe.text_field)
+            check_corpus(source, recipe.column_of(source))
     if is_gguf(path):
         described = Skeleton(describe(path))  # what is asked for is refused before a weight is read
         described.select(recipe.ignore, recipe.only)
@@ -102,9 +103,9 @@ def open_inputs(request: Request) -> RunInputs:
             if not (directory / "config.json").is_file():
                 dequantize(path, directory)
                 memory.return_freed_memory()
-            checkpoint, skeleton, resolved = open_checkpoint(directory, recipe, request.device)
+            checkpoint, skeleton, resolved = open_checkpoint(directory, recipe, request.device, adds_text=not given)
     else:
-        checkpoint, skeleton, resolved = open_checkpoint(path, recipe, request.device, remote)
+        checkpoint, skeleton, resolved = open_checkpoint(path, recipe, request.device, remote, adds_text=not given)
         side = {name: files.hash_file(file) for name, file in checkpoint.side_files().items()}
         journal = _locked_journal(request, checkpoint.identity | {"side_files": side})  # another tokenizer: another run
     journal.keeps_states = not skeleton.structure.flows and journal.load_artifact(PICTURES) is None
@@ -120,6 +121,7 @@ def open_inputs(request: Request) -> RunInputs:
     notices += [*describe_left_over(skeleton), *describe_narrow_types(estimated, skeleton), *describe_choice(skeleton)]
     notices += describe_readers(skeleton, estimated)
     notices += [f"scheme: {resolved.scheme}"] if recipe.scheme == "auto" else []
+    notices += describe_own_text(recipe, resolved)
     for notice in notices:
         if request.progress is not None:
             request.progress(Event("notice", message=notice))

@@ -63,7 +63,7 @@ def open_inputs_on_ranks(request: Request, ranks: Ranks) -> RunInputs:
             return inputs
         directory, recipe, placement, partial, done = told
         follower = ReadOnlyJournal(partial, request.state_dir, done)
-        checkpoint, skeleton, recipe = open_checkpoint(directory, recipe, request.device)
+        checkpoint, skeleton, recipe = open_checkpoint(directory, recipe, request.device, adds_text=False)
         follower.keeps_states = not skeleton.structure.flows
         if not follower.keeps_states and not partial.is_dir():
             raise LeangridError(

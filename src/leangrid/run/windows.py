@@ -82,9 +82,9 @@ def _drawn(inputs: RunInputs, tokenizer: Any, reading: Reading) -> tuple[Windows
     if given is not None:
         tokens = _checked(given, skeleton.vocabulary, positions)
         return tokens, tokens[:0]
-    rows, column = None, recipe.text_field
+    rows = None
     for source in sources_of(recipe.calibration):
-        seed = recipe.seed if source.startswith(PREFIX) else None
+        seed, column = recipe.seed if source.startswith(PREFIX) else None, recipe.column_of(source)
         rows = find_pictures_in(source, takes_pictures=skeleton.takes_pictures, seed=seed, column=column)
         if rows is not None and recipe.parts:
             what = "its rows have pictures, and a mixture is of texts alone"

@@ -72,7 +72,7 @@ def test_the_windows_of_each_source_are_its_first_and_spread_over_the_whole(tmp_
         ({"calibration": "c4:64,self:16", "samples": 32}, "samples is 32, and the sources"),
         ({"calibration": "c4:64,self:0"}, "gives no windows"),
         ({"calibration": "c4:64,c4:16"}, "names a source twice"),
-        ({"calibration": "c4:64,self:16", "text_field": "body"}, "the column of one source"),
+        ({"calibration": "c4:64,wikitext2:16", "text_field": "body"}, "the column of one source"),
     ],
 )
 def test_a_mixture_that_contradicts_itself_is_refused(fields: dict[str, object], words: str) -> None:
