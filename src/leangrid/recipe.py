@@ -83,7 +83,8 @@ class Recipe(ValidatedModel):
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     effort: Literal["fast", "good", "best"] = Field(
         default="good",
-        description="fast: the paper's procedure; good: with correction and refit; best: with tuning, and text of its own where there is little",
+        description="fast: the paper's procedure; good: with correction and refit; best: with tuning, and with text of "
+        "the model's own where there is little",
     )
     p: float | None = Field(
         default=None, ge=0, le=16, description="exponent of the loss-error weights U_jj^-p; 4 non-uniform, 2 affine"
