@@ -1,9 +1,7 @@
 """Draws text from the model itself: calibration windows without data, and the reply of ``leangrid generate``.
 
-Both use a key/value cache whose buffers are allocated once. A cache that grows by concatenation copies itself at every
-token, which takes longer than the model for long windows."""
+Both go token by token, by what the model keeps of those before (decoding.py)."""
 
-import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -12,36 +10,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicLayer
 
 from leangrid.data.calibration import find_affixes
+from leangrid.data.decoding import Decoder
 from leangrid.errors import CalibrationError
 
 # (model, keys, values) -> step(token, position) -> logits, or None if there is no such step for this model.
 NativeStep = Callable[[torch.nn.Module, list[Tensor], list[Tensor]], Callable[[int, int], Tensor] | None]
 
+_TRIED, _TRIED_IN_REPLIES = 32, 6  # tokens on which ways of decoding are tried: a reply begins at once
+_MANY_LAYERS = 128  # of a model whose config counts them in parts
 _CACHE_BYTES = 2 << 30  # largest size of keys and values of one batch of windows
-
-
-class BufferedLayer(DynamicLayer):
-    """Keys and values of one layer in buffers for ``capacity`` tokens. Attention gets a view of the filled part."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity, self.filled = capacity, 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.key_buffer = key_states.new_empty((*key_states.shape[:-2], self.capacity, key_states.shape[-1]))
-            self.value_buffer = value_states.new_empty(
-                (*value_states.shape[:-2], self.capacity, value_states.shape[-1])
-            )
-        start, self.filled = self.filled, self.filled + key_states.shape[-2]
-        self.key_buffer[..., start : self.filled, :] = key_states
-        self.value_buffer[..., start : self.filled, :] = value_states
-        self.keys, self.values = self.key_buffer[..., : self.filled, :], self.value_buffer[..., : self.filled, :]
-        return self.keys, self.values
 
 
 @torch.no_grad()
@@ -66,7 +45,8 @@ def sample_windows(
         progress: is called with (tokens drawn, tokens in total), at most every 16 steps.
 
     Raises:
-        CalibrationError: the model gives no logits (an encoder), or has fewer positions than ``length``.
+        CalibrationError: the model gives no logits (an encoder), takes no text alone, or has fewer positions than
+            ``length``.
     """
     config = _text_config(model)
     _check_length(config, length)
@@ -74,10 +54,10 @@ def sample_windows(
     uniform = torch.rand((2, samples, length), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     size = batch or max(1, _CACHE_BYTES // (length * _cache_bytes_a_token(model)))
     size = math.ceil(samples / math.ceil(samples / size))  # equal batches
-    drawn = []
+    decoder, drawn = Decoder(model, length, start.words[: min(_TRIED, length)]), []
     for first in range(0, samples, size):
         report = None if progress is None else _offset(progress, first * length, samples * length)
-        drawn.append(_draw(model, start, uniform[:, first : first + size], report))
+        drawn.append(_draw(decoder, _device(model), start, uniform[:, first : first + size], report))
     return torch.cat(drawn)
 
 
@@ -107,11 +87,11 @@ def stream_tokens(
     config = _text_config(model)
     _check_length(config, len(prompt) + new_tokens)
     device, generator = _device(model), torch.Generator().manual_seed(seed)
-    cache = _cache(config, len(prompt) + new_tokens)
-    logits = _logits(model, torch.tensor([list(prompt)], device=device), cache)
-    layers: Any = cache.layers
-    buffers = [layer.key_buffer for layer in layers], [layer.value_buffer for layer in layers]
-    step = None if native_step is None else native_step(model, *buffers)
+    trial = [*prompt[:_TRIED_IN_REPLIES], *range(config.vocab_size // 2, config.vocab_size)][:_TRIED_IN_REPLIES]
+    decoder = Decoder(model, len(prompt) + new_tokens, torch.tensor(trial))
+    logits = decoder.logits(torch.tensor([list(prompt)], device=device))
+    buffers = decoder.buffers
+    step = None if native_step is None or buffers is None else native_step(model, *buffers)
     for position in range(len(prompt), len(prompt) + new_tokens):
         if temperature > 0:
             chosen = int(
@@ -124,9 +104,7 @@ def stream_tokens(
         yield chosen
         if position + 1 == len(prompt) + new_tokens:
             return
-        logits = (
-            step(chosen, position)[None] if step else _logits(model, torch.tensor([[chosen]], device=device), cache)
-        )
+        logits = step(chosen, position)[None] if step else decoder.logits(torch.tensor([[chosen]], device=device))
 
 
 class _Start:
@@ -160,18 +138,23 @@ def find_end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase |
     return found
 
 
-def _draw(model: torch.nn.Module, start: _Start, uniform: Tensor, progress: Callable[[int], None] | None) -> Tensor:
+def _draw(
+    decoder: Decoder,
+    device: torch.device,
+    start: _Start,
+    uniform: Tensor,
+    progress: Callable[[int], None] | None,
+) -> Tensor:
     """Draw one batch of windows: int64 [batch, length].
 
     ``uniform``: float64 [2, batch, length] in [0, 1), for the tokens and for those that begin a text."""
     _, batch, length = uniform.shape
-    device = _device(model)
-    cache = _cache(_text_config(model), length)
+    decoder.restart()
     tokens = torch.empty((batch, length), dtype=torch.int64)
     tokens[:, 0] = start.token(uniform[1, :, 0])
     for position in range(1, length):
         previous = tokens[:, position - 1]
-        logits = _logits(model, previous[:, None].to(device), cache)[:, : start.allowed]
+        logits = decoder.logits(previous[:, None].to(device))[:, : start.allowed]
         chosen = _draw_tokens(logits, uniform[0, :, position].to(device)).cpu()
         ended = torch.isin(previous, start.ends)
         tokens[:, position] = torch.where(ended, start.token(uniform[1, :, position]), chosen)
@@ -187,32 +170,15 @@ def _draw_tokens(logits: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " 
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
-def _logits(model: torch.nn.Module, ids: Int64[Tensor, "batch tokens"], cache: Cache) -> Float[Tensor, "batch vocab"]:
-    """The float32 logits of the last position, after ``ids`` have been added to the cache."""
-    last = (
-        {"logits_to_keep": 1}
-        if ids.shape[1] > 1 and "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
-    output: Any = model(input_ids=ids, past_key_values=cache, use_cache=True, **last)
-    logits = getattr(output, "logits", None)
-    if logits is None:
-        raise CalibrationError(
-            "an encoder has no next token to draw", type(model).__name__, "Use --calibration c4 or a .txt/.jsonl file"
-        )
-    return logits[:, -1].float()
-
-
-def _cache(config: Any, capacity: int) -> Cache:
-    # Layers with a sliding window store all tokens too; the attention mask limits what they use.
-    return Cache(layers=[BufferedLayer(capacity) for _ in range(config.num_hidden_layers)])
-
-
 def _cache_bytes_a_token(model: torch.nn.Module) -> int:
     config = _text_config(model)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return max(1, 2 * config.num_hidden_layers * heads * width * next(model.parameters()).element_size())
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    except (AttributeError, RuntimeError, ValueError):  # layers that differ in heads, or have none
+        width = max((max(parameter.shape) for parameter in model.parameters() if parameter.ndim == 1), default=1)
+    layers = getattr(config, "num_hidden_layers", _MANY_LAYERS)
+    return max(1, 2 * layers * width * next(model.parameters()).element_size())
 
 
 def _text_config(model: torch.nn.Module) -> Any:
@@ -222,7 +188,7 @@ def _text_config(model: torch.nn.Module) -> Any:
 
 def _check_length(config: Any, length: int) -> None:
     limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and length > limit:
+    if isinstance(limit, int) and 0 < limit < length:
         raise CalibrationError(
             f"windows of {length} tokens, but the model takes {limit}", "--length", f"Use --length {limit}"
         )

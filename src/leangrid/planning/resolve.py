@@ -68,7 +68,8 @@ def _with_own_text(recipe: Recipe, skeleton: Skeleton) -> Recipe:
     language models of up to 4 billion parameters, and not where the source may have rows with pictures."""
     parameters = sum(math.prod(tensor.shape) for tensor in skeleton.checkpoint.tensors.values())
     may_show = skeleton.takes_pictures and recipe.calibration not in NAMED
-    if not skeleton.has_lm_head or may_show or parameters > _MOST_PARAMETERS:
+    answers = skeleton.has_lm_head and not getattr(skeleton.config, "is_encoder_decoder", False)
+    if not answers or may_show or parameters > _MOST_PARAMETERS:
         return recipe
     calibration = beside_own_text(recipe.calibration, recipe.samples, recipe.length, OWN_TOKENS)
     samples = sum(part.windows for part in split_mixture(calibration)) or recipe.samples

@@ -4,7 +4,8 @@ import pytest
 import tiny_models
 import torch
 
-from leangrid.data.sampling import _cache, sample_windows, stream_tokens
+from leangrid.data.decoding import Decoder
+from leangrid.data.sampling import sample_windows, stream_tokens
 from leangrid.errors import CalibrationError
 
 DECODERS = [name for name in tiny_models.NAMES if name not in tiny_models.ENCODERS]
@@ -16,12 +17,10 @@ def test_stepping_through_the_cache_gives_the_logits_of_the_whole(name: str) -> 
     tokens = tiny_models.tokens(2, 40)  # beyond the sliding windows of 16
     with torch.no_grad():
         whole = model(input_ids=tokens).logits
-        cache = _cache(model.config.get_text_config(), 40)
-        parts = [model(input_ids=tokens[:, :20], past_key_values=cache, use_cache=True).logits]
-        parts += [
-            model(input_ids=tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(20, 40)
-        ]
-    assert torch.allclose(torch.cat(parts, 1), whole, atol=2e-4)
+        decoder = Decoder(model, 40, tokens[0, :6])
+        parts = [decoder.logits(tokens[:, :20]), *(decoder.logits(tokens[:, i : i + 1]) for i in range(20, 40))]
+        assert decoder.buffers is not None
+    assert torch.allclose(torch.stack(parts, 1), whole[:, 19:], atol=2e-4)
 
 
 def test_the_same_windows_for_a_seed_whatever_the_batch() -> None:

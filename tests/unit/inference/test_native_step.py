@@ -11,7 +11,8 @@ from quantized_checkpoints import write
 from torch import Tensor
 
 import leangrid
-from leangrid.data.sampling import _cache, stream_tokens
+from leangrid.data.decoding import Decoder
+from leangrid.data.sampling import stream_tokens
 from leangrid.inference.native_step import native_step
 
 PLAIN = ["llama1", "llama2", "llama3", "llama3_tied", "qwen2", "qwen3"]
@@ -19,10 +20,11 @@ PLAIN = ["llama1", "llama2", "llama3", "llama3_tied", "qwen2", "qwen3"]
 
 def prompted(model: torch.nn.Module, tokens: Tensor, capacity: int) -> tuple[list[Tensor], list[Tensor]]:
     """The cache after ``tokens``, as ``stream`` hands it over."""
-    cache = _cache(model.config.get_text_config(), capacity)
     with torch.no_grad():
-        model(input_ids=tokens, past_key_values=cache, use_cache=True)
-    return [layer.key_buffer for layer in cache.layers], [layer.value_buffer for layer in cache.layers]
+        decoder = Decoder(model, capacity, tokens[0, :4])
+        decoder.logits(tokens)
+    assert decoder.buffers is not None
+    return decoder.buffers
 
 
 def same_as_the_model(model: torch.nn.Module) -> None:
