@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leangrid.data.calibration import check_vocabulary
 from leangrid.data.corpora import check_corpus
-from leangrid.errors import CheckpointError
+from leangrid.errors import CheckpointError, first_line
 from leangrid.evaluation.opened import Opened, load_model
 from leangrid.evaluation.results import Evaluation
 from leangrid.evaluation.tasks import Tasks, prepare_tasks, run_tasks
@@ -28,6 +28,7 @@ from leangrid.storage.hub import locate_source
 from leangrid.storage.manifest import read_manifest
 
 _OWN_ORIGINAL = "Compare a model with the checkpoint it was made from"
+_JUDGED = "What quantize measured of its blocks stands in the result's manifest.json, under quality"
 
 
 def evaluate(
@@ -204,7 +205,13 @@ def _logits_of(subject: Opened, windows: TextWindows, say: Progress) -> Callable
 
     def logits(window: Int64[Tensor, " tokens"]) -> Float[Tensor, "tokens vocab"]:
         nonlocal done
-        output = subject.model(input_ids=window[None].to(subject.device), use_cache=False)
+        try:
+            output = subject.model(input_ids=window[None].to(subject.device), use_cache=False)
+        except (TypeError, ValueError, AttributeError) as error:  # it asks for pictures, or for another text
+            what = f"the model says nothing to text alone: {first_line(error)}"
+            raise CheckpointError(what, subject.name, _JUDGED) from error
+        if output.logits.shape[1] != len(window):
+            raise CheckpointError("the model answers a text with another one", subject.name, _JUDGED)
         done += 1
         say(Event("window", (done - 1) % len(windows.tokens) + 1, len(windows.tokens), subject.name))
         return output.logits[0].float().cpu()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+import zoo_models
 
 from leangrid.errors import CalibrationError, CheckpointError, ShapeError
 from leangrid.evaluation import Evaluation, evaluate, evaluate_many
@@ -146,3 +147,16 @@ def test_a_model_without_tokenizer_is_refused(text: str, tmp_path: Path) -> None
     tiny_models.build("llama3").save_pretrained(tmp_path)
     with pytest.raises(CalibrationError, match="no tokenizer"):
         evaluate(tmp_path, text=text)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [("blip-2", "says nothing to text alone: .*pixel_values"), ("florence2", "answers a text with another")],
+)
+def test_a_model_that_does_not_go_on_with_a_text_is_refused(
+    model_type: str, words: str, text: str, tmp_path: Path
+) -> None:
+    zoo_models.save(zoo_models.build(model_type, "image-text"), tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=words):
+        evaluate(tmp_path, text=text, length=16, windows=1)
