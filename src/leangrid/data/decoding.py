@@ -15,7 +15,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from leangrid.errors import CalibrationError, first_line
 from leangrid.machine.devices import is_out_of_memory
 
-_FAR = 0.1  # of the logits' own length; arithmetic in 16 bits is a tenth of that away, a lost token ten times as far
+_FAR = (
+    0.1  # of the logits' own length: more than rounding, and less than the .4 that tiny models were off without a cache
+)
 _WAY_OUT = "Calibrate it by --calibration c4 or a .txt/.jsonl file (best without its own text: --tune 4 --finish 4)"
 _KEPT = ("past_key_values", "cache_params", "state", "mems")  # what models call what they keep, in and out
 
@@ -101,7 +103,7 @@ class Decoder:
         """By transformers' cache for this config, whose keys and values are in buffers."""
         self._layers = list(_cache_layers(self._model, self._capacity))
         cache = Cache(layers=self._layers)
-        return lambda ids: _last(self._call(ids, past_key_values=cache, use_cache=True))
+        return lambda ids: self._last(self._call(ids, past_key_values=cache, use_cache=True))
 
     def _with_what_it_returns(self) -> Step:
         """By giving the model back what it returned beside its logits."""
@@ -112,7 +114,7 @@ class Decoder:
             out = self._call(ids, **kept, use_cache=True)
             found = {name: getattr(out, name, None) for name in _KEPT if name in taken}
             kept.update((name, value) for name, value in found.items() if value is not None)
-            return _last(out)
+            return self._last(out)
 
         return step
 
@@ -122,7 +124,7 @@ class Decoder:
 
         def step(ids: Tensor) -> Tensor:
             before[:] = [torch.cat((*before, ids), 1)]
-            return _last(self._call(before[0]))
+            return torch.cat([self._last(self._call(one)) for one in before[0].split(1)])  # logits of one text at once
 
         return step
 
@@ -140,6 +142,12 @@ class Decoder:
             else {}
         )
         return self._model(input_ids=ids, **kept, **last)
+
+    def _last(self, out: Any) -> Tensor:
+        logits = getattr(out, "logits", None)
+        if logits is None:
+            raise CalibrationError("an encoder has no next token to draw", type(self._model).__name__, _WAY_OUT)
+        return logits[:, -1].float()
 
     def _is_right(self, way: Callable[[], Step], ids: Tensor) -> bool:
         """Whether this way, by the last two tokens one after the other, has the logits of one whole forward pass."""
@@ -167,13 +175,6 @@ def _cache_layers(model: Any, capacity: int) -> Iterator[Any]:
         own = [DynamicLayer() for _ in range(model.config.get_text_config().num_hidden_layers)]
     for layer in own:
         yield BufferedLayer(capacity) if type(layer) is DynamicLayer else layer
-
-
-def _last(out: Any) -> Tensor:
-    logits = getattr(out, "logits", None)
-    if logits is None:
-        raise CalibrationError("an encoder has no next token to draw", type(out).__name__, _WAY_OUT)
-    return logits[:, -1].float()
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:

@@ -54,7 +54,7 @@ def sample_windows(
     uniform = torch.rand((2, samples, length), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     size = batch or max(1, _CACHE_BYTES // (length * _cache_bytes_a_token(model)))
     size = math.ceil(samples / math.ceil(samples / size))  # equal batches
-    decoder, drawn = Decoder(model, length, start.words[: min(_TRIED, length)]), []
+    decoder, drawn = Decoder(model, length, start.words[: max(2, min(_TRIED, length))]), []
     for first in range(0, samples, size):
         report = None if progress is None else _offset(progress, first * length, samples * length)
         drawn.append(_draw(decoder, _device(model), start, uniform[:, first : first + size], report))
