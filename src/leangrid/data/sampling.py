@@ -87,7 +87,8 @@ def stream_tokens(
     config = _text_config(model)
     _check_length(config, len(prompt) + new_tokens)
     device, generator = _device(model), torch.Generator().manual_seed(seed)
-    trial = [*prompt[:_TRIED_IN_REPLIES], *range(config.vocab_size // 2, config.vocab_size)][:_TRIED_IN_REPLIES]
+    middle = config.vocab_size // 2  # tokens that fill up a short prompt
+    trial = [*prompt, *range(middle, middle + _TRIED_IN_REPLIES)][:_TRIED_IN_REPLIES]
     decoder = Decoder(model, len(prompt) + new_tokens, torch.tensor(trial))
     logits = decoder.logits(torch.tensor([list(prompt)], device=device))
     buffers = decoder.buffers

@@ -32,7 +32,7 @@ def open_checkpoint(
 
     Args:
         adds_text: whether the effort ``best`` may add text that the model writes; not where windows are given as a
-            tensor, and never for a streamed model.
+            tensor.
 
     Raises:
         LeangridError: the directory is no checkpoint, or the recipe asks for something that its shapes do not allow.
@@ -40,7 +40,7 @@ def open_checkpoint(
     checkpoint = open_source(directory, remote=remote)
     skeleton = Skeleton(checkpoint)
     skeleton.select(recipe.ignore, recipe.only)
-    resolved = resolve_recipe(recipe, skeleton, device, adds_text=adds_text and remote is None)
+    resolved = resolve_recipe(recipe, skeleton, device, adds_text=adds_text)
     skeleton.compute_dtype = choose_compute_dtype(resolved.products, skeleton.dtype)
     refuse_impossible(resolved, skeleton)
     _ = estimated_recipe(resolved, skeleton)  # refuses a budget that is out of range
@@ -65,11 +65,13 @@ def resolve_recipe(recipe: Recipe, skeleton: Skeleton, device: str = "cpu", *, a
 def _with_own_text(recipe: Recipe, skeleton: Skeleton) -> Recipe:
     """This recipe with calibration windows that the model writes itself beside those of its source, where that gives
     fewer than ``OWN_TOKENS`` tokens: what tuning learns from few tokens holds for those tokens (docs/log.md). Only for
-    language models of up to 4 billion parameters, and not where the source may have rows with pictures."""
+    language models of up to 4 billion parameters that are not streamed, and not where the source may have rows with
+    pictures."""
     parameters = sum(math.prod(tensor.shape) for tensor in skeleton.checkpoint.tensors.values())
     may_show = skeleton.takes_pictures and recipe.calibration not in NAMED
     answers = skeleton.has_lm_head and not getattr(skeleton.config, "is_encoder_decoder", False)
-    if not answers or may_show or parameters > _MOST_PARAMETERS:
+    streamed = getattr(skeleton.checkpoint, "remote", None) is not None
+    if streamed or not answers or may_show or parameters > _MOST_PARAMETERS:
         return recipe
     calibration = beside_own_text(recipe.calibration, recipe.samples, recipe.length, OWN_TOKENS)
     samples = sum(part.windows for part in split_mixture(calibration)) or recipe.samples

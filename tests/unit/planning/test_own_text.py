@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from leangrid.mixture import beside_own_text
+from leangrid.models.skeleton import Skeleton
 from leangrid.planning import resolve
 from leangrid.planning.plan import plan
 from leangrid.planning.resolve import open_checkpoint
 from leangrid.recipe import Recipe
 from leangrid.report.text import plan_summary
 from leangrid.run.quantize import quantize
+from leangrid.storage.remote import Remote
+from leangrid.storage.source import open_source
 
 Tiny = Callable[..., Path]
 
@@ -66,6 +69,15 @@ def test_only_best_adds_text_and_only_to_a_language_model_of_text(tiny: Tiny, tm
     assert open_checkpoint(tiny("llama2"), asked, adds_text=False)[2].calibration == asked.calibration
     once = open_checkpoint(tiny("llama2"), asked)[2]
     assert open_checkpoint(tiny("llama2"), once)[2] == once  # as a manifest has it
+
+
+def test_a_streamed_model_writes_nothing_in_plan_or_run(tiny: Tiny, tmp_path: Path) -> None:
+    asked = _recipe(tmp_path)
+    with open_source(tiny("llama2")) as checkpoint:
+        skeleton = Skeleton(checkpoint)
+        assert resolve.resolve_recipe(asked, skeleton).samples == 16
+        vars(checkpoint)["remote"] = Remote.__new__(Remote)
+        assert resolve.resolve_recipe(asked, skeleton).calibration == asked.calibration
 
 
 def test_a_large_model_writes_nothing(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
