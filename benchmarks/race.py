@@ -1,14 +1,16 @@
-"""leangrid beside GPTQModel and llm-compressor: the same model, token ids, threads and machine, taking turns.
+"""leangrid beside GPTQModel, llm-compressor and AutoRound: the same model, token ids, threads and machine, in turns.
 
     # the demo model, its own samples, Python's documentation
     python benchmarks/race.py
-    python benchmarks/race.py --calibration c4.jsonl --text wiki.test.raw --rounds 3 --out benchmarks/results/race.jsonl
+    python benchmarks/race.py --calibration c4.jsonl --text wiki.test.raw --rounds 3 \\
+        --schemes W4A16_G64,W4A16,W3A16_G64 --out benchmarks/results/race.jsonl
 
 The environments of the peers are built in .peers/ (about 1.5 GB each, from the package index) unless they are there.
 Every quantization is a process of its own, held to the same cores. The entrants take turns (A B C A B C ...), so that a
-machine that slows down slows all of them. All get the same windows of token ids, and each peer's runner fails unless
-its model saw exactly those. All quantize to 4 bits in groups of 64, asymmetric, with damping 0.01; everything else is
-the default of each, or is in the line's "recipe". One JSON line for each entrant:
+machine that slows down slows all of them; those that train (AutoRound, --effort best) run in the first round alone.
+All get the same windows of token ids, and each peer's runner fails unless its model saw exactly those. All quantize
+asymmetrically to the bits and groups of --schemes, with damping 0.01 where they have one; everything else is the
+default of each, or is in the line's "recipe". One JSON line for each entrant and scheme:
 
 * seconds: the quantize call alone. leangrid's also reads the checkpoint and writes the result; a peer's model is loaded
   before and saved after. with_files counts loading and saving for all. speedup_over: the seconds of each peer over this
@@ -38,19 +40,21 @@ from common.environment import threads_environment
 from common.machine import ROOT, provenance
 from common.peer import Peer
 from common.workload import Workload, default_source
+from leangrid.errors import RecipeError
 from leangrid.evaluation.measure import evaluate_many
+from leangrid.schemes import Scheme
 from leangrid.storage import safetensors
 
-SCHEME = "W4A16_G64"
 MAX_KERNEL_KL = 0.01
-_COMMON = {"bits": 4, "group_size": 64, "symmetric": False, "damping": 0.01}
-_GPTQ = _COMMON | {"desc_act": False, "act_group_aware": True, "static_groups": False, "gptaq_alpha": None}
+_GPTQ = {"damping": 0.01, "desc_act": False, "act_group_aware": True, "static_groups": False, "gptaq_alpha": None}
 PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gptqmodel": ("gptqmodel", _GPTQ),
     "gptqmodel-gptaq": ("gptqmodel", _GPTQ | {"gptaq_alpha": 0.25}),
-    "llmcompressor": ("llmcompressor", _COMMON | {"act_order": "static"}),
+    "llmcompressor": ("llmcompressor", {"damping": 0.01, "act_order": "static"}),
+    "autoround": ("autoround", {"iterations": 200, "batch_size": 1}),
 }
-OURS = {"leangrid-paper": "paper", "leangrid": "default"}
+OURS = {"leangrid-paper": "paper", "leangrid-fast": "fast", "leangrid": "default", "leangrid-best": "best"}
+ONCE = {"autoround", "leangrid-best"}  # what trains takes many times as long as the others
 
 
 @dataclass(frozen=True)
@@ -67,20 +71,26 @@ class Entrant:
     """One quantizer with its settings. ``runs`` holds a measurement for each round; the result of the first round stays
     on disk."""
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(self, name: str, scheme: Scheme, settings: Settings) -> None:
         self.name, self.settings = name, settings
         self.runs: list[dict[str, Any]] = []
-        self.out = settings.folder / name
+        self.out = settings.folder / f"{name}-{scheme.name}"
         self.peer = None if name in OURS else Peer(PEERS[name][0], settings.environments)
         if self.peer is None:
-            recipe = settings.work.recipe(SCHEME, variants.KNOWN[OURS[name]])
+            recipe = settings.work.recipe(scheme.name, variants.KNOWN[OURS[name]])
             self.recipe, self._fields = recipe.model_dump(), recipe.model_dump(exclude={"calibration"})
         else:
-            self.recipe = PEERS[name][1]
+            form = {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
+            self.recipe = form | PEERS[name][1]
+
+    @property
+    def _answer(self) -> Path:
+        """A file for the peer's own answer to the first window."""
+        return self.out.with_name(f"{self.out.name}.logits")
 
     def run(self) -> dict[str, Any]:
         """Quantize once more and add the measurement to ``runs``."""
-        out = self.out if not self.runs else self.settings.folder / f"{self.name}-{len(self.runs)}"
+        out = self.out if not self.runs else self.settings.folder / f"{self.out.name}-{len(self.runs)}"
         begin = time.perf_counter()
         found = self._leangrid(out) if self.peer is None else self._peer(self.peer, out)
         self.runs.append(found | {"process_seconds": round(time.perf_counter() - begin, 3)})
@@ -100,7 +110,7 @@ class Entrant:
 
     def _peer(self, peer: Peer, out: Path) -> dict[str, Any]:
         work = self.settings.work
-        check = "" if self.runs else str(self.settings.folder / f"{self.name}.logits")
+        check = "" if self.runs else str(self._answer)
         job = {
             "source": str(work.source.absolute()),
             "out": str(out),
@@ -120,13 +130,13 @@ class Entrant:
             return self.out
         directory = self.out
         if self.peer.name == "gptqmodel":
-            directory = self.out.with_name(f"{self.name}-dense")
+            directory = self.out.with_name(f"{self.out.name}-dense")
             gptq_file.dequantize(self.out, directory)
         model = leangrid.load(directory, dtype=torch.float32, dense=True)[0]
         window = safetensors.load(self.settings.work.windows_file)["windows"][:1]
         with torch.no_grad():
             ours = model(input_ids=window, use_cache=False).logits[0]
-        distance = gptq_file.agreement(ours, safetensors.load(self.settings.folder / f"{self.name}.logits")["logits"])
+        distance = gptq_file.agreement(ours, safetensors.load(self._answer)["logits"])
         self.runs[0]["kernel_kl"] = distance
         if not distance < MAX_KERNEL_KL:
             raise SystemExit(f"{self.name}: its own answer and its file as we read it differ by KL {distance:g}")
@@ -134,7 +144,7 @@ class Entrant:
 
 
 def summarize(runs: list[dict[str, Any]], peers: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians over the rounds, and for each of ``peers`` the median of the ratios within a round."""
+    """Medians over the rounds, and for each of ``peers`` the median of the ratios within a round that both ran in."""
     kept = {
         "seconds": round(median(run["seconds"] for run in runs), 3),
         "rounds_seconds": [run["seconds"] for run in runs],
@@ -144,7 +154,7 @@ def summarize(runs: list[dict[str, Any]], peers: dict[str, list[dict[str, Any]]]
     kept["peak_ram_bytes"] = max(run["peak_ram_bytes"] for run in runs)
     for measure in ("seconds", "with_files", "cpu_seconds"):
         ratios = {
-            peer: [theirs[measure] / mine[measure] for mine, theirs in zip(runs, found, strict=True)]
+            peer: [theirs[measure] / mine[measure] for mine, theirs in zip(runs, found, strict=False)]
             for peer, found in peers.items()
         }
         kept["speedup_over" if measure == "seconds" else f"speedup_over_{measure}"] = {
@@ -199,18 +209,29 @@ def main() -> None:
     parser.add_argument(
         "--length", type=int, default=1024, help="tokens of a calibration window, and of an evaluation window"
     )
+    parser.add_argument("--schemes", default="W4A16_G64", help="affine ones, with commas between them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--text", default="embedded", help="what is evaluated on")
     parser.add_argument("--windows", type=int, default=12, help="of the evaluation")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", default=",".join(PEERS), help="with commas between them; none: leangrid alone")
+    parser.add_argument("--ours", default="leangrid-fast,leangrid,leangrid-best", help=f"some of {', '.join(OURS)}")
     parser.add_argument("--environments", type=Path, default=ROOT / ".peers", help="where the peers are installed")
     parser.add_argument("--out", type=Path, help="results file; a line of the same measurement is replaced")
     options = parser.parse_args()
-    peers = [name for name in options.peers.split(",") if name and name != "none"]
-    if unknown := set(peers) - PEERS.keys():
-        parser.error(f"no such peer: {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
+    peers, ours = (
+        [name for name in names.split(",") if name and name != "none"] for names in (options.peers, options.ours)
+    )
+    for names, known in ((peers, PEERS), (ours, OURS)):
+        if unknown := set(names) - known.keys():
+            parser.error(f"not known: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    try:
+        schemes = [Scheme.parse(text) for text in options.schemes.split(",")]
+    except RecipeError as error:
+        parser.error(str(error))
+    if any(scheme.grid != "affine" or scheme.method != "leanquant" for scheme in schemes):
+        parser.error("--schemes are affine ones such as W4A16_G64, W4A16: the formats that all of them write")
     if options.rounds < 1 or options.threads < 1:
         parser.error("--rounds and --threads are at least 1")
     for name in dict.fromkeys(PEERS[peer][0] for peer in peers):
@@ -218,22 +239,32 @@ def main() -> None:
     origin = provenance()  # of the whole machine, before this process keeps to a part of it
     limit_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        run(options, peers, Path(temporary), origin)
+        folder = Path(temporary)
+        work = Workload.open(
+            options.source or default_source(),
+            options.calibration,
+            options.samples,
+            options.length,
+            options.seed,
+            folder,
+            options.name,
+        )
+        settings = Settings(work, folder, options.environments.absolute(), options.threads)
+        for scheme in schemes:
+            run(options, [Entrant(name, scheme, settings) for name in (*ours, *peers)], scheme.name, origin)
 
 
-def run(options: argparse.Namespace, peers: list[str], folder: Path, origin: dict[str, Any]) -> None:
-    """All rounds, then the evaluation, then the lines."""
-    source = options.source or default_source()
-    work = Workload.open(
-        source, options.calibration, options.samples, options.length, options.seed, folder, options.name
-    )
-    settings = Settings(work, folder, options.environments.absolute(), options.threads)
-    entrants = [Entrant(name, settings) for name in (*OURS, *peers)]
+def run(options: argparse.Namespace, entrants: list[Entrant], scheme: str, origin: dict[str, Any]) -> None:
+    """All rounds at one scheme, then the evaluation, then the lines."""
+    work = entrants[0].settings.work
     for turn in range(options.rounds):
         for entrant in entrants:
+            if turn and entrant.name in ONCE:
+                continue
             found = entrant.run()
             print(
-                f"round {turn + 1}: {entrant.name} {found['seconds']:.1f} s, {found['cpu_seconds']:.1f} CPU s",
+                f"{scheme}, round {turn + 1}: {entrant.name} {found['seconds']:.1f} s, "
+                f"{found['cpu_seconds']:.1f} CPU s",
                 file=sys.stderr,
                 flush=True,
             )
@@ -243,9 +274,9 @@ def run(options: argparse.Namespace, peers: list[str], folder: Path, origin: dic
         line = {
             "benchmark": "race",
             "model": work.name,
-            "scheme": SCHEME,
+            "scheme": scheme,
             "variant": entrant.name,
-            "rounds": options.rounds,
+            "rounds": len(entrant.runs),
             "recipe": entrant.recipe,
             "windows_sha256": work.windows_sha256,
             "calibration_tokens": work.windows.numel(),

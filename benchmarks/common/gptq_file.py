@@ -1,10 +1,11 @@
 """Converts a checkpoint of GPTQModel to one with dense weights, so that one evaluator measures all results.
 
-A linear of [rows, cols] is stored as qweight int32 [cols / 8, rows] (eight 4-bit codes of a column in a word, least
-significant first), qzeros int32 [groups, rows / 8], scales float16 [groups, rows] and g_idx int32 [cols], the group of
-each column: W[r, c] = scales[g, r] * (code[r, c] - zero[g, r]), g = g_idx[c]. Files of format "gptq" hold zero - 1 (mod
-16), files of "gptq_v2" the zero itself. Source of the layout: the files themselves, and GPTQModel's own kernel, whose
-answer race.py compares with that of the checkpoint written here.
+A linear of [rows, cols] with codes of b bits is stored as qweight int32 [cols b / 32, rows] (the codes of a row one
+after another, least significant bit first, down its column of words), qzeros int32 [groups, rows b / 32], scales
+float16 [groups, rows] and g_idx int32 [cols], the group of each column: W[r, c] = scales[g, r] * (code[r, c] -
+zero[g, r]), g = g_idx[c]. Files of format "gptq" hold zero - 1 (mod 2^b), files of "gptq_v2" the zero itself. Source of
+the layout: the files themselves, and GPTQModel's own kernel, whose answer race.py compares with that of the checkpoint
+written here.
 """
 
 import json
@@ -18,16 +19,16 @@ from torch import Tensor
 from leangrid.formats.bit_stream import unpack
 from leangrid.storage import safetensors
 
-_BITS = 4
+_BITS = (2, 3, 4, 8)
 _ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0}
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, zero_offset: int) -> Tensor:
+def weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int, zero_offset: int) -> Tensor:
     """The dense weight of one linear, float32 [rows, cols]."""
     rows, cols = scales.shape[1], g_idx.numel()
-    codes = unpack(qweight.T.contiguous(), _BITS, cols).float()
-    zeros = (unpack(qzeros.contiguous(), _BITS, rows).int() + zero_offset) & (2**_BITS - 1)
+    codes = unpack(qweight.T.contiguous(), bits, cols).float()
+    zeros = (unpack(qzeros.contiguous(), bits, rows).int() + zero_offset) & (2**bits - 1)
     group = g_idx.long()
     return scales.float().T[:, group] * (codes - zeros.float().T[:, group])
 
@@ -37,16 +38,16 @@ def dequantize(directory: Path, out: Path) -> None:
     described above."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     stated = config.pop("quantization_config")
-    form = stated.get("checkpoint_format")
-    if stated.get("bits") != _BITS or form not in _ZERO_OFFSET:
+    bits, form = stated.get("bits"), stated.get("checkpoint_format")
+    if bits not in _BITS or form not in _ZERO_OFFSET:
         raise SystemExit(
-            f"{directory}: {stated.get('bits')} bits in format {form!r}; "
-            f"only 4 bits in {', '.join(_ZERO_OFFSET)} are read"
+            f"{directory}: {bits} bits in format {form!r}; only {', '.join(map(str, _BITS))} bits in "
+            f"{', '.join(_ZERO_OFFSET)} are read"
         )
     stored: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         stored |= safetensors.load(file)
-    tensors = plain(stored, _ZERO_OFFSET[form])
+    tensors = plain(stored, bits, _ZERO_OFFSET[form])
     out.mkdir(parents=True)
     safetensors.save(out / "model.safetensors", tensors, {"format": "pt"})
     (out / "config.json").write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
@@ -55,13 +56,14 @@ def dequantize(directory: Path, out: Path) -> None:
             shutil.copyfile(directory / name, out / name)
 
 
-def plain(stored: dict[str, Any], zero_offset: int) -> dict[str, Tensor]:
+def plain(stored: dict[str, Any], bits: int, zero_offset: int) -> dict[str, Tensor]:
     """The tensors of a file in float32 under the names of a plain checkpoint, its quantized linears dequantized."""
     layers = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
     parts = {f"{layer}.{part}" for layer in layers for part in _PARTS}
     tensors = {name: tensor.float() for name, tensor in stored.items() if name not in parts}
     for layer in layers:
-        tensors[f"{layer}.weight"] = weight(*(stored[f"{layer}.{part}"] for part in _PARTS), zero_offset).contiguous()
+        parts_of_layer = (stored[f"{layer}.{part}"] for part in _PARTS)
+        tensors[f"{layer}.weight"] = weight(*parts_of_layer, bits, zero_offset).contiguous()
     return tensors
 
 

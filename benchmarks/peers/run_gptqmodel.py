@@ -11,7 +11,7 @@ def main() -> None:
     settings, watch, tokens = read["settings"], Stopwatch(), Tokens()
     config = QuantizeConfig(
         bits=settings["bits"],
-        group_size=settings["group_size"],
+        group_size=settings["group_size"] or -1,
         sym=settings["symmetric"],
         damp_percent=settings["damping"],
         desc_act=settings["desc_act"],

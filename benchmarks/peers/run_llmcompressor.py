@@ -11,13 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def main() -> None:
     read, windows = job()
     settings, watch, tokens = read["settings"], Stopwatch(), Tokens()
-    weights = {"num_bits": settings["bits"], "type": "int", "symmetric": settings["symmetric"], "strategy": "group",
-               "group_size": settings["group_size"]}  # fmt: skip
+    weights = {"num_bits": settings["bits"], "type": "int", "symmetric": settings["symmetric"]}
+    if settings["group_size"]:
+        weights |= {"strategy": "group", "group_size": settings["group_size"]}
+    else:
+        weights |= {"strategy": "channel"}  # which knows no order of activations
     recipe = GPTQModifier(
         config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
         ignore=["lm_head"],
         dampening_frac=settings["damping"],
-        actorder=settings["act_order"],
+        actorder=settings["act_order"] if settings["group_size"] else None,
     )
     with watch("load"):
         model = AutoModelForCausalLM.from_pretrained(read["source"], dtype="auto")

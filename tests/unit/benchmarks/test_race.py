@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from leangrid.schemes import Scheme
 
 
 def measured(seconds: float, cpu: float, peak: int) -> dict[str, Any]:
@@ -24,6 +27,32 @@ def test_ratios_are_those_within_a_round(bench: Any) -> None:
     assert found["speedup_over"] == {"other": 3.0}  # 3, 4, 2: not 30 / 10 of the medians by chance
     assert found["speedup_over_cpu_seconds"] == {"other": 3.0}
     assert found["peak_ram_bytes"] == 7 and found["peak_ram_share_of"] == {"other": 0.5}
+
+
+def test_what_trains_runs_in_one_round(bench: Any) -> None:
+    """AutoRound and the effort best are compared with the others by the first round alone."""
+    ours = [measured(10.0, 20.0, 5), measured(20.0, 22.0, 7)]
+    once = [measured(30.0, 60.0, 10)]
+    race = bench("race")
+    assert race.summarize(ours, {"autoround": once})["speedup_over"] == {"autoround": 3.0}
+    assert race.summarize(once, {"gptqmodel": ours})["speedup_over"] == {"gptqmodel": 0.333}
+    assert not race.ONCE - race.OURS.keys() - race.PEERS.keys()
+
+
+@pytest.mark.parametrize(("scheme", "bits", "group"), [("W4A16_G64", 4, 64), ("W3A16", 3, None)])
+def test_all_entrants_get_the_bits_and_groups_of_the_scheme(
+    bench: Any, tmp_path: Path, scheme: str, bits: int, group: int | None
+) -> None:
+    race = bench("race")
+    windows = torch.zeros(2, 8, dtype=torch.long)
+    work = bench("common.workload").Workload("m", tmp_path, "c4", windows, tmp_path / "windows", 0)
+    settings = race.Settings(work, tmp_path, tmp_path, 1)
+    for name in (*race.OURS, *race.PEERS):
+        recipe = race.Entrant(name, Scheme.parse(scheme), settings).recipe
+        if name in race.OURS:
+            assert recipe["scheme"] == scheme and (recipe["samples"], recipe["length"]) == (2, 8)
+        else:
+            assert (recipe["bits"], recipe["group_size"], recipe["symmetric"]) == (bits, group, False)
 
 
 def test_every_peer_has_its_packages_and_its_runner(bench: Any) -> None:
