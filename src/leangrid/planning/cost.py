@@ -29,6 +29,7 @@ from leangrid.planning.sizes import LayerSize, state_bytes
 from leangrid.recipe import Recipe
 from leangrid.solve.trial import ROWS
 from leangrid.solve.tuning import count_held_out, count_step_windows
+from leangrid.storage import state_schedule
 
 _REPLAYED = 2.6  # forward passes that replaying takes instead of one: up to each group, and once to the end
 # Shares of a large product's rate that the stages reach (the same benchmark): sweeps in blocks with their descents, the
@@ -203,7 +204,7 @@ def estimate_seconds(
         **({"finish": finished} if recipe.finish else {}),  # rank 0, while the others wait
         "load": (before + again) / rates.read,
         "factor": factors / (_FACTOR * algebra) + corrected / (_CORRECT * algebra),
-        "save": (2 * after + (1 + placement.disk_streams) * blocks * states) / rates.disk,
+        "save": (2 * after + placement.disk_streams * blocks * states) / rates.disk,
         "check": (before + after) / rates.read,
     }
     if rates.ranks > 1:  # through rank 0, one rank after another: H and G there and back, and what was solved
@@ -211,6 +212,10 @@ def estimate_seconds(
         moved += sum(group.experts * _F32 * group.cols**2 for group in groups if group.experts > 1)  # to their owners
         alone["exchange"] = moved * (rates.ranks - 1) / rates.link
     stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
+    if not flows_live(skeleton):
+        each, rest = states / rates.disk, sum(stages.values())
+        seldom = state_schedule.expected_seconds(states, each, blocks, rest)
+        stages["save"] += seldom if rates.ranks == 1 else blocks * each
     written = (
         recipe.written_windows * recipe.length * (2 * reached + attention + _of_head(skeleton))
     )  # by rank 0 for all

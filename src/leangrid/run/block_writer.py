@@ -1,5 +1,6 @@
 """Takes what was solved into its block (packed, recorded, back into the model), and makes finished blocks durable."""
 
+import time
 from dataclasses import replace
 
 import torch
@@ -23,6 +24,7 @@ from leangrid.run.run_progress import RunProgress
 from leangrid.run.states import StatePlaces
 from leangrid.solve.layer import LinearResult
 from leangrid.solve.rescue import Rescue
+from leangrid.storage.state_schedule import StateSchedule
 
 
 class BlockWriter:
@@ -50,6 +52,7 @@ class BlockWriter:
         self._format = FORMATS[inputs.recipe.format]
         self._schemes = stored_schemes(inputs.skeleton, inputs.recipe)
         self._sampled = choose_sampled_layer(inputs.skeleton)
+        self._schedule = StateSchedule()
 
     def store(self, block: Block, solved: SolvedLinear) -> None:
         """Take a solved linear: pack it, record it, and queue its new weight for the quantized stream."""
@@ -87,8 +90,17 @@ class BlockWriter:
             self._journal.commit_block(block.index, block.tensors | rest, self._info(block))
             self.reductions = []
             if self._journal.keeps_states and block.index + 1 < self._progress.blocks:
-                self._journal.save_state(block.index + 1, whole.tensors())
+                self._save_states(block.index + 1, whole)
         self._progress.report("block", block.index, loss=sum((record.loss for record in block.records), 0.0))
+
+    def _save_states(self, index: int, whole: Streams) -> None:
+        """Save the states that enter block ``index``, unless a run that is stopped had better compute them again."""
+        tensors = whole.tensors()
+        size, began = sum(tensor.nbytes for tensor in tensors.values()), time.monotonic()
+        if self._journal.computes_states and not self._schedule.is_due(size):
+            return
+        self._journal.save_state(index, tensors)
+        self._schedule.note_saved(size, time.monotonic() - began)
 
     def _record(self, block: Block, solved: SolvedLinear) -> None:
         """The line of records.jsonl; of one layer of the model also a row, for the report."""

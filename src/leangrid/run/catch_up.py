@@ -1,17 +1,19 @@
-"""How the streams go on from a block that is committed, where the model's own forward pass is held at its blocks.
+"""How the streams go on from a block that is committed, and how a run that is resumed gets to where it was.
 
-Where hidden states are all that flows, they are what the block gave, and they are saved. In other models (flow.py) each
-pass goes on from block to block: to the next one; through one that is called again, which has its new weights by then;
-and, in a run that is resumed, through all that are committed, with the weights that are read from the files. These are
-the same weights and the same products as before the run was stopped, so its bytes are the same."""
+Where hidden states are all that flows, they are what the block gave, and are saved now and then
+(storage/state_schedule.py). In other models (flow.py) each pass goes on from block to block: to the next one, and
+through one that is called again, which has its new weights by then. A run that is resumed goes through all blocks that
+were committed after its states were saved, with the weights that are read from the files. These are the same weights
+and the same products as before the run was stopped, so its bytes are the same."""
 
-import torch
+from torch import Tensor, nn
 
 from leangrid.models.flow import Flow
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.streams import Streams
 from leangrid.run.block import StageTimer
 from leangrid.run.committed import CommittedWeights
+from leangrid.run.states import StatePlaces
 
 
 class Onward:
@@ -20,7 +22,7 @@ class Onward:
     Args:
         skeleton, flow: the model, and the way through it.
         weights: of committed blocks.
-        device: where blocks are computed.
+        states: where hidden states wait, and blocks are computed.
         timer: counts the time as a stage of the run.
     """
 
@@ -29,11 +31,11 @@ class Onward:
         skeleton: Skeleton,
         flow: Flow,
         weights: CommittedWeights,
-        device: torch.device | str,
+        states: StatePlaces,
         timer: StageTimer,
     ) -> None:
         self._skeleton, self._flow, self._weights = skeleton, flow, weights
-        self._device, self._timer = device, timer
+        self._states, self._timer = states, timer
 
     def advance(self, index: int, streams: Streams) -> Streams:
         """The streams that enter the next block that is not committed; ``streams`` left block ``index``, which is."""
@@ -41,9 +43,9 @@ class Onward:
             return self._step(streams)[0]
         return self._to_next(index, *self._step(streams))
 
-    def catch_up(self, committed: int, streams: Streams) -> Streams:
-        """The streams that enter block number ``committed``; ``streams`` enter the first."""
-        for index in range(committed):
+    def catch_up(self, committed: int, streams: Streams, first: int = 0) -> Streams:
+        """The streams that enter block number ``committed``; ``streams`` enter block number ``first``."""
+        for index in range(first, committed):
             streams = self._to_next(index, *self._through(index, streams))
         return streams
 
@@ -55,14 +57,22 @@ class Onward:
 
     def _through(self, index: int, streams: Streams) -> tuple[Streams, int | None]:
         """Both streams through the committed block ``index``, each with its own weights, and on to the next."""
-        with self._timer("calibrate"), self._skeleton.load_block(index, self._device) as block:
-            for batch, hidden in enumerate(streams.original or []):
-                self._flow.call("original", batch, index, block, hidden)
+        device = self._states.block_device
+        with self._timer("calibrate"), self._skeleton.load_block(index, device) as block:
+            original = streams.original
+            if original is not None:
+                original = [self._call("original", batch, index, block, x) for batch, x in enumerate(original)]
             for name, weight in self._weights.of(index, block).items():
                 block.get_parameter(f"{name}.weight").data = weight
-            for batch, hidden in enumerate(streams.quantized):
-                self._flow.call("quantized", batch, index, block, hidden)
-        return self._step(streams)
+            quantized = [self._call("quantized", batch, index, block, x) for batch, x in enumerate(streams.quantized)]
+        return self._step(Streams(quantized, original))
+
+    def _call(self, stream: str, batch: int, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What leaves ``block``, where it waits."""
+        if not self._flow.waits:  # the flow gets and puts its states itself
+            return self._flow.call(stream, batch, index, block, hidden)
+        entered = self._states.get(hidden, self._states.block_device)
+        return self._states.put(self._flow.call(stream, batch, index, block, entered))
 
     def _step(self, streams: Streams) -> tuple[Streams, int | None]:
         """Hand every pass what its block returned; the states that enter the next one, and its number."""

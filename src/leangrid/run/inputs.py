@@ -72,10 +72,13 @@ class RunInputs:
     budget: dict[str, Any] = field(default_factory=dict)
 
 
-def open_inputs(request: Request) -> RunInputs:
+def open_inputs(request: Request, alone: bool = True) -> RunInputs:
     """Open and check everything that needs no weights.
 
     A GGUF source is dequantized into ``out.partial/source`` once the output is locked.
+
+    Args:
+        alone: whether no other rank follows, which would have to see the finished blocks to compute states again.
 
     Raises:
         LeangridError: what cannot be done, before anything is written.
@@ -109,6 +112,7 @@ def open_inputs(request: Request) -> RunInputs:
         side = {name: files.hash_file(file) for name, file in checkpoint.side_files().items()}
         journal = _locked_journal(request, checkpoint.identity | {"side_files": side})  # another tokenizer: another run
     journal.keeps_states = not skeleton.structure.flows and journal.load_artifact(PICTURES) is None
+    journal.computes_states = alone
     with _discarded_on_error(journal):
         estimated = estimated_recipe(resolved, skeleton)
         placement = _placement(request, skeleton, estimated, journal)

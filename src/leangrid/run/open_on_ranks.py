@@ -52,7 +52,7 @@ def open_inputs_on_ranks(request: Request, ranks: Ranks) -> RunInputs:
         calibration=windows_identity(request.recipe, request.windows),
         output=str(request.out),
     )
-    inputs = open_inputs(request) if ranks.first else None
+    inputs = open_inputs(request, alone=False) if ranks.first else None
     try:
         resolved = None
         if inputs is not None:

@@ -39,7 +39,7 @@ from leangrid.solve.rescue import Rescue
 from leangrid.solve.tuning import count_held_out
 from leangrid.storage.mapped import MappedTensors
 
-_AGAIN = "the states before it are computed once more, since more than they flows between the blocks"
+_AGAIN = "the states before it are computed once more"
 _ONE_WINDOW = f"one calibration window: how much of the correction it bears cannot be measured, {LARGEST} is taken"
 _FAST_PRODUCTS = ("calibrate", "hessian")  # stages in the recipe's arithmetic; everything that is solved is in float32
 
@@ -84,7 +84,7 @@ class Run:
         self.flow = open_flow(self.skeleton, self.device, self.states.get)
         self.weights = CommittedWeights(self.skeleton, self.recipe, self.journal)
         self.guide: Guide | None = None
-        self.onward = Onward(self.skeleton, self.flow, self.weights, self.device, self.stage)
+        self.onward = Onward(self.skeleton, self.flow, self.weights, self.states, self.stage)
         if self.recipe.measures_correction and self.strength is not None:
             self.progress.report("notice", done, message=_ONE_WINDOW)
         self._first_batches = 0  # batches of this rank in the first half
@@ -123,16 +123,22 @@ class Run:
         if done == len(self.skeleton.blocks):  # stopped after its last block, whose states nothing reads
             self.progress.report("notice", done, message="resuming after the last block")
             return Streams([], None)
-        if not done or not self.flow.waits:
-            streams = self._enter()
-            if done:
-                self.progress.report("notice", done, message=f"resuming after block {done}: {_AGAIN}")
-                streams = self.onward.catch_up(done, streams)
-            return streams
-        self.progress.report("notice", done, message=f"resuming after block {done} of {len(self.skeleton.blocks)}")
+        kept = self.ranks.broadcast(self.journal.find_state() if self.ranks.first else None) if self.flow.waits else 0
+        streams = self._saved_streams(kept) if kept else self._enter()
+        if done:
+            where = f"resuming after block {done} of {len(self.skeleton.blocks)}"
+            again = "" if kept == done else f": {_AGAIN}, from block {kept + 1} on"
+            self.progress.report("notice", done, message=where + again)
+        if kept < done:
+            self._prepare(streams, kept)
+            streams = self.onward.catch_up(done, streams, kept)
+        return streams
+
+    def _saved_streams(self, index: int) -> Streams:
+        """The states that enter block ``index``, as the journal has them; of several ranks, this one's part."""
         dtype, found = self.skeleton.compute_dtype, None
         if self.ranks.first:
-            found = self.journal.load_state(done, lambda hidden: self.states.put(hidden.to(dtype)))
+            found = self.journal.load_state(index, lambda hidden: self.states.put(hidden.to(dtype)))
         tensors = self.ranks.broadcast(found)
         if tensors is None:
             what = "the hidden states of the unfinished run were lost"
@@ -235,12 +241,8 @@ class Run:
     def _rebatch(self, streams: Streams) -> None:
         """Cut and move the streams, where they are, to what the placement asks for."""
         sizes = None
-        if isinstance(self.flow, ChainedFlow) and isinstance(self.windows, Tensor):
-            streams.rebatch(self.states.placement.windows, self._edge)
+        if self._prepare(streams, self.journal.count_committed()):
             sizes = [len(batch) for batch in streams.quantized]
-            streams.move(self.states.put)
-            with self.stage("calibrate"):
-                self.flow.prepare(self.ranks.share(self.windows), streams, self.journal.count_committed())
         elif self._begin_again or self._entered > self.states.placement.windows:
             done, self._begin_again = self.journal.count_committed(), False
             again = self.onward.catch_up(done, self._enter())  # new passes, perhaps of fewer windows
@@ -250,6 +252,17 @@ class Run:
         if sizes is None:
             sizes = [len(batch) if isinstance(batch, Tensor) else 1 for batch in self._batches()]
         self._first_batches = sum(start < self._edge for start in accumulate(sizes, initial=0))
+
+    def _prepare(self, streams: Streams, index: int) -> bool:
+        """Cut and move streams before block ``index``, and be ready for them, where hidden states are all that flows;
+        whether that is so."""
+        if not (isinstance(self.flow, ChainedFlow) and isinstance(self.windows, Tensor)):
+            return False
+        streams.rebatch(self.states.placement.windows, self._edge)
+        streams.move(self.states.put)
+        with self.stage("calibrate"):
+            self.flow.prepare(self.ranks.share(self.windows), streams, index)
+        return True
 
     def _enter(self) -> Streams:
         """Run everything before the first block."""

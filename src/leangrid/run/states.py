@@ -19,6 +19,11 @@ class StatePlaces:
         self.placement = placement
         self._device, self._mapped = device, mapped
 
+    @property
+    def block_device(self) -> torch.device:
+        """Where blocks are computed."""
+        return torch.device("cpu" if self.placement.host_block else self._device)
+
     def put(self, hidden: Tensor) -> Tensor:
         """A batch of hidden states [windows, length, hidden] that leaves a block, where it waits."""
         if self.placement.disk_streams:

@@ -8,7 +8,8 @@
       named/finished.safetensors    what takes the place of tensors of the blocks (+ .json, the commit)
       blocks/0007.safetensors       the packed tensors of block 7
       blocks/0007.json              their sha256 and what the run noted of the block; written second: the commit
-      state/0008.safetensors        the hidden states that enter block 8 (+ .json); replaced by those of later blocks
+      state/0008.safetensors        the hidden states that enter block 8 (+ .json); replaced by those of later blocks,
+                                    which are not saved after every block (storage/state_schedule.py)
       source/                       the dequantized checkpoint of a .gguf source
       head/                         the tensors outside of the blocks, while the result is written
       publish/                      the result while it is written; then renamed to OUT
@@ -53,6 +54,8 @@ class Journal:
         identity: what the run is, as ``start_or_resume`` got it.
         is_fresh: whether this process started the run, so that nothing of an earlier process can be lost.
         keeps_states: whether hidden states are saved between blocks; False where a resumed run makes them again.
+        computes_states: whether states that are not there are computed from older ones, through committed blocks; else
+            the blocks after the newest states that are there are made again.
         notices: sentences for the user.
     """
 
@@ -61,7 +64,7 @@ class Journal:
         self.notices: list[str] = []
         self.identity: dict[str, Any] = {}
         self.is_fresh = False
-        self.keeps_states = True
+        self.keeps_states, self.computes_states = True, False
         self.states = partial / "state" if state_dir is None else state_dir / f"{output_of(partial).name}.partial.state"
         self._lock = files.FileLock(partial / "LOCK")
         self._committed: int | None = None
@@ -222,20 +225,23 @@ class Journal:
         """Find the block with which a resumed run continues, and remove the blocks from it on.
 
         It is the last block whose hidden states are intact and whose predecessors are all committed; 0 if there is
-        none. Afterwards ``count_committed()`` is the same number. Where no states are kept it is the first block that
-        is not committed."""
+        none. Afterwards ``count_committed()`` is the same number. Where no states are kept, or those that are not there
+        are computed, it is the first block that is not committed."""
         done = self.count_committed()
         ended = self.read_finished_info() is not None  # then no block reads states any more
-        if self.keeps_states and done and not ended and not self._is_intact(self._state(done)):
-            point = done - 1
-            while point and not self._is_intact(self._state(point)):
-                point -= 1
+        needs_states = self.keeps_states and not self.computes_states and not ended
+        if needs_states and (point := self.find_state()) < done:
             self.notices.append(
                 f"the hidden states after block {done} are missing or damaged: going on from block {point + 1}"
             )
             self._drop_blocks(point)
             self._committed = point
         return self.count_committed()
+
+    def find_state(self) -> int:
+        """The last block of those up to the first that is not committed whose hidden states are intact; 0 if there is
+        none."""
+        return next((index for index in range(self.count_committed(), 0, -1) if self._is_intact(self._state(index))), 0)
 
     def save_artifact(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store tensors that belong to the whole run, such as the calibration ``windows``, under a plain name."""

@@ -84,6 +84,19 @@ def test_without_any_state_everything_is_made_again(tmp_path: Path) -> None:
         assert any("going on from block 1" in notice for notice in journal.notices)
 
 
+def test_where_states_are_computed_again_no_block_is_made_again(tmp_path: Path) -> None:
+    with opened(tmp_path) as journal:
+        for index in range(3):
+            journal.commit_block(index, {"x": torch.ones(1)}, {})
+            if not index:
+                journal.save_state(1, {"h": torch.ones(1)})
+    journal = Journal(tmp_path / "out.partial")
+    journal.computes_states = True
+    with journal.start_or_resume(RUN):
+        assert journal.find_resume_point() == 3 and journal.find_state() == 1
+        assert journal.notices == []
+
+
 def test_named_artefacts(tmp_path: Path) -> None:
     with opened(tmp_path) as journal:
         assert journal.load_artifact("windows") is None
