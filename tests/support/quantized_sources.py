@@ -72,12 +72,14 @@ def random_scale(rows: int, cols: int, generator: torch.Generator, dtype: torch.
     return (torch.rand(rows, cols, generator=generator) * 0.02 + 1e-3).to(dtype)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """compressed-tensors' int32 words of unsigned codes [rows, cols], bit by bit."""
-    words = []
+def pack(codes: Tensor, bits: int, holes: bool = False) -> Tensor:
+    """compressed-tensors' int32 words of unsigned codes [rows, cols], bit by bit; with ``holes`` as its version 0.17
+    did: whole codes alone in each word."""
+    words, each = [], WORD // bits
     for row in codes.tolist():
-        number = sum(code << (place * bits) for place, code in enumerate(row))
-        count = -(-len(row) * bits // WORD)
+        places = [place // each * WORD + place % each * bits if holes else place * bits for place in range(len(row))]
+        number = sum(code << place for place, code in zip(places, row, strict=True))
+        count = -(-len(row) // each) if holes else -(-len(row) * bits // WORD)
         unsigned = [number >> WORD * place & 0xFFFFFFFF for place in range(count)]
         words.append([word - (1 << WORD) if word >> 31 else word for word in unsigned])
     return torch.tensor(words, dtype=torch.int32)
@@ -102,7 +104,9 @@ def _mxfp8(rows: int, cols: int, generator: torch.Generator) -> Stored:
     return Stored(tensors, values, torch.bfloat16)
 
 
-def _integers(bits: int, size: int | None, symmetric: bool, packed: bool, dtype: torch.dtype) -> Callable:
+def _integers(
+    bits: int, size: int | None, symmetric: bool, packed: bool, dtype: torch.dtype, holes: bool = False
+) -> Callable:
     def make(rows: int, cols: int, generator: torch.Generator) -> Stored:
         half, wide = 1 << (bits - 1), size or cols
         codes = torch.randint(1 << bits, (rows, cols), generator=generator)
@@ -111,12 +115,12 @@ def _integers(bits: int, size: int | None, symmetric: bool, packed: bool, dtype:
         scale = random_scale(rows, cols // wide, generator, dtype)
         values = (codes - spread(zero, rows, cols, 1, wide)) * spread(scale, rows, cols, 1, wide)
         if packed:
-            tensors = {"weight_packed": pack(codes, bits), "weight_shape": torch.tensor([rows, cols])}
+            tensors = {"weight_packed": pack(codes, bits, holes), "weight_shape": torch.tensor([rows, cols])}
         else:
             tensors = {"weight": (codes - half).to(torch.int8)}
         if not symmetric:
             unpacked = (zero - half).to(torch.int8)
-            tensors["weight_zero_point"] = pack(zero.T, bits).T.contiguous() if packed else unpacked
+            tensors["weight_zero_point"] = pack(zero.T, bits, holes).T.contiguous() if packed else unpacked
         return Stored(tensors | {"weight_scale": scale}, values, dtype)
 
     return make
@@ -237,6 +241,18 @@ KINDS: dict[str, Kind] = {
         _integers(3, 16, False, True, _F32),
         "INT3 in groups of 16",
         (50, 48),
+    ),
+    "ct-int3-holes": Kind(  # compressed-tensors 0.17 and older, such as AutoRound 0.16 writes with it
+        _ct("pack-quantized", num_bits=3, type="int", strategy="group", group_size=16, symmetric=False),
+        _integers(3, 16, False, True, _F32, holes=True),
+        "INT3 in groups of 16",
+        (50, 192),
+    ),
+    "ct-int5-holes": Kind(
+        _ct("pack-quantized", num_bits=5, type="int", strategy="channel"),
+        _integers(5, None, True, True, _BF16, holes=True),
+        "INT5 with a scale for each row",
+        (24, 61),
     ),
     "ct-nvfp4": Kind(
         _ct("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),

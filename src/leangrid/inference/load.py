@@ -23,7 +23,9 @@ from leangrid.models.original import open_original
 from leangrid.models.skeleton import Skeleton
 from leangrid.models.tokenizer import load_tokenizer
 from leangrid.storage.config import read_config
+from leangrid.storage.dequantize import DequantizedInfo
 from leangrid.storage.hub import locate_source
+from leangrid.storage.manifest import is_result
 from leangrid.storage.quantized_source import is_only_dequantized
 from leangrid.storage.side_files import refuse_pointers
 from leangrid.storage.source import open_source
@@ -69,7 +71,7 @@ def load(
         raise CheckpointError("quantization_config is not an object", where, "Copy the directory again")
     refuse_pointers(path)
     entry = stored.get("quantization_config")
-    plain = not entry or is_only_dequantized(entry)
+    plain = not entry or is_only_dequantized(entry) or _is_packed_with_holes(path, entry)
     model = _dense_checkpoint(path, dtype) if plain else _packed(path, stored, dtype)
     if dense:
         _to_dense(model)
@@ -81,6 +83,20 @@ def _dense_checkpoint(directory: Path, dtype: torch.dtype | None) -> PreTrainedM
     with open_source(directory) as checkpoint:
         skeleton = Skeleton(checkpoint)
         return open_original(checkpoint, type(skeleton.model), dtype=dtype, absent=skeleton.naming.absent)[0]
+
+
+def _is_packed_with_holes(directory: Path, entry: dict[str, Any]) -> bool:
+    """Whether integers are packed as compressed-tensors 0.17 and older did, which no packed layer reads."""
+    groups = entry.get("config_groups") or {}
+    bits = {str((group.get("weights") or {}).get("num_bits")) for group in groups.values() if isinstance(group, dict)}
+    if is_result(directory) or bits <= {"1", "2", "4", "8"}:
+        return False
+    try:
+        with open_source(directory) as checkpoint:
+            found = [info for info in checkpoint.tensors.values() if isinstance(info, DequantizedInfo)]
+    except LeangridError:  # packed layers say what is wrong in their own words
+        return False
+    return any(info.layout.holes for info in found)
 
 
 def _packed(directory: Path, stored: dict[str, Any], dtype: torch.dtype | None) -> PreTrainedModel:

@@ -1,13 +1,13 @@
 """Which stored tensors are the codes, scales and zero points of which weight in a checkpoint of compressed-tensors.
 
-Layouts and meaning are those of its package (compressors/, quantization/lifecycle/forward.py). Integers are packed
-without holes, as version 0.20 packs them; at 3, 5, 6 and 7 bits older versions left holes, which have more words and
-are refused by their number."""
+Layouts and meaning are those of its package (compressors/, quantization/lifecycle/forward.py). Integers of 3, 5, 6 and
+7 bits are packed without holes since its version 0.18; 0.17 and older put as many whole ones into a word as fit. The
+number of words tells, of narrow matrices that of the others."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ _Parts = dict[str, str | None]  # role of a stored tensor -> its name; None: the
 
 def compressed_tensors(source: Source) -> Found:
     """FP8, INT8, INT4 and other integers, NVFP4, MXFP4 and MXFP8 as compressed-tensors stores them."""
-    groups = _groups(source)
+    groups, packed = _groups(source), list[tuple[str, DequantizedInfo]]()
     for name in source.codes(*FP8, "I8"):
         parts: _Parts = {"codes": name, "scale": source.partner(name, f"{name}_scale")}
         parts["zero_point"] = source.has(f"{name}_zero_point")
@@ -51,7 +51,17 @@ def compressed_tensors(source: Source) -> Found:
         else:
             parts["groups"] = source.has(f"{weight}_g_idx")  # its older versions, where columns were sorted
             parts["shape"] = source.partner(name, f"{weight}_shape")
-            yield weight, _of_group(source, groups, weight, parts, "packed")
+            packed.append((weight, _of_group(source, groups, weight, parts, "packed")))
+    yield from _packed_alike(packed)
+
+
+def _packed_alike(packed: list[tuple[str, DequantizedInfo]]) -> Found:
+    """Packed weights, those whose number of words does not tell whether there are holes as the others."""
+    holes = any(info.layout.holes for _, info in packed)
+    for name, info in packed:
+        words = {packed_words(info.shape[-1], info.layout.bits, either) for either in (False, True)}
+        layout = info.layout if len(words) == 2 else replace(info.layout, holes=holes)
+        yield name, replace(info, layout=layout)
 
 
 @dataclass(frozen=True)
@@ -150,12 +160,14 @@ def _with_scheme(source: Source, group: _Group, parts: _Parts, kind: Kind) -> De
         )
         raise CheckpointError(what, codes.file, DAMAGED)
     rows, cols = codes.shape[-2], codes.shape[-1] * (2 if kind == "fp4" else 1)
+    holes = False
     if kind == "packed":
-        cols = _packed_cols(source, group, parts)
+        cols, holes = _packed_cols(source, group, parts)
     through = torch.bfloat16 if kind == "fp4" or scale.dtype in EXPONENTS else DTYPES[scale.dtype]
     through = through if through in (torch.bfloat16, torch.float16) else torch.float32
     stated = group.block(rows, cols)
     info = source.matrix(kind, parts, stated=stated, cols=cols, bits=group.bits, through=through)
+    info = replace(info, layout=replace(info.layout, holes=holes))
     if zero is not None:
         _check_zero_point(info, source.stored[zero], zero)
     if (groups := parts.get("groups")) is not None:
@@ -166,8 +178,9 @@ def _with_scheme(source: Source, group: _Group, parts: _Parts, kind: Kind) -> De
     return one_number(info, "global_scale") if "global_scale" in info.parts else info
 
 
-def _packed_cols(source: Source, group: _Group, parts: _Parts) -> int:
-    """The columns of packed integers: as many as the groups of the scales have, else as stored beside them."""
+def _packed_cols(source: Source, group: _Group, parts: _Parts) -> tuple[int, bool]:
+    """The columns of packed integers: as many as the groups of the scales have, else as stored beside them; and whether
+    there are more words than they need without holes."""
     codes, scale = source.stored[str(parts["codes"])], source.stored[str(parts["scale"])]
     shape = source.stored[str(parts["shape"])]
     if len(codes.shape) != 2 or math.prod(shape.shape) != 2 or shape.dtype not in ("I64", "I32"):
@@ -180,21 +193,22 @@ def _packed_cols(source: Source, group: _Group, parts: _Parts) -> int:
         (rows, cols), said = (int(number) for number in source.read(shape)), parts["shape"]
         if rows != codes.shape[0]:
             raise CheckpointError(f"'{said}' says {rows} rows, not {codes.shape[0]}", codes.file, DAMAGED)
-    if cols < 1 or packed_words(cols, group.bits) != codes.shape[1]:
+    found = [holes for holes in (False, True) if packed_words(cols, group.bits, holes) == codes.shape[1]]
+    if cols < 1 or not found:
         what = (
             f"'{parts['codes']}' has {codes.shape[1]} words a row, not those of {cols} integers of {group.bits} bits, "
             f"the columns of '{said}'"
         )
         raise CheckpointError(what, codes.file, DAMAGED)
-    return cols
+    return cols, found[0]
 
 
 def _check_zero_point(info: DequantizedInfo, zero: TensorInfo, name: str) -> None:
     """CheckpointError if there is not one zero point for each scale."""
     scale, rows = info.parts["scale"], info.shape[-2]
-    grid: tuple[int, ...] = scale.shape
+    grids: list[tuple[int, ...]] = [scale.shape]
     if zero.dtype == "I32" and info.layout.kind == "packed":
-        grid = (packed_words(rows, info.layout.bits), scale.shape[-1])
-    if zero.shape != grid or zero.dtype not in ("I8", "I32", "F8_E4M3", *COMPUTED):
+        grids = [(packed_words(rows, info.layout.bits, holes), scale.shape[-1]) for holes in (False, True)]
+    if zero.shape not in grids or zero.dtype not in ("I8", "I32", "F8_E4M3", *COMPUTED):
         what = f"the zero point '{name}' holds {zero.dtype} {list(zero.shape)}, the scales are {list(scale.shape)}"
         raise CheckpointError(what, zero.file, DAMAGED)

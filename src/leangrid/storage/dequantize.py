@@ -28,14 +28,14 @@ class Layout:
     """How a matrix [rows, cols] is stored in codes and scales.
 
     Attributes:
-        kind: ``float``: FP8; ``int``: an integer a byte; ``packed``: integers of ``bits`` bits in int32 words without
-            holes, the first in the lowest bits, plus 2^(bits - 1); ``fp4``: E2M1, two a byte, the first in the lower
-            half.
+        kind: ``float``: FP8; ``int``: an integer a byte; ``packed``: integers of ``bits`` bits in int32 words, the
+            first in the lowest bits, plus 2^(bits - 1); ``fp4``: E2M1, two a byte, the first in the lower half.
         bits: bits of a code.
         block: (rows, cols) of the values that share a scale; the last blocks may be smaller.
         exponents: whether the scales are powers of two, stored as their exponent plus 127 (E8M0).
         through: the dtype to which products are rounded before they are converted to the tensor's own.
         transposed: the tensor is the transposed of what the codes hold.
+        holes: whether a word of packed integers holds whole ones only, so that its highest bits may be unused.
     """
 
     kind: Kind
@@ -44,6 +44,7 @@ class Layout:
     exponents: bool = False
     through: torch.dtype = torch.float32
     transposed: bool = False
+    holes: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def as_scale(stored: Tensor, layout: Layout) -> Tensor:
     return torch.where(exponent == 255, torch.nan, torch.exp2(exponent.float() - 127))
 
 
-def packed_words(count: int, bits: int) -> int:
-    """The int32 words that hold ``count`` packed integers of ``bits`` bits."""
-    return -(-count * bits // 32)
+def packed_words(count: int, bits: int, holes: bool = False) -> int:
+    """The int32 words that hold ``count`` packed integers of ``bits`` bits; with ``holes`` none is in two words."""
+    return -(-count // (32 // bits)) if holes else -(-count * bits // 32)
 
 
 def _groups(info: DequantizedInfo, stored: Tensor, count: int) -> Tensor | None:
@@ -174,7 +175,7 @@ def _values(codes: Tensor, layout: Layout, cols: int) -> Tensor:
         signed = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
         return _pairs(signed, codes.contiguous().view(torch.uint8))[:, :cols]
     if layout.kind == "packed":
-        return _unpack(codes, layout.bits, cols)
+        return _unpack(codes, layout.bits, cols, layout.holes)
     return codes.float()
 
 
@@ -185,14 +186,15 @@ def _pairs(table: Tensor, codes: Tensor) -> Tensor:
     return both[codes.int()].flatten(1)
 
 
-def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
+def _unpack(words: Tensor, bits: int, count: int, holes: bool) -> Tensor:
     """The first ``count`` integers of each row of int32 words [rows, words], as float32, 2^(bits - 1) subtracted."""
     offset = 1 << (bits - 1)
     if bits == 4:
         return _pairs(torch.arange(16.0) - offset, words.contiguous().view(torch.uint8))[:, :count]
     if bits == 8:
         return words.contiguous().view(torch.uint8)[:, :count].float() - offset
-    at = torch.arange(count) * bits
+    number = torch.arange(count)
+    at = number // (32 // bits) * 32 + number % (32 // bits) * bits if holes else number * bits
     wide = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))  # a code may end in the next word
     both = wide[:, at // 32] | wide[:, at // 32 + 1] << 32
     return ((both >> at % 32) & ((1 << bits) - 1)).float() - offset
@@ -201,5 +203,5 @@ def _unpack(words: Tensor, bits: int, count: int) -> Tensor:
 def _zero_point(stored: Tensor, layout: Layout, rows: int) -> Tensor:
     """Zero points as float32, one for each scale; those of packed integers are packed along the rows."""
     if stored.dtype == torch.int32 and layout.kind == "packed":
-        return _unpack(stored.T, layout.bits, rows).T
+        return _unpack(stored.T, layout.bits, rows, layout.holes).T
     return stored.float()

@@ -11,6 +11,7 @@ import tiny_models
 import torch
 import transformers as hf
 from quantized_checkpoints import Made, answer, make_once, reference
+from quantized_sources import KINDS, store_linears
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -149,3 +150,19 @@ def test_a_plain_checkpoint_loads_as_it_is(tiny: Callable[..., Path]) -> None:
     assert tokenizer is not None and torch.equal(
         answer(model, tiny_models.tokens()), answer(expected, tiny_models.tokens())
     )
+
+
+def test_three_bits_as_older_compressed_tensors_packed_them_open_dense(
+    tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    kind, generator = KINDS["ct-int3-holes"], torch.Generator().manual_seed(0)
+    wanted: dict[str, torch.Tensor] = {}
+
+    def store(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        made = kind.make(*weight.shape, generator)
+        wanted[name] = made.values.float()
+        return {f"{name.removesuffix('.weight')}.{end}": tensor for end, tensor in made.tensors.items()}
+
+    store_linears(tiny("llama3"), tmp_path / "theirs", kind.entry, store)
+    model, _ = leangrid.load(tmp_path / "theirs", dtype=torch.float32)
+    assert wanted and all(torch.equal(model.get_parameter(name), tensor) for name, tensor in wanted.items())

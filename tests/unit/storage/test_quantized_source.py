@@ -247,3 +247,18 @@ def test_reading_costs_the_tensor_and_little_more(tmp_path: Path) -> None:
     assert got.nbytes >> 20 == 64 and grown < 64 + 32 + 80, f"{grown} MiB"
     assert ballast.numel()
     shutil.rmtree(tmp_path / "source")
+
+
+@pytest.mark.parametrize("kind", ["ct-int3", "ct-int3-holes"])
+def test_a_matrix_too_narrow_to_tell_is_packed_as_the_others(tmp_path: Path, kind: str) -> None:
+    """48 columns of 3 bits are five words with and without holes; 192 are 18 and 20."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"narrow": (20, 48), "wide": (20, 192)}
+    made = {name: KINDS[kind].make(*shape, generator) for name, shape in shapes.items()}
+    tensors = {f"{name}.{end}": tensor for name, one in made.items() for end, tensor in one.tensors.items()}
+    assert len({len(tensors["narrow.weight_packed"][0]), 5}) == 1
+    config = {"model_type": "tiny", "dtype": "float32", "quantization_config": KINDS[kind].entry}
+    save(tmp_path / "source", config, tensors)
+    with open_source(tmp_path / "source") as checkpoint:
+        for name, one in made.items():
+            assert torch.equal(checkpoint.read(f"{name}.weight"), one.values.float()), name
