@@ -212,15 +212,20 @@ def estimate_seconds(
         moved += sum(group.experts * _F32 * group.cols**2 for group in groups if group.experts > 1)  # to their owners
         alone["exchange"] = moved * (rates.ranks - 1) / rates.link
     stages = dict.fromkeys(STAGES, 0.0) | {name: value / rates.ranks for name, value in shared.items()} | alone
-    if not flows_live(skeleton):
-        each, rest = states / rates.disk, sum(stages.values())
-        seldom = state_schedule.expected_seconds(states, each, blocks, rest)
-        stages["save"] += seldom if rates.ranks == 1 else blocks * each
+    stages["save"] += _saving_states(skeleton, states, rates, sum(stages.values()))
     written = (
         recipe.written_windows * recipe.length * (2 * reached + attention + _of_head(skeleton))
     )  # by rank 0 for all
     stages["calibrate"] += written / (_WRITE * rates.forward)
     return {"total": round(sum(stages.values()), 1)} | {name: round(value, 2) for name, value in stages.items()}
+
+
+def _saving_states(skeleton: Skeleton, size: int, rates: Rates, rest: float) -> float:
+    """Seconds in which hidden states of ``size`` bytes are saved, where all else takes ``rest`` seconds."""
+    if flows_live(skeleton):
+        return 0.0
+    each, blocks = size / rates.disk, len(skeleton.blocks)
+    return blocks * each if rates.ranks > 1 else state_schedule.expected_seconds(size, each, blocks, rest)
 
 
 def _of_head(skeleton: Skeleton) -> int:
