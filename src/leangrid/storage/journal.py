@@ -8,8 +8,7 @@
       named/finished.safetensors    what takes the place of tensors of the blocks (+ .json, the commit)
       blocks/0007.safetensors       the packed tensors of block 7
       blocks/0007.json              their sha256 and what the run noted of the block; written second: the commit
-      state/0008.safetensors        the hidden states that enter block 8 (+ .json); replaced by those of later blocks,
-                                    which are not saved after every block (storage/state_schedule.py)
+      state/0008.safetensors        the hidden states that enter block 8 (+ .json); replaced by those of a later block
       source/                       the dequantized checkpoint of a .gguf source
       head/                         the tensors outside of the blocks, while the result is written
       publish/                      the result while it is written; then renamed to OUT
@@ -54,8 +53,7 @@ class Journal:
         identity: what the run is, as ``start_or_resume`` got it.
         is_fresh: whether this process started the run, so that nothing of an earlier process can be lost.
         keeps_states: whether hidden states are saved between blocks; False where a resumed run makes them again.
-        computes_states: whether states that are not there are computed from older ones, through committed blocks; else
-            the blocks after the newest states that are there are made again.
+        computes_states: whether states that are missing are computed; else the blocks after the newest are made again.
         notices: sentences for the user.
     """
 
