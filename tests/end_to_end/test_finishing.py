@@ -47,7 +47,15 @@ def _distance(result: Path, source: Path, windows: Tensor, encoder: bool) -> flo
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("name", ["llama2", "gpt2", "qwen3_moe", "bert", "gemma3n", "albert"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama2",
+        "qwen3_moe",
+        "gemma3n",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "bert", "albert")),
+    ],
+)
 def test_the_distance_on_held_out_windows_is_that_of_the_written_result(name: str, tiny: Tiny, tmp_path: Path) -> None:
     result = quantize(tiny(name), tmp_path / "out", FINISHED if name == "llama2" else LEVELS, windows=WINDOWS)
     found = _finish(tmp_path / "out")
@@ -62,7 +70,9 @@ def test_the_distance_on_held_out_windows_is_that_of_the_written_result(name: st
         assert measured == pytest.approx(found[figure], rel=0.01), figure
 
 
-@pytest.mark.parametrize("name", ["llama2", "gpt2", "qwen3_moe", "albert"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", "albert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama2", "gpt2"))]
+)
 def test_one_block_at_once_gives_the_same_bytes(name: str, tiny: Tiny, tmp_path: Path) -> None:
     outs, recipe = [], FINISHED if name == "llama2" else LEVELS
     for replay in (False, True):

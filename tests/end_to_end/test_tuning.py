@@ -61,7 +61,10 @@ def test_the_error_on_held_out_windows_is_that_of_the_written_result(name: str, 
         assert float(off.mean()) == pytest.approx(one["held_after"], rel=0.02), block
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3n", "qwen3_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gpt2", "bert"))],
+)
 def test_a_stopped_run_ends_in_the_same_bytes(name: str, tiny: Tiny, tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         if event.stage == "block" and event.block == 0:

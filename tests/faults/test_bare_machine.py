@@ -41,7 +41,7 @@ print(json.dumps({"kernels": result.kernels["solve"], "exit": result.exit_code, 
 @pytest.mark.parametrize(
     ("hidden", "kernels", "path", "notices"),
     [
-        ("leangrid.kernels._cpu triton matplotlib", "", "torch", 1),
+        pytest.param("leangrid.kernels._cpu triton matplotlib", "", "torch", 1, marks=pytest.mark.slow),
         ("triton", "portable", "cpu-portable", 0),
     ],
 )

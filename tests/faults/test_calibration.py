@@ -332,7 +332,7 @@ def test_a_clock_that_jumps_does_not_stop_the_run(tiny: Tiny, tmp_path: Path, mo
 
 
 @pytest.mark.fault("C4")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_resumable_and_prints_the_command(number: signal.Signals, tiny: Tiny, tmp_path: Path) -> None:
     # It waits in its second block, so that the signal finds it there.
     arguments, environment = command(tiny, tmp_path, LEANGRID_FAILPOINT="journal.after_block:2:sleep:60")

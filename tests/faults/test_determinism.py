@@ -48,7 +48,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.fault("N14")
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize(("scheme", "dtype"), [("NU3", torch.float32), ("W4A16_G64", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("scheme", "dtype"), [pytest.param("NU3", torch.float32, marks=pytest.mark.slow), ("W4A16_G64", torch.bfloat16)]
+)
 def test_twice_with_one_thread_and_with_two(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = tiny_models.synthetic(tmp_path / "source", blocks=1, hidden=192, dtype=dtype)
     found = []

@@ -182,7 +182,11 @@ def test_one_group_moves_to_the_cpu_then_the_block(
 
 @pytest.mark.fault("R1")
 @pytest.mark.parametrize(
-    "message", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "DefaultCPUAllocator: can't allocate memory"]
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+        pytest.param("DefaultCPUAllocator: can't allocate memory", marks=pytest.mark.slow),
+    ],
 )
 def test_where_nothing_smaller_is_left_one_sentence_says_so_and_the_run_goes_on(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, message: str

@@ -30,7 +30,7 @@ def test_a_factor_and_its_inverse_need_two_thirds_of_a_cube() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["W4A16_G32", "NU4"])
-@pytest.mark.parametrize("correct", [0.0, 0.5, "auto"])
+@pytest.mark.parametrize("correct", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, "auto"])
 def test_a_run_says_what_it_needed_and_what_it_did(scheme: str, correct: float | str, tmp_path: Path) -> None:
     source = tiny_models.save(tiny_models.NAMES[0], tmp_path / "source")
     recipe = Recipe.model_validate({"scheme": scheme, "correct": correct, "guard": False})

@@ -54,10 +54,10 @@ def test_the_sum_with_rounded_products(placement: Placement, tmp_path: Path) -> 
     [
         (128, 32, 256, "W4A16_G64", Placement(16)),  # tokens decide
         pytest.param(128, 32, 256, "GPTQ4", Placement(16), marks=pytest.mark.slow),
-        (128, 32, 256, "NU4", replace(REPLAY, windows=4)),
-        (384, 4, 64, "W4A16_G64", Placement(4)),  # matrices decide
+        pytest.param(128, 32, 256, "NU4", replace(REPLAY, windows=4), marks=pytest.mark.slow),
+        pytest.param(384, 4, 64, "W4A16_G64", Placement(4), marks=pytest.mark.slow),  # matrices decide
         pytest.param(384, 4, 64, "GPTQ4", REPLAY, marks=pytest.mark.slow),
-        (128, 32, 256, "W4A16_G64", replace(REPLAY, windows=4, disk_streams=True)),
+        pytest.param(128, 32, 256, "W4A16_G64", replace(REPLAY, windows=4, disk_streams=True), marks=pytest.mark.slow),
         (384, 4, 64, "NU4", replace(REPLAY, in_place=True)),
         pytest.param(384, 4, 64, "W3A16_G32", replace(REPLAY, in_place=True), marks=pytest.mark.slow),
         (256, 8, 256, "NU3", Placement(4)),  # both

@@ -121,7 +121,7 @@ def test_the_memory_of_drawing_is_that_of_a_run(tmp_path: Path) -> None:
         ("tune", 2, torch.float32, False),
         ("finish", 4, torch.float32, False),
         pytest.param("finish", 4, torch.bfloat16, False, marks=pytest.mark.slow),
-        ("finish", 8, torch.float32, True),
+        pytest.param("finish", 8, torch.float32, True, marks=pytest.mark.slow),
         pytest.param("finish", 8, torch.bfloat16, True, marks=pytest.mark.slow),
     ],
 )
