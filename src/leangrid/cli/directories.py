@@ -8,7 +8,6 @@ import typer
 from leangrid.cli import options
 from leangrid.cli.exits import BAD_INPUT, emit, emit_json, outcome, say
 from leangrid.cli.progress_bar import Terminal
-from leangrid.report.text import export_summary
 
 
 def export(
@@ -39,6 +38,7 @@ def export(
     """
     with outcome(quiet, debug=bool(context.obj)):
         from leangrid.exporters.export import export as run
+        from leangrid.report.text import export_summary
 
         with Terminal(quiet=quiet) as terminal:
             values = run(model, out, to, like, overwrite=overwrite, progress=terminal).to_dict()

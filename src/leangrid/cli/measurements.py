@@ -8,7 +8,6 @@ import typer
 from leangrid.cli import options
 from leangrid.cli.exits import STOPPED, emit, emit_json, outcome, say
 from leangrid.cli.progress_bar import Terminal
-from leangrid.report.text import comparison_summary, eval_summary
 
 
 def evaluate(
@@ -47,6 +46,7 @@ def evaluate(
     with outcome(quiet, resumable=out is not None, debug=bool(context.obj), finished="finished tasks"):
         options.use_threads(threads)
         from leangrid import evaluation
+        from leangrid.report.text import eval_summary
         from leangrid.report.views import add_evaluation
         from leangrid.storage.manifest import require_unchanged
 
@@ -97,6 +97,7 @@ def compare(
     with outcome(quiet, debug=bool(context.obj)):
         options.use_threads(threads)
         from leangrid.evaluation.compare import compare as run
+        from leangrid.report.text import comparison_summary
 
         with Terminal(quiet=quiet) as terminal:
             found = run(directories, reference, text, length=length, windows=windows, plot=plot, device=device,

@@ -9,7 +9,6 @@ import typer
 from leangrid.cli import options
 from leangrid.cli.exits import emit, emit_json, outcome, say
 from leangrid.cli.progress_bar import Terminal
-from leangrid.report.text import plan_summary, quantize_summary
 
 
 def quantize(
@@ -57,6 +56,7 @@ def quantize(
     with outcome(quiet, resumable=True, debug=bool(context.obj)):
         settings = options.read_recipe(recipe, context.params)
         limits = {"max_rescued": options.read_share(max_rescued), "max_kl": options.check_limit(max_kl)}
+        from leangrid.report.text import quantize_summary
         from leangrid.run.quantize import quantize as run
 
         follows = os.environ.get("RANK", "0") != "0"  # of several processes only the first prints
@@ -120,6 +120,7 @@ def plan(
     with outcome(quiet, debug=bool(context.obj)):
         settings = options.read_recipe(recipe, context.params)
         from leangrid.machine.memory import without_garbage_collection
+        from leangrid.report.text import plan_summary
 
         with without_garbage_collection():  # of what is imported, too
             from leangrid.planning.plan import plan as estimate

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,6 +90,20 @@ def test_the_help_names_every_container() -> None:
     assert written <= words(run("quantize", "--help").output)
     assert {"auto", *written} <= words(leangrid.Recipe.model_fields["format"].description)
     assert set(targets()) <= words(run("export", "--help").output) and set(targets()) <= words(leangrid.export.__doc__)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["--version"]])
+def test_help_is_shown_without_torch(arguments: list[str]) -> None:
+    """Importing torch takes seconds, and transformers more."""
+    code = f"""
+import atexit, sys
+from leangrid.cli.app import main
+sys.argv = ["leangrid", *{arguments}]
+atexit.register(lambda: print("loaded:", *sorted({{"torch", "transformers", "numpy"}} & set(sys.modules))))
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded:"
 
 
 def test_every_command_is_listed_and_nothing_is_asked_without_arguments() -> None:
