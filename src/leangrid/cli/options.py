@@ -27,6 +27,7 @@ TextField = Annotated[
 ]
 Samples = Annotated[int | None, typer.Option(metavar="N", help="calibration windows [128]")]
 Length = Annotated[int | None, typer.Option(metavar="N", help="tokens a window [2048]")]
+Within = Annotated[str | None, typer.Option(metavar="TIME", help="instead of --samples: what 30m or 2h bear")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="chooses the windows [0]")]
 Effort = Annotated[
     str | None,
@@ -34,9 +35,7 @@ Effort = Annotated[
 ]
 P = Annotated[float | None, typer.Option(metavar="X", help="exponent of loss-error weights [NU 4, affine 2]")]
 Steps = Annotated[int | None, typer.Option(metavar="T", help="steps of the affine search [2048]")]
-Correct = Annotated[
-    str | None, typer.Option(metavar="X", help="share of the inputs' error to correct, or auto; 0: the paper [0.5]")
-]
+Correct = Annotated[str | None, typer.Option(metavar="X", help="share of the inputs' error to correct, or auto [0.5]")]
 Refine = Annotated[int | None, typer.Option(metavar="N", help="rounds of refit after the sweep; 0 is the paper [1]")]
 Finish = Annotated[int | None, typer.Option(metavar="N", help="passes of tuning the whole model's grids [0]")]
 Guide = Annotated[int | None, typer.Option(metavar="N", help="gradients a token that guide tuning; 0: none [0]")]

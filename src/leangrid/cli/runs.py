@@ -1,14 +1,18 @@
 """``quantize`` and ``plan``: a run, and what it would cost."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from leangrid.cli import options
 from leangrid.cli.exits import emit, emit_json, outcome, say
 from leangrid.cli.progress_bar import Terminal
+
+if TYPE_CHECKING:
+    from leangrid.recipe import Recipe
 
 
 def quantize(
@@ -26,6 +30,7 @@ def quantize(
     text_field: options.TextField = None,
     samples: options.Samples = None,
     length: options.Length = None,
+    within: options.Within = None,
     seed: options.Seed = None,
     effort: options.Effort = None,
     p: options.P = None,
@@ -51,10 +56,10 @@ def quantize(
     \b
     leangrid quantize ./model out --scheme NU4
     leangrid quantize org/name out --scheme W4A16_G64 --calibration my.jsonl --samples 128
-    leangrid quantize model.gguf out --calibration self        no data, no network
+    leangrid quantize model.gguf out --calibration self --within 1h     no data, no network
     """
     with outcome(quiet, resumable=True, debug=bool(context.obj)):
-        settings = options.read_recipe(recipe, context.params)
+        settings = _within(options.read_recipe(recipe, context.params), context.params)
         limits = {"max_rescued": options.read_share(max_rescued), "max_kl": options.check_limit(max_kl)}
         from leangrid.report.text import quantize_summary
         from leangrid.run.quantize import quantize as run
@@ -69,6 +74,32 @@ def quantize(
             _say_what_failed(result, out, max_rescued)
         if result.exit_code:
             raise typer.Exit(result.exit_code)
+
+
+def _within(settings: "Recipe", given: Mapping[str, Any]) -> "Recipe":
+    """The recipe with as much calibration text as a run in the time that --within names bears; with that of the run
+    that was begun, if there is one. ``given``: the command's arguments and options."""
+    asked = given["within"]
+    if asked is None:
+        return settings
+    from leangrid.errors import RecipeError
+    from leangrid.planning import within
+    from leangrid.report.units import format_duration
+
+    seconds = within.read_duration(asked)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = "each of several processes would choose for itself"
+        raise RecipeError(what, "--within", "Give --samples and --length; leangrid plan --within names them")
+    begun = "out" in given and not given["restart"] and within.tokens_of_unfinished_run(given["out"], settings)
+    if begun:
+        return begun
+    chosen, planned = within.choose_tokens(
+        given["source"], settings, seconds, given["threads"], given["device"], shape=given.get("shape")
+    )
+    if not given["quiet"]:
+        tokens = f"--samples {chosen.samples} --length {chosen.length}"
+        say(f"--within {asked}: {tokens}, about {format_duration(planned)} by the plan")
+    return chosen
 
 
 def _say_what_failed(result: Any, out: Path, max_rescued: str) -> None:
@@ -96,6 +127,7 @@ def plan(
     text_field: options.TextField = None,
     samples: options.Samples = None,
     length: options.Length = None,
+    within: options.Within = None,
     seed: options.Seed = None,
     effort: options.Effort = None,
     p: options.P = None,
@@ -118,7 +150,7 @@ def plan(
     leangrid plan --shape llama-3.1-405b --device 2x48GB
     """
     with outcome(quiet, debug=bool(context.obj)):
-        settings = options.read_recipe(recipe, context.params)
+        settings = _within(options.read_recipe(recipe, context.params), context.params)
         from leangrid.machine.memory import without_garbage_collection
         from leangrid.report.text import plan_summary
 

@@ -142,16 +142,16 @@ def plan(
     set_threads(threads)
     absent = Described.parse(device)
     with memory.without_garbage_collection():
-        skeleton = Skeleton(_opened(source, shape))
-        result = _estimate(str(source or shape), skeleton, recipe or Recipe(), device, absent)
+        skeleton = Skeleton(open_planned(source, shape))
+        result = estimate(str(source or shape), skeleton, recipe or Recipe(), device, absent)
     if absent is None:
         _refuse_what_is_not_here(result, Path(out) if out is not None else Path.cwd())
     _refuse_small_device(result, device, absent.usable if absent else usable_device_bytes(device))
     return result
 
 
-def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, absent: Described | None) -> Plan:
-    """The plan of a run on ``device``, or on the devices that it describes."""
+def estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, absent: Described | None) -> Plan:
+    """The plan of a run on ``device``, or on the devices that it describes (``absent``), whether it fits or not."""
     kind = str(parse_device(device)) if absent is None else "cuda"
     skeleton.select(recipe.ignore, recipe.only)
     resolved = resolve_recipe(recipe, skeleton, kind)
@@ -212,7 +212,7 @@ def _estimate(source: str, skeleton: Skeleton, recipe: Recipe, device: str, abse
     )
 
 
-def _opened(source: str | Path | None, named: str | None) -> Weights:
+def open_planned(source: str | Path | None, named: str | None) -> Weights:
     """The headers of a source, or the description of a shape."""
     if (source is None) == (named is None):
         raise LeangridError(
