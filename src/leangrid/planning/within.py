@@ -20,15 +20,15 @@ from leangrid.storage.journal import partial_of
 # (windows, tokens of each), each about twice the one before; the last are the defaults.
 WINDOWS = ((4, 512), (8, 512), (16, 512), (16, 1024), (32, 1024), (32, 2048), (64, 2048), (128, 2048))
 SHARE = 0.8  # of the time that the plan may fill: it is right within about a quarter
-_UNITS = {"h": 3600, "m": 60, "s": 1}
+_UNITS = (3600, 60, 1)
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
 
 
 def read_duration(text: str) -> float:
     """ "30m", "1h30m" or "90s" in seconds; RecipeError for anything else."""
     found = _TIME.fullmatch(text.strip().lower().replace(" ", ""))
-    seconds = sum(float(part) * unit for part, unit in zip(found.groups(), _UNITS.values(), strict=True) if part) \
-        if found else 0.0  # fmt: skip
+    parts = found.groups() if found else ()
+    seconds = sum(float(part) * unit for part, unit in zip(parts, _UNITS, strict=False) if part)
     if seconds <= 0:
         raise RecipeError(f"'{text}' is no time", "--within", "Use 30m, 1h30m or 90s")
     return seconds
