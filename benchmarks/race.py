@@ -27,6 +27,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -39,8 +40,9 @@ from common import gptq_file, lines, quantize_process, variants
 from common.environment import threads_environment
 from common.machine import ROOT, provenance
 from common.peer import Peer
+from common.quantize_process import Failed
 from common.workload import Workload, default_source
-from leangrid.errors import RecipeError
+from leangrid.errors import LeangridError, RecipeError
 from leangrid.evaluation.measure import evaluate_many
 from leangrid.schemes import Scheme
 from leangrid.storage import safetensors
@@ -53,6 +55,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llmcompressor": ("llmcompressor", {"damping": 0.01, "act_order": "static"}),
     "autoround": ("autoround", {"iterations": 200, "batch_size": 1}),
 }
+_ROWS = {"desc_act": True, "act_group_aware": False}  # of GPTQModel without groups, which are what the latter orders
 OURS = {"leangrid-paper": "paper", "leangrid-fast": "fast", "leangrid": "default", "leangrid-best": "best"}
 ONCE = {"autoround", "leangrid-best"}  # what trains takes many times as long as the others
 
@@ -74,6 +77,7 @@ class Entrant:
     def __init__(self, name: str, scheme: Scheme, settings: Settings) -> None:
         self.name, self.settings = name, settings
         self.runs: list[dict[str, Any]] = []
+        self._readable: Path | None = None
         self.out = settings.folder / f"{name}-{scheme.name}"
         self.peer = None if name in OURS else Peer(PEERS[name][0], settings.environments)
         if self.peer is None:
@@ -81,7 +85,8 @@ class Entrant:
             self.recipe, self._fields = recipe.model_dump(), recipe.model_dump(exclude={"calibration"})
         else:
             form = {"bits": scheme.bits, "group_size": scheme.group_size, "symmetric": scheme.symmetric}
-            self.recipe = form | PEERS[name][1]
+            rows = _ROWS if self.peer.name == "gptqmodel" and scheme.group_size is None else {}
+            self.recipe = form | PEERS[name][1] | rows
 
     @property
     def _answer(self) -> Path:
@@ -126,8 +131,8 @@ class Entrant:
 
     def readable(self) -> Path:
         """A directory that the evaluator opens, compared with the peer's own answer; SystemExit where they differ."""
-        if self.peer is None:
-            return self.out
+        if self.peer is None or self._readable is not None:
+            return self._readable or self.out
         directory = self.out
         if self.peer.name == "gptqmodel":
             directory = self.out.with_name(f"{self.out.name}-dense")
@@ -140,6 +145,7 @@ class Entrant:
         self.runs[0]["kernel_kl"] = distance
         if not distance < MAX_KERNEL_KL:
             raise SystemExit(f"{self.name}: its own answer and its file as we read it differ by KL {distance:g}")
+        self._readable = directory
         return directory
 
 
@@ -173,6 +179,19 @@ def limit_threads(threads: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ.update(threads_environment(threads))
     torch.set_num_threads(threads)
+
+
+def still_racing(entrants: list[Entrant], step: Callable[[Entrant], Any]) -> list[Entrant]:
+    """Those with which ``step`` went well; what another one said is printed, and the others go on without it."""
+    left: list[Entrant] = []
+    for entrant in entrants:
+        try:
+            step(entrant)
+        except (SystemExit, Failed, LeangridError) as error:
+            print(f"{entrant.name} is out of the race: {error}", file=sys.stderr, flush=True)
+            continue
+        left.append(entrant)
+    return left
 
 
 def evaluate_results(entrants: list[Entrant], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -250,25 +269,28 @@ def main() -> None:
             options.name,
         )
         settings = Settings(work, folder, options.environments.absolute(), options.threads)
+        out = 0
         for scheme in schemes:
-            run(options, [Entrant(name, scheme, settings) for name in (*ours, *peers)], scheme.name, origin)
+            out += run(options, [Entrant(name, scheme, settings) for name in (*ours, *peers)], scheme.name, origin)
+    if out:
+        raise SystemExit(f"{out} did not finish: their reasons are above, all other lines are right")
 
 
-def run(options: argparse.Namespace, entrants: list[Entrant], scheme: str, origin: dict[str, Any]) -> None:
-    """All rounds at one scheme, then the evaluation, then the lines."""
-    work = entrants[0].settings.work
-    for turn in range(options.rounds):
-        for entrant in entrants:
-            if turn and entrant.name in ONCE:
-                continue
-            found = entrant.run()
-            print(
-                f"{scheme}, round {turn + 1}: {entrant.name} {found['seconds']:.1f} s, "
-                f"{found['cpu_seconds']:.1f} CPU s",
-                file=sys.stderr,
-                flush=True,
-            )
-    measured = evaluate_results(entrants, options)
+def run(options: argparse.Namespace, entrants: list[Entrant], scheme: str, origin: dict[str, Any]) -> int:
+    """All rounds at one scheme, then the evaluation, then the lines; how many entrants have none."""
+    work, began, turn = entrants[0].settings.work, len(entrants), 0
+
+    def take_turn(entrant: Entrant) -> None:
+        if turn and entrant.name in ONCE:
+            return
+        found = entrant.run()
+        seconds = f"{found['seconds']:.1f} s, {found['cpu_seconds']:.1f} CPU s"
+        print(f"{scheme}, round {turn + 1}: {entrant.name} {seconds}", file=sys.stderr, flush=True)
+
+    for turn in range(options.rounds):  # noqa: B007  take_turn reads it
+        entrants = still_racing(entrants, take_turn)
+    entrants = still_racing(entrants, Entrant.readable)
+    measured = evaluate_results(entrants, options) if entrants else []
     for entrant, quality in zip(entrants, measured, strict=True):
         rivals = {other.name: other.runs for other in entrants if other.peer is not None and other is not entrant}
         line = {
@@ -285,6 +307,7 @@ def run(options: argparse.Namespace, entrants: list[Entrant], scheme: str, origi
             **summarize(entrant.runs, rivals),
         } | origin
         lines.show(line, options.out)
+    return began - len(entrants)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a line of the race says, and that every peer has its list and its runner."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,18 @@ def test_what_trains_runs_in_one_round(bench: Any) -> None:
     assert race.summarize(ours, {"autoround": once})["speedup_over"] == {"autoround": 3.0}
     assert race.summarize(once, {"gptqmodel": ours})["speedup_over"] == {"gptqmodel": 0.333}
     assert not race.ONCE - race.OURS.keys() - race.PEERS.keys()
+
+
+def test_an_entrant_that_fails_is_out_and_the_others_go_on(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    race = bench("race")
+
+    def step(entrant: Any) -> None:
+        if entrant.name == "broken":
+            raise SystemExit("its file has another shape")
+
+    entrants = [SimpleNamespace(name=name) for name in ("leangrid", "broken", "gptqmodel")]
+    assert [one.name for one in race.still_racing(entrants, step)] == ["leangrid", "gptqmodel"]
+    assert "broken is out of the race: its file has another shape" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("scheme", "bits", "group"), [("W4A16_G64", 4, 64), ("W3A16", 3, None)])
