@@ -324,6 +324,10 @@ class _LiveAgain(_Chooses):
         return {"seen": []}
 
 
+class _LiveAgainAtTheEnd(_LiveAgain):
+    loud = (0, 11, 22, 20)
+
+
 class _Doubles(_Chooses):
     """Does something else with the states between two blocks."""
 
@@ -350,6 +354,7 @@ ORDERS: list[Any] = [
     pytest.param(_Grows, _AgainAtTheEnd, "model.layers.0 is next", 3, id="again-at-the-end"),
     pytest.param(_Grows, _Swaps, "model.layers.2 is next", 1, id="swaps"),
     pytest.param(_GrowsAndAppends, _LiveAgain, "model.layers.1 is next", 2, id="live-again"),
+    pytest.param(_GrowsAndAppends, _LiveAgainAtTheEnd, "model.layers.0 is next", 3, id="live-again-at-the-end"),
     pytest.param(_Grows, _Doubles, "what enters it is not what the block before it returned", 1, id="doubles"),
     pytest.param(_Grows, _Masks, "its arguments beside the hidden states depend on the text", 0, id="masks"),
 ]

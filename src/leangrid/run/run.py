@@ -118,9 +118,13 @@ class Run:
         return range(self.journal.count_committed(), len(self.skeleton.blocks))
 
     def streams(self) -> Streams:
-        """The hidden states that enter the first block that is not committed yet; none where all are."""
+        """The hidden states that enter the first block that is not committed yet, or leave the last where all are; none
+        of a model that is finished, too.
+
+        A run that was stopped after its last block computes what leaves it, since the model may go on to another block
+        then, which is an error."""
         done = self.journal.count_committed()
-        if done == len(self.skeleton.blocks):  # stopped after its last block, whose states nothing reads
+        if done == len(self.skeleton.blocks) and self.journal.read_finished_info() is not None:
             self.progress.report("notice", done, message="resuming after the last block")
             return Streams([], None)
         kept = self.ranks.broadcast(self.journal.find_state() if self.ranks.first else None) if self.flow.waits else 0
