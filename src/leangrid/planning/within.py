@@ -70,7 +70,8 @@ def choose_tokens(
             least = f"the least that is possible, {candidates[0][0]} windows of {candidates[0][1]} tokens"
             what = f"{least}, takes about {chosen[1] / 60:.1f} minutes here"
             at_least = math.ceil(chosen[1] / SHARE / 60)
-            raise RecipeError(what, "--within", f"Give {at_least}m or more, or --effort fast")
+            or_else = "" if recipe.effort == "fast" else ", or --effort fast"
+            raise RecipeError(what, "--within", f"Give {at_least}m or more{or_else}")
         low, high = 0, len(candidates)
         while high - low > 1:  # the time grows with the tokens
             middle = (low + high) // 2

@@ -56,12 +56,15 @@ def compressed_tensors(source: Source) -> Found:
 
 
 def _packed_alike(packed: list[tuple[str, DequantizedInfo]]) -> Found:
-    """Packed weights, those whose number of words does not tell whether there are holes as the others."""
+    """Packed weights; where one of them has holes, so have those whose number of words does not tell."""
     holes = any(info.layout.holes for _, info in packed)
     for name, info in packed:
-        words = {packed_words(info.shape[-1], info.layout.bits, either) for either in (False, True)}
-        layout = info.layout if len(words) == 2 else replace(info.layout, holes=holes)
-        yield name, replace(info, layout=layout)
+        cols, bits = info.shape[-1], info.layout.bits
+        if holes and packed_words(cols, bits) == packed_words(cols, bits, holes=True):
+            info = replace(info, layout=replace(info.layout, holes=True))
+        if (zero := info.parts.get("zero_point")) is not None:
+            _check_zero_point(info, zero, info.names["zero_point"], (info.layout.holes,))
+        yield name, info
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ def _with_scheme(source: Source, group: _Group, parts: _Parts, kind: Kind) -> De
     through = through if through in (torch.bfloat16, torch.float16) else torch.float32
     stated = group.block(rows, cols)
     info = source.matrix(kind, parts, stated=stated, cols=cols, bits=group.bits, through=through)
-    info = replace(info, layout=replace(info.layout, holes=holes))
+    if holes:
+        info = replace(info, layout=replace(info.layout, holes=True))
     if zero is not None:
         _check_zero_point(info, source.stored[zero], zero)
     if (groups := parts.get("groups")) is not None:
@@ -203,12 +207,15 @@ def _packed_cols(source: Source, group: _Group, parts: _Parts) -> tuple[int, boo
     return cols, found[0]
 
 
-def _check_zero_point(info: DequantizedInfo, zero: TensorInfo, name: str) -> None:
-    """CheckpointError if there is not one zero point for each scale."""
+def _check_zero_point(
+    info: DequantizedInfo, zero: TensorInfo, name: str, packings: Sequence[bool] = (False, True)
+) -> None:
+    """CheckpointError if there is not one zero point for each scale; ``packings``: whether packed ones may have
+    holes."""
     scale, rows = info.parts["scale"], info.shape[-2]
     grids: list[tuple[int, ...]] = [scale.shape]
     if zero.dtype == "I32" and info.layout.kind == "packed":
-        grids = [(packed_words(rows, info.layout.bits, holes), scale.shape[-1]) for holes in (False, True)]
+        grids = [(packed_words(rows, info.layout.bits, holes), scale.shape[-1]) for holes in packings]
     if zero.shape not in grids or zero.dtype not in ("I8", "I32", "F8_E4M3", *COMPUTED):
         what = f"the zero point '{name}' holds {zero.dtype} {list(zero.shape)}, the scales are {list(scale.shape)}"
         raise CheckpointError(what, zero.file, DAMAGED)

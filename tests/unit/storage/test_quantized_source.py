@@ -12,7 +12,7 @@ import torch
 from quantized_sources import KINDS, e2m1, save, spread, values_of
 from safetensors.torch import save_file
 
-from leangrid.errors import FormatError
+from leangrid.errors import CheckpointError, FormatError
 from leangrid.storage.quantized_source import MODELOPT
 from leangrid.storage.safetensors import save as save_plain
 from leangrid.storage.source import open_source
@@ -256,9 +256,20 @@ def test_a_matrix_too_narrow_to_tell_is_packed_as_the_others(tmp_path: Path, kin
     shapes = {"narrow": (20, 48), "wide": (20, 192)}
     made = {name: KINDS[kind].make(*shape, generator) for name, shape in shapes.items()}
     tensors = {f"{name}.{end}": tensor for name, one in made.items() for end, tensor in one.tensors.items()}
-    assert len({len(tensors["narrow.weight_packed"][0]), 5}) == 1
+    assert tensors["narrow.weight_packed"].shape[1] == 5
     config = {"model_type": "tiny", "dtype": "float32", "quantization_config": KINDS[kind].entry}
     save(tmp_path / "source", config, tensors)
     with open_source(tmp_path / "source") as checkpoint:
         for name, one in made.items():
             assert torch.equal(checkpoint.read(f"{name}.weight"), one.values.float()), name
+
+
+def test_zero_points_in_the_other_packing_are_refused(tmp_path: Path) -> None:
+    """192 rows of 3 bits are 18 words without holes and 20 with them."""
+    generator = torch.Generator().manual_seed(6)
+    with_holes, without = (KINDS[kind].make(192, 192, generator) for kind in ("ct-int3-holes", "ct-int3"))
+    tensors = with_holes.tensors | {"weight_zero_point": without.tensors["weight_zero_point"]}
+    config = {"model_type": "tiny", "dtype": "float32", "quantization_config": KINDS["ct-int3"].entry}
+    save(tmp_path / "source", config, {f"a.{end}": tensor for end, tensor in tensors.items()})
+    with pytest.raises(CheckpointError, match="the zero point"):
+        open_source(tmp_path / "source")
